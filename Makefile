@@ -1,0 +1,65 @@
+# Two commands are enough:  make test   and   make quickstart
+# Each sets up its own .venv from requirements.lock the first time, and again when the lock changes.
+#
+#   PYTHON=python3.12    another interpreter (3.11 or newer)
+#   TORCH_INDEX=URL      a package index for torch alone, such as PyTorch's index of CPU-only builds:
+#                        make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   ARGS=--fast          passed on to `deepspec quickstart`, or to pytest in `make test` and `make soak`
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' requirements.lock)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install
+
+.PHONY: help quickstart test lint format soak clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make quickstart   train three drafts, measure them, write a report (ARGS=--fast: about two minutes)'
+	@echo 'make test         lint, types and tests'
+	@echo 'make soak         the long fault tests'
+	@echo 'make lint         ruff and mypy only        make format   rewrite with ruff'
+	@echo 'make clean        remove .venv, caches and build artefacts (runs/ is kept)'
+
+$(STAMP): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo 'There is no "$(PYTHON)" here. Name a Python 3.11 or newer:  make PYTHON=python3.12 …'; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'deepspec needs Python 3.11 or newer, and "$(PYTHON)" is'" $$($(PYTHON) --version 2>&1)."; \
+	  echo 'Name another one:  make PYTHON=python3.12 …'; exit 1; }
+	@echo '[1/4] virtual environment in .venv'
+	@$(PYTHON) -m venv .venv || { \
+	  echo '"$(PYTHON)" cannot make virtual environments (on Debian and Ubuntu: apt install python3-venv).'; exit 1; }
+	@echo '[2/4] $(TORCH), the one large download'
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),--constraint requirements.lock) $(TORCH)
+	@echo '[3/4] everything else in requirements.lock'
+	@$(PIP) --quiet --requirement requirements.lock
+	@echo '[4/4] deepspec itself'
+	@$(PIP) --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+quickstart: $(STAMP)
+	@$(BIN)/deepspec quickstart $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(STAMP)
+	$(BIN)/python -m pytest -m soak $(ARGS)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,178 @@
+"""Anchors, slots, labels and masks: which token a draft's row predicts is decided here and nowhere else.
+
+B sequences, S tokens, A anchors, γ (`block`) slots per block, K unroll steps, m captured layers, d hidden.
+Positions are 0-based token indices. "Supervised" means `loss_mask` is 1 there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureBatch:
+    """What every feature source hands to a draft's loss: right-padded rows.
+
+    input_ids [B, S] int64; loss_mask [B, S] bool; features [B, S, m*d] (raw decoder-layer outputs,
+    concatenated in the order of the target layer ids); last_hidden [B, S, d] after the final norm;
+    lengths [B] int64, real tokens of each row; row_ids [B] names of the rows.
+    position_ids [B, S] and segment_ids [B, S] say which packed document a token belongs to and where
+    in it; None means one document per row, positions 0…S-1.
+    """
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    features: Tensor
+    last_hidden: Tensor
+    lengths: Tensor
+    row_ids: tuple[str, ...] = ()
+    position_ids: Tensor | None = None
+    segment_ids: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
+
+class Blocks(NamedTuple):
+    """Blocks of γ slots that start at anchors (method.md 3). All but `anchors` and `kept` are [B, A, γ]."""
+
+    anchors: Tensor
+    """[B, A] position of each block's anchor; 0 for a dummy."""
+    kept: Tensor
+    """[B, A] bool: false for a dummy, which only fills the rectangle."""
+    input_ids: Tensor
+    """The anchor's token, then mask tokens (a dummy holds mask tokens only)."""
+    positions: Tensor
+    """anchor … anchor+γ-1."""
+    labels: Tensor
+    """The token that each slot predicts (clamped inside the sequence; see `valid`)."""
+    previous: Tensor
+    """The token before each slot's label: what a sequential head is conditioned on."""
+    teacher_index: Tensor
+    """Position whose last hidden state gives the target's distribution for the label."""
+    valid: Tensor
+    """Bool: the slot counts in the loss."""
+
+
+def anchor_candidates(loss_mask: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+    """[B, S-1] bool: t may be an anchor when t and t+1 are supervised (and in one document)."""
+    supervised = loss_mask.bool()
+    candidates = supervised[:, :-1] & supervised[:, 1:]
+    if segment_ids is not None:
+        candidates = candidates & (segment_ids[:, :-1] == segment_ids[:, 1:])
+    return candidates
+
+
+def sample_anchors(
+    loss_mask: Tensor, num_anchors: int, generator: torch.Generator | None, segment_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Up to `num_anchors` per row, without replacement, sorted: (anchors [B, A], kept [B, A]).
+
+    A is the largest number of anchors any row got, at least 1. Rows with fewer are filled with dummies.
+    """
+    candidates = anchor_candidates(loss_mask, segment_ids)
+    scores = torch.rand(candidates.shape, generator=generator, device="cpu").to(candidates.device)
+    # One column more, never a candidate: even a row of a single token then has a place for its dummy.
+    scores = torch.nn.functional.pad(scores.masked_fill(~candidates, -1.0), (0, 1), value=-1.0)
+    most = int(candidates.sum(1).max()) if candidates.numel() else 0
+    best, index = scores.topk(max(1, min(num_anchors, most)), dim=1)
+    kept = best >= 0
+    # Dummies sort to the end, and then take position 0.
+    ordered, order = index.masked_fill(~kept, loss_mask.shape[1]).sort(1)
+    kept = kept.gather(1, order)
+    return ordered.masked_fill(~kept, 0), kept
+
+
+def label_offset(sample_from_anchor: bool) -> int:
+    """Slot j predicts the token at anchor + j + offset (method.md 3, Alignment)."""
+    return 1 if sample_from_anchor else 0
+
+
+def proposals_per_block(block: int, sample_from_anchor: bool) -> int:
+    """γ slots give γ proposals, or γ-1 in the older layout whose slot 0 is discarded."""
+    return block if sample_from_anchor else block - 1
+
+
+def make_blocks(
+    input_ids: Tensor,
+    loss_mask: Tensor,
+    anchors: Tensor,
+    kept: Tensor,
+    *,
+    block: int,
+    mask_token_id: int,
+    sample_from_anchor: bool = True,
+    segment_ids: Tensor | None = None,
+) -> Blocks:
+    """Slots and labels for given anchors. Labels count while they stay inside the sequence and form
+    an unbroken supervised prefix of the block (method.md 3)."""
+    rows, length = input_ids.shape
+    slots = torch.arange(block, device=input_ids.device)
+    offset = label_offset(sample_from_anchor)
+    positions = anchors[..., None] + slots
+    label_index = positions + offset
+    inside = label_index < length
+    # A dummy's labels all point at position 0.
+    index = label_index.clamp(max=length - 1).masked_fill(~kept[..., None], 0)
+
+    def at(values: Tensor, where: Tensor) -> Tensor:
+        return values.gather(1, where.reshape(rows, -1)).view(where.shape)
+
+    counts = inside & at(loss_mask.bool(), index)
+    if segment_ids is not None:
+        counts = counts & (at(segment_ids, index) == segment_ids.gather(1, anchors)[..., None])
+    counts = counts & kept[..., None]
+    if not sample_from_anchor:
+        # Slot 0 predicts the anchor itself, which is already known: it starts the prefix, uncounted.
+        counts[..., 0] = kept
+    valid = counts.long().cumprod(-1).bool()
+    if not sample_from_anchor:
+        valid[..., 0] = False
+    labels = at(input_ids, index)
+    anchor_tokens = at(input_ids, anchors.masked_fill(~kept, 0))
+    ids = torch.full_like(index, mask_token_id)
+    ids[..., 0] = torch.where(kept, anchor_tokens, ids[..., 0])
+    previous = torch.cat([anchor_tokens[..., None], labels[..., :-1]], dim=-1)
+    return Blocks(anchors, kept, ids, positions, labels, previous, (index - 1).clamp(min=0), valid)
+
+
+def block_attention_mask(blocks: Blocks, length: int, segment_ids: Tensor | None = None) -> Tensor:
+    """[B, A*γ, S + A*γ] bool: a slot sees context before its anchor, and its own block both ways.
+
+    A dummy sees nothing. With packed documents the context is the anchor's own document.
+    """
+    rows, count = blocks.anchors.shape
+    block = blocks.input_ids.shape[-1]
+    context = torch.arange(length, device=blocks.anchors.device) < blocks.anchors[..., None]
+    if segment_ids is not None:
+        context = context & (segment_ids[:, None, :] == segment_ids.gather(1, blocks.anchors)[..., None])
+    own = torch.eye(count, dtype=torch.bool, device=context.device).expand(rows, count, count)
+    allowed = torch.cat([context, own.repeat_interleave(block, dim=-1)], dim=-1) & blocks.kept[..., None]
+    return allowed.repeat_interleave(block, dim=1)
+
+
+def unroll_ids(input_ids: Tensor, step: int) -> Tensor:
+    """[B, S] token fed at row i of unroll step `step`: input_ids[i + 1 + step], 0 past the end (method.md 4)."""
+    shift = step + 1
+    return torch.nn.functional.pad(input_ids, (0, shift))[:, shift:]
+
+
+def unroll_masks(loss_mask: Tensor, lengths: Tensor, steps: int) -> Tensor:
+    """[K, B, S] bool: rows that count at each unroll step.
+
+    The published recipe's mask: `loss_mask` with the last real token's entry zeroed, moved left by
+    the step, not the label token's own mask (method.md 4).
+    """
+    mask = loss_mask.bool().clone()
+    mask[torch.arange(len(mask), device=mask.device), (lengths - 1).clamp(min=0)] = False
+    return torch.stack([torch.nn.functional.pad(mask, (0, k))[:, k:] for k in range(steps)])
+
+
+def unroll_teacher_index(length: int, step: int, device: torch.device | str = "cpu") -> Tensor:
+    """[S] position whose last hidden state gives the soft label of row i: i + 1 + step (clamped)."""
+    return (torch.arange(length, device=device) + step + 1).clamp(max=length - 1)

@@ -1,0 +1,395 @@
+"""The training recipe: one typed tree that refuses what it does not know.
+
+A recipe is a YAML file. `extends: other` takes another recipe (by shipped name, or by a path relative to
+the file) as the base: mappings are merged key by key, anything else is replaced. `load_recipe` resolves a
+name or a path, applies `key.path=value` overrides and checks the result; `dump_recipe` writes the resolved
+tree, which loads back to the same recipe.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import resources
+from importlib.resources.abc import Traversable
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from deepspec.errors import RecipeError, nearest
+from deepspec.log import TrackerName
+
+POCKET_SETS = ("pocket:train", "pocket:select")
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """One mapping of the tree: unknown keys are errors, values do not change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DraftConfig(Section):
+    """The draft's shape. Widths, heads and vocabulary are the target's."""
+
+    num_layers: Count
+    block: Count  # γ, tokens proposed per round; for eagle3 the unroll length K
+    target_layer_ids: list[Annotated[int, Field(ge=-1)]] | None = (
+        None  # None: by rule from the target's depth
+    )
+    mask_token_id: Annotated[int, Field(ge=0)] | None = None  # None: the target family's
+    markov_rank: Annotated[int, Field(ge=0)] = 0  # r; 0 means no sequential head
+    markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    confidence: bool = False
+    confidence_with_markov: bool = False  # the confidence head sees W₁[previous token] beside the hidden row
+    intermediate_size: Count | None = None  # None: the target's
+    step_loss_decay: Annotated[float, Field(gt=0, le=1)] = 0.8  # eagle3: unroll step s weighs decay^s
+
+
+class LossConfig(Section):
+    """Weights of the loss terms; eagle3's `ce` weighs its soft cross-entropy."""
+
+    ce: NotNegative = 1.0
+    l1: NotNegative = 0.0
+    confidence: NotNegative = 0.0
+    decay_gamma: Positive = 4.0  # g in exp(−(k−1)/g), the weight of block position k
+
+
+class DataConfig(Section):
+    """Where conversations come from: a JSONL path, or a set that ships with the pocket target."""
+
+    train: str = "pocket:train"
+    select: str = (
+        "pocket:select"  # held-out prompts that choose the best checkpoint; neither trained nor reported
+    )
+    max_length: Count = 512  # tokens per sequence, longer ones are cut
+    min_supervised: Count = 2  # sequences with fewer supervised tokens are left out; an anchor needs two
+
+
+class OptimConfig(Section):
+    """AdamW, linear warm-up, cosine decay. Training ends at whichever of the three limits comes first."""
+
+    lr: Positive = 6e-4
+    warmup: Share = 0.04  # share of the whole run
+    weight_decay: NotNegative = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    grad_clip: Positive = 1.0  # global gradient norm
+    batch_size: Count = 16  # sequences per step, over all ranks
+    epochs: Positive | None = None
+    max_steps: Count | None = None
+    max_minutes: Positive | None = None  # wall-clock budget
+
+
+class Recipe(Section):
+    """Everything that decides a training run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # also the folder under runs/
+    algorithm: Literal["eagle3", "dflash", "dspark"]
+    target: str = "pocket"  # shipped name, path, or hub id
+    thinking: bool = False
+    draft: DraftConfig
+    loss: LossConfig = LossConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig
+    num_anchors: Count = 32  # blocks per sequence and step; eagle3 trains on every position instead
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: Annotated[int, Field(ge=0)] = 0
+    eval_every_steps: Count = 100
+    eval_prompts: Count = 24
+    eval_max_new_tokens: Count = 48
+    checkpoint_every_steps: Count = 100
+    trackers: list[TrackerName] = ["tensorboard"]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        problems = [*_draft_problems(self), *_run_problems(self)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+# ---- what must hold between keys ---------------------------------------------------------------------------
+
+
+def _draft_problems(recipe: Recipe) -> Iterator[str]:
+    draft, loss = recipe.draft, recipe.loss
+    ids = draft.target_layer_ids
+    if ids is not None and (not ids or any(a >= b for a, b in pairwise(ids))):
+        yield f"`draft.target_layer_ids` must name layers in strictly increasing order, not {ids}"
+    if recipe.algorithm in ("dflash", "eagle3"):
+        if draft.markov_rank:
+            yield f"`draft.markov_rank` must be 0 for {recipe.algorithm}; a sequential head makes it dspark"
+        if draft.confidence:
+            yield f"`draft.confidence` must be false for {recipe.algorithm}; only dspark has that head"
+    if recipe.algorithm == "dspark" and not (draft.markov_rank or draft.confidence):
+        yield "dspark needs `draft.markov_rank` or `draft.confidence`; without both it is dflash"
+    if recipe.algorithm == "eagle3":
+        if draft.num_layers != 1:
+            yield f"`draft.num_layers` must be 1 for eagle3, not {draft.num_layers}"
+        if loss.l1:
+            yield "`loss.l1` must be 0 for eagle3: it trains on soft cross-entropy alone"
+    if draft.confidence_with_markov and not (draft.confidence and draft.markov_rank):
+        yield "`draft.confidence_with_markov` needs `draft.confidence` and a `draft.markov_rank` above 0"
+    if draft.confidence != (loss.confidence > 0):
+        yield (
+            "`draft.confidence` and `loss.confidence` go together: a confidence head is trained by its loss "
+            "and by nothing else"
+        )
+    if not (loss.ce or loss.l1):
+        yield "`loss.ce` and `loss.l1` are both 0: nothing would teach the draft its tokens"
+
+
+def _run_problems(recipe: Recipe) -> Iterator[str]:
+    optim, data = recipe.optim, recipe.data
+    if optim.epochs is None and optim.max_steps is None and optim.max_minutes is None:
+        yield "training has no end: set one of `optim.epochs`, `optim.max_steps`, `optim.max_minutes`"
+    for key, source in (("train", data.train), ("select", data.select)):
+        if source.startswith("pocket:") and source not in POCKET_SETS:
+            yield f"`data.{key}` names no pocket set: {source!r} (there are {', '.join(POCKET_SETS)})"
+    if data.train == data.select:
+        yield f"`data.train` and `data.select` are both {data.train!r}: what chooses must not be trained on"
+    if data.min_supervised > data.max_length:
+        yield f"`data.min_supervised` ({data.min_supervised}) is above `data.max_length` ({data.max_length})"
+    if len(set(recipe.trackers)) != len(recipe.trackers):
+        yield f"`trackers` names one twice: {', '.join(recipe.trackers)}"
+
+
+# ---- reading YAML ------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, except that a key given twice is an error instead of the last one winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key `{key}` appears twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"not valid YAML: {error.problem}", where=f"{where}{line}") from error
+    except (yaml.YAMLError, TypeError) as error:  # TypeError: a mapping used as a key
+        raise RecipeError(f"not valid YAML: {error}", where=where) from error
+
+
+def _shipped() -> dict[str, Traversable]:
+    folder = resources.files("deepspec").joinpath("recipes")
+    return {file.name.removesuffix(".yaml"): file for file in folder.iterdir() if file.name.endswith(".yaml")}
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package; those with a leading underscore are bases only."""
+    return sorted(name for name in _shipped() if not name.startswith("_"))
+
+
+def _find(name_or_path: str, beside: Path | None) -> tuple[str, Path | Traversable]:
+    """(label for messages, file) of a recipe given as a path or as a shipped name."""
+    path = Path(name_or_path).expanduser()
+    if beside is not None and not path.is_absolute():
+        path = beside / path
+    looks_like_path = path.suffix in (".yaml", ".yml") or any(sep in name_or_path for sep in ("/", os.sep))
+    if looks_like_path:
+        if not path.is_file():
+            raise RecipeError(
+                f"there is no recipe file {path}",
+                next_step=f"give a path that exists, or a shipped recipe: {', '.join(recipe_names())}",
+            )
+        return str(path), path
+    shipped = _shipped()
+    if name_or_path in shipped:
+        return f"{name_or_path} (shipped recipe)", shipped[name_or_path]
+    close = nearest(name_or_path, recipe_names())
+    hint = f"did you mean {close}? " if close else ""
+    raise RecipeError(
+        f"there is no recipe named {name_or_path!r}",
+        next_step=f"{hint}Shipped recipes: {', '.join(recipe_names())}; or give the path of a .yaml file",
+    )
+
+
+# ---- merging, with the origin of every value ---------------------------------------------------------------
+
+Keys = tuple[str | int, ...]
+
+
+def _merge(
+    tree: dict[str, Any], new: Mapping[str, Any], origins: dict[Keys, str], label: str, at: Keys
+) -> None:
+    """Lay `new` over `tree` in place, and note `label` as the origin of each value that it sets."""
+    for key, value in new.items():
+        here = (*at, key)
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value, origins, label, here)
+            continue
+        for below in [path for path in origins if path[: len(here)] == here]:
+            del origins[below]
+        origins[here] = label
+        tree[key] = {} if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            _merge(tree[key], value, origins, label, here)
+
+
+def _read(
+    name_or_path: str, beside: Path | None, seen: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[Keys, str]]:
+    """A recipe file with what it extends laid under it: (tree, origins)."""
+    label, file = _find(name_or_path, beside)
+    if label in seen:
+        raise RecipeError("recipes extend each other in a circle: " + " → ".join([*seen, label]))
+    try:
+        content = _parse(file.read_text(encoding="utf-8"), label)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe cannot be read: {error}", where=label) from error
+    if not isinstance(content, dict):
+        raise RecipeError("a recipe is a mapping of keys to values", where=label)
+    base = content.pop("extends", None)
+    if base is not None and not isinstance(base, str):
+        raise RecipeError(f"`extends` takes the name or path of one recipe, not {base!r}", where=label)
+    tree: dict[str, Any] = {}
+    origins: dict[Keys, str] = {}
+    if base is not None:
+        try:
+            folder = file.parent if isinstance(file, Path) else None
+            tree, origins = _read(base, folder, (*seen, label))
+        except RecipeError as error:
+            if error.where is None:
+                error.where = f"`extends` in {label}"
+            raise
+    _merge(tree, content, origins, label, ())
+    return tree, origins
+
+
+def _override(text: str) -> dict[str, Any]:
+    """ "optim.lr=1e-3" -> {"optim": {"lr": "1e-3"}}; the value is read as YAML."""
+    path, equals, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(
+            f"not an override: {text!r}", next_step="write key.path=value, for example optim.lr=1e-3"
+        )
+    tree: Any = _parse(value, f"override {text}")
+    for key in reversed(keys):
+        tree = {key: tree}
+    return dict(tree)
+
+
+# ---- saying what is wrong ----------------------------------------------------------------------------------
+
+
+def _sections(model: type[BaseModel], at: str = "") -> Iterator[tuple[str, list[str]]]:
+    """(dotted prefix, keys) of every mapping in the tree."""
+    yield at, list(model.model_fields)
+    for key, field in model.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _sections(kind, f"{at}{key}.")
+
+
+def _nearest_key(keys: Keys) -> str | None:
+    """The known key path most like an unknown one.
+
+    The same name elsewhere in the tree comes first (`lr` at the top is `optim.lr`), then a like name in the
+    same mapping, then a like name anywhere.
+    """
+    *parents, last = (str(key) for key in keys)
+    prefix = "".join(f"{key}." for key in parents)
+    sections = dict(_sections(Recipe))
+    homes = {name: f"{at}{name}" for at, names in reversed(sections.items()) for name in names}
+    if last in homes:
+        return homes[last]
+    sibling = nearest(last, sections.get(prefix, []))
+    if sibling:
+        return prefix + sibling
+    anywhere = nearest(last, homes)
+    return homes[anywhere] if anywhere else None
+
+
+def _dotted(keys: Keys) -> str:
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
+
+
+def _explain(error: ErrorDetails) -> str:
+    """One pydantic error as one line that names the key path."""
+    keys = error["loc"]
+    if error["type"] == "extra_forbidden":
+        close = _nearest_key(keys)
+        return f"unknown key `{_dotted(keys)}`" + (f"; did you mean `{close}`?" if close else "")
+    if error["type"] == "missing":
+        return f"`{_dotted(keys)}` is missing"
+    if error["type"] == "value_error":  # ours: it names its keys itself
+        return str(error["ctx"]["error"])
+    if error["type"] == "model_type":
+        return f"`{_dotted(keys)}` is {error['input']!r}: a mapping of keys is expected here"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    line = f"`{_dotted(keys)}` is {error['input']!r}: {message}"
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        close = nearest(
+            error["input"], error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        )
+        line += f"; did you mean {close!r}?" if close else ""
+    return line
+
+
+def _where(keys: Iterable[Keys], origins: Mapping[Keys, str], default: str) -> str:
+    """The files and overrides that the keys at fault were set in."""
+    found: dict[str, None] = {}
+    for path in keys:
+        lengths = range(len(path), 0, -1)
+        found[next((origins[path[:n]] for n in lengths if path[:n] in origins), default)] = None
+    return ", ".join(found)
+
+
+# ---- the two verbs -----------------------------------------------------------------------------------------
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of that shipped name or path, with `key.path=value` overrides laid over it.
+
+    Raises RecipeError, naming the file or override, the key path and the nearest known key, for anything
+    that is not a recipe: a missing file, broken YAML, an unknown key, a value out of range, keys at odds.
+    """
+    label, _ = _find(str(name_or_path), None)
+    tree, origins = _read(str(name_or_path), None, ())
+    for text in overrides:
+        _merge(tree, _override(text), origins, f"override {text}", ())
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        overridden = [origin for origin in dict.fromkeys(origins.values()) if origin.startswith("override ")]
+        default = ", ".join([label, *overridden])  # keys at odds may have been set anywhere
+        raise RecipeError(
+            "\n".join(_explain(detail) for detail in details),
+            # What is missing was set nowhere; an origin further up would only name the wrong file.
+            where=_where(
+                (() if detail["type"] == "missing" else detail["loc"] for detail in details), origins, default
+            ),
+        ) from error
+
+
+def dump_recipe(recipe: Recipe, path: Path | str) -> None:
+    """Write the resolved recipe as YAML, whole or not at all; `load_recipe(path)` gives the same recipe."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(
+        yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+    os.replace(beside, path)

@@ -1,0 +1,426 @@
+"""Conversations on disk: one JSON object per line, UTF-8, one documented schema.
+
+What is written::
+
+    {"id": "…", "domain": "math", "messages": [{"role": "user", "content": "…"}, …], "meta": {…}}
+
+* ``messages``: at least one; roles ``system``, ``user``, ``assistant``, ``tool``. A system message may only
+  come first; then a user; an assistant answers a user or a tool; a tool follows an assistant or a tool.
+* ``id`` (optional): defaults to the first 16 hex digits of the SHA-256 of the normalised prompt, so a prompt
+  keeps its id when it is answered, or answered again.
+* ``domain`` (optional): the group that results are reported under.
+* ``meta`` (optional): anything else. Other top-level keys are gathered into it, so nothing is lost.
+  ``answer_ids`` (token ids that the target produced for the last assistant turn) is checked here and used by
+  ``data.tokens``; ``follow_ups`` holds the later questions of a ``turns`` row.
+
+Also accepted when reading (the first form present wins; the others' keys then go to ``meta``):
+
+* ``{"conversations": [{"from": "human" | "gpt" | "system", "value": "…"}]}`` (ShareGPT);
+* ``{"turns": ["first question", "follow-up", …]}``: the first question is the conversation, the others
+  wait in ``meta["follow_ups"]``, because each makes sense only after an answer that does not exist yet;
+* ``{"prompt": "…", "response": "…"}``, response optional.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+from deepspec.errors import DataError, nearest
+
+
+class Message(TypedDict):
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One validated row. ``source`` ("file:line") is for error messages only, not for comparing rows."""
+
+    id: str
+    domain: str | None
+    messages: tuple[Message, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+    source: str | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def where(self) -> str:
+        """How an error message names this row."""
+        return f"{self.source} (id {self.id})" if self.source else f"conversation {self.id}"
+
+
+ROLES = ("system", "user", "assistant", "tool")
+FORMS = ("messages", "conversations", "turns", "prompt")
+EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+_MAY_FOLLOW: dict[str | None, tuple[str, ...]] = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+
+def read_conversations(path: str | Path, *, require_answer: bool = False) -> Iterator[Conversation]:
+    """Yield the file's conversations one at a time; blank lines are skipped.
+
+    Raises DataError, with ``file:line`` and what was expected, at the first row that breaks the schema, and
+    with ``require_answer`` also at a conversation without an assistant turn.
+    """
+    path = Path(path)
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise DataError(
+            f"cannot read the conversations: {error.strerror or error}",
+            where=str(path),
+            next_step="give the path of a JSONL file, one conversation per line",
+        ) from error
+    with stream:
+        # Lines end at b"\n" only: splitting decoded text would also cut at U+2028 inside a message.
+        for number, raw in enumerate(stream, start=1):
+            where = f"{path}:{number}"
+            text = _decode(raw, where, first=number == 1)
+            if text.strip():
+                conversation = conversation_from_row(_parse(text, where), where)
+                if require_answer:
+                    last_answer(conversation)
+                yield conversation
+
+
+def conversation_from_row(row: object, where: str | None = None) -> Conversation:
+    """Validate one parsed row (any accepted form). Raises DataError naming ``where``."""
+    if not isinstance(row, dict):
+        raise DataError(
+            f"expected a JSON object, found {_kind(row)}",
+            where=where,
+            next_step=f"write one object per line: {EXAMPLE}",
+        )
+    form = next((name for name in FORMS if row.get(name) is not None), None)
+    if form is None:
+        raise _no_messages(row, where)
+    rest = {key: value for key, value in row.items() if key not in ("id", "domain", "meta", form)}
+    meta = _optional(row, "meta", dict, "an object", where)
+    if form == "prompt":
+        messages = _from_prompt(row, where)
+        rest.pop("response", None)
+    elif form == "turns":
+        messages, follow_ups = _from_turns(row["turns"], where)
+        if follow_ups:
+            rest["follow_ups"] = follow_ups
+    elif form == "conversations":
+        messages = _from_list(row[form], form, ("from", "value"), _SHAREGPT_ROLES, where)
+    else:
+        messages = _from_list(row[form], form, ("role", "content"), {role: role for role in ROLES}, where)
+    _check_order(messages, where)
+    twice = sorted(set(rest) & set(meta or {}))
+    if twice:
+        raise DataError(
+            f"{_names(twice)} is both beside and inside 'meta'", where=where, next_step="keep one"
+        )
+    identity = _optional(row, "id", str, "a string", where)
+    conversation = Conversation(
+        id=_default_id(messages) if identity is None else identity,
+        domain=_optional(row, "domain", str, "a string", where),
+        messages=messages,
+        meta={**(meta or {}), **rest},
+        source=where,
+    )
+    answer_ids(conversation)
+    return conversation
+
+
+def write_conversations(path: str | Path, rows: Iterable[Conversation]) -> int:
+    """Write all rows or nothing: beside, fsync, rename. Returns the number of rows.
+
+    Rows may be a generator: memory stays flat, and if it raises, the file that was there stays as it was.
+    Raises DataError for a row that ``read_conversations`` would refuse or that JSON cannot hold.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    count = 0
+    try:
+        with beside.open("wb") as stream:
+            for count, row in enumerate(rows, start=1):  # noqa: B007 (count is the result)
+                conversation_from_row(_row(row), row.where)
+                stream.write(_json(row).encode("utf-8") + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename itself must survive a power cut; elsewhere folders cannot be opened
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    return count
+
+
+def content_hash(rows: Iterable[Conversation]) -> str:
+    """SHA-256 (hex) of the rows in their order: ids, domains, messages and meta, not the file's spelling."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(_json(row, sort_keys=True).encode("utf-8") + b"\n")
+    return digest.hexdigest()
+
+
+def prompt_messages(conversation: Conversation) -> tuple[Message, ...]:
+    """Everything before the last assistant turn; all messages where there is none."""
+    index = _last_assistant(conversation.messages)
+    return conversation.messages if index is None else conversation.messages[:index]
+
+
+def last_answer(conversation: Conversation) -> int:
+    """Index of the last assistant turn. Raises DataError when there is none."""
+    index = _last_assistant(conversation.messages)
+    if index is None:
+        raise DataError(
+            "conversation without an assistant turn",
+            where=conversation.where,
+            next_step="training needs answers: have the target answer the prompts first "
+            "(deepspec data regenerate), or remove the row",
+        )
+    return index
+
+
+def answer_ids(conversation: Conversation) -> list[int] | None:
+    """The token ids that the target produced for the last assistant turn, where the row carries them.
+
+    Raises DataError when ``meta["answer_ids"]`` is not a list of non-negative integers.
+    """
+    ids = conversation.meta.get("answer_ids")
+    if ids is None:
+        return None
+    if not isinstance(ids, list) or any(type(token) is not int or token < 0 for token in ids):
+        raise DataError(
+            "'answer_ids' must be a list of non-negative integers",
+            where=conversation.where,
+            next_step="remove it to have the answer's text tokenised instead",
+        )
+    return ids
+
+
+def opening_question(conversation: Conversation) -> str:
+    """The first user message: what to give ``holdout_bucket``, so that the same question under another system
+    prompt, or continued further, falls on the same side of a split."""
+    return next((m["content"] for m in conversation.messages if m["role"] == "user"), "")
+
+
+def normalise(prompt_text: str) -> str:
+    """NFKC, case folded, white space runs made one space: spellings of one prompt that count as the same."""
+    return " ".join(unicodedata.normalize("NFKC", prompt_text).casefold().split())
+
+
+def holdout_bucket(prompt_text: str) -> float:
+    """A number in [0, 1) that depends on the normalised prompt alone.
+
+    ``bucket < 0.02`` holds out two per cent: every run, machine and duplicate of a prompt decides alike, so a
+    held-out prompt cannot leak into training through another copy or another order of the rows.
+    """
+    digest = hashlib.sha256(b"holdout\0" + normalise(prompt_text).encode("utf-8")).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # 53 bits: the quotient is exact, never 1.0
+
+
+# -- reading -----------------------------------------------------------------------------------------------
+
+
+def _decode(raw: bytes, where: str, first: bool) -> str:
+    if first and raw.startswith(b"\xef\xbb\xbf"):
+        raise DataError(
+            "the file starts with a byte-order mark, expected plain UTF-8",
+            where=where,
+            next_step="save it as UTF-8 without BOM, for example: tail -c +4 in.jsonl > out.jsonl",
+        )
+    if first and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(
+            "the file is UTF-16, expected UTF-8",
+            where=where,
+            next_step="convert it: iconv -f utf-16 -t utf-8 in.jsonl > out.jsonl",
+        )
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line",
+            where=where,
+            next_step="convert the file, for example: iconv -f latin1 -t utf-8 in.jsonl > out.jsonl",
+        ) from error
+
+
+def _parse(text: str, where: str) -> object:
+    try:
+        return json.loads(text.rstrip("\r\n"), parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        what = f"malformed JSON: {error.msg} at column {error.colno}"
+        if not text.endswith("\n"):
+            what += " (the line has no end: was the file cut while it was written?)"
+        raise DataError(what, where=where, next_step=f"expected one object per line: {EXAMPLE}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"malformed JSON: {error}", where=where, next_step=f"expected one object per line: {EXAMPLE}"
+        ) from error
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _no_messages(row: Mapping[str, object], where: str | None) -> DataError:
+    close = next((f"'{key}': did you mean '{near}'?" for key in row if (near := nearest(key, FORMS))), None)
+    found = close or (_names(list(row)[:8]) if row else "an empty object")
+    return DataError(
+        f"no 'messages' (nor 'conversations', 'turns', 'prompt'); found {found}",
+        where=where,
+        next_step=f"expected: {EXAMPLE}",
+    )
+
+
+def _from_prompt(row: Mapping[str, object], where: str | None) -> tuple[Message, ...]:
+    messages = [Message(role="user", content=_text(row["prompt"], "'prompt'", where))]
+    if row.get("response") is not None:
+        messages.append(Message(role="assistant", content=_text(row["response"], "'response'", where)))
+    return tuple(messages)
+
+
+def _from_turns(turns: object, where: str | None) -> tuple[tuple[Message, ...], list[str]]:
+    texts = [_text(turn, f"turn {i}", where) for i, turn in enumerate(_items(turns, "turns", where), start=1)]
+    return (Message(role="user", content=texts[0]),), texts[1:]
+
+
+def _from_list(
+    value: object, form: str, keys: tuple[str, str], roles: Mapping[str, str], where: str | None
+) -> tuple[Message, ...]:
+    messages = []
+    for i, item in enumerate(_items(value, form, where), start=1):
+        if not isinstance(item, dict):
+            raise DataError(
+                f"message {i}: expected an object with '{keys[0]}' and '{keys[1]}', found {_kind(item)}",
+                where=where,
+            )
+        for key in keys:
+            if key not in item:
+                raise DataError(f"message {i}: no '{key}'; found {_names(item)}", where=where)
+        # A thought, a tool call or a weight left out silently would change what is trained on.
+        unknown = [key for key, content in item.items() if key not in keys and content is not None]
+        if unknown:
+            raise DataError(
+                f"message {i}: unknown key {_names(unknown)}, expected only '{keys[0]}' and '{keys[1]}'",
+                where=where,
+                next_step="write everything that the model reads or said into the text "
+                "(thoughts as '<think>…</think>'), or remove the key",
+            )
+        role = item[keys[0]]
+        if not isinstance(role, str) or role not in roles:
+            near = nearest(role, roles) if isinstance(role, str) else None
+            raise DataError(
+                f"message {i}: unknown role {role!r}, expected one of {', '.join(roles)}",
+                where=where,
+                next_step=f"did you mean '{near}'?" if near else None,
+            )
+        content = _text(item[keys[1]], f"message {i} ({role}): '{keys[1]}'", where)
+        messages.append(Message(role=roles[role], content=content))
+    return tuple(messages)
+
+
+def _check_order(messages: tuple[Message, ...], where: str | None) -> None:
+    before: str | None = None
+    for i, message in enumerate(messages, start=1):
+        role, allowed = message["role"], _MAY_FOLLOW[before]
+        if role not in allowed:
+            place = f"after {before}" if before else "at the start"
+            raise DataError(
+                f"roles out of order: message {i} is {role} {place}, expected {' or '.join(allowed)}",
+                where=where,
+            )
+        before = role
+    if before == "system":
+        raise DataError(
+            "roles out of order: a system message alone, expected a user message after it", where=where
+        )
+
+
+def _items(value: object, form: str, where: str | None) -> list[object]:
+    if not isinstance(value, list):
+        raise DataError(f"'{form}' must be a list, found {_kind(value)}", where=where)
+    if not value:
+        raise DataError(f"'{form}' is empty, expected at least one message", where=where)
+    return value
+
+
+def _text(value: object, name: str, where: str | None) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{name} must be a string, found {_kind(value)}", where=where)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{name} holds half a surrogate pair ({value[error.start]!r}), which is not text",
+            where=where,
+            next_step="repair the text where it was cut, or remove the row",
+        ) from error
+    return value
+
+
+def _optional(row: Mapping[str, Any], key: str, kind: type, expected: str, where: str | None) -> Any:
+    value = row.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise DataError(f"'{key}' must be {expected}, found {_kind(value)}", where=where)
+    return _text(value, f"'{key}'", where) if isinstance(value, str) else value
+
+
+def _kind(value: object) -> str:
+    """JSON's name of a parsed value's type."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", str: "a string", int: "a number", float: "a number", list: "an array"}
+    return names.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)
+
+
+def _names(keys: Iterable[str]) -> str:
+    return ", ".join(f"'{key}'" for key in keys)
+
+
+# -- writing and hashing -----------------------------------------------------------------------------------
+
+
+def _row(conversation: Conversation) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": conversation.id}
+    if conversation.domain is not None:
+        row["domain"] = conversation.domain
+    row["messages"] = list(conversation.messages)
+    if conversation.meta:
+        row["meta"] = conversation.meta
+    return row
+
+
+def _json(conversation: Conversation, sort_keys: bool = False) -> str:
+    try:
+        text = json.dumps(_row(conversation), ensure_ascii=False, allow_nan=False, sort_keys=sort_keys)
+        text.encode("utf-8")
+        return text
+    except (TypeError, ValueError) as error:
+        raise DataError(f"'meta' cannot be written as JSON: {error}", where=conversation.where) from error
+
+
+def _last_assistant(messages: tuple[Message, ...]) -> int | None:
+    return next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "assistant"), None)
+
+
+def _default_id(messages: tuple[Message, ...]) -> str:
+    last = _last_assistant(messages)
+    # "\0" cannot survive normalising as white space would, so message boundaries stay part of the hash; a
+    # single question is hashed as it stands.
+    prompt = "\0".join(normalise(m["content"]) for m in (messages if last is None else messages[:last]))
+    return hashlib.sha256(prompt.encode("utf-8")).hexdigest()[:16]

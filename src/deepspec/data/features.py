@@ -1,0 +1,99 @@
+"""Feature sources: where a training batch's target features come from. All give one `FeatureBatch`.
+
+B sequences, S tokens. `online` runs the frozen target in the step, once per sequence; nothing on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from deepspec.blocks import FeatureBatch
+from deepspec.data.conversations import read_conversations
+from deepspec.data.tokens import Encoded, encode
+from deepspec.errors import DataError, TargetError
+from deepspec.target import Target
+
+
+def load_rows(
+    path: str | Path, target: Target, *, thinking: bool, max_length: int, min_supervised: int = 2
+) -> list[Encoded]:
+    """Tokenise a file of answered conversations with the target's own template.
+
+    Rows with fewer than `min_supervised` supervised tokens are left out. Raises DataError where a row
+    is broken or nothing is left, TargetError for a target without a tokenizer.
+    """
+    if target.tokenizer is None:
+        raise TargetError(
+            f"{target.spec.name} has no tokenizer, so text cannot become tokens",
+            next_step="put the target's tokenizer files beside its weights",
+        )
+    rows = []
+    for conversation in read_conversations(path, require_answer=True):
+        row = encode(target.tokenizer, conversation, thinking, max_length)
+        if sum(row.loss_mask) >= min_supervised:
+            rows.append(row)
+    if not rows:
+        raise DataError(
+            f"no row with at least {min_supervised} supervised tokens",
+            where=str(path),
+            next_step="check that the rows hold answers, and that data.max_length leaves room for them",
+        )
+    return rows
+
+
+def batch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Row indices of every batch of an epoch: a pure function of (seed, epoch).
+
+    Rows are shuffled, then sorted by length inside windows of eight batches, so that little is padding
+    while batches stay random; the order of the batches is shuffled again.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    shuffled = torch.randperm(len(lengths), generator=generator).tolist()
+    window = 8 * batch_size
+    batches = []
+    for start in range(0, len(shuffled), window):
+        group = sorted(shuffled[start : start + window], key=lambda i: lengths[i])
+        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def batches_from(
+    rows: Sequence[Encoded], batch_size: int, seed: int, first: int
+) -> Iterator[tuple[int, list[Encoded]]]:
+    """(epoch, rows) of batch `first` and all after it, forever."""
+    lengths = [len(r.ids) for r in rows]
+    per_epoch = len(batch_order(lengths, batch_size, seed, 0))
+    epoch, skip = divmod(first, per_epoch)
+    while True:
+        for picked in batch_order(lengths, batch_size, seed, epoch)[skip:]:
+            yield epoch, [rows[i] for i in picked]
+        epoch, skip = epoch + 1, 0
+
+
+def steps_per_epoch(rows: Sequence[Encoded], batch_size: int) -> int:
+    """Batches in one pass over the rows."""
+    return len(batch_order([len(r.ids) for r in rows], batch_size, 0, 0))
+
+
+def online(target: Target, layers: Sequence[int], rows: Sequence[Encoded]) -> FeatureBatch:
+    """The rows' features, computed now by the frozen target in one forward pass."""
+    lengths = torch.tensor([len(r.ids) for r in rows])
+    width = int(lengths.max())
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        mask[i, : len(row.ids)] = torch.tensor(row.loss_mask, dtype=torch.bool)
+    output = target.read(ids, layers)
+    assert output.features is not None
+    return FeatureBatch(
+        input_ids=ids.to(target.device),
+        loss_mask=mask.to(target.device),
+        features=output.features,
+        last_hidden=output.last_hidden,
+        lengths=lengths.to(target.device),
+        row_ids=tuple(r.id for r in rows),
+    )

@@ -1,0 +1,222 @@
+"""The one shape that every draft has: what it is (`DraftSpec`), what it says (`Proposal`), what it owes
+the optimiser (`LossSums`), and the slots it is driven by.
+
+R rows, Q observed tokens per row, γ proposals, V vocabulary, m captured layers, d hidden width, N loss rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepspec.drafts.layers import LayerShape
+from deepspec.head import Head
+from deepspec.slots import Rows
+from deepspec.verify import Sampling, draw, warp
+
+
+@dataclass(frozen=True)
+class DraftSpec:
+    """Everything about a draft but its weights.
+
+    algorithm: eagle3, dflash or dspark. block: γ slots (Eagle-3: proposals, the unroll length).
+    target_layer_ids: 0-based decoder layers whose outputs are the features; -1 is the embedding.
+    """
+
+    algorithm: str
+    family: str
+    shape: LayerShape
+    num_layers: int
+    block: int
+    target_layer_ids: tuple[int, ...]
+    num_target_layers: int
+    vocab_size: int
+    mask_token_id: int | None = None
+    sample_from_anchor: bool = True
+    markov_rank: int = 0
+    markov_head: str = "vanilla"
+    confidence: bool = False
+    confidence_with_markov: bool = True
+    softcap: float | None = None
+    initializer_range: float = 0.02
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Weights of the loss terms (method.md 3, 4). `decay_gamma`: g of exp(-(k-1)/g) over a block's
+    slots; `step_decay`: the same for Eagle-3's unroll steps."""
+
+    ce: float = 0.0
+    l1: float = 0.0
+    confidence: float = 0.0
+    decay_gamma: float = 4.0
+    step_decay: float = 0.8
+
+
+class LossSums(NamedTuple):
+    """A numerator and its denominator, both summable over batches and ranks; the loss is
+    total / (weight + 1e-6). `metrics`: detached sums, in pairs `name_num`, `name_den`, and loss terms."""
+
+    total: Tensor
+    weight: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Proposal(NamedTuple):
+    """tokens [R, γ]; q [R, γ, V], exactly the float32 distributions they were drawn from;
+    confidence logits [R, γ], or None where the draft has no such head."""
+
+    tokens: Tensor
+    q: Tensor
+    confidence: Tensor | None
+
+
+class Draft(Protocol):
+    """What decoding, calibration, scheduling and serving know of an algorithm: nothing else."""
+
+    name: str
+
+    @property
+    def max_proposals(self) -> int:
+        """γ: the most tokens one `propose` gives."""
+        ...
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """Target layers to capture; empty when it needs none."""
+        ...
+
+    def open(self, slot: int) -> None:
+        """Start a sequence in a slot, forgetting whatever was there."""
+        ...
+
+    def observe(
+        self,
+        slots: Sequence[int],
+        features: Tensor | None,
+        tokens: Sequence[Sequence[int]],
+        next_tokens: Sequence[Sequence[int]],
+    ) -> None:
+        """Take in committed tokens: features [R, Q, m*d] (padded) of `tokens`, each followed by `next_tokens`."""
+        ...
+
+    def propose(
+        self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
+    ) -> Proposal:
+        """γ tokens after each row's anchor, its last committed token. uniforms: [R, γ] in [0, 1)."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """The target's frozen token embedding [V, d], and the factor some families put on its output."""
+
+    weight: Tensor
+    scale: float = 1.0
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        rows = F.embedding(ids, self.weight)
+        # The factor is rounded to the weights' dtype first, as the target does.
+        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype)
+
+
+@dataclass(eq=False)
+class Loan:
+    """What a draft borrows from its target. Kept out of the module's parameters on purpose: neither
+    optimisers nor sharding nor the state dict may see it."""
+
+    embedding: Embedding
+    head: Head
+    teacher_head: Head
+
+
+@dataclass(eq=False)
+class SlotLengths:
+    """Committed tokens per slot."""
+
+    of: dict[int, int] = field(default_factory=dict)
+
+    def rows(self, slots: Sequence[int], width: int) -> Rows:
+        return Rows(tuple(slots), tuple(self.of[s] for s in slots), width)
+
+
+class NeuralDraft(nn.Module):
+    """What the trained drafts share: their spec, the loan from the target, their slots."""
+
+    name: str
+    frequencies: Tensor
+
+    def __init__(self, spec: DraftSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.name = spec.algorithm
+        self._loan: list[Loan] = []
+        self.lengths = SlotLengths()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Casts and moves of the whole module; rotary frequencies move, but stay float32 whatever the rest
+        becomes (rounded to bfloat16 they turn far positions wrongly)."""
+        before = self.frequencies
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not before.is_meta and self.frequencies.dtype != before.dtype:
+            self.frequencies = before.to(self.frequencies.device)
+        return self
+
+    def bind(self, embedding: Embedding, head: Head, teacher_head: Head | None = None) -> None:
+        """Lend the target's embedding and head. `head` may be the draft's own, where a checkpoint brings
+        another; `teacher_head` is then the target's, for the loss."""
+        self._loan = [Loan(embedding, head, teacher_head or head)]
+
+    @property
+    def embedding(self) -> Embedding:
+        assert self._loan, "bind the draft to its target first"
+        return self._loan[0].embedding
+
+    @property
+    def head(self) -> Head:
+        assert self._loan, "bind the draft to its target first"
+        return self._loan[0].head
+
+    @property
+    def teacher_head(self) -> Head:
+        """The target's head: turns last hidden states into the target's distribution."""
+        assert self._loan, "bind the draft to its target first"
+        return self._loan[0].teacher_head
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def max_proposals(self) -> int:
+        return self.spec.block
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        return self.spec.target_layer_ids
+
+    def open(self, slot: int) -> None:
+        self.lengths.of[slot] = 0
+
+
+def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw one token per row of logits [R, V]: (tokens [R], the distribution it came from [R, V])."""
+    q = warp(logits, sampling)
+    return (q.argmax(-1) if sampling.greedy else draw(q, uniforms)), q
+
+
+def tau_sums(accept: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    """Expected accepted length with bonus, from acceptance rates [..., γ] of consecutive slots:
+    1 + sum_j prod_{i<=j} accept_i over blocks with a valid slot, and how many such blocks."""
+    survive = (accept * valid).cumprod(-1).sum(-1)
+    counted = valid[..., 0] > 0
+    return {"tau_num": ((1 + survive) * counted).sum(), "tau_den": counted.sum()}

@@ -1,0 +1,97 @@
+"""DSpark: DFlash, a sequential head that ties a block's tokens together, and a confidence head (method.md 3).
+
+γ slots, V vocabulary, r Markov rank, d hidden width, N loss rows, R decoding rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deepspec.blocks import Blocks
+from deepspec.drafts.base import DraftSpec, LossSettings, Proposal, choose
+from deepspec.drafts.dflash import DFlashDraft
+from deepspec.drafts.heads import MARKOV_HEADS, ConfidenceHead, MarkovHead
+from deepspec.losses import confidence_loss
+from deepspec.verify import Sampling
+
+
+class DSparkDraft(DFlashDraft):
+    """Either head may be off; with both off this is DFlash."""
+
+    markov_head: MarkovHead | None
+    confidence_head: ConfidenceHead | None
+
+    def __init__(self, spec: DraftSpec) -> None:
+        super().__init__(spec)
+        width = spec.shape.hidden
+        self.markov_head = self.confidence_head = None
+        if spec.markov_rank:
+            self.markov_head = MARKOV_HEADS[spec.markov_head](spec.vocab_size, spec.markov_rank, width)
+            nn.init.normal_(self.markov_head.markov_w1.weight, std=spec.initializer_range)
+            # The bias starts at zero: the first steps train the base logits that it corrects.
+            nn.init.zeros_(self.markov_head.markov_w2.weight)
+        if spec.confidence:
+            with_markov = bool(spec.markov_rank) and spec.confidence_with_markov
+            self.confidence_head = ConfidenceHead(width, spec.markov_rank, with_markov)
+
+    # ── training ──────────────────────────────────────────────────────────────────────────────────
+
+    def markov_rows(self, blocks: Blocks, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.markov_head is None:
+            return None
+        z = self.markov_head(blocks.previous, hidden)
+        return z[blocks.valid], self.markov_head.markov_w2.weight
+
+    def confidence_logits(self, previous: Tensor, hidden: Tensor) -> Tensor | None:
+        """[...] logits of previous tokens [...] and hidden rows [..., d]; None without the head."""
+        if self.confidence_head is None:
+            return None
+        embedded = self.markov_head.markov_w1(previous) if self.markov_head is not None else None
+        return self.confidence_head(hidden, embedded)
+
+    def confidence_term(
+        self, loss: LossSettings, blocks: Blocks, hidden: Tensor, accept: Tensor | None, weights: Tensor
+    ) -> Tensor | None:
+        if not loss.confidence:
+            return None
+        logits = self.confidence_logits(blocks.previous[blocks.valid], hidden[blocks.valid])
+        if logits is None:
+            return None
+        assert accept is not None
+        return confidence_loss(logits, accept, weights)
+
+    # ── decoding ──────────────────────────────────────────────────────────────────────────────────
+
+    @torch.no_grad()
+    def propose(
+        self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
+    ) -> Proposal:
+        """γ proposals, left to right: each is drawn given the one before it."""
+        skip = self.spec.block - self.max_proposals
+        hidden = self.block_hidden(slots, anchors)
+        base = self.head.logits(hidden[:, skip:])
+        previous = torch.tensor(list(anchors), device=base.device)
+        conditioned, tokens, q = [previous], [], []
+        state = None
+        for slot in range(hidden.shape[1]):
+            z = None
+            if self.markov_head is not None:
+                embedded = self.markov_head.markov_w1(previous)
+                if slot == 0:
+                    state = self.markov_head.start(embedded)
+                z, state = self.markov_head.step(embedded, hidden[:, slot], state)
+            if slot < skip:
+                # Proposes nothing, but a recurrent head has passed through it in training too.
+                continue
+            logits = base[:, slot - skip]
+            if self.markov_head is not None:
+                logits = logits + self.markov_head.markov_w2(z)
+            previous, distribution = choose(logits, sampling, uniforms[:, slot - skip])
+            tokens.append(previous)
+            q.append(distribution)
+            conditioned.append(previous)
+        confidence = self.confidence_logits(torch.stack(conditioned[:-1], dim=1), hidden[:, skip:])
+        return Proposal(torch.stack(tokens, dim=1), torch.stack(q, dim=1), confidence)

@@ -1,0 +1,193 @@
+"""Eagle-3: one autoregressive layer over the target's features, trained by unrolling it (method.md 4).
+
+B sequences, S tokens, K unroll steps, H heads, D head dim, d hidden, m captured layers, N loss rows, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deepspec.blocks import FeatureBatch, unroll_ids, unroll_masks, unroll_teacher_index
+from deepspec.drafts.base import DraftSpec, LossSettings, LossSums, NeuralDraft, Proposal, choose, tau_sums
+from deepspec.drafts.layers import Attention, DraftLayer, RMSNorm, initialise, inverse_frequencies, rotation
+from deepspec.losses import head_loss
+from deepspec.slots import Rows, SlotStore, causal_rows_mask
+from deepspec.verify import Sampling
+
+
+class Eagle3Draft(NeuralDraft):
+    """Row i reads the features of token i and the embedding of token i+1, and predicts token i+2."""
+
+    def __init__(self, spec: DraftSpec) -> None:
+        super().__init__(spec)
+        shape = spec.shape
+        self.fc = nn.Linear(shape.hidden * len(spec.target_layer_ids), shape.hidden, bias=False)
+        self.layers = nn.ModuleList([DraftLayer(shape, paired=True)])
+        self.norm = RMSNorm(shape.hidden, shape.eps)
+        self.register_buffer("frequencies", inverse_frequencies(shape), persistent=False)
+        self.store = SlotStore()
+        self.last_hidden: dict[int, Tensor] = {}
+        initialise(self, spec.initializer_range)
+
+    @property
+    def layer(self) -> DraftLayer:
+        layer = self.layers[0]
+        assert isinstance(layer, DraftLayer)
+        return layer
+
+    def _attention_input(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """[..., 2d]: the normed embedding of the next token, then the normed hidden state."""
+        embedded = self.embedding(ids).to(hidden.dtype)
+        return torch.cat([self.layer.input_layernorm(embedded), self.layer.hidden_norm(hidden)], dim=-1)
+
+    # ── training ──────────────────────────────────────────────────────────────────────────────────
+
+    def plan(self, batch: FeatureBatch, num_anchors: int, generator: torch.Generator | None) -> None:
+        """Eagle-3 unrolls every row: it draws no anchors."""
+
+    def unroll(self, batch: FeatureBatch) -> list[Tensor]:
+        """[B, S, d] hidden state after each of K steps (the layer's output, not normed)."""
+        length = batch.input_ids.shape[1]
+        positions = torch.arange(length, device=batch.input_ids.device)
+        if batch.position_ids is not None:
+            positions = batch.position_ids
+        mask = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()
+        if batch.segment_ids is not None:
+            mask = mask & (batch.segment_ids[:, None, :, None] == batch.segment_ids[:, None, None, :])
+        hidden = self.fc(batch.features.to(self.fc.weight.dtype))
+        attention = self.layer.self_attn
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        states = []
+        for step in range(self.spec.block):
+            x = self._attention_input(hidden, unroll_ids(batch.input_ids, step))
+            turn = rotation(positions + step, self.frequencies, x.dtype)
+            new_keys, new_values = attention.keys_values(x, turn)
+            keys.append(attention.spread(new_keys))
+            values.append(attention.spread(new_values))
+            mixed = _attend_own_column(attention, attention.queries(x, turn), keys, values, mask)
+            hidden = self.layer.finish(hidden, attention.project(mixed))
+            states.append(hidden)
+        return states
+
+    def forward(
+        self, batch: FeatureBatch, loss: LossSettings, blocks: None = None, measure: bool = True
+    ) -> LossSums:
+        """Soft cross-entropy of each step against the target's distribution, summed and divided by
+        B*S, padding and prompt included: the published recipe's normalisation."""
+        rows, length = batch.input_ids.shape
+        masks = unroll_masks(batch.loss_mask, batch.lengths, self.spec.block)
+        if batch.segment_ids is not None:
+            masks = masks & _teacher_in_document(batch.segment_ids, self.spec.block)
+        device = batch.input_ids.device
+        total = torch.zeros((), device=device)
+        accept = torch.zeros(rows, length, self.spec.block, device=device)
+        metrics: dict[str, Tensor] = {}
+        for step, hidden in enumerate(self.unroll(batch)):
+            mask = masks[step]
+            teacher = unroll_teacher_index(length, step, device).expand(rows, length)[mask]
+            where = torch.arange(rows, device=device)[:, None].expand(rows, length)[mask]
+            weight = torch.full((len(where),), loss.step_decay**step, device=device)
+            found = head_loss(
+                self.norm(hidden[mask]),
+                self.head,
+                weights={"soft_ce": weight},
+                labels=None,
+                teacher_hidden=batch.last_hidden[where, teacher],
+                teacher_head=self.teacher_head,
+            )
+            total = total + found.total
+            assert found.accept is not None
+            accept[..., step][mask] = found.accept.to(accept.dtype)
+            metrics[f"soft_ce_{step}_sum"] = found.terms["soft_ce"] / loss.step_decay**step
+            metrics[f"correct_{step}_num"] = found.correct.sum()
+        valid = masks.permute(1, 2, 0).to(accept.dtype)
+        metrics |= tau_sums(accept, valid)
+        metrics["accept_num"], metrics["accept_den"] = (accept * valid).sum((0, 1)), valid.sum((0, 1))
+        return LossSums(total, torch.tensor(float(rows * length), device=device), metrics)
+
+    # ── decoding ──────────────────────────────────────────────────────────────────────────────────
+
+    def advance(self, rows: Rows, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The layer over Q new rows per slot, their keys stored: [R, Q, d] hidden, [R, Q] ids -> [R, Q, d]."""
+        attention = self.layer.self_attn
+        x = self._attention_input(hidden, ids)
+        turn = rotation(rows.positions(x.device), self.frequencies, x.dtype)
+        keys, values = self.store.write(*attention.keys_values(x, turn), rows)
+        alone = rows.width == 1 and len(set(rows.starts)) == 1
+        mask = None if alone else causal_rows_mask(rows, x.device)
+        return self.layer.finish(hidden, attention.attend(attention.queries(x, turn), keys, values, mask))
+
+    @torch.no_grad()
+    def observe(
+        self,
+        slots: Sequence[int],
+        features: Tensor | None,
+        tokens: Sequence[Sequence[int]],
+        next_tokens: Sequence[Sequence[int]],
+    ) -> None:
+        """Extend each slot's cache with rows made of real features, dropping the proposals' own keys."""
+        assert features is not None
+        ids = torch.zeros(features.shape[:2], dtype=torch.long)
+        for row, following in enumerate(next_tokens):
+            ids[row, : len(following)] = torch.tensor(list(following))
+        projected = self.fc(features.to(self.fc.weight.dtype))
+        rows = self.lengths.rows(slots, features.shape[1])
+        hidden = self.advance(rows, projected, ids.to(self.device))
+        for row, slot in enumerate(slots):
+            self.lengths.of[slot] += len(tokens[row])
+            self.last_hidden[slot] = hidden[row, len(tokens[row]) - 1]
+
+    @torch.no_grad()
+    def propose(
+        self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
+    ) -> Proposal:
+        """γ proposals, each fed back with the hidden state that gave it."""
+        hidden = torch.stack([self.last_hidden[s] for s in slots])[:, None]
+        starts = [self.lengths.of[s] for s in slots]
+        tokens, q = [], []
+        for step in range(self.spec.block):
+            chosen, distribution = choose(
+                self.head.logits(self.norm(hidden[:, 0])), sampling, uniforms[:, step]
+            )
+            tokens.append(chosen)
+            q.append(distribution)
+            if step + 1 < self.spec.block:
+                rows = Rows(tuple(slots), tuple(start + step for start in starts), 1)
+                hidden = self.advance(rows, hidden, chosen[:, None])
+        return Proposal(torch.stack(tokens, dim=1), torch.stack(q, dim=1), None)
+
+
+def _attend_own_column(
+    attention: Attention, queries: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor
+) -> Tensor:
+    """[B, H, S, D]: row i sees step 0's keys where `mask` lets it, and of later steps only column i."""
+    if len(keys) == 1:
+        return nn.functional.scaled_dot_product_attention(
+            queries, keys[0], values[0], attn_mask=mask, scale=attention.scale
+        )
+    scores = torch.matmul(queries, keys[0].transpose(-1, -2)).masked_fill(~mask, float("-inf"))
+    own = torch.stack([(queries * k).sum(-1) for k in keys[1:]], dim=-1)
+    share = torch.softmax(torch.cat([scores, own], dim=-1).float() * attention.scale, dim=-1).to(
+        queries.dtype
+    )
+    length = keys[0].shape[2]
+    mixed = torch.matmul(share[..., :length], values[0])
+    for column, value in enumerate(values[1:]):
+        mixed = mixed + share[..., length + column, None] * value
+    return mixed
+
+
+def _teacher_in_document(segment_ids: Tensor, steps: int) -> Tensor:
+    """[K, B, S] bool: position i + step + 1, whose distribution row i learns at each step, is in row i's
+    document. It may be the last there, as it may in a document that has a row of its own."""
+    length = segment_ids.shape[1]
+    inside = []
+    for step in range(steps):
+        where = unroll_teacher_index(length, step, segment_ids.device)
+        # Past the end of the row, the mask of the unpadded recipe is zero already.
+        inside.append(segment_ids[:, where] == segment_ids)
+    return torch.stack(inside)

@@ -1,0 +1,98 @@
+"""Heads of a block draft: the sequential (Markov) head and the confidence head (method.md 3).
+
+[...] leading dimensions, γ slots, V vocabulary, r Markov rank, d hidden width.
+A new sequential head is a subclass with `step`, registered in `MARKOV_HEADS`: nothing else changes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MarkovHead(nn.Module):
+    """`vanilla`: bias over the vocabulary that depends on the previous token only, z = W1[previous].
+
+    The bias W2 z is added to the base logits after the soft-cap.
+    """
+
+    def __init__(self, vocab_size: int, rank: int, hidden: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.markov_w1 = nn.Embedding(vocab_size, rank)
+        self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
+
+    def start(self, embedded: Tensor) -> Tensor | None:
+        """State before the first slot; None where the head keeps none. embedded: [..., r]."""
+        return None
+
+    def step(self, embedded: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """One slot: (z [..., r], new state) from W1[previous] [..., r] and the slot's hidden row [..., d]."""
+        return embedded, None
+
+    def forward(self, previous: Tensor, hidden: Tensor) -> Tensor:
+        """Teacher-forced z [..., γ, r] of previous tokens [..., γ] and hidden rows [..., γ, d]."""
+        embedded = self.markov_w1(previous)
+        state = self.start(embedded[..., 0, :])
+        if state is None:
+            return self.step(embedded, hidden, None)[0]
+        outputs = []
+        for slot in range(previous.shape[-1]):
+            z, state = self.step(embedded[..., slot, :], hidden[..., slot, :], state)
+            outputs.append(z)
+        return torch.stack(outputs, dim=-2)
+
+
+class GatedMarkovHead(MarkovHead):
+    """z = sigmoid(Wg [h ; W1[previous]] + b) * W1[previous]."""
+
+    def __init__(self, vocab_size: int, rank: int, hidden: int) -> None:
+        super().__init__(vocab_size, rank, hidden)
+        self.gate_proj = nn.Linear(hidden + rank, rank)
+
+    def step(self, embedded: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        gate = torch.sigmoid(self.gate_proj(torch.cat([hidden, embedded], dim=-1)))
+        return gate * embedded, None
+
+
+class RecurrentMarkovHead(MarkovHead):
+    """`rnn`: a gated state over the slots of a block; z = tanh(output)."""
+
+    def __init__(self, vocab_size: int, rank: int, hidden: int) -> None:
+        super().__init__(vocab_size, rank, hidden)
+        self.joint_proj = nn.Linear(2 * rank + hidden, 3 * rank)
+
+    def start(self, embedded: Tensor) -> Tensor:
+        return torch.zeros_like(embedded)
+
+    def step(self, embedded: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert state is not None
+        gate, candidate, output = self.joint_proj(torch.cat([state, embedded, hidden], dim=-1)).chunk(3, -1)
+        gate = torch.sigmoid(gate)
+        return torch.tanh(output), gate * state + (1 - gate) * torch.tanh(candidate)
+
+
+MARKOV_HEADS: dict[str, type[MarkovHead]] = {
+    "vanilla": MarkovHead,
+    "gated": GatedMarkovHead,
+    "rnn": RecurrentMarkovHead,
+}
+
+
+class ConfidenceHead(nn.Module):
+    """Logit of the probability that a slot's token survives, given that all before it did."""
+
+    def __init__(self, hidden: int, rank: int, with_markov: bool) -> None:
+        super().__init__()
+        self.with_markov = with_markov
+        self.proj = nn.Linear(hidden + (rank if with_markov else 0), 1)
+
+    def forward(self, hidden: Tensor, embedded: Tensor | None) -> Tensor:
+        """[..., d] hidden rows and, with the Markov input, W1[previous] [..., r] -> logits [...]."""
+        if self.with_markov:
+            assert embedded is not None
+            hidden = torch.cat([hidden, embedded], dim=-1)
+        return F.linear(hidden, self.proj.weight.to(hidden.dtype), self.proj.bias.to(hidden.dtype)).squeeze(
+            -1
+        )

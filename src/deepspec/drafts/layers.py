@@ -1,0 +1,196 @@
+"""The decoder layers that all drafts are made of, shaped by family facts instead of by subclasses.
+
+B rows, Q query tokens, K keys, H query heads, G key/value heads, D head dim, d hidden width.
+Grouped-query attention repeats each key/value head for consecutive query heads; rotary positions
+are rotate-half, always in float32; norm epsilon is inside the root (method.md, opening; 4b for Gemma-4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RopeFacts:
+    """theta; `kind` "default" or "proportional"; the share of dimensions that turn (proportional only)."""
+
+    theta: float = 10000.0
+    kind: str = "default"
+    partial: float = 1.0
+    rounded: bool = False
+    """Round the frequencies to bfloat16, as some published drafts were trained. Never for ours."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Dimensions and family facts of a draft's layers."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float = 1e-6
+    activation: str = "silu"
+    attention_bias: bool = False
+    attention_scale: float | None = None
+    value_is_key: bool = False
+    value_norm: bool = False
+    sandwich: bool = False
+    rope: RopeFacts = RopeFacts()
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+Rotation = tuple[Tensor, Tensor]
+
+
+def inverse_frequencies(shape: LayerShape) -> Tensor:
+    """[D/2] float32. "proportional" turns the first int(partial * D/2) pairs, the rest stand still."""
+    dim, rope = shape.head_dim, shape.rope
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    frequencies = rope.theta**-exponents
+    if rope.kind == "proportional":
+        frequencies[int(rope.partial * (dim // 2)) :] = 0.0
+    return frequencies.bfloat16().float() if rope.rounded else frequencies
+
+
+def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Rotation:
+    """cos and sin [..., Q, D] of integer positions [..., Q]; angles in float32, then cast."""
+    angles = positions[..., None].float() * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, turn: Rotation) -> Tensor:
+    """Apply rotate-half positions to [B, H, Q, D]; cos and sin are [B, Q, D] or [Q, D]."""
+    cos, sin = turn
+    if cos.dim() == 3:
+        cos, sin = cos[:, None], sin[:, None]
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return x * cos + turned * sin
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the statistics in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Projections, per-head norms and rotary positions; who sees whom is the caller's mask."""
+
+    def __init__(self, shape: LayerShape, input_width: int) -> None:
+        super().__init__()
+        self.shape = shape
+        bias, inner = shape.attention_bias, shape.heads * shape.head_dim
+        kv = shape.kv_heads * shape.head_dim
+        self.q_proj = nn.Linear(input_width, inner, bias=bias)
+        self.k_proj = nn.Linear(input_width, kv, bias=bias)
+        self.v_proj = None if shape.value_is_key else nn.Linear(input_width, kv, bias=bias)
+        self.o_proj = nn.Linear(inner, shape.hidden, bias=bias)
+        self.q_norm = RMSNorm(shape.head_dim, shape.eps)
+        self.k_norm = RMSNorm(shape.head_dim, shape.eps)
+        self.scale = shape.attention_scale or shape.head_dim**-0.5
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.shape.head_dim))
+
+    def queries(self, x: Tensor, turn: Rotation) -> Tensor:
+        """[B, Q, input] -> [B, H, Q, D]."""
+        return rotate(self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2), turn)
+
+    def keys_values(self, x: Tensor, turn: Rotation) -> tuple[Tensor, Tensor]:
+        """[B, K, input] -> keys and values [B, G, K, D]. Where values are the keys, they are the
+        projection before its norm and rotation."""
+        raw = self._heads(self.k_proj(x))
+        values = raw if self.v_proj is None else self._heads(self.v_proj(x))
+        if self.shape.value_norm:
+            values = F.rms_norm(values, (values.shape[-1],), None, self.shape.eps)
+        return rotate(self.k_norm(raw).transpose(1, 2), turn), values.transpose(1, 2)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[B, G, K, D] -> [B, H, K, D]: each key/value head repeated for its group of query heads."""
+        group = self.shape.heads // self.shape.kv_heads
+        if group == 1:
+            return x
+        rows, kv, length, dim = x.shape
+        return x[:, :, None].expand(rows, kv, group, length, dim).reshape(rows, kv * group, length, dim)
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, H, Q, D] queries over [B, G, K, D] keys -> [B, Q, d]. mask: bool, broadcast to [B, 1, Q, K]."""
+        mixed = F.scaled_dot_product_attention(
+            queries, self.spread(keys), self.spread(values), attn_mask=mask, scale=self.scale
+        )
+        return self.project(mixed)
+
+    def project(self, mixed: Tensor) -> Tensor:
+        """[B, H, Q, D] -> [B, Q, d]."""
+        return self.o_proj(mixed.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.hidden, shape.intermediate, bias=False)
+        self.up_proj = nn.Linear(shape.hidden, shape.intermediate, bias=False)
+        self.down_proj = nn.Linear(shape.intermediate, shape.hidden, bias=False)
+        self.activation = ACTIVATIONS[shape.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DraftLayer(nn.Module):
+    """One decoder layer. With `paired` (Eagle-3) the attention reads [norm(embedding) ; norm(hidden)],
+    twice the width, and the residual comes from `hidden`."""
+
+    layer_scalar: Tensor
+
+    def __init__(self, shape: LayerShape, *, paired: bool = False) -> None:
+        super().__init__()
+        self.shape = shape
+        self.input_layernorm = RMSNorm(shape.hidden, shape.eps)
+        if paired:
+            self.hidden_norm = RMSNorm(shape.hidden, shape.eps)
+        self.self_attn = Attention(shape, shape.hidden * (2 if paired else 1))
+        self.post_attention_layernorm = RMSNorm(shape.hidden, shape.eps)
+        self.mlp = MLP(shape)
+        if shape.sandwich:
+            self.pre_feedforward_layernorm = RMSNorm(shape.hidden, shape.eps)
+            self.post_feedforward_layernorm = RMSNorm(shape.hidden, shape.eps)
+            self.register_buffer("layer_scalar", torch.ones(1))
+
+    def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
+        """Residual sums, MLP, and the sandwich norms and layer scalar where the family has them."""
+        if not self.shape.sandwich:
+            hidden = residual + attended
+            return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        hidden = residual + self.post_attention_layernorm(attended)
+        inner = self.mlp(self.pre_feedforward_layernorm(hidden))
+        return (hidden + self.post_feedforward_layernorm(inner)) * self.layer_scalar
+
+
+def initialise(module: nn.Module, std: float) -> None:
+    """Normal(0, std) for matrices and embeddings, zero biases; norms keep their ones."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=std)
+            if isinstance(part, nn.Linear) and part.bias is not None:
+                nn.init.zeros_(part.bias)

@@ -1,0 +1,234 @@
+"""Between a released `config.json` and a `DraftSpec`, both ways; no files, no tensors.
+
+A draft's config is a copy of its target's text config with the draft's own keys on top
+(`num_hidden_layers` is then the draft's depth, the rest of the dimensions the target's).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+from deepspec import families
+from deepspec.drafts.base import DraftSpec
+from deepspec.drafts.layers import ACTIVATIONS, LayerShape, RopeFacts
+
+
+class SpecError(ValueError):
+    """A config that no draft can be built from; says which key and why."""
+
+
+def layer_shape(config: dict[str, Any], family_name: str, *, rope_rounded: bool = False) -> LayerShape:
+    """Layer dimensions and family facts from a raw config dict. Raises SpecError on a missing or unknown fact."""
+    family = families.DRAFT_FAMILIES[family_name]
+    value_is_key = family_name == "gemma4" and bool(config.get("attention_k_eq_v", False))
+    heads = _need(config, "num_attention_heads")
+    kv_key = family.kv_heads_key if value_is_key else "num_key_value_heads"
+    head_dim = (
+        config.get(family.head_dim_key) or config.get("head_dim") or _need(config, "hidden_size") // heads
+    )
+    activation = config.get(family.activation_key) or family.activation
+    if activation not in ACTIVATIONS:
+        raise SpecError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    rope = families.rope_facts(config, family)
+    if rope["rope_type"] not in ("default", "proportional"):
+        raise SpecError(
+            f"rope_type {rope['rope_type']!r} is not supported in a draft (default, proportional)"
+        )
+    return LayerShape(
+        hidden=_need(config, "hidden_size"),
+        intermediate=_need(config, "intermediate_size"),
+        heads=heads,
+        kv_heads=config.get(kv_key) or config.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        eps=float(config.get("rms_norm_eps", 1e-6)),
+        activation=activation,
+        attention_bias=bool(config.get("attention_bias", False)),
+        attention_scale=family.attention_scale,
+        value_is_key=value_is_key,
+        value_norm=family.value_norm,
+        sandwich=family.sandwich,
+        rope=RopeFacts(
+            theta=rope["rope_theta"],
+            kind=rope["rope_type"],
+            partial=float(rope.get("partial_rotary_factor") or 1.0),
+            rounded=rope_rounded,
+        ),
+    )
+
+
+def _need(config: dict[str, Any], key: str) -> Any:
+    if config.get(key) is None:
+        raise SpecError(f"config has no {key!r}")
+    return config[key]
+
+
+def read_spec(config: dict[str, Any], *, rope_rounded: bool = False) -> DraftSpec:
+    """The spec of a released-layout config. Raises SpecError where it isn't a draft's."""
+    architecture = (config.get("architectures") or ["(none)"])[0]
+    known = families.family_of_architecture(architecture)
+    if known is None:
+        names = [a for f in families.DRAFT_FAMILIES.values() for a in f.architectures.values()]
+        raise SpecError(f"architecture {architecture!r} is not a draft's (known: {', '.join(names)})")
+    family, kind = known
+    common: dict[str, Any] = {
+        "family": family,
+        "shape": layer_shape(config, family, rope_rounded=rope_rounded),
+        "num_layers": _need(config, "num_hidden_layers"),
+        "target_layer_ids": tuple(_need(config, "target_layer_ids")),
+        "num_target_layers": _need(config, "num_target_layers"),
+        "vocab_size": _need(config, "vocab_size"),
+        "softcap": config.get("final_logit_softcapping"),
+        "initializer_range": float(config.get("initializer_range", 0.02)),
+    }
+    if kind == "eagle3":
+        return _checked(DraftSpec(algorithm="eagle3", block=_need(config, "ttt_length"), **common))
+    rank = int(config.get("markov_rank") or 0)
+    confidence = bool(config.get("enable_confidence_head", False))
+    return _checked(
+        DraftSpec(
+            algorithm="dspark" if rank or confidence else "dflash",
+            block=_need(config, "block_size"),
+            mask_token_id=_need(config, "mask_token_id"),
+            # Released configs don't carry the field: absent means true (method.md 3, Alignment).
+            sample_from_anchor=bool(config.get("sample_from_anchor", True)),
+            markov_rank=rank,
+            markov_head=config.get("markov_head_type") or "vanilla",
+            confidence=confidence,
+            confidence_with_markov=bool(config.get("confidence_head_with_markov", False)),
+            **common,
+        )
+    )
+
+
+def _checked(spec: DraftSpec) -> DraftSpec:
+    """The spec, when its parts agree with each other; SpecError otherwise."""
+    ids = spec.target_layer_ids
+    if list(ids) != sorted(set(ids)) or not ids:
+        raise SpecError(f"target_layer_ids must rise strictly, not {list(ids)}")
+    if ids[0] < -1 or ids[-1] >= spec.num_target_layers - 1:
+        raise SpecError(
+            f"target_layer_ids {list(ids)} must lie between -1 (the embedding) and {spec.num_target_layers - 2}: "
+            f"the target has {spec.num_target_layers} layers, and the last one's output is never a feature"
+        )
+    if spec.algorithm == "eagle3" and spec.num_layers != 1:
+        raise SpecError(f"an Eagle-3 draft has one layer, not {spec.num_layers}")
+    if spec.mask_token_id is not None and not 0 <= spec.mask_token_id < spec.vocab_size:
+        raise SpecError(f"mask_token_id {spec.mask_token_id} is outside the vocabulary of {spec.vocab_size}")
+    if spec.markov_head not in ("vanilla", "gated", "rnn"):
+        raise SpecError(f"markov_head_type {spec.markov_head!r} is not vanilla, gated or rnn")
+    if spec.block < 1 or proposals(spec) < 1:
+        raise SpecError(f"a block of {spec.block} slot(s) proposes nothing")
+    # One spelling for facts of heads that are off, so that a spec equals what its config reads back as.
+    return replace(
+        spec,
+        markov_head=spec.markov_head if spec.markov_rank else "vanilla",
+        confidence_with_markov=bool(spec.confidence and spec.markov_rank and spec.confidence_with_markov),
+    )
+
+
+def proposals(spec: DraftSpec) -> int:
+    """Tokens proposed per round at most."""
+    return spec.block if spec.algorithm == "eagle3" or spec.sample_from_anchor else spec.block - 1
+
+
+def new_spec(
+    target_config: dict[str, Any],
+    *,
+    algorithm: str,
+    num_layers: int,
+    block: int,
+    target_layer_ids: list[int] | None = None,
+    mask_token_id: int | None = None,
+    markov_rank: int = 0,
+    markov_head: str = "vanilla",
+    confidence: bool = False,
+    confidence_with_markov: bool = True,
+    intermediate_size: int | None = None,
+) -> DraftSpec:
+    """The spec of a draft to train for a target, from the target's raw text config.
+
+    Layers default to five by rule (method.md 2); a draft for an unknown family is Qwen3-shaped and
+    turns its positions plainly, whatever the target's rope scaling. Raises SpecError.
+    """
+    row = families.target_family(target_config.get("model_type", ""))
+    facts = dict(target_config)
+    if intermediate_size is not None:
+        facts["intermediate_size"] = intermediate_size
+    if row.draft == "qwen3":
+        theta = families.rope_facts(facts, families.DRAFT_FAMILIES["qwen3"])["rope_theta"]
+        facts["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"}
+        facts["hidden_act"] = "silu"
+        facts["attention_bias"] = False
+    depth = _need(facts, "num_hidden_layers")
+    block_parallel = algorithm != "eagle3"
+    return _checked(
+        DraftSpec(
+            algorithm=algorithm,
+            family=row.draft,
+            shape=layer_shape(facts, row.draft),
+            num_layers=num_layers,
+            block=block,
+            target_layer_ids=tuple(target_layer_ids or families.default_target_layers(depth)),
+            num_target_layers=depth,
+            vocab_size=_need(facts, "vocab_size"),
+            mask_token_id=mask_token_id if block_parallel else None,
+            markov_rank=markov_rank if algorithm == "dspark" else 0,
+            markov_head=markov_head,
+            confidence=confidence and algorithm == "dspark",
+            confidence_with_markov=confidence_with_markov,
+            softcap=facts.get("final_logit_softcapping"),
+            initializer_range=float(facts.get("initializer_range", 0.02)),
+        )
+    )
+
+
+def write_config(
+    spec: DraftSpec, target_config: dict[str, Any], *, step_decay: float = 0.8
+) -> dict[str, Any]:
+    """A released-layout config.json: the target's text config with the draft's keys on top."""
+    config = copy.deepcopy(target_config)
+    family = families.DRAFT_FAMILIES[spec.family]
+    shape = spec.shape
+    kind = "eagle3" if spec.algorithm == "eagle3" else "block"
+    config.update(
+        architectures=[family.architectures[kind]],
+        model_type="qwen3" if spec.family == "qwen3" else config.get("model_type", "gemma4_text"),
+        num_target_layers=spec.num_target_layers,
+        num_hidden_layers=spec.num_layers,
+        layer_types=["full_attention"] * spec.num_layers,
+        target_layer_ids=list(spec.target_layer_ids),
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        vocab_size=spec.vocab_size,
+        rms_norm_eps=shape.eps,
+        attention_bias=shape.attention_bias,
+        tie_word_embeddings=False,
+    )
+    if spec.family == "qwen3":
+        config.update(
+            head_dim=shape.head_dim,
+            num_key_value_heads=shape.kv_heads,
+            hidden_act=shape.activation,
+            rope_parameters={"rope_theta": shape.rope.theta, "rope_type": shape.rope.kind},
+        )
+        config.pop("rope_scaling", None)
+        config.pop("rope_theta", None)
+    if kind == "eagle3":
+        config.update(
+            draft_num_hidden_layers=spec.num_layers, ttt_length=spec.block, step_loss_decay=step_decay
+        )
+        return config
+    config.update(
+        block_size=spec.block,
+        mask_token_id=spec.mask_token_id,
+        sample_from_anchor=spec.sample_from_anchor,
+        markov_rank=spec.markov_rank,
+        enable_confidence_head=spec.confidence,
+    )
+    if spec.markov_rank:
+        config["markov_head_type"] = spec.markov_head
+    if spec.confidence:
+        config["confidence_head_with_markov"] = spec.confidence_with_markov
+    return config

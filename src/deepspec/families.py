@@ -1,0 +1,113 @@
+"""What differs between model families, as data: one row per family, no code per family.
+
+Drafts come in two shapes, `qwen3` and `gemma4`; every target that is not Gemma-4 gets a
+Qwen3-shaped draft. A target row only says what the draft must repeat of it. Nothing is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class DraftFamily(NamedTuple):
+    """How a draft's layers are wired, and where its config keeps the dimensions (method.md 3-4b)."""
+
+    architectures: dict[str, str]
+    """Released architecture name by kind of draft: `block` (DFlash, DSpark) or `eagle3`."""
+    head_dim_key: str
+    kv_heads_key: str
+    """Read when keys and values are one (`attention_k_eq_v`); otherwise `num_key_value_heads`."""
+    activation_key: str
+    activation: str
+    rope_entry: str | None
+    """Name of the nested rope entry to read; None when the rope facts are not nested."""
+    attention_scale: float | None
+    """None means 1/sqrt(head dim)."""
+    value_norm: bool
+    sandwich: bool
+    scaled_embedding: bool
+
+
+DRAFT_FAMILIES: dict[str, DraftFamily] = {
+    "qwen3": DraftFamily(
+        architectures={"block": "Qwen3DSparkModel", "eagle3": "Qwen3Eagle3Model"},
+        head_dim_key="head_dim",
+        kv_heads_key="num_key_value_heads",
+        activation_key="hidden_act",
+        activation="silu",
+        rope_entry=None,
+        attention_scale=None,
+        value_norm=False,
+        sandwich=False,
+        scaled_embedding=False,
+    ),
+    "gemma4": DraftFamily(
+        architectures={"block": "Gemma4DSparkModel", "eagle3": "Gemma4Eagle3Model"},
+        head_dim_key="global_head_dim",
+        kv_heads_key="num_global_key_value_heads",
+        activation_key="hidden_activation",
+        activation="gelu_pytorch_tanh",
+        rope_entry="full_attention",
+        attention_scale=1.0,
+        value_norm=True,
+        sandwich=True,
+        scaled_embedding=True,
+    ),
+}
+# Older names that the released checkpoints also go by.
+ARCHITECTURE_ALIASES = {"Eagle3DraftModel": ("qwen3", "eagle3")}
+
+
+class TargetFamily(NamedTuple):
+    """Facts of a target that its generic Hugging Face interface does not tell."""
+
+    draft: str = "qwen3"
+    mask_token_id: int | None = None
+    """A token that the family reserves and never writes; None: chosen by rule."""
+    template_note: str = ""
+
+
+TARGET_FAMILIES: dict[str, TargetFamily] = {
+    "gemma4": TargetFamily("gemma4", 4, "non-thinking answers follow an unsupervised channel prefix"),
+    "gemma4_text": TargetFamily("gemma4", 4, "non-thinking answers follow an unsupervised channel prefix"),
+    "gemma4_unified": TargetFamily("gemma4", 4),
+    "gemma4_unified_text": TargetFamily("gemma4", 4),
+    "qwen3": TargetFamily("qwen3", 151669, "thinking off puts an empty think block in the prompt"),
+}
+
+
+def target_family(model_type: str) -> TargetFamily:
+    """The row of a target's `model_type`; an unknown one has no special facts."""
+    return TARGET_FAMILIES.get(model_type, TargetFamily())
+
+
+def family_of_architecture(architecture: str) -> tuple[str, str] | None:
+    """(draft family, kind) of a released architecture name, or None when it is not one."""
+    if architecture in ARCHITECTURE_ALIASES:
+        return ARCHITECTURE_ALIASES[architecture]
+    for name, family in DRAFT_FAMILIES.items():
+        for kind, known in family.architectures.items():
+            if known == architecture:
+                return name, kind
+    return None
+
+
+def rope_facts(config: dict[str, Any], family: DraftFamily) -> dict[str, Any]:
+    """The rope entry a draft uses: theta, kind, partial factor, and any scaling fields."""
+    entry = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if family.rope_entry is not None:
+        entry = entry.get(family.rope_entry) or {}
+    theta = entry.get("rope_theta") or config.get("rope_theta") or 10000.0
+    return {**entry, "rope_theta": float(theta), "rope_type": entry.get("rope_type") or "default"}
+
+
+def default_target_layers(depth: int, count: int = 5) -> list[int]:
+    """round(1 + i * (depth - 4) / (count - 1)), duplicates removed (method.md 2); never the last layer.
+
+    depth: decoder layers of the target. Raises ValueError for a target of fewer than two layers.
+    """
+    if depth < 2:
+        raise ValueError(f"a target of {depth} layer(s) has no inner layer to read features from")
+    spread = max(depth - 4, 0)
+    step = spread / (count - 1) if count > 1 else 0.0
+    return sorted({min(int(1 + i * step + 0.5), depth - 2) for i in range(count)})

@@ -1,0 +1,281 @@
+"""Everything a run says: the console, progress bars, JSONL metrics, experiment trackers.
+
+Console output goes to standard error, so that what a command prints on standard output can be piped.
+This is the only room that imports trackers, and it does so when one is opened, never before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from deepspec.errors import UserError
+
+console = Console(stderr=True, highlight=False)
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "none"]
+
+
+# ---- console -----------------------------------------------------------------------------------------------
+
+
+def note(text: str, *, style: str = "") -> None:
+    """One line for the person watching. Printed as it stands: brackets are not markup, paths do not wrap."""
+    console.print(Text(text, style=style), soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """A line about something that went another way than asked, and that the run survived."""
+    note(f"warning: {text}", style="yellow")
+
+
+def show_error(error: UserError) -> None:
+    """The three parts of a user's error; the first line stands out."""
+    what, *rest = str(error).split("\n")
+    note(f"error: {what}", style="bold red")
+    for line in rest:
+        note(line)
+
+
+# ---- progress ----------------------------------------------------------------------------------------------
+
+
+def shown(value: object) -> str:
+    """A field's value as short text: four significant digits for a float, no decimals from 100 on."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if math.isfinite(value) and abs(value) >= 100 else f"{value:.4g}"
+
+
+class Bar:
+    """One progress bar, as handed out by `progress`. Fields keep their last value until updated."""
+
+    def __init__(self, display: Progress, task: TaskID) -> None:
+        self._display = display
+        self._task = task
+        self._fields: dict[str, object] = {}
+
+    def update(self, advance: float = 1, *, completed: float | None = None, **fields: object) -> None:
+        """Move on by `advance`, or to `completed` where given, and set fields to show beside the bar.
+
+        A field's name may be any text: `bar.update(loss=2.1, **{"tokens/s": 1800.0})`.
+        """
+        self._fields.update(fields)
+        text = "  ".join(f"{name} {shown(value)}" for name, value in self._fields.items())
+        if completed is None:
+            self._display.update(self._task, advance=advance, fields_text=text)
+        else:
+            self._display.update(self._task, completed=completed, fields_text=text)
+
+
+@contextmanager
+def progress(description: str, total: float | None, *, count: bool = True) -> Iterator[Bar]:
+    """A bar with time left and text fields; nothing at all is drawn when standard error is no terminal.
+
+    `total` is in any unit (steps, prompts, seconds of a time budget), None where the end is not known.
+    `count` shows "12/400" beside the bar; turn it off where the unit is not a thing one counts.
+    """
+    columns = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        *([MofNCompleteColumn()] if count else []),
+        TextColumn("{task.fields[fields_text]}", markup=False, style="cyan"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    ]
+    with Progress(*columns, console=console, disable=not console.is_terminal) as display:
+        yield Bar(display, display.add_task(description, total=total, fields_text=""))
+
+
+# ---- JSON lines --------------------------------------------------------------------------------------------
+
+
+def plain(value: Any) -> Any:
+    """`value` with every number that JSON cannot write (nan, ±inf) as None, all the way down."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def repair_last_line(path: Path) -> int:
+    """Make a JSONL file end with a whole line, and return the number of bytes dropped to get there.
+
+    A process killed while writing leaves a last line without its newline. If that line is a whole object
+    after all it gets its newline; otherwise it goes. Whole lines are never touched.
+    """
+    if not path.exists():
+        return 0
+    content = path.read_bytes()
+    kept, tail = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
+    if not tail:
+        return 0
+    try:
+        whole = isinstance(json.loads(tail), dict)
+    except ValueError:
+        whole = False
+    with path.open("r+b") as file:
+        if whole:
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+        else:
+            file.truncate(len(kept))
+        os.fsync(file.fileno())
+    return 0 if whole else len(tail)
+
+
+class JsonlWriter:
+    """Append objects to a JSONL file, one a line, each flushed as it is written.
+
+    A killed process loses no line it had finished, and a torn last line from an earlier run is repaired on
+    opening (`dropped_bytes` says how much of it went). Closing syncs the file to disk. Numbers that JSON
+    does not know (nan, inf) are written as null.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.dropped_bytes = repair_last_line(self.path)
+        if self.dropped_bytes:
+            warn(f"{self.path}: dropped a torn last line of {self.dropped_bytes} bytes")
+        self._file: BinaryIO = self.path.open("ab")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one object as one line. Raises TypeError on a value that is not plain JSON data."""
+        # One write call for text and newline together: a reader beside us never sees half of the pair.
+        self._file.write(json.dumps(plain(record), ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> JsonlWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+# ---- trackers ----------------------------------------------------------------------------------------------
+
+
+class Tracker(NamedTuple):
+    """Where figures go while a run is on: two functions, whatever is behind them."""
+
+    log: Callable[[Mapping[str, float], int], None]  # (name -> value, step)
+    close: Callable[[], None]
+
+
+def import_tracker(module: str, package: str, extra: str | None) -> ModuleType:
+    """Import a tracker's module, or say which command installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        wanted = f"deepspec[{extra}]" if extra else package
+        raise UserError(
+            f"the tracker {package!r} is not installed ({error})",
+            where="recipe key `trackers`",
+            next_step=f"pip install '{wanted}', or leave {package!r} out of `trackers`",
+        ) from error
+
+
+def open_tensorboard(directory: Path, run: str, settings: Mapping[str, Any]) -> Tracker:
+    writer = import_tracker("torch.utils.tensorboard", "tensorboard", None).SummaryWriter(
+        log_dir=str(directory / "tensorboard")
+    )
+    writer.add_text("recipe", "```json\n" + json.dumps(plain(settings), indent=1, default=str) + "\n```")
+
+    def log(values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return Tracker(log, writer.close)
+
+
+def open_wandb(directory: Path, run: str, settings: Mapping[str, Any]) -> Tracker:
+    handle = import_tracker("wandb", "wandb", "trackers").init(
+        project="deepspec", name=run, dir=str(directory), config=dict(settings)
+    )
+    return Tracker(lambda values, step: handle.log(dict(values), step=step), handle.finish)
+
+
+def open_mlflow(directory: Path, run: str, settings: Mapping[str, Any]) -> Tracker:
+    mlflow = import_tracker("mlflow", "mlflow", "trackers")
+    mlflow.set_experiment("deepspec")
+    mlflow.start_run(run_name=run)
+    mlflow.log_params(flatten(settings))
+    return Tracker(lambda values, step: mlflow.log_metrics(dict(values), step=step), mlflow.end_run)
+
+
+def open_trackio(directory: Path, run: str, settings: Mapping[str, Any]) -> Tracker:
+    trackio = import_tracker("trackio", "trackio", "trackers")
+    trackio.init(project="deepspec", name=run, config=dict(settings))
+    return Tracker(lambda values, step: trackio.log(dict(values), step=step), trackio.finish)
+
+
+def open_nothing(directory: Path, run: str, settings: Mapping[str, Any]) -> Tracker:
+    return Tracker(lambda values, step: None, lambda: None)
+
+
+TRACKERS: dict[TrackerName, Callable[[Path, str, Mapping[str, Any]], Tracker]] = {
+    "tensorboard": open_tensorboard,
+    "wandb": open_wandb,
+    "mlflow": open_mlflow,
+    "trackio": open_trackio,
+    "none": open_nothing,
+}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def open_trackers(
+    names: Sequence[TrackerName], directory: Path, run: str, settings: Mapping[str, Any]
+) -> Tracker:
+    """Open every named tracker and return one that writes to all of them.
+
+    `directory` is the run's folder, `run` its name, `settings` its recipe as plain data. Raises UserError,
+    with the command to type, for a tracker that is not installed; those opened before it are closed again.
+    """
+    opened: list[Tracker] = []
+
+    def log(values: Mapping[str, float], step: int) -> None:
+        for tracker in opened:
+            tracker.log(values, step)
+
+    def close() -> None:
+        for tracker in opened:
+            tracker.close()
+
+    try:
+        for name in names:
+            opened.append(TRACKERS[name](directory, run, settings))
+    except BaseException:
+        close()
+        raise
+    return Tracker(log, close)

@@ -1,0 +1,13 @@
+"""The embedded target, its drafts and its prompts: a real language model small enough to ship."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+DATA = Path(__file__).parent / "data"
+MODELS = ("pocket", "pocket-eagle3", "pocket-dflash", "pocket-dspark")
+
+
+def packaged(name: str) -> str:
+    """The directory of a model that ships with the package; any other name as it is."""
+    return str(DATA / name) if name in MODELS else name

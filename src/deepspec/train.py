@@ -1,0 +1,381 @@
+"""Training a draft: build, step, one visible loop.
+
+Resume is exact by construction: batch k is a pure function of (seed, k), and so are its anchors.
+A checkpoint is a whole directory or none. The target is frozen; only the draft's own parameters train.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspec.checkpoint import AnyDraft, new_draft, save_draft, write_json
+from deepspec.config import Recipe
+from deepspec.data.features import batches_from, online, steps_per_epoch
+from deepspec.data.tokens import Encoded
+from deepspec.drafts.base import LossSettings
+from deepspec.drafts.spec import SpecError, new_spec
+from deepspec.errors import RecipeError
+from deepspec.log import JsonlWriter, note, open_trackers, progress
+from deepspec.target import Target
+
+LOG_EVERY = 10
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training run ended. seconds: spent in steps, evaluations and checkpoints left out."""
+
+    run: Path
+    best: Path
+    steps: int
+    held_out_tau: float | None
+    seconds: float
+    tokens: int
+    interrupted: bool = False
+
+
+def build_draft(recipe: Recipe, target: Target) -> AnyDraft:
+    """A fresh draft as the recipe describes it. Raises RecipeError where it cannot fit the target."""
+    d = recipe.draft
+    mask = d.mask_token_id
+    if mask is None and recipe.algorithm != "eagle3":
+        mask = default_mask_token(target)
+    try:
+        spec = new_spec(
+            target.spec.config,
+            algorithm=recipe.algorithm,
+            num_layers=d.num_layers,
+            block=d.block,
+            target_layer_ids=d.target_layer_ids,
+            mask_token_id=mask,
+            markov_rank=d.markov_rank,
+            markov_head=d.markov_head,
+            confidence=d.confidence,
+            confidence_with_markov=d.confidence_with_markov,
+            intermediate_size=d.intermediate_size,
+        )
+    except (SpecError, ValueError) as error:
+        raise RecipeError(
+            str(error), where=recipe.name, next_step="change the recipe's `draft` section"
+        ) from error
+    draft = new_draft(spec, target, seed=recipe.seed)
+    return draft.to(torch.bfloat16) if recipe.precision == "bfloat16" else draft.float()
+
+
+def default_mask_token(target: Target) -> int:
+    """The tokenizer's own mask token, else the family's reserved id, else the last id of the vocabulary.
+
+    Never the padding token: its embedding is often zero.
+    """
+    tokenizer = target.tokenizer
+    if tokenizer is not None:
+        for name in ("<|mask|>", "<|MASK|>", "<mask>", "[MASK]"):
+            found = tokenizer.convert_tokens_to_ids(name)
+            if isinstance(found, int) and found >= 0 and found != tokenizer.unk_token_id:
+                return found
+    reserved = target.spec.family.mask_token_id
+    if reserved is not None and reserved < target.vocab_size:
+        return reserved
+    return target.vocab_size - 1
+
+
+def loss_settings(recipe: Recipe) -> LossSettings:
+    """The recipe's loss weights in the form that drafts read."""
+    loss = recipe.loss
+    return LossSettings(loss.ce, loss.l1, loss.confidence, loss.decay_gamma, recipe.draft.step_loss_decay)
+
+
+class Optimizer:
+    """AdamW with warm-up and cosine decay; float32 masters when the draft itself is narrower."""
+
+    def __init__(self, draft: AnyDraft, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.parameters = [p for p in draft.parameters() if p.requires_grad]
+        self.masters = [
+            p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters
+        ]
+        self.adamw = torch.optim.AdamW(
+            self.masters,
+            lr=recipe.optim.lr,
+            betas=recipe.optim.betas,
+            weight_decay=recipe.optim.weight_decay,
+            fused=True,
+        )
+
+    def step(self, done: float) -> tuple[float, float]:
+        """Clip, step and clear gradients; `done` is the finished share of the run. (lr, gradient norm)."""
+        lr = self.recipe.optim.lr * schedule(done, self.recipe.optim.warmup)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.recipe.optim.grad_clip)
+        self.adamw.step()
+        self.adamw.zero_grad()
+        with torch.no_grad():
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+                    parameter.grad = None
+        return lr, float(norm)
+
+    def state(self) -> dict[str, Any]:
+        return {"adamw": self.adamw.state_dict(), "masters": [m.detach() for m in self.masters]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        with torch.no_grad():
+            for master, parameter, saved in zip(self.masters, self.parameters, state["masters"], strict=True):
+                master.copy_(saved)
+                parameter.copy_(saved)
+
+
+def schedule(done: float, warmup: float) -> float:
+    """Learning-rate factor at a finished share of the run: linear warm-up, then a half cosine to zero."""
+    if done < warmup:
+        return max(done / warmup, 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * min((done - warmup) / (1 - warmup), 1.0)))
+
+
+def train_step(
+    draft: AnyDraft, target: Target, rows: Sequence[Encoded], recipe: Recipe, step: int, *, measure: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Features, loss, gradients of one batch: (loss, metric sums). The anchors depend on (seed, step) only."""
+    batch = online(target, draft.feature_layers, rows)
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+    plan: Any = draft.plan(batch, recipe.num_anchors, generator)
+    sums = draft(batch, loss_settings(recipe), plan, measure)
+    loss = sums.total / (sums.weight + 1e-6)
+    loss.backward()
+    return loss.detach(), sums.metrics
+
+
+@dataclass(eq=False)
+class Progress:
+    """Where a run stands; saved with every checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    best_tau: float | None = None
+    best_step: int = 0
+
+
+def train(
+    recipe: Recipe,
+    target: Target,
+    rows: Sequence[Encoded],
+    run: Path,
+    provenance: dict[str, Any],
+    held_out: Callable[[AnyDraft], float] | None = None,
+) -> Outcome:
+    """Train (or go on training) a draft in `run`; keeps the last checkpoints and the best by held-out τ."""
+    draft = build_draft(recipe, target)
+    optimizer = Optimizer(draft, recipe)
+    at = Progress()
+    found = latest_checkpoint(run)
+    if found is not None:
+        _load_state(found, draft, optimizer, at)
+        note(f"resuming {run} from step {at.step} ({at.seconds:.0f} s trained)")
+    total_steps = _total_steps(recipe, rows)
+    metrics_path = run / "metrics.jsonl"
+    _forget_after(metrics_path, at.step)
+    tracker = open_trackers(recipe.trackers, run / "trackers", recipe.name, recipe.model_dump())
+    batches = batches_from(rows, recipe.optim.batch_size, recipe.seed, at.step)
+    draft.train()
+    total = 1.0 if total_steps is None else float(total_steps)
+    with (
+        _stop_on_interrupt() as stop,
+        JsonlWriter(metrics_path) as metrics,
+        progress(f"training {recipe.name}", total, count=total_steps is not None) as bar,
+    ):
+        while (done := finished_share(recipe, total_steps, at)) < 1.0 and not stop:
+            began = time.perf_counter()
+            epoch, picked = next(batches)
+            measure = at.step % LOG_EVERY == 0
+            loss, sums = train_step(draft, target, picked, recipe, at.step, measure=measure)
+            lr, norm = optimizer.step(done)
+            at.step, at.tokens = at.step + 1, at.tokens + sum(len(r.ids) for r in picked)
+            at.seconds += time.perf_counter() - began
+            if measure:
+                row = _metrics_row(at, epoch, float(loss), sums, lr, norm)
+                metrics.write(row)
+                tracker.log({k: float(v) for k, v in row.items() if isinstance(v, int | float)}, at.step)
+                bar.update(completed=finished_share(recipe, total_steps, at) * total, **_shown(row))
+            if held_out is not None and at.step % recipe.eval_every_steps == 0:
+                _judge(draft, held_out, at, run, target, provenance, metrics)
+            if at.step % recipe.checkpoint_every_steps == 0:
+                save_checkpoint(recipe, run, draft, optimizer, at, target, provenance)
+        if held_out is not None and not stop and at.best_step != at.step:
+            _judge(draft, held_out, at, run, target, provenance, metrics)
+    tracker.close()
+    save_checkpoint(recipe, run, draft, optimizer, at, target, provenance)
+    best = run / "checkpoints" / "best"
+    if not best.exists():
+        save_draft(draft, best, target, {**provenance, "step": at.step, "held_out_tau": None})
+    return Outcome(run, best, at.step, at.best_tau, at.seconds, at.tokens, interrupted=bool(stop))
+
+
+def finished_share(recipe: Recipe, total_steps: int | None, at: Progress) -> float:
+    """Done share of the run, in [0, 1]: the furthest of its limits."""
+    shares = []
+    if total_steps is not None:
+        shares.append(at.step / total_steps)
+    if recipe.optim.max_minutes is not None:
+        shares.append(at.seconds / (60 * recipe.optim.max_minutes))
+    return min(max(shares), 1.0)
+
+
+def _total_steps(recipe: Recipe, rows: Sequence[Encoded]) -> int | None:
+    limits = [recipe.optim.max_steps] if recipe.optim.max_steps is not None else []
+    if recipe.optim.epochs is not None:
+        limits.append(math.ceil(recipe.optim.epochs * steps_per_epoch(rows, recipe.optim.batch_size)))
+    return min(limits) if limits else None
+
+
+def _metrics_row(
+    at: Progress, epoch: int, loss: float, sums: dict[str, Tensor], lr: float, norm: float
+) -> dict[str, Any]:
+    rates = sums["accept_num"] / sums["accept_den"].clamp(min=1)
+    return {
+        "step": at.step,
+        "epoch": epoch,
+        "loss": loss,
+        "tau_estimate": float(sums["tau_num"] / sums["tau_den"].clamp(min=1)),
+        "accept_by_position": [round(float(r), 4) for r in rates],
+        "lr": lr,
+        "grad_norm": norm,
+        "tokens": at.tokens,
+        "seconds": round(at.seconds, 3),
+        "tokens_per_s": at.tokens / max(at.seconds, 1e-9),
+    }
+
+
+def _shown(row: dict[str, Any]) -> dict[str, object]:
+    return {"loss": row["loss"], "τ≈": row["tau_estimate"], "tokens/s": row["tokens_per_s"]}
+
+
+def _judge(
+    draft: AnyDraft,
+    held_out: Callable[[AnyDraft], float],
+    at: Progress,
+    run: Path,
+    target: Target,
+    provenance: dict[str, Any],
+    metrics: JsonlWriter,
+) -> None:
+    """Measure held-out τ, and keep the draft as best where it beats what was."""
+    draft.eval()
+    tau = held_out(draft)
+    draft.train()
+    metrics.write(
+        {"step": at.step, "held_out_tau": tau, "seconds": round(at.seconds, 3), "tokens": at.tokens}
+    )
+    if at.best_tau is None or tau > at.best_tau:
+        at.best_tau, at.best_step = tau, at.step
+        facts = {**provenance, "step": at.step, "held_out_tau": tau, "tokens": at.tokens}
+        save_draft(draft, run / "checkpoints" / "best", target, facts)
+
+
+# ── checkpoints ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def save_checkpoint(
+    recipe: Recipe,
+    run: Path,
+    draft: AnyDraft,
+    optimizer: Optimizer,
+    at: Progress,
+    target: Target,
+    provenance: dict[str, Any],
+) -> None:
+    """checkpoints/step_<n>: the draft in the released layout, and what resuming needs; older ones go."""
+    path = run / "checkpoints" / f"step_{at.step}"
+
+    def beside(part: Path) -> None:
+        torch.save(optimizer.state(), part / "optimizer.pt")
+        write_json(part / "progress.json", vars(at))
+
+    if not path.exists():
+        facts = {**provenance, "step": at.step, "tokens": at.tokens}
+        save_draft(draft, path, target, facts, step_decay=recipe.draft.step_loss_decay, beside=beside)
+    for _, old in _step_directories(run)[:-KEPT_CHECKPOINTS]:
+        shutil.rmtree(old)
+
+
+def _step_directories(run: Path) -> list[tuple[int, Path]]:
+    found = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in (run / "checkpoints").glob("step_*")]
+    return sorted((int(m.group(1)), p) for m, p in found if m is not None)
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run; None before the first."""
+    steps = _step_directories(run)
+    return steps[-1][1] if steps else None
+
+
+def _load_state(path: Path, draft: AnyDraft, optimizer: Optimizer, at: Progress) -> None:
+    saved = torch.load(path / "optimizer.pt", weights_only=True, map_location=draft.device)
+    optimizer.load(saved)
+    for name, value in json.loads((path / "progress.json").read_text("utf-8")).items():
+        setattr(at, name, value)
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop metric lines of steps that a kill lost: they will be trained, and written, again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["step"] <= step:
+            kept.append(line)
+    part = path.with_suffix(".part")
+    part.write_text("".join(line + "\n" for line in kept), "utf-8")
+    part.replace(path)
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[list[int]]:
+    """A list that is non-empty once Ctrl-C (or SIGTERM) came: the loop then ends after its step, saved.
+
+    A second signal gets its usual effect.
+    """
+    stop: list[int] = []
+    usual = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: object) -> None:
+        stop.append(number)
+        note("stopping after this step; run the same command again to go on")
+        for s, handler in usual.items():
+            signal.signal(s, handler)
+
+    try:
+        for s in usual:
+            signal.signal(s, ask)
+    except ValueError:
+        # Not the main thread: Ctrl-C is somebody else's business there.
+        usual = {}
+    try:
+        yield stop
+    finally:
+        for s, handler in usual.items():
+            signal.signal(s, handler)

@@ -1,0 +1,150 @@
+"""Speculative sampling: warp logits, draw tokens, accept or replace a draft's proposals.
+
+The rule is Leviathan et al. 2023 (algorithm 1) and Chen et al. 2023 (algorithm 2): the committed tokens
+follow the target's (warped) distribution exactly, whatever the draft proposes. Everything here is pure:
+the random numbers come in as uniforms, so a test can enumerate the output law.
+
+Shapes: R rows, γ proposals per row (`block` in code), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How logits become probabilities: temperature, then top-k, then top-p.
+
+    `temperature` 0 is greedy, whatever the other two say. `top_k` 0 and `top_p` 1 are off.
+    Raises ValueError for a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature must be finite and at least 0, not {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0 (0 = off), not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1 (1 = off), not {self.top_p}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+class Verdict(NamedTuple):
+    """What a round decided, per row: `accepted` [R] int64 in 0…lengths, and the token that follows them."""
+
+    accepted: Tensor
+    next_token: Tensor
+
+
+def warp(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits [..., V] of any float type to float32 probabilities [..., V].
+
+    Greedy is the one-hot of the first maximum, never a softmax. Ties are never broken by sort order: top-k
+    keeps every token whose logit equals the k-th largest, and top-p keeps a token while the tokens strictly
+    more probable than it (after top-k, renormalised) hold less than `top_p`. So the most probable token
+    always stays, and no row depends on the others.
+    """
+    if sampling.greedy:
+        best = logits.argmax(-1, keepdim=True)
+        return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, best, 1.0)
+    scores = logits.float()
+    if sampling.temperature != 1:
+        # Relative to the maximum before dividing: a tiny temperature then cannot overflow to inf - inf.
+        scores = (scores - scores.amax(-1, keepdim=True)) / sampling.temperature
+    limited = 0 < sampling.top_k < scores.shape[-1]
+    largest = None
+    if limited:
+        top = scores.topk(sampling.top_k, dim=-1)
+        largest = top.indices
+        scores = scores.masked_fill(scores < top.values[..., -1:], -math.inf)
+    probabilities = scores.softmax(-1)
+    if sampling.top_p == 1:
+        return probabilities
+    # A tie beyond the k-th place shares its value, so the k largest are enough to find the threshold.
+    ordered = (
+        probabilities.sort(-1, descending=True).values
+        if largest is None
+        else probabilities.gather(-1, largest)
+    )
+    above = ordered.cumsum(-1, dtype=_wide(ordered)) - ordered
+    last = (above < sampling.top_p).sum(-1, keepdim=True) - 1
+    # Softmax again instead of dividing by a sum, whose rounding may depend on how many rows there are.
+    return scores.masked_fill(probabilities < ordered.gather(-1, last), -math.inf).softmax(-1)
+
+
+def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens [R] by inverse CDF from non-negative weights [R, V], which need not sum to one.
+
+    `uniforms` [R] lie in [0, 1). A token of zero weight is never returned unless its whole row is zero, on
+    any device: the CDF counts only where the weight is positive, and the level looked up is kept below the
+    row's total, so neither rounding at the upper end nor a parallel scan can reach one.
+    """
+    cdf = probabilities.cumsum(-1, dtype=_wide(probabilities))
+    cdf = torch.where(probabilities > 0, cdf, 0.0)
+    total = cdf.amax(-1)
+    level = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+    return (cdf > level.unsqueeze(-1)).view(torch.uint8).argmax(-1)  # argmax is the first maximum
+
+
+def verify(p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, uniforms: Tensor) -> Verdict:
+    """One round of speculative sampling for R rows at once.
+
+    p         [R, γ+1, V]  the target's warped probabilities; p[:, k] decides token k, p[:, γ] the bonus
+    q         [R, γ, V]    exactly the float32 distributions that `tokens` were drawn from
+    tokens    [R, γ]       the draft's proposals, int64
+    lengths   [R]          how many of them count, each in 0…γ (not checked: that would wait for the device)
+    uniforms  [R, γ+1]     in [0, 1); column k decides token k, the last column draws the next token
+
+    Token k is accepted with probability min(1, p/q), left to right. The first rejection draws a replacement
+    from norm(max(0, p - q)) at that position; a row whose `length` tokens all survive draws its bonus from
+    p[:, length]. Lossless as long as `lengths` admits token k by looking at earlier tokens only. Where the
+    residual has rounded to nothing (p equals q), the replacement comes from p.
+
+    Raises ValueError when the shapes do not fit together.
+    """
+    rows, width, vocabulary = p.shape
+    block = width - 1
+    if q.shape != (rows, block, vocabulary) or tokens.shape != (rows, block):
+        raise ValueError(
+            f"p {tuple(p.shape)} needs q ({rows}, {block}, {vocabulary}) and tokens ({rows}, {block}), "
+            f"not {tuple(q.shape)} and {tuple(tokens.shape)}"
+        )
+    if lengths.shape != (rows,) or uniforms.shape != (rows, width):
+        raise ValueError(
+            f"p {tuple(p.shape)} needs lengths ({rows},) and uniforms ({rows}, {width}), "
+            f"not {tuple(lengths.shape)} and {tuple(uniforms.shape)}"
+        )
+    if block == 0:
+        return Verdict(torch.zeros_like(lengths), draw(p[:, 0], uniforms[:, 0]))
+
+    # Only the proposed tokens' probabilities are read here; the V-wide work is left for the stopping row.
+    index = tokens.unsqueeze(-1)
+    p_token = p[:, :block].gather(-1, index).squeeze(-1)
+    q_token = q.gather(-1, index).squeeze(-1)
+    counted = torch.arange(block, device=p.device) < lengths.unsqueeze(-1)
+    survives = (uniforms[:, :block] * q_token < p_token) & counted
+    accepted = survives.cumprod(-1).sum(-1)
+
+    row = torch.arange(rows, device=p.device)
+    target = p[row, accepted]
+    residual = (target - q[row, accepted.clamp_max(block - 1)]).clamp_min_(0)
+    replaces = (accepted < lengths) & (residual.amax(-1) > 0)
+    return Verdict(accepted, draw(torch.where(replaces.unsqueeze(-1), residual, target), uniforms[:, block]))
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    """The type to sum a CDF in: float64, where the device has it (Apple's does not)."""
+    return torch.float32 if values.device.type == "mps" else torch.float64

@@ -1,0 +1,102 @@
+"""Anchors, slots, labels and masks by naive loops over Python lists: the oracle of `deepspec.blocks`.
+
+One sequence at a time: ids and masks are lists over its tokens (padding included), documents a list of
+segment ids or None, blocks lists over slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+Ints = Sequence[int]
+
+
+class Slot(NamedTuple):
+    """What one slot of a block is and predicts."""
+
+    input_id: int
+    position: int
+    label: int
+    previous: int
+    teacher_index: int
+    valid: bool
+
+
+def naive_candidates(loss_mask: Ints, documents: Ints | None) -> list[int]:
+    """Positions whose own token and next token are supervised, in one document."""
+    return [
+        t
+        for t in range(len(loss_mask) - 1)
+        if loss_mask[t] and loss_mask[t + 1] and (documents is None or documents[t] == documents[t + 1])
+    ]
+
+
+def naive_block(
+    ids: Ints,
+    loss_mask: Ints,
+    anchor: int,
+    *,
+    block: int,
+    mask_token_id: int,
+    sample_from_anchor: bool,
+    documents: Ints | None,
+) -> list[Slot]:
+    """The slots of a real block. Slot j predicts the token at anchor + j + 1, or anchor + j."""
+    slots: list[Slot] = []
+    unbroken = True
+    for j in range(block):
+        at = anchor + j + (1 if sample_from_anchor else 0)
+        counts = at < len(ids) and bool(loss_mask[at])
+        if counts and documents is not None:
+            counts = documents[at] == documents[anchor]
+        proposes = sample_from_anchor or j > 0
+        if proposes:
+            unbroken = unbroken and counts
+        # Past the end there is nothing to read: the last token stands in, and does not count.
+        inside = min(at, len(ids) - 1)
+        slots.append(
+            Slot(
+                input_id=ids[anchor] if j == 0 else mask_token_id,
+                position=anchor + j,
+                label=ids[inside],
+                previous=ids[anchor] if j == 0 else slots[-1].label,
+                teacher_index=max(inside - 1, 0),
+                valid=proposes and unbroken,
+            )
+        )
+    return slots
+
+
+def naive_dummy(ids: Ints, *, block: int, mask_token_id: int) -> list[Slot]:
+    """The slots of a block that only fills a rectangle: anchored at 0, all labels there, none valid."""
+    return [Slot(mask_token_id, j, ids[0], ids[0], 0, False) for j in range(block)]
+
+
+def naive_attention(
+    anchors: Ints, kept: Sequence[bool], *, block: int, length: int, documents: Ints | None
+) -> list[list[bool]]:
+    """[A*γ][S + A*γ]: who sees whom. Context strictly before the anchor, and the own block."""
+    rows = []
+    for a, anchor in enumerate(anchors):
+        for _ in range(block):
+            row = [
+                kept[a] and key < anchor and (documents is None or documents[key] == documents[anchor])
+                for key in range(length)
+            ]
+            row += [kept[a] and other == a for other in range(len(anchors)) for _ in range(block)]
+            rows.append(row)
+    return rows
+
+
+def naive_unroll_ids(ids: Ints, step: int) -> list[int]:
+    """The token that row i reads at an unroll step."""
+    return [ids[i + 1 + step] if i + 1 + step < len(ids) else 0 for i in range(len(ids))]
+
+
+def naive_unroll_mask(loss_mask: Ints, length: int, step: int) -> list[bool]:
+    """Whether row i counts: the supervision of position i + step, which must not be the last real token."""
+    return [
+        i + step < len(loss_mask) and i + step != length - 1 and bool(loss_mask[i + step])
+        for i in range(len(loss_mask))
+    ]

@@ -1,0 +1,66 @@
+"""The losses written out plainly, with whole logits and autograd: the oracle of `deepspec.losses`.
+
+Everything is in the dtype it is given; tests give float64. Shapes: N rows, V draft vocabulary, W target
+vocabulary, d widths, r Markov rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepspec.head import Head
+
+
+def plain_logits(hidden: Tensor, head: Head) -> Tensor:
+    logits = head.scale * (hidden @ head.weight.T)
+    if head.bias is not None:
+        logits = logits + head.bias
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits
+
+
+def plain_terms(
+    hidden: Tensor,
+    head: Head,
+    *,
+    labels: Tensor | None = None,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Head | None = None,
+    markov: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Each term of each row, unweighted, and `accept` and `correct`: name -> [N]."""
+    logits = plain_logits(hidden, head)
+    if markov is not None:
+        logits = logits + markov[0] @ markov[1].T
+    ids = list(range(head.vocab_size)) if head.kept is None else head.kept.tolist()
+    log_p = logits - torch.logsumexp(logits, dim=1, keepdim=True)
+    p = log_p.exp()
+    best = torch.tensor([ids[i] for i in logits.argmax(1).tolist()])
+    found: dict[str, Tensor] = {}
+    if labels is not None:
+        found["ce"] = torch.stack(
+            [
+                -log_p[row, ids.index(label)] if label in ids else log_p[row, 0] * 0
+                for row, label in enumerate(labels.tolist())
+            ]
+        )
+        found["correct"] = best == labels
+    if teacher_hidden is not None and teacher_head is not None:
+        teacher_logits = plain_logits(teacher_hidden, teacher_head).detach()
+        full = torch.softmax(teacher_logits, dim=1)
+        t = full[:, ids] / full[:, ids].sum(1, keepdim=True)
+        found["soft_ce"] = -(t * log_p).sum(1)
+        found["kl"] = (t * (t.log() - log_p)).sum(1)
+        found["l1"] = (p - t).abs().sum(1)
+        p_full = torch.zeros_like(full)
+        p_full[:, ids] = p.detach()
+        found["accept"] = 1 - 0.5 * (p_full - full).abs().sum(1)
+        found["correct"] = best == teacher_logits.argmax(1)
+    return found
+
+
+def plain_confidence_loss(logits: Tensor, accept: Tensor, weights: Tensor) -> Tensor:
+    c = torch.sigmoid(logits)
+    return -(weights * (accept * c.log() + (1 - accept) * (1 - c).log())).sum()

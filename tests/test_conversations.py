@@ -1,0 +1,345 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deepspec.data import conversations as module
+from deepspec.data.conversations import (
+    Conversation,
+    content_hash,
+    holdout_bucket,
+    normalise,
+    opening_question,
+    prompt_messages,
+    read_conversations,
+    write_conversations,
+)
+from deepspec.errors import DataError
+
+EVAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "eval"
+USER = {"role": "user", "content": "2+2?"}
+ANSWER = {"role": "assistant", "content": "4"}
+
+
+def file_of(folder: Path, *rows: object) -> Path:
+    """A JSONL file; strings and bytes are lines as they stand."""
+    path = folder / "rows.jsonl"
+    lines = [
+        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
+        for row in rows
+    ]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def read_one(folder: Path, row: object) -> Conversation:
+    (conversation,) = read_conversations(file_of(folder, row))
+    return conversation
+
+
+def error_of(path: Path, **options: bool) -> str:
+    with pytest.raises(DataError) as caught:
+        list(read_conversations(path, **options))
+    return str(caught.value)
+
+
+# -- accepted forms ----------------------------------------------------------------------------------------
+
+
+def test_canonical_row_keeps_id_domain_messages_and_meta(tmp_path: Path) -> None:
+    row = {
+        "id": "a",
+        "domain": "math",
+        "messages": [USER, ANSWER],
+        "meta": {"answer_ids": [5, 6]},
+        "from": "x",
+    }
+    got = read_one(tmp_path, row)
+    assert got == Conversation("a", "math", (USER, ANSWER), {"answer_ids": [5, 6], "from": "x"})
+    assert got.source == f"{tmp_path / 'rows.jsonl'}:1"
+
+
+def test_every_role_order_of_a_tool_conversation_is_accepted(tmp_path: Path) -> None:
+    roles = ["system", "user", "assistant", "tool", "tool", "assistant", "user"]
+    messages = [{"role": role, "content": role} for role in roles]
+    assert [m["role"] for m in read_one(tmp_path, {"messages": messages}).messages] == roles
+
+
+def test_sharegpt_names_become_roles(tmp_path: Path) -> None:
+    row = {
+        "conversations": [
+            {"from": "system", "value": "be brief"},
+            {"from": "human", "value": "2+2?", "weight": None},
+            {"from": "gpt", "value": "4"},
+        ]
+    }
+    assert read_one(tmp_path, row).messages == ({"role": "system", "content": "be brief"}, USER, ANSWER)
+
+
+def test_turns_keep_follow_ups_out_of_the_messages_because_no_answer_stands_between(tmp_path: Path) -> None:
+    got = read_one(tmp_path, {"turns": ["2+2?", "and 3+3?"]})
+    assert (got.messages, got.meta) == ((USER,), {"follow_ups": ["and 3+3?"]})
+    assert read_one(tmp_path, {"turns": ["2+2?"]}).meta == {}
+
+
+def test_prompt_and_response_with_and_without_the_response(tmp_path: Path) -> None:
+    assert read_one(tmp_path, {"prompt": "2+2?", "response": "4"}).messages == (USER, ANSWER)
+    assert read_one(tmp_path, {"prompt": "2+2?", "response": None}).messages == (USER,)
+
+
+def test_messages_win_over_prompt_and_the_prompt_is_kept_as_meta(tmp_path: Path) -> None:
+    got = read_one(tmp_path, {"prompt": "2+2?", "messages": [USER, ANSWER]})
+    assert (got.messages, got.meta) == ((USER, ANSWER), {"prompt": "2+2?"})
+
+
+def test_blank_lines_are_skipped_but_counted(tmp_path: Path) -> None:
+    path = file_of(tmp_path, "", {"prompt": "a"}, "  ", {"prompt": 1})
+    rows = read_conversations(path)
+    assert next(iter(rows)).source == f"{path}:2"
+    with pytest.raises(DataError, match=r"rows\.jsonl:4"):
+        next(iter(rows))
+
+
+def test_line_separator_inside_a_text_does_not_end_the_row(tmp_path: Path) -> None:
+    row = json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False)
+    assert read_one(tmp_path, row).messages[0]["content"] == "a\u2028b\x85c"
+
+
+def test_reading_streams(tmp_path: Path) -> None:
+    rows = iter(read_conversations(file_of(tmp_path, {"prompt": "a"}, "{broken")))
+    assert next(rows).messages[0]["content"] == "a"
+
+
+@pytest.mark.skipif(not EVAL.exists(), reason="the optional folder of evaluation prompts is not here")
+def test_published_evaluation_prompts_are_readable() -> None:
+    counts = {path.stem: sum(1 for _ in read_conversations(path)) for path in sorted(EVAL.glob("*.jsonl"))}
+    lines = {path.stem: path.read_bytes().count(b"\n") for path in sorted(EVAL.glob("*.jsonl"))}
+    assert counts == lines and counts
+
+
+# -- refused input: where, what was found, what was expected -----------------------------------------------
+
+BAD_ROWS: list[tuple[object, str]] = [
+    ('{"messages": [', "malformed JSON: Expecting value at column 15"),
+    ('{"prompt": NaN}', "malformed JSON: NaN is not a JSON value"),
+    ("[" * 100_000, "malformed JSON: "),
+    ([USER], "expected a JSON object, found an array"),
+    ("3", "expected a JSON object, found a number"),
+    ({}, "no 'messages' (nor 'conversations', 'turns', 'prompt'); found an empty object"),
+    ({"mesages": [USER]}, "found 'mesages': did you mean 'messages'?"),
+    ({"xyz": 1}, "found 'xyz'"),
+    ({"messages": []}, "'messages' is empty, expected at least one message"),
+    ({"messages": "hi"}, "'messages' must be a list, found a string"),
+    ({"messages": ["hi"]}, "message 1: expected an object with 'role' and 'content', found a string"),
+    ({"messages": [{"role": "user"}]}, "message 1: no 'content'; found 'role'"),
+    ({"messages": [{"role": "users", "content": ""}]}, "unknown role 'users', expected one of system, user"),
+    ({"messages": [{"role": "users", "content": ""}]}, "next: did you mean 'user'?"),
+    ({"messages": [{"role": ["user"], "content": ""}]}, "message 1: unknown role ['user']"),
+    (
+        {"messages": [{"role": "user", "content": None}]},
+        "message 1 (user): 'content' must be a string, found null",
+    ),
+    ({"messages": [USER, {**ANSWER, "reasoning": "2, 3, 4"}]}, "message 2: unknown key 'reasoning'"),
+    (
+        {"messages": [ANSWER]},
+        "roles out of order: message 1 is assistant at the start, expected system or user",
+    ),
+    ({"messages": [USER, USER]}, "message 2 is user after user, expected assistant"),
+    ({"messages": [USER, ANSWER, ANSWER]}, "message 3 is assistant after assistant, expected user or tool"),
+    ({"messages": [USER, {"role": "system", "content": ""}]}, "message 2 is system after user"),
+    ({"messages": [{"role": "system", "content": ""}]}, "a system message alone"),
+    ({"conversations": [{"from": "humans", "value": ""}]}, "next: did you mean 'human'?"),
+    ({"turns": []}, "'turns' is empty"),
+    ({"turns": ["a", 2]}, "turn 2 must be a string, found a number"),
+    ({"prompt": [USER]}, "'prompt' must be a string, found an array"),
+    ({"prompt": "a", "response": False}, "'response' must be a string, found a boolean"),
+    ({"prompt": "a", "id": 7}, "'id' must be a string, found a number"),
+    ({"prompt": "a", "domain": 7}, "'domain' must be a string, found a number"),
+    ({"prompt": "a", "meta": []}, "'meta' must be an object, found an array"),
+    ({"prompt": "a", "meta": {"k": 1}, "k": 2}, "'k' is both beside and inside 'meta'"),
+    ({"prompt": "a", "answer_ids": [1, "2"]}, "'answer_ids' must be a list of non-negative integers"),
+    ({"prompt": "a", "answer_ids": [1, -2]}, "'answer_ids' must be a list of non-negative integers"),
+    ({"prompt": "a\ud800"}, "'prompt' holds half a surrogate pair ('\\ud800')"),
+    (b'{"prompt": "caf\xe9"}', "not UTF-8: byte 0xe9 at byte 16 of the line"),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), BAD_ROWS, ids=range(len(BAD_ROWS)))
+def test_bad_row_is_refused_with_its_line_and_what_was_expected(
+    tmp_path: Path, row: object, expected: str
+) -> None:
+    path = file_of(tmp_path, {"prompt": "fine"}, row)
+    message = error_of(path)
+    assert expected in message
+    assert f"where: {path}:2" in message
+
+
+def test_byte_order_mark_and_utf16_are_named_not_called_malformed_json(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a"}\n', encoding="utf-8-sig")
+    message = error_of(path)
+    assert "starts with a byte-order mark, expected plain UTF-8" in message and f"where: {path}:1" in message
+    path.write_text('{"prompt": "a"}\n', encoding="utf-16")
+    assert "the file is UTF-16, expected UTF-8" in error_of(path)
+
+
+def test_file_cut_in_the_middle_of_a_row_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b')
+    message = error_of(path)
+    assert "was the file cut while it was written?" in message and f"{path}:2" in message
+
+
+def test_missing_file_is_a_data_error_with_its_path(tmp_path: Path) -> None:
+    assert f"where: {tmp_path / 'none.jsonl'}" in error_of(tmp_path / "none.jsonl")
+    assert "cannot read the conversations" in error_of(tmp_path)
+
+
+def test_require_answer_refuses_a_prompt_and_accepts_an_answer(tmp_path: Path) -> None:
+    path = file_of(tmp_path, {"messages": [USER, ANSWER]}, {"messages": [USER]})
+    message = error_of(path, require_answer=True)
+    assert "conversation without an assistant turn" in message and f"where: {path}:2" in message
+    assert len(list(read_conversations(path))) == 2
+
+
+# -- writing -----------------------------------------------------------------------------------------------
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@st.composite
+def any_conversation(draw: Any) -> Conversation:
+    roles = [*draw(st.sampled_from([[], ["system"]])), "user"]
+    for _ in range(draw(st.integers(0, 4))):
+        roles.append(draw(st.sampled_from(module._MAY_FOLLOW[roles[-1]])))
+    messages = tuple({"role": role, "content": draw(TEXT)} for role in roles)
+    meta = draw(st.dictionaries(TEXT.filter(lambda key: key != "answer_ids"), JSON, max_size=3))
+    return Conversation(draw(TEXT), draw(st.none() | TEXT), messages, meta)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(any_conversation(), max_size=4))
+def test_what_is_written_is_read_back_unchanged(tmp_path: Path, rows: list[Conversation]) -> None:
+    path = tmp_path / "new" / "rows.jsonl"
+    assert write_conversations(path, iter(rows)) == len(rows)
+    again = list(read_conversations(path))
+    assert again == rows
+    assert content_hash(again) == content_hash(rows)
+    assert os.listdir(path.parent) == ["rows.jsonl"]
+
+
+def test_failing_generator_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_conversations(path, [Conversation("old", None, (USER,))])
+
+    def rows() -> Iterator[Conversation]:
+        yield Conversation("new", None, (USER,))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_conversations(path, rows())
+    assert [row.id for row in read_conversations(path)] == ["old"]
+    assert os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+def test_the_file_is_synced_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (events.append("fsync"), fsync(number))[1])
+    monkeypatch.setattr(Path, "replace", lambda self, to: (events.append("rename"), replace(self, to))[1])
+    write_conversations(tmp_path / "rows.jsonl", [Conversation("a", None, (USER,))])
+    assert events[:2] == ["fsync", "rename"]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (Conversation("bad", None, (USER, USER)), "roles out of order"),
+        (Conversation("bad", None, (USER,), {"x": float("nan")}), "'meta' cannot be written as JSON"),
+        (Conversation("bad", None, (USER,), {"x": {1}}), "'meta' cannot be written as JSON"),
+    ],
+)
+def test_a_row_that_could_not_be_read_back_is_not_written(
+    tmp_path: Path, row: Conversation, expected: str
+) -> None:
+    with pytest.raises(DataError, match=re.escape(expected)) as caught:
+        write_conversations(tmp_path / "rows.jsonl", [row])
+    assert "conversation bad" in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+# -- prompts, ids, hashes ----------------------------------------------------------------------------------
+
+
+def test_prompt_messages_stop_before_the_last_answer_only() -> None:
+    more = {"role": "user", "content": "3+3?"}
+    assert prompt_messages(Conversation("a", None, (USER,))) == (USER,)
+    assert prompt_messages(Conversation("a", None, (USER, ANSWER))) == (USER,)
+    assert prompt_messages(Conversation("a", None, (USER, ANSWER, more, ANSWER))) == (USER, ANSWER, more)
+    assert prompt_messages(Conversation("a", None, (USER, ANSWER, more))) == (USER,)
+
+
+def test_default_id_is_the_prompts_hash_and_survives_answering(tmp_path: Path) -> None:
+    expected = hashlib.sha256(b"what is \xc3\xa9?").hexdigest()[:16]
+    for row in (
+        {"prompt": "What  is\n\u00e9? "},
+        {"prompt": "what is e\u0301?", "response": "a letter"},
+        {"turns": ["What is \u00c9?", "and f?"]},
+    ):
+        assert read_one(tmp_path, row).id == expected
+    assert read_one(tmp_path, {"prompt": "what is f?"}).id != expected
+
+
+def test_default_id_tells_system_prompts_and_message_boundaries_apart(tmp_path: Path) -> None:
+    def row(system: str, user: str) -> dict[str, Any]:
+        return {"messages": [{"role": "system", "content": system}, {"role": "user", "content": user}]}
+
+    rows = [row("a", "b c"), row("a b", "c"), row("x", "b c"), {"prompt": "a b c"}]
+    assert len({read_one(tmp_path, r).id for r in rows}) == 4
+
+
+def test_opening_question_ignores_what_surrounds_it(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "s"}, USER, ANSWER, {"role": "user", "content": "more"}]
+    assert opening_question(read_one(tmp_path, {"messages": messages})) == "2+2?"
+
+
+@given(text=TEXT)
+def test_bucket_is_in_range_and_the_same_for_every_spelling(text: str) -> None:
+    value = holdout_bucket(text)
+    assert 0.0 <= value < 1.0
+    assert holdout_bucket(f"  {text}\n") == value == holdout_bucket(normalise(text))
+
+
+def test_bucket_value_never_changes_between_releases() -> None:
+    assert holdout_bucket("What is 2+2?") == holdout_bucket("what  is 2+2?") == 0.9195642326748383
+
+
+def test_bucket_spreads_evenly() -> None:
+    held = sum(holdout_bucket(f"question {i}") < 0.1 for i in range(5000))
+    assert 420 < held < 580  # 500 ± 3.8 standard deviations
+
+
+def test_content_hash_sees_text_order_and_meta_but_not_source() -> None:
+    a, b = Conversation("a", None, (USER,)), Conversation("b", None, (ANSWER,))
+    assert content_hash([a]) == content_hash([Conversation("a", None, (USER,), source="x:1")])
+    others = [
+        [b, a],
+        [a],
+        [Conversation("a", "math", (USER,)), b],
+        [Conversation("a", None, (USER,), {"x": 1}), b],
+    ]
+    assert content_hash([a, b]) not in [content_hash(rows) for rows in others]

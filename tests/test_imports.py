@@ -1,0 +1,183 @@
+"""The laws between rooms, read from the source of every file: who may import whom.
+
+Imports inside functions and under TYPE_CHECKING count, as do `importlib.import_module("name")` calls: a law
+is about what a room knows, not about when it loads it.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import deepspec
+
+PACKAGE = Path(deepspec.__file__).parent
+ROOT = PACKAGE.parent.parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {
+    ".".join(("deepspec", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+    for path in FILES
+}
+
+# Torch, the standard library, and one another: nothing else.
+MATHS = {"acceptance", "blocks", "calibrate", "drafts", "head", "losses", "schedule", "slots", "verify"}
+# Beyond that, the drafts read family facts and may tell a user that a draft does not fit.
+DRAFTS_ALSO = {"errors", "families"}
+TRACKERS = {"tensorboard", "torch.utils.tensorboard", "wandb", "mlflow", "trackio"}
+TRANSFORMERS_ROOMS = ("deepspec.target", "deepspec.data.tokens", "deepspec.export", "deepspec.pocket")
+
+
+def module_of(path: Path) -> str:
+    name = ".".join(("deepspec", *path.relative_to(PACKAGE).with_suffix("").parts))
+    return name.removesuffix(".__init__")
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def room(module: str) -> str:
+    """The room of deepspec.data.tokens is data; that of the package itself is the empty name."""
+    return [*module.split("."), ""][1]
+
+
+def imports_of(source: str, module: str, is_package: bool) -> set[str]:
+    """Every module that a source imports, by full name; `from a import b` also gives a.b if that is one."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                parts = parts[: len(parts) - node.level + is_package]
+                base = ".".join([*parts, *([node.module] if node.module else [])])
+            ours = {f"{base}.{alias.name}" for alias in node.names}
+            # torch's submodules cannot be listed from here, so both readings count.
+            submodules = {name for name in ours if name in MODULES or within(name, "torch")}
+            found |= submodules if base == "deepspec" and submodules else {base} | submodules
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "importlib.import_module",
+            "__import__",
+        ):
+            first = node.args[0] if node.args else None
+            if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                found.add(first.value)
+    return found - {"__future__"}
+
+
+IMPORTS = {
+    module_of(path): imports_of(path.read_text("utf-8"), module_of(path), path.name == "__init__.py")
+    for path in FILES
+}
+
+
+def importers_of(*names: str) -> dict[str, list[str]]:
+    """{module: what it imports of `names`}, packages taken with all inside them."""
+    hits = {m: sorted(i for i in found if any(within(i, n) for n in names)) for m, found in IMPORTS.items()}
+    return {module: hit for module, hit in hits.items() if hit}
+
+
+def strangers(module: str, allowed_rooms: set[str], allowed_packages: tuple[str, ...]) -> list[str]:
+    """What a module imports beyond the standard library, the rooms and the packages allowed to it."""
+    bad = []
+    for name in IMPORTS[module]:
+        top = name.split(".")[0]
+        if top == "deepspec":
+            allowed = room(name) in allowed_rooms
+        else:
+            allowed = top in sys.stdlib_module_names or top in allowed_packages
+        if not allowed:
+            bad.append(name)
+    return sorted(bad)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("import transformers.models as t", {"transformers.models"}),
+        ("from deepspec import errors", {"deepspec.errors"}),
+        ("from deepspec import __version__", {"deepspec"}),
+        ("from deepspec.errors import nearest", {"deepspec.errors"}),
+        ("from . import errors", {"deepspec.errors"}),
+        ("from .errors import nearest", {"deepspec.errors"}),
+        ("def f():\n    import wandb", {"wandb"}),
+        ("if TYPE_CHECKING:\n    from transformers import X", {"transformers"}),
+        ("import importlib\nm = importlib.import_module('mlflow')", {"importlib", "mlflow"}),
+        ("from torch import distributed", {"torch", "torch.distributed"}),
+        ("from __future__ import annotations", set()),
+    ],
+)
+def test_no_way_of_importing_slips_past_the_reader(line, expected):
+    assert imports_of(line, "deepspec.verify", is_package=False) == expected
+
+
+def test_relative_imports_resolve_from_packages_too():
+    assert imports_of("from ..errors import nearest", "deepspec.drafts.heads", False) == {"deepspec.errors"}
+    assert imports_of("from ..errors import nearest", "deepspec.drafts", True) == {"deepspec.errors"}
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if room(m) in MATHS))
+def test_tensor_maths_know_torch_and_each_other_only(module):
+    rooms = MATHS | DRAFTS_ALSO if room(module) == "drafts" else MATHS
+    assert strangers(module, rooms, ("torch",)) == []
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if room(m) in {"errors", "families"}))
+def test_errors_and_families_know_the_standard_library_only(module):
+    assert strangers(module, set(), ()) == []
+
+
+def test_torch_distributed_stays_in_dist():
+    assert {m for m in importers_of("torch.distributed") if not within(m, "deepspec.dist")} == set()
+
+
+def test_drafts_do_not_know_where_their_input_comes_from():
+    known = importers_of("deepspec.data", "deepspec.train", "deepspec.target")
+    assert {m: hit for m, hit in known.items() if room(m) == "drafts"} == {}
+
+
+def test_train_and_decode_do_not_import_each_other():
+    assert {m for m in importers_of("deepspec.decode") if room(m) == "train"} == set()
+    assert {m for m in importers_of("deepspec.train") if room(m) == "decode"} == set()
+
+
+def test_data_does_not_know_the_drafts():
+    assert {m: hit for m, hit in importers_of("deepspec.drafts").items() if room(m) == "data"} == {}
+
+
+def test_transformers_stays_in_its_four_rooms():
+    users = importers_of("transformers")
+    assert {m for m in users if not any(within(m, allowed) for allowed in TRANSFORMERS_ROOMS)} == set()
+
+
+def test_trackers_stay_in_log():
+    assert {m: hit for m, hit in importers_of(*TRACKERS).items() if m != "deepspec.log"} == {}
+
+
+def test_nothing_imports_the_command_line():
+    users = importers_of("deepspec.cli")
+    assert {m for m in users if not within(m, "deepspec.cli") and m != "deepspec.__main__"} == set()
+
+
+@pytest.mark.skipif("deepspec.cli" not in MODULES, reason="there is no command line yet")
+def test_help_does_not_wait_for_torch():
+    code = "import sys, deepspec.cli; print(*sorted({'torch', 'transformers'} & set(sys.modules)))"
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.getenv("PYTHONPATH")]))
+    }
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert (result.stdout.strip(), result.returncode) == ("", 0), result.stderr
+
+
+@pytest.mark.parametrize("name", sorted({room(m) for m in MODULES} - {"", "__main__"}))
+def test_architecture_page_names_every_room(name):
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rooms = page.split("## Rooms")[1].split("\n## ")[0]
+    assert any(f"`{name}{ending}`" in rooms for ending in (".py", "/"))

@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+import types
+
+import pytest
+from rich.console import Console
+
+from deepspec import log
+from deepspec.errors import UserError
+from deepspec.log import TRACKERS, JsonlWriter, TrackerName, flatten, open_trackers, progress, shown
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+# ---- console and progress
+
+
+def test_brackets_in_an_error_are_not_taken_for_markup(capsys):
+    log.show_error(UserError("`ids` must be list[int]", where="/a/[red]/b.yaml"))
+    printed = capsys.readouterr()
+    assert printed.err == "error: `ids` must be list[int]\n  where: /a/[red]/b.yaml\n"
+    assert printed.out == ""  # standard output is for results
+
+
+def test_long_paths_are_not_broken_across_lines(capsys):
+    path = "/a" * 200
+    log.note(path)
+    assert capsys.readouterr().err == path + "\n"
+
+
+def test_no_bar_is_drawn_when_nobody_watches(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(log, "console", Console(file=screen, force_terminal=False))
+    with progress("training", 3) as bar:
+        for _ in range(3):
+            bar.update(loss=1.0)
+    assert screen.getvalue() == ""
+
+
+def terminal(monkeypatch):
+    screen = io.StringIO()
+    console = Console(
+        file=screen, force_terminal=True, width=120, color_system=None, _environ={"TERM": "xterm"}
+    )
+    monkeypatch.setattr(log, "console", console)
+    return screen
+
+
+def last_line(screen):
+    """What the bar looks like in the end, without the codes that move the cursor."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", screen.getvalue())
+    return [line for line in text.splitlines() if line.strip()][-1]
+
+
+def test_bar_shows_count_and_keeps_fields_that_an_update_leaves_out(monkeypatch):
+    screen = terminal(monkeypatch)
+    with progress("training [a]", 4) as bar:
+        bar.update(loss=2.34567, tau=1.5)
+        bar.update(3, **{"tokens/s": 1234.5})
+    last = last_line(screen)
+    assert "training [a]" in last
+    assert "4/4" in last
+    assert "loss 2.346  tau 1.5  tokens/s 1,234" in last
+
+
+def test_bar_can_follow_a_time_budget(monkeypatch):
+    screen = terminal(monkeypatch)
+    with progress("training", 60.0, count=False) as bar:
+        bar.update(completed=30.0, loss=1.0)
+        bar.update(completed=60.0)
+    last = last_line(screen)
+    assert "60/60" not in last
+    assert "loss 1" in last
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(2.34567, "2.346"), (1234.5, "1,234"), (0.0001, "0.0001"), (7, "7"), ("x", "x"), (float("nan"), "nan")],
+)
+def test_fields_are_short(value, text):
+    assert shown(value) == text
+
+
+# ---- JSON lines
+
+
+def test_each_line_is_on_disk_before_the_next_is_written(tmp_path):
+    path = tmp_path / "new" / "metrics.jsonl"
+    writer = JsonlWriter(path)
+    writer.write({"step": 1, "name": "τ"})
+    assert lines(path) == [{"step": 1, "name": "τ"}]
+    writer.write({"step": 2})
+    assert lines(path) == [{"step": 1, "name": "τ"}, {"step": 2}]
+    writer.close()
+
+
+def test_opening_again_appends(tmp_path):
+    path = tmp_path / "m.jsonl"
+    for step in (1, 2):
+        with JsonlWriter(path) as writer:
+            writer.write({"step": step})
+        assert writer.dropped_bytes == 0
+    assert lines(path) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize("torn", [b'{"st', b'{"step": 2', b"2", b"\x00\x00\x00", b'{"a": "\xff'])
+def test_torn_last_line_is_dropped_and_whole_ones_are_kept(tmp_path, torn, capsys):
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + torn)
+    with JsonlWriter(path) as writer:
+        writer.write({"step": 2})
+    assert lines(path) == [{"step": 1}, {"step": 2}]
+    assert writer.dropped_bytes == len(torn)
+    assert f"dropped a torn last line of {len(torn)} bytes" in capsys.readouterr().err
+
+
+def test_whole_last_line_that_lost_only_its_newline_is_kept(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}')
+    with JsonlWriter(path) as writer:
+        writer.write({"step": 3})
+    assert lines(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    assert writer.dropped_bytes == 0
+
+
+def test_a_torn_only_line_leaves_an_empty_file(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"step"')
+    JsonlWriter(path).close()
+    assert path.read_bytes() == b""
+
+
+def test_a_diverged_loss_still_makes_valid_json(tmp_path):
+    path = tmp_path / "m.jsonl"
+    with JsonlWriter(path) as writer:
+        writer.write({"loss": float("nan"), "terms": {"ce": [float("inf"), 1.5]}})
+    assert path.read_text() == '{"loss": null, "terms": {"ce": [null, 1.5]}}\n'
+
+
+def test_a_value_that_is_not_data_writes_no_half_line(tmp_path):
+    path = tmp_path / "m.jsonl"
+    with JsonlWriter(path) as writer:
+        with pytest.raises(TypeError):
+            writer.write({"step": 1, "bad": object()})
+        writer.write({"step": 2})
+    assert lines(path) == [{"step": 2}]
+
+
+# ---- trackers
+
+
+class Recorder(types.ModuleType):
+    """A module whose every function notes how it was called."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.calls: list[tuple[str, tuple, dict]] = []
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def call(*args, **kwargs):
+            self.calls.append((name, args, kwargs))
+            return self
+
+        return call
+
+
+def test_recipe_names_and_tracker_table_agree():
+    assert set(TRACKERS) == set(TrackerName.__args__)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "wandb",
+            [
+                (
+                    "init",
+                    (),
+                    {"project": "deepspec", "name": "r", "dir": "D", "config": {"optim": {"lr": 1.0}}},
+                ),
+                ("log", ({"loss": 2.0},), {"step": 7}),
+                ("finish", (), {}),
+            ],
+        ),
+        (
+            "mlflow",
+            [
+                ("set_experiment", ("deepspec",), {}),
+                ("start_run", (), {"run_name": "r"}),
+                ("log_params", ({"optim.lr": 1.0},), {}),
+                ("log_metrics", ({"loss": 2.0},), {"step": 7}),
+                ("end_run", (), {}),
+            ],
+        ),
+        (
+            "trackio",
+            [
+                ("init", (), {"project": "deepspec", "name": "r", "config": {"optim": {"lr": 1.0}}}),
+                ("log", ({"loss": 2.0},), {"step": 7}),
+                ("finish", (), {}),
+            ],
+        ),
+    ],
+)
+def test_each_tracker_gets_run_settings_figures_and_its_end(monkeypatch, tmp_path, name, expected):
+    module = Recorder(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    tracker = open_trackers([name], tmp_path, "r", {"optim": {"lr": 1.0}})
+    tracker.log({"loss": 2.0}, 7)
+    tracker.close()
+    calls = [(f, a, k | {"dir": "D"} if "dir" in k else k) for f, a, k in module.calls]
+    assert calls == expected
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
+def test_missing_tracker_names_the_command_that_installs_it(monkeypatch, tmp_path, name):
+    monkeypatch.setitem(sys.modules, name, None)  # makes the import fail, installed or not
+    with pytest.raises(UserError) as caught:
+        open_trackers([name], tmp_path, "r", {})
+    assert "pip install 'deepspec[trackers]'" in str(caught.value)
+    assert repr(name) in str(caught.value)
+
+
+def test_a_tracker_that_fails_to_open_closes_those_before_it(monkeypatch, tmp_path):
+    module = Recorder("trackio")
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError):
+        open_trackers(["trackio", "wandb"], tmp_path, "r", {})
+    assert [name for name, _, _ in module.calls] == ["init", "finish"]
+
+
+def test_no_tracker_is_fine(tmp_path):
+    tracker = open_trackers(["none"], tmp_path, "r", {})
+    tracker.log({"loss": 1.0}, 1)
+    tracker.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_writes_the_figures_it_is_given(tmp_path):
+    tracker = open_trackers(["tensorboard"], tmp_path, "r", {"optim": {"lr": 1.0}})
+    tracker.log({"loss": 2.5, "held_out_tau": 1.75}, 7)
+    tracker.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(7, 2.5)]
+    assert [(e.step, e.value) for e in events.Scalars("held_out_tau")] == [(7, 1.75)]
+
+
+def test_flatten_joins_keys_with_dots():
+    assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}

@@ -1,0 +1,381 @@
+"""The target room against `transformers` itself: features, heads, and cached steps over ragged slots."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma4ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+
+from conftest import FAMILIES, MODELS, SLIDING_WINDOW, prompts_of, save_tiny
+from deepspec.errors import TargetError
+from deepspec.target import Target, TargetSpec
+
+CLOSE = 1e-4
+"""Largest float32 difference allowed between one pass and cached steps; a wrong mask gives 0.1 and more."""
+
+
+@pytest.fixture(params=FAMILIES)
+def target(request: pytest.FixtureRequest, targets: dict[str, Target]) -> Target:
+    return targets[request.param]
+
+
+def load(path: Path) -> Target:
+    return Target.from_pretrained(path, dtype="float32", device="cpu")
+
+
+# ── features, hidden states, head ─────────────────────────────────────────────────────────────────────
+
+
+def test_every_feature_is_the_residual_stream_after_its_layer(target: Target) -> None:
+    ids = torch.tensor(prompts_of(target, [19, 19]))
+    with torch.no_grad():
+        theirs = target.model(ids, output_hidden_states=True)
+    depth = target.spec.num_layers
+    assert len(theirs.hidden_states) == depth + 1
+    for layer in range(-1, depth - 1):
+        found = target.read(ids, [layer])
+        assert torch.equal(found.features, theirs.hidden_states[layer + 1]), f"layer {layer}"
+
+
+def test_features_are_joined_in_the_order_asked_for(target: Target) -> None:
+    ids = torch.tensor(prompts_of(target, [9]))
+    last, first = target.read(ids, [2]).features, target.read(ids, [-1]).features
+    joined = target.read(ids, [2, -1]).features
+    assert torch.equal(joined, torch.cat([last, first], dim=-1))
+
+
+def test_no_layers_means_no_features(target: Target) -> None:
+    assert target.read(torch.tensor([[1, 2, 3]]), [0]).features is not None
+    assert target.read(torch.tensor([[1, 2, 3]]), []).features is None
+
+
+def test_last_hidden_is_after_the_final_norm(target: Target) -> None:
+    ids = torch.tensor(prompts_of(target, [15]))
+    with torch.no_grad():
+        theirs = target.model(ids, output_hidden_states=True).hidden_states[-1]
+        before = target.read(ids, [target.spec.num_layers - 2]).features
+    found = target.read(ids, []).last_hidden
+    assert torch.equal(found, theirs)
+    assert not torch.allclose(found, before)
+
+
+def test_head_gives_the_models_logits_soft_cap_included(target: Target) -> None:
+    ids = torch.tensor(prompts_of(target, [15]))
+    with torch.no_grad():
+        theirs = target.model(ids).logits
+    ours = target.logits(target.read(ids, []).last_hidden)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert target.vocab_size == theirs.shape[-1]
+
+
+def test_the_soft_cap_of_the_gemma_target_bites(targets: dict[str, Target]) -> None:
+    target = targets["gemma4"]
+    hidden = target.read(torch.tensor(prompts_of(target, [15])), []).last_hidden
+    bare = hidden @ target.head.weight.T
+    assert (bare - target.logits(hidden)).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_embedding_repeats_the_models_scale_and_its_rounding(
+    target_dirs: dict[str, Path], dtype: str
+) -> None:
+    target = Target.from_pretrained(target_dirs["gemma4"], dtype=dtype, device="cpu")
+    ids = torch.arange(target.vocab_size)
+    assert target.embedding.scale != 1
+    assert torch.equal(target.embedding(ids), target.model.get_input_embeddings()(ids))
+    assert target.dtype == getattr(torch, dtype)
+
+
+def test_padding_to_the_right_changes_nothing_before_it(target: Target) -> None:
+    short, long = prompts_of(target, [7, 21])
+    alone = target.read(torch.tensor([short]), [0, 1])
+    padded = target.read(torch.tensor([short + [0] * 14, long]), [0, 1])
+    torch.testing.assert_close(padded.last_hidden[0, :7], alone.last_hidden[0], atol=CLOSE, rtol=0)
+    torch.testing.assert_close(padded.features[0, :7], alone.features[0], atol=CLOSE, rtol=0)
+
+
+def test_target_is_frozen_and_leaves_no_graph(target: Target) -> None:
+    assert not target.model.training
+    assert not any(p.requires_grad for p in target.model.parameters())
+    assert not target.read(torch.tensor([[1, 2]]), [0]).features.requires_grad
+
+
+# ── cached steps ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class Sequences:
+    """Drives a target's slots and keeps the plain lists of tokens that they should hold."""
+
+    def __init__(self, target: Target, layers: tuple[int, ...] = (-1, 1), seed: int = 0) -> None:
+        self.target, self.layers = target, layers
+        self.random = torch.Generator().manual_seed(seed)
+        self.tokens: dict[int, list[int]] = {}
+        self.worst = 0.0
+
+    def reopen(self, slot: int) -> None:
+        if slot in self.tokens:
+            self.target.free(slot)
+        self.target.open(slot)
+        self.tokens[slot] = []
+
+    def rollback(self, slot: int, share: float) -> None:
+        if slot in self.tokens:
+            length = int(share * len(self.tokens[slot]))
+            self.target.rollback(slot, length)
+            del self.tokens[slot][length:]
+
+    def step(self, counts: dict[int, int]) -> None:
+        """Append `counts[slot]` random tokens to each slot and compare with whole passes."""
+        for slot in counts:
+            if slot not in self.tokens:
+                self.reopen(slot)
+        new = {
+            s: torch.randint(self.target.vocab_size, (n,), generator=self.random).tolist()
+            for s, n in counts.items()
+        }
+        found = self.target.step(list(counts), list(new.values()), self.layers)
+        for slot, tokens in new.items():
+            self.tokens[slot].extend(tokens)
+            assert self.target.length(slot) == len(self.tokens[slot])
+        self.compare(list(counts), list(counts.values()), found.last_hidden, found.features)
+
+    def compare(self, slots: list[int], counts: list[int], hidden: Tensor, features: Tensor) -> None:
+        width = max(len(self.tokens[s]) for s in slots)
+        rows = [self.tokens[s] + [0] * (width - len(self.tokens[s])) for s in slots]
+        whole = self.target.read(torch.tensor(rows), self.layers)
+        for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+            end = len(self.tokens[slot])
+            for name, found, want in (
+                ("last_hidden", hidden, whole.last_hidden),
+                ("features", features, whole.features),
+            ):
+                difference = (found[row, :count] - want[row, end - count : end]).abs().max()
+                self.worst = max(self.worst, float(difference))
+                assert difference < CLOSE, f"{name} of slot {slot}, {count} new of {end}: off by {difference}"
+
+
+steps = st.dictionaries(st.integers(0, 3), st.integers(1, 9), min_size=1, max_size=4)
+rollbacks = st.tuples(st.integers(0, 3), st.floats(0, 1))
+operations = st.lists(st.one_of(steps, steps, rollbacks, st.integers(0, 3)), min_size=3, max_size=9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ragged_cached_steps_with_rollback_equal_whole_passes(
+    targets: dict[str, Target], family: str
+) -> None:
+    """Any sequence of steps over several slots (in any order, with different counts), rollbacks and reopened
+    slots: what a step returns is what one pass over the tokens so far returns."""
+
+    @settings(derandomize=True, deadline=None, max_examples=20, database=None)
+    @given(operations)
+    def check(todo: list[dict[int, int] | tuple[int, float] | int]) -> None:
+        sequences = Sequences(targets[family])
+        for operation in todo:
+            if isinstance(operation, dict):
+                sequences.step(operation)
+            elif isinstance(operation, tuple):
+                sequences.rollback(*operation)
+            else:
+                sequences.reopen(operation)
+
+    check()
+
+
+def scripted(target: Target) -> None:
+    """Prefill past the window, ragged rounds, rollbacks into the window and before it, single-token steps."""
+    sequences = Sequences(target)
+    sequences.step({0: 11})
+    sequences.step({2: 3})
+    sequences.step({0: 4, 2: 5})
+    sequences.rollback(0, 0.5)
+    sequences.step({2: 1, 0: 3, 5: 8})
+    sequences.step({0: 1, 2: 1, 5: 1})
+    sequences.rollback(5, 0.3)
+    sequences.step({5: 6})
+    sequences.step({0: 1})
+    sequences.reopen(0)
+    sequences.step({0: 2, 5: 4})
+
+
+def mistral() -> PreTrainedModel:
+    """All layers slide, and the config has no layer types."""
+    shape = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
+    return MistralForCausalLM(MistralConfig(sliding_window=SLIDING_WINDOW, **shape, **heads))
+
+
+def gemma2() -> PreTrainedModel:
+    shape = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, head_dim=8)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
+    return Gemma2ForCausalLM(Gemma2Config(sliding_window=SLIDING_WINDOW, **shape, **heads))
+
+
+def gemma4_shared() -> PreTrainedModel:
+    """The upper layers reuse the keys and values of lower ones, and each has an embedding of its own."""
+    facts = {"num_kv_shared_layers": 3, "hidden_size_per_layer_input": 4}
+    config = MODELS["gemma4"]().config.to_dict() | facts
+    return Gemma4ForCausalLM(AutoConfig.for_model(**config))
+
+
+OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "mistral": mistral,
+    "gemma2": gemma2,
+    "gemma4_shared": gemma4_shared,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_sliding_windows_hold_in_models_that_spell_them_differently(name: str, tmp_path: Path) -> None:
+    """Older files leave the layer types out: a step must not fall back to full attention."""
+    path = save_tiny(OTHERS[name], tmp_path / name)
+    if name == "gemma2":
+        config = json.loads((path / "config.json").read_text("utf-8"))
+        del config["layer_types"]
+        (path / "config.json").write_text(json.dumps(config), "utf-8")
+    scripted(load(path))
+
+
+def test_eager_attention_gets_its_mask_as_numbers(target_dirs: dict[str, Path]) -> None:
+    """Eager attention adds the mask to its scores: a boolean one would only add one to what may be seen."""
+    path = target_dirs["gemma4"]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    scripted(Target(TargetSpec.from_pretrained(str(path)), model))
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (3, 2, 1, 0), (1, 3), (3, 1), (2, 3)])
+def test_rows_come_back_in_the_order_of_their_slots(target: Target, order: tuple[int, ...]) -> None:
+    sequences = Sequences(target)
+    sequences.step({slot: 2 + slot for slot in range(4)})
+    sequences.step({slot: 4 - slot for slot in order})
+
+
+def test_growing_the_store_keeps_what_it_holds(target: Target) -> None:
+    sequences = Sequences(target)
+    sequences.step({1: 60})
+    sequences.step({0: 5, 1: 3})
+    sequences.step({0: 2, 1: 7})
+    sequences.step({7: 130, 0: 4, 1: 1})
+    sequences.step({0: 1, 1: 2, 7: 3})
+
+
+def test_a_failed_request_for_features_leaves_the_hooks_whole(target: Target) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    want = target.read(ids, [0, 1]).features
+    with pytest.raises(TargetError):
+        target.read(ids, [99])
+    assert torch.equal(target.read(ids, [0, 1]).features, want)
+
+
+# ── loading ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_target_without_a_tokenizer_has_no_stop_tokens(target: Target) -> None:
+    """transformers invents an empty tokenizer for some families: its one token would end sentences."""
+    assert target.tokenizer is None
+    assert target.stop_token_ids == frozenset()
+
+
+def test_stop_tokens_are_the_tokenizers_and_the_generation_configs(
+    target_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "with tokenizer"
+    shutil.copytree(target_dirs["llama"], path)
+    words = {"<eos>": 0, "<unk>": 1, "<turn>": 2, **{f"w{i}": i for i in range(3, 64)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(
+        path
+    )
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}), "utf-8")
+    target = load(path)
+    assert target.tokenizer is not None
+    assert target.stop_token_ids == {0, 2, 5}
+
+
+@pytest.mark.parametrize("name", ["nowhere/at/all/of/it", "nowhere", "some-org/some-model"])
+def test_missing_target_names_the_local_directory_form(name: str) -> None:
+    with pytest.raises(TargetError) as caught:
+        Target.from_pretrained(name)
+    assert name in str(caught.value)
+    assert "give a local directory" in str(caught.value)
+
+
+@pytest.mark.parametrize("layers", [[-2], [0, 4], [0, 3], [99]])
+def test_feature_layer_out_of_range_names_the_depth(targets: dict[str, Target], layers: list[int]) -> None:
+    """3 is the last layer of the four: HF's own list holds its output after the norm only."""
+    with pytest.raises(TargetError, match="which has 4 layers") as caught:
+        targets["llama"].read(torch.tensor([[1]]), layers)
+    assert "-1 (the embedding) to 2" in str(caught.value)
+
+
+def test_encoder_decoder_config_is_refused(tmp_path: Path) -> None:
+    T5Config(d_model=16, num_layers=2, d_ff=16, num_heads=2, vocab_size=32).save_pretrained(tmp_path)
+    with pytest.raises(TargetError, match="is not a model that transformers can load") as caught:
+        Target.from_pretrained(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+TINY = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: BertLMHeadModel(BertConfig(is_decoder=True, vocab_size=32, num_attention_heads=2, **TINY)),
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2)),
+    ],
+    ids=["bert", "gpt2"],
+)
+def test_model_without_decoder_layers_and_norm_is_refused(
+    model: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    model().save_pretrained(tmp_path)
+    with pytest.raises(TargetError, match="could not find the decoder's layers and final norm"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": "no-such-model"}'])
+def test_unreadable_config_is_a_clear_error(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content, "utf-8")
+    with pytest.raises(TargetError, match="is not a model that transformers can load"):
+        Target.from_pretrained(tmp_path)
+
+
+def test_torn_weights_are_a_clear_error(target_dirs: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "torn"
+    shutil.copytree(target_dirs["llama"], path)
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(TargetError, match="is not a model that transformers can load"):
+        load(path)
+
+
+def test_hash_of_a_config_is_of_its_facts(target_dirs: dict[str, Path], tmp_path: Path) -> None:
+    spec = TargetSpec.from_pretrained(str(target_dirs["qwen3"]))
+    same = TargetSpec("elsewhere", {**spec.config, "transformers_version": "0", "dtype": "float16"})
+    other = TargetSpec(spec.name, {**spec.config, "hidden_size": 1})
+    assert spec.config_hash == same.config_hash != other.config_hash
+    assert (spec.num_layers, spec.hidden_size, spec.vocab_size, spec.softcap) == (5, 48, 96, None)
