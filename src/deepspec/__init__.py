@@ -1,0 +1,67 @@
+"""deepspec: make a language model faster without changing a token of its output law.
+
+    import deepspec
+    target = deepspec.Target.from_pretrained("pocket")
+    draft = deepspec.load_draft("pocket-dspark", target)
+    out = deepspec.generate(target, draft, input_ids, max_new_tokens=48)
+
+Names are imported when first used: `import deepspec` alone loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deepspec.checkpoint import load_draft
+    from deepspec.config import Recipe, load_recipe
+    from deepspec.decode import Generation, generate
+    from deepspec.errors import UserError
+    from deepspec.evaluate import evaluate_draft, evaluate_drafts, load_prompts
+    from deepspec.target import Target, TargetSpec
+    from deepspec.verify import Sampling, verify
+    from deepspec.workflow import quickstart, train_draft
+
+__version__ = "0.1.0"
+_HOMES = {
+    "Generation": "decode",
+    "Recipe": "config",
+    "Sampling": "verify",
+    "Target": "target",
+    "TargetSpec": "target",
+    "UserError": "errors",
+    "evaluate_draft": "evaluate",
+    "evaluate_drafts": "evaluate",
+    "generate": "decode",
+    "load_draft": "checkpoint",
+    "load_prompts": "evaluate",
+    "load_recipe": "config",
+    "quickstart": "workflow",
+    "train_draft": "workflow",
+    "verify": "verify",
+}
+__all__ = [
+    "Generation",
+    "Recipe",
+    "Sampling",
+    "Target",
+    "TargetSpec",
+    "UserError",
+    "__version__",
+    "evaluate_draft",
+    "evaluate_drafts",
+    "generate",
+    "load_draft",
+    "load_prompts",
+    "load_recipe",
+    "quickstart",
+    "train_draft",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'deepspec' has no attribute {name!r}")
+    return getattr(import_module(f"deepspec.{_HOMES[name]}"), name)

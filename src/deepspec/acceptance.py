@@ -120,6 +120,25 @@ def paired_bootstrap_ratio(
     return None if sums is None else _interval((sums[0] / sums[1]) / (sums[2] / sums[3]))
 
 
+def mean_ratio_over_groups(
+    groups: Sequence[tuple[tuple[Sequence[float], Sequence[float]], tuple[Sequence[float], Sequence[float]]]],
+    seed: int,
+    samples: int = 2000,
+) -> Interval | None:
+    """Mean over groups (domains, say) of the paired ratio of each, prompts resampled within their group.
+
+    Each group is (first, second) as `paired_bootstrap_ratio` takes them. Every group weighs the same,
+    however many prompts it has. None where any group has no ratio.
+    """
+    ratios = []
+    for index, (first, second) in enumerate(groups):
+        sums = _resampled(*first, *second, seed=seed + index, samples=samples)
+        if sums is None:
+            return None
+        ratios.append((sums[0] / sums[1]) / (sums[2] / sums[3]))
+    return _interval(torch.stack(ratios).mean(0)) if ratios else None
+
+
 def distinct_share(token_lists: Sequence[Sequence[int]], n: int = 4) -> float | None:
     """Distinct n-grams / all n-grams, each list counted on its own and both counts summed over the lists.
 

@@ -157,7 +157,7 @@ def block_attention_mask(blocks: Blocks, length: int, segment_ids: Tensor | None
 
 
 def unroll_ids(input_ids: Tensor, step: int) -> Tensor:
-    """[B, S] token fed at row i of unroll step `step`: input_ids[i + 1 + step], 0 past the end (method.md 4)."""
+    """[B, S] token fed at row i of unroll step `step`: input_ids[i + 1 + step], 0 past the end."""
     shift = step + 1
     return torch.nn.functional.pad(input_ids, (0, shift))[:, shift:]
 

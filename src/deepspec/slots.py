@@ -91,7 +91,7 @@ def _grown(old: Tensor | None, room: tuple[int, int], like: Tensor) -> Tensor:
 
 
 def causal_rows_mask(rows: Rows, device: torch.device | str = "cpu", window: int | None = None) -> Tensor:
-    """[R, 1, Q, end] bool: token i of row r sees keys j <= starts[r] + i, the last `window` of them if given."""
+    """[R, 1, Q, end] bool: token i of row r sees keys j <= starts[r] + i, or the last `window` of them."""
     keys = torch.arange(rows.end, device=device)
     positions = rows.positions(device)[..., None]
     seen = keys <= positions

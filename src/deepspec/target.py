@@ -279,6 +279,29 @@ class Target:
         """[..., d] last hidden states -> [..., V]."""
         return self.head.logits(hidden)
 
+    @torch.no_grad()
+    def transformers_generate(
+        self, input_ids: Sequence[int], max_new_tokens: int, temperature: float, stops: Sequence[int]
+    ) -> list[int]:
+        """New tokens by transformers' own `generate`: the baseline that users already have.
+
+        Greedy at temperature 0; above it, sampling without top-k or top-p from torch's global generator.
+        """
+        ids = torch.tensor([list(input_ids)], device=self.device)
+        self._hook(())
+        output = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature if temperature > 0 else None,
+            top_k=0 if temperature > 0 else None,
+            top_p=1.0 if temperature > 0 else None,
+            eos_token_id=list(stops) or None,
+            pad_token_id=0,
+        )
+        return [int(t) for t in output[0, ids.shape[1] :]]
+
     def _mask(self, rows: Rows) -> Tensor | dict[str, Tensor] | None:
         """None where the model's own mask is right (one row); ours where rows are ragged or partly cached."""
         if len(rows.slots) == 1 and (rows.width == 1 or rows.starts[0] == 0):

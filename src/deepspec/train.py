@@ -155,7 +155,7 @@ def schedule(done: float, warmup: float) -> float:
 def train_step(
     draft: AnyDraft, target: Target, rows: Sequence[Encoded], recipe: Recipe, step: int, *, measure: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Features, loss, gradients of one batch: (loss, metric sums). The anchors depend on (seed, step) only."""
+    """Features, loss, gradients of one batch: (loss, metric sums). Anchors depend on (seed, step) only."""
     batch = online(target, draft.feature_layers, rows)
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     plan: Any = draft.plan(batch, recipe.num_anchors, generator)
@@ -266,7 +266,7 @@ def _metrics_row(
     }
 
 
-def _shown(row: dict[str, Any]) -> dict[str, object]:
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
     return {"loss": row["loss"], "τ≈": row["tau_estimate"], "tokens/s": row["tokens_per_s"]}
 
 

@@ -102,7 +102,8 @@ class Draft(Protocol):
         tokens: Sequence[Sequence[int]],
         next_tokens: Sequence[Sequence[int]],
     ) -> None:
-        """Take in committed tokens: features [R, Q, m*d] (padded) of `tokens`, each followed by `next_tokens`."""
+        """Take in committed tokens: features [R, Q, m*d] (padded) of `tokens`, each followed by
+        `next_tokens`."""
         ...
 
     def propose(
@@ -210,8 +211,11 @@ class NeuralDraft(nn.Module):
 
 def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token per row of logits [R, V]: (tokens [R], the distribution it came from [R, V])."""
+    if sampling.greedy:
+        tokens = logits.argmax(-1)
+        return tokens, torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, tokens[:, None], 1.0)
     q = warp(logits, sampling)
-    return (q.argmax(-1) if sampling.greedy else draw(q, uniforms)), q
+    return draw(q, uniforms), q
 
 
 def tau_sums(accept: Tensor, valid: Tensor) -> dict[str, Tensor]:

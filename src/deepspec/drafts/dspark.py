@@ -30,7 +30,7 @@ class DSparkDraft(DFlashDraft):
         self.markov_head = self.confidence_head = None
         if spec.markov_rank:
             self.markov_head = MARKOV_HEADS[spec.markov_head](spec.vocab_size, spec.markov_rank, width)
-            nn.init.normal_(self.markov_head.markov_w1.weight, std=spec.initializer_range)
+            nn.init.normal_(self.markov_head.markov_w1.weight, std=spec.markov_rank**-0.5)
             # The bias starts at zero: the first steps train the base logits that it corrects.
             nn.init.zeros_(self.markov_head.markov_w2.weight)
         if spec.confidence:

@@ -112,7 +112,7 @@ class Eagle3Draft(NeuralDraft):
     # ── decoding ──────────────────────────────────────────────────────────────────────────────────
 
     def advance(self, rows: Rows, hidden: Tensor, ids: Tensor) -> Tensor:
-        """The layer over Q new rows per slot, their keys stored: [R, Q, d] hidden, [R, Q] ids -> [R, Q, d]."""
+        """The layer over Q new rows per slot, keys stored: [R, Q, d] hidden, [R, Q] ids -> [R, Q, d]."""
         attention = self.layer.self_attn
         x = self._attention_input(hidden, ids)
         turn = rotation(rows.positions(x.device), self.frequencies, x.dtype)

@@ -20,7 +20,7 @@ class SpecError(ValueError):
 
 
 def layer_shape(config: dict[str, Any], family_name: str, *, rope_rounded: bool = False) -> LayerShape:
-    """Layer dimensions and family facts from a raw config dict. Raises SpecError on a missing or unknown fact."""
+    """Layer dimensions and family facts from a raw config dict. Raises SpecError."""
     family = families.DRAFT_FAMILIES[family_name]
     value_is_key = family_name == "gemma4" and bool(config.get("attention_k_eq_v", False))
     heads = _need(config, "num_attention_heads")
@@ -109,8 +109,9 @@ def _checked(spec: DraftSpec) -> DraftSpec:
         raise SpecError(f"target_layer_ids must rise strictly, not {list(ids)}")
     if ids[0] < -1 or ids[-1] >= spec.num_target_layers - 1:
         raise SpecError(
-            f"target_layer_ids {list(ids)} must lie between -1 (the embedding) and {spec.num_target_layers - 2}: "
-            f"the target has {spec.num_target_layers} layers, and the last one's output is never a feature"
+            f"target_layer_ids {list(ids)} must lie between -1 (the embedding) and "
+            f"{spec.num_target_layers - 2}: the target has {spec.num_target_layers} layers, "
+            "and the last one's output is never a feature"
         )
     if spec.algorithm == "eagle3" and spec.num_layers != 1:
         raise SpecError(f"an Eagle-3 draft has one layer, not {spec.num_layers}")

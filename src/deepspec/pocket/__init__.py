@@ -11,3 +11,8 @@ MODELS = ("pocket", "pocket-eagle3", "pocket-dflash", "pocket-dspark")
 def packaged(name: str) -> str:
     """The directory of a model that ships with the package; any other name as it is."""
     return str(DATA / name) if name in MODELS else name
+
+
+def prompt_file(split: str) -> Path:
+    """The packaged JSONL of a split: train, select or test."""
+    return DATA / "prompts" / f"{split}.jsonl"

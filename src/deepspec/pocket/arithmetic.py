@@ -12,8 +12,16 @@ import random
 import re
 from dataclasses import dataclass
 
-NAMES = ["Ada", "Alan", "Amir", "Anna", "Ben", "Bruno", "Carla", "Chen", "Clara", "Dana", "David", "Elena", "Emil", "Eva", "Farid", "Grace", "Hana", "Hugo", "Ines", "Ivan", "Jack", "Julia", "Kenji", "Lara", "Leo", "Lina", "Lucas", "Maria", "Maya", "Mila", "Nadia", "Nina", "Noah", "Nora", "Omar", "Oscar", "Paula", "Petra", "Priya", "Rosa", "Ruth", "Sam", "Sara", "Sofia", "Tom", "Vera", "Viktor", "Wei", "Yusuf", "Zoe"]
-THINGS = ["apples", "beads", "books", "bottles", "boxes", "bricks", "buttons", "cakes", "candles", "cards", "chairs", "coins", "cookies", "cups", "eggs", "flowers", "lamps", "lemons", "letters", "marbles", "melons", "nails", "oranges", "pears", "pencils", "plates", "plums", "ropes", "shells", "stamps", "stickers", "stones", "tickets", "tiles", "toys"]
+NAMES = tuple(
+    "Ada Alan Amir Anna Ben Bruno Carla Chen Clara Dana David Elena Emil Eva Farid Grace Hana Hugo "  # noqa: SIM905
+    "Ines Ivan Jack Julia Kenji Lara Leo Lina Lucas Maria Maya Mila Nadia Nina Noah Nora Omar Oscar "
+    "Paula Petra Priya Rosa Ruth Sam Sara Sofia Tom Vera Viktor Wei Yusuf Zoe".split()
+)
+THINGS = tuple(
+    "apples beads books bottles boxes bricks buttons cakes candles cards chairs coins cookies cups "  # noqa: SIM905
+    "eggs flowers lamps lemons letters marbles melons nails oranges pears pencils plates plums ropes "
+    "shells stamps stickers stones tickets tiles toys".split()
+)
 CONTAINERS = ["bags", "baskets", "boxes", "crates", "drawers", "jars", "packs", "rows", "shelves", "trays"]
 
 

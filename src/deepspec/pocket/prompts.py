@@ -12,15 +12,10 @@ import itertools
 from pathlib import Path
 
 from deepspec.data.conversations import Conversation, write_conversations
-from deepspec.pocket import DATA, corpus
+from deepspec.pocket import corpus
 
 SPLITS = {"train": 900, "select": 16, "test": 40}
 """Prompts per domain."""
-
-
-def prompt_file(split: str) -> Path:
-    """The packaged JSONL of a split."""
-    return DATA / "prompts" / f"{split}.jsonl"
 
 
 def _by_hash(example: corpus.Example) -> bytes:

@@ -1,0 +1,110 @@
+"""What the commands share: options, loading with clear errors, printing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from deepspec.errors import UserError
+
+if TYPE_CHECKING:
+    from deepspec.target import Target
+    from deepspec.verify import Sampling
+
+BUILT_IN_DRAFTS = ("pocket-eagle3", "pocket-dflash", "pocket-dspark")
+POCKET_PROMPTS = ("pocket:train", "pocket:select", "pocket:test")
+SETTINGS: dict[str, Any] = {
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+    "add_completion": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+
+TargetName = Annotated[str, typer.Option("--target", help="pocket, a directory, or a Hub id.")]
+Thinking = Annotated[bool, typer.Option("--thinking", help="Let the template switch thinking on.")]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="0: all tokens.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Above 0, up to 1.")]
+MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Budget of new tokens per prompt.")]
+Seed = Annotated[int, typer.Option("--seed", min=0)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def load_target(name: str, dtype: str = "auto", device: str = "auto") -> Target:
+    import torch
+
+    from deepspec.target import Target
+
+    if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(
+                f"device {device!r} cannot be used here: {str(error).splitlines()[0]}",
+                next_step="leave --device out, or use --device cpu",
+            ) from error
+    return Target.from_pretrained(name, dtype, device)
+
+
+def sampling_of(temperature: float, top_k: int = 0, top_p: float = 1.0) -> Sampling:
+    from deepspec.verify import Sampling
+
+    try:
+        return Sampling(temperature, top_k, top_p)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def prompt_file(name: str | None, target: str) -> Path:
+    """The file behind --prompts; the pocket target brings its own."""
+    from deepspec.pocket import prompt_file
+
+    if name is None and target != "pocket":
+        raise UserError(
+            f"no prompts to evaluate {target} on",
+            next_step="add --prompts FILE.jsonl, one conversation per line, or --prompts pocket:test",
+        )
+    name = name or "pocket:test"
+    if not name.startswith("pocket:"):
+        return Path(name)
+    if name not in POCKET_PROMPTS:
+        raise UserError(f"no packaged prompts {name!r}", next_step=f"there are {', '.join(POCKET_PROMPTS)}")
+    return prompt_file(name.removeprefix("pocket:"))
+
+
+def stdout() -> Console:
+    return Console(highlight=False)
+
+
+def print_json(value: Any) -> None:
+    from deepspec.log import plain
+
+    typer.echo(json.dumps(plain(value), ensure_ascii=False, indent=1))
+
+
+def print_results(results: Sequence[dict[str, Any]]) -> None:
+    from deepspec.report import results_table
+
+    stdout().print(results_table(results))
+
+
+def table_of(*heads: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, head in enumerate(heads):
+        table.add_column(Text(head), justify="right" if i else "left", overflow="fold")
+    return table

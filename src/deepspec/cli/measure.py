@@ -1,0 +1,330 @@
+"""eval, compare, report, generate: what drafts are worth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from deepspec.cli.common import (
+    BUILT_IN_DRAFTS,
+    Dtype,
+    Json,
+    MaxNew,
+    Seed,
+    TargetName,
+    Thinking,
+    TopK,
+    TopP,
+    load_target,
+    print_json,
+    print_results,
+    prompt_file,
+    sampling_of,
+    stdout,
+    table_of,
+)
+from deepspec.errors import DataError, UserError
+from deepspec.log import note, warn
+
+if TYPE_CHECKING:
+    from deepspec.decode import Generation
+    from deepspec.target import Target
+
+
+def evaluate(
+    target: TargetName = "pocket",
+    draft: Annotated[
+        list[str] | None,
+        typer.Option("--draft", help="Built-in name, checkpoint or run folder; may be repeated."),
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="JSONL file, pocket:test or pocket:select.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="Prompts, domains in turns. 0: all.")] = 18,
+    temperature: Annotated[
+        list[float] | None, typer.Option("--temperature", min=0, help="0 is greedy; may be repeated.")
+    ] = None,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    max_new_tokens: MaxNew = 96,
+    thinking: Thinking = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never stop before the budget.")] = False,
+    seed: Seed = 0,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts decoded together.")] = 1,
+    dtype: Annotated[Dtype, typer.Option("--dtype")] = Dtype.auto,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    no_baselines: Annotated[
+        bool, typer.Option("--no-baselines", help="Leave out transformers' generate and prompt lookup.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Results file; with several temperatures -t<temperature> is added."),
+    ] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Write an HTML report too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure drafts beside plain decoding: accepted length, speed, and whether the output changed.
+
+    \b
+    Example:
+      deepspec eval --target pocket --draft pocket-dspark --temperature 0 --temperature 1
+    """
+    source = prompt_file(prompts, target)
+    names = draft or []
+    if not names:
+        raise UserError(
+            "no draft to evaluate",
+            next_step=f"add --draft NAME: a run or checkpoint folder, or one of {', '.join(BUILT_IN_DRAFTS)}",
+        )
+    samplings = [sampling_of(t, top_k, top_p) for t in temperature or [0.0]]
+    from deepspec.checkpoint import find_checkpoint, load_draft, write_json
+    from deepspec.evaluate import evaluate_drafts, load_prompts
+    from deepspec.log import plain
+    from deepspec.report import write_report
+    from deepspec.workflow import read_metrics
+
+    folders = {label: name for label, name in zip(draft_labels(names), names, strict=True)}
+    for name in names:
+        find_checkpoint(name)  # a mistyped name should not wait for the target to load
+    model = load_target(target, dtype.value, device)
+    drafts = {label: load_draft(name, model) for label, name in folders.items()}
+    tasks = load_prompts(source, model, thinking=thinking, limit=limit)
+    for label, name in folders.items():
+        _warn_of_other_conditions(label, find_checkpoint(name), model, thinking)
+    results = []
+    for sampling in samplings:
+        result = plain(
+            evaluate_drafts(
+                model,
+                drafts,
+                tasks,
+                sampling,
+                thinking=thinking,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                ignore_eos=ignore_eos,
+                batch=batch,
+                baselines=not no_baselines,
+            )
+        )
+        results.append(result)
+        if out is not None:
+            several = len(samplings) > 1
+            path = out.with_name(f"{out.stem}-t{sampling.temperature:g}{out.suffix}") if several else out
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, result)
+            note(f"results: {path}")
+    if report is not None:
+        curves = {label: rows for label, name in folders.items() if (rows := read_metrics(Path(name)))}
+        note(f"report: {write_report(report, results, curves)}")
+    if as_json:
+        print_json(results if len(results) > 1 else results[0])
+    else:
+        print_results(results)
+
+
+def compare(
+    files: Annotated[list[Path], typer.Argument(metavar="RESULTS.json", help="Written by deepspec eval.")],
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow-mismatch", help="Compare even what was measured under other conditions.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Paired differences in accepted length, with 95% intervals over prompts.
+
+    \b
+    Example:
+      deepspec compare before.json after.json
+    """
+    from deepspec.compare import compare_results
+
+    found = compare_results([r for file in files for r in read_results(file)], allow_mismatch)
+    for sentence in [*found["refusals"], *found["warnings"]]:
+        warn(sentence)
+    if as_json:
+        print_json(found)
+        return
+    table = table_of("b - a", "prompts", "τ(a)", "τ(b)", "difference", "95% interval")
+    for pair in found["comparisons"]:
+        table.add_row(*_difference_cells(f"{pair['b']}\n  - {pair['a']}", pair))
+        for domain, part in pair["domains"].items():
+            table.add_row(*_difference_cells(f"    {domain}", part))
+    stdout().print(table)
+    left_out = max(pair["left_out"] for pair in found["comparisons"])
+    if left_out:
+        warn(f"up to {left_out} prompts that only one side has were left out")
+
+
+def report(
+    files: Annotated[list[Path], typer.Argument(metavar="RESULTS.json", help="Written by deepspec eval.")],
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option("--metrics", metavar="NAME=FILE", help="A draft's metrics.jsonl; may be repeated."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out")] = Path("report.html"),
+) -> None:
+    """Results files as one HTML page that opens from disk.
+
+    \b
+    Example:
+      deepspec report eval-t0.json eval-t1.json --metrics dspark=runs/pocket-dspark/metrics.jsonl
+    """
+    results = [r for file in files for r in read_results(file)]
+    training = dict(_read_curve(text) for text in metrics or [])
+    from deepspec.report import write_report
+
+    typer.echo(str(write_report(out, results, training)))
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the user says.")],
+    target: TargetName = "pocket",
+    draft: Annotated[str | None, typer.Option("--draft", help="Default for pocket: pocket-dspark.")] = None,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.0,
+    max_new_tokens: MaxNew = 128,
+    thinking: Thinking = False,
+    seed: Seed = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="Decode without a draft.")] = False,
+) -> None:
+    """Answer one prompt and show which tokens the draft produced.
+
+    \b
+    Example:
+      deepspec generate "Ada has 12 apples. Ada buys 5 more apples. How many apples does Ada have now?"
+    """
+    if draft is None and target == "pocket":
+        draft = "pocket-dspark"
+    if draft is None and not plain:
+        raise UserError(f"no draft for {target}", next_step="add --draft NAME, or --plain to decode without")
+    sampling_of(temperature)
+    from deepspec.checkpoint import load_draft
+    from deepspec.data.tokens import prompt_ids
+    from deepspec.decode import generate as decode
+
+    model = load_target(target)
+    if model.tokenizer is None:
+        raise UserError(f"{target} has no tokenizer", next_step="put its tokenizer files beside its weights")
+    chosen = None if plain or draft is None else load_draft(draft, model)
+    ids = prompt_ids(model.tokenizer, [{"role": "user", "content": prompt}], thinking)
+    answer = decode(model, chosen, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    stdout().print(_coloured(model, answer), soft_wrap=True)
+    rate = f"{len(answer.token_ids)} tokens, {len(answer.token_ids) / answer.seconds:.1f} tokens/s"
+    if chosen is not None and answer.kept:
+        # The round past a full budget kept nothing and would only pull the figure down.
+        kept = [k for k in answer.kept if k]
+        note(f"{rate}, τ {sum(kept) / max(len(kept), 1):.2f} tokens per verify round")
+        note(f"green: {sum(answer.from_draft)} tokens that {chosen.name} proposed and the target accepted")
+    else:
+        note(rate)
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def draft_labels(names: Sequence[str]) -> list[str]:
+    """What drafts are called in tables: the run's or the folder's name, in full where two would be alike."""
+    labels = []
+    for name in names:
+        path = Path(name)
+        inside_run = path.parent.name == "checkpoints"
+        labels.append(
+            path.parent.parent.name if inside_run and path.parent.parent.name else path.name or name
+        )
+    full = [name if labels.count(label) > 1 else label for name, label in zip(names, labels, strict=True)]
+    twice = next((label for label in full if full.count(label) > 1), None)
+    if twice is not None:
+        raise UserError(f"the draft {twice} is given twice", next_step="name each draft once")
+    return full
+
+
+def _warn_of_other_conditions(label: str, checkpoint: Path, target: Target, thinking: bool) -> None:
+    """Say where a draft was trained under other conditions than it is now measured under."""
+    from deepspec.checkpoint import load_provenance
+    from deepspec.data.tokens import template_hash
+
+    facts = load_provenance(checkpoint)
+    trained = facts.get("thinking")
+    if trained is not None and trained != thinking:
+        on = {True: "on", False: "off"}
+        warn(f"{label} was trained with thinking {on[trained]} and is measured with thinking {on[thinking]}")
+    theirs, ours = facts.get("template_hash"), template_hash(target.tokenizer) if target.tokenizer else None
+    if theirs and ours and theirs != ours:
+        warn(
+            f"{label} was trained with chat template {theirs[:12]} and is measured with {ours[:12]}, "
+            f"that of {target.spec.name}"
+        )
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The results of a file: one object, or the array that `deepspec eval --json` prints for several
+    temperatures. Raises DataError."""
+    from deepspec.compare import FORMAT
+
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
+        raise DataError(
+            f"the results cannot be read: {why}",
+            where=str(path),
+            next_step="give a file that `deepspec eval --out FILE.json` wrote",
+        ) from error
+    results = found if isinstance(found, list) else [found]
+    for result in results:
+        if not isinstance(result, dict) or result.get("format") != FORMAT:
+            raise DataError(
+                f"not a results file: no format {FORMAT!r} in it",
+                where=str(path),
+                next_step="give a file that `deepspec eval --out FILE.json` wrote",
+            )
+    return results
+
+
+def _read_curve(text: str) -> tuple[str, list[dict[str, Any]]]:
+    """NAME=FILE -> the name and the rows of the metrics file (a run folder will do)."""
+    name, equals, where = text.partition("=")
+    path = Path(where) / "metrics.jsonl" if Path(where).is_dir() else Path(where)
+    if not (name and equals and path.is_file()):
+        raise UserError(
+            f"--metrics {text}: no such metrics file" if equals else f"--metrics {text}: no name given",
+            next_step="write NAME=FILE, for example dspark=runs/pocket-dspark/metrics.jsonl",
+        )
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"malformed JSON: {error}", where=f"{path}:{number}") from error
+    return name, rows
+
+
+# ── printing ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _difference_cells(name: str, part: Mapping[str, Any]) -> list[Text]:
+    from deepspec.compare import MISSING, number
+
+    found = part["difference"] or {}
+    interval = f"{number(found.get('low'))} to {number(found.get('high'))}" if found else MISSING
+    figures = [str(part["prompts"]), number(part["tau_a"]), number(part["tau_b"]), number(found.get("value"))]
+    return [Text(cell) for cell in [name, *figures, interval]]
+
+
+def _coloured(target: Target, answer: Generation) -> Text:
+    """The answer, draft-produced tokens in green."""
+    assert target.tokenizer is not None
+    ids = answer.token_ids[: -1 if answer.stopped else None]
+    text, shown = Text(), ""
+    for i in range(len(ids)):
+        if i + 1 < len(ids) and answer.from_draft[i + 1] == answer.from_draft[i]:
+            continue
+        # Decoded from the start each time: a character may be spread over tokens of both.
+        whole = target.tokenizer.decode(ids[: i + 1])
+        text.append(whole[len(shown) :], style="green" if answer.from_draft[i] else "")
+        shown = whole
+    return text

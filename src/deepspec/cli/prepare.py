@@ -1,0 +1,160 @@
+"""data and pocket: what training starts from."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from deepspec.cli.common import (
+    SETTINGS,
+    Json,
+    MaxNew,
+    Seed,
+    TargetName,
+    Thinking,
+    TopK,
+    TopP,
+    load_target,
+    print_json,
+    prompt_file,
+    sampling_of,
+    stdout,
+    table_of,
+)
+
+data_app = typer.Typer(help="Prepare conversations to train on.", no_args_is_help=True, **SETTINGS)
+pocket_app = typer.Typer(help="Build and check the embedded target.", no_args_is_help=True, **SETTINGS)
+
+
+@data_app.callback()
+def data_root() -> None:
+    """Prepare conversations to train on."""
+
+
+@data_app.command("regenerate")
+def data_regenerate(
+    prompts: Annotated[
+        str, typer.Argument(metavar="PROMPTS", help="JSONL file of prompts, or pocket:train.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="JSONL file that answers are appended to.")],
+    target: TargetName = "pocket",
+    thinking: Thinking = False,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0, help="1: the target's own law.")
+    ] = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    max_new_tokens: MaxNew = 256,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Prompts decoded together.")] = 16,
+    seed: Seed = 0,
+) -> None:
+    """Have the target answer prompts, so that a draft learns what this target writes.
+
+    Rows that the output file already answers are not asked again.
+
+    \b
+    Example:
+      deepspec data regenerate prompts.jsonl --out answers.jsonl --target pocket
+    """
+    source, sampling = prompt_file(prompts, target), sampling_of(temperature, top_k, top_p)
+    from deepspec.data.conversations import read_conversations
+    from deepspec.data.regenerate import regenerate
+
+    asked = list(read_conversations(source))
+    new = regenerate(
+        load_target(target),
+        asked,
+        out,
+        thinking=thinking,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        max_rows=rows,
+        seed=seed,
+    )
+    there = len({c.id for c in asked}) - new
+    typer.echo(f"{out}: {new} new answers" + (f", {there} were there already" if there else ""))
+
+
+@pocket_app.command("build")
+def pocket_build(
+    out: Annotated[Path, typer.Option("--out")] = Path("build/pocket"),
+    tokens: Annotated[int | None, typer.Option("--tokens", min=10_000, help="Training tokens.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
+) -> None:
+    """Train the pocket target from this Python's own library and arithmetic (about an hour on two cores).
+
+    \b
+    Example:
+      deepspec pocket build --out build/pocket
+    """
+    import torch
+
+    from deepspec.pocket.build import BuildSettings, build
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    settings = BuildSettings() if tokens is None else BuildSettings(total_tokens=tokens)
+    build(out, settings)
+    typer.echo(f"target: {out / 'target'}")
+    typer.echo(f"next: deepspec pocket check --model {shlex.quote(str(out / 'target'))}")
+
+
+@pocket_app.command("drafts")
+def pocket_drafts(
+    out: Annotated[Path, typer.Option("--out")] = Path("build/pocket-drafts"),
+    minutes: Annotated[float, typer.Option("--minutes", min=0.01, help="Training time per draft.")] = 10.0,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Answers per training prompt.")] = 2,
+) -> None:
+    """Train the three ready-made drafts of the pocket target.
+
+    \b
+    Example:
+      deepspec pocket drafts --minutes 10
+    """
+    from deepspec.workflow import train_pocket_drafts
+
+    outcomes = train_pocket_drafts(out, minutes=minutes, samples=samples)
+    table = table_of("draft", "steps", "tokens", "held-out τ", "best checkpoint")
+    for algorithm, outcome in outcomes.items():
+        tau = "–" if outcome.held_out_tau is None else f"{outcome.held_out_tau:.3f}"
+        table.add_row(algorithm, str(outcome.steps), f"{outcome.tokens:,}", tau, str(outcome.best))
+    stdout().print(table)
+
+
+@pocket_app.command("check")
+def pocket_check(
+    model: Annotated[
+        str, typer.Option("--model", help="pocket, or a directory that a build wrote.")
+    ] = "pocket",
+    problems: Annotated[int, typer.Option("--problems", min=1, help="Arithmetic problems.")] = 200,
+    functions: Annotated[int, typer.Option("--functions", min=1, help="Functions to complete.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """Measure the pocket target on held-out examples: arithmetic, code that parses, loss, samples.
+
+    \b
+    Example:
+      deepspec pocket check
+    """
+    from deepspec.pocket.check import check
+
+    found = check(model, problems=problems, functions=functions)
+    if as_json:
+        print_json(found)
+        return
+    table = table_of("held-out measure", "share", "of")
+    for name, part in found["shares"].items():
+        table.add_row(name, f"{part['share']:.1%}", str(part["of"]))
+    losses = table_of("loss, nats per answer token", "thinking off", "thinking on")
+    for domain, part in found["loss"].items():
+        losses.add_row(domain, f"{part['plain']:.3f}", f"{part['thinking']:.3f}")
+    console = stdout()
+    console.print(table, losses)
+    for sample in found["samples"]:
+        mode = ", thinking" if sample["thinking"] else ""
+        console.print(Text(f"── {sample['domain']}{mode}", style="bold"))
+        console.print(Text(f"{sample['question']}\n→ {sample['answer']}\n"), soft_wrap=True)

@@ -1,0 +1,403 @@
+"""Tasks -> results: every method on the same prompts, in turns, with intervals and the lossless check.
+
+Methods take turns prompt by prompt, so that a machine whose speed drifts slows them all alike; speed-ups
+are ratios within one run. The results file's form is in docs/results.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepspec import acceptance
+from deepspec.acceptance import Interval
+from deepspec.compare import FORMAT
+from deepspec.data.conversations import Conversation, prompt_messages, read_conversations
+from deepspec.data.tokens import prompt_ids, template_hash
+from deepspec.decode import Decoder, Generation, Request
+from deepspec.drafts.base import Draft
+from deepspec.drafts.lookup import PromptLookup
+from deepspec.energy import read_joules
+from deepspec.errors import DataError, TargetError
+from deepspec.log import progress
+from deepspec.target import Target
+from deepspec.verify import Sampling
+
+BOOTSTRAP_SEED = 20
+TIE = 1e-3
+CONVENTIONS = {
+    "accepted length τ": "tokens kept per verify round, bonus included, pooled over prompts (sum over sum); "
+    "the first new token comes from the prefill and is in no round; a round cut at the budget or a stop "
+    "token counts what was kept",
+    "conditional acceptance at k": "accepted(k) / reached(k): reached when all before it were accepted",
+    "survival at k": "share of rounds in which positions 1 to k were all accepted",
+    "speed-up": "tokens per second against the faster of the two plain rows (ours, transformers), prefill "
+    "included, methods taking turns prompt by prompt in one run",
+    "mean of domains": "mean of the domains' speed-ups, each domain weighing the same",
+    "intervals": "95%, bootstrap over prompts, paired where two methods are compared",
+    "distinct-4, repeated-8": "share of distinct 4-grams, and of 8-grams seen before in the same answer",
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One task: token ids in the target's own template."""
+
+    id: str
+    domain: str
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Trace:
+    """One method on all prompts: what it wrote, in how many seconds, for how many joules."""
+
+    kind: str
+    algorithm: str | None
+    block: int | None
+    answers: dict[str, Generation] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    joules: float | None = 0.0
+
+
+Method = Callable[[Sequence[Prompt]], list[Generation]]
+
+
+def load_prompts(
+    path: str | Path, target: Target, *, thinking: bool = False, limit: int | None = None
+) -> list[Prompt]:
+    """Prompts of a JSONL file in the target's template; `limit` takes as many, domain by domain in turns.
+
+    Raises DataError for a broken or empty file, TargetError for a target without a tokenizer.
+    """
+    if target.tokenizer is None:
+        raise TargetError(
+            f"{target.spec.name} has no tokenizer, so prompts cannot become tokens",
+            next_step="put the target's tokenizer files beside its weights",
+        )
+    rows = spread(list(read_conversations(path)), limit)
+    if not rows:
+        raise DataError("no prompts", where=str(path))
+    return [
+        Prompt(
+            c.id,
+            c.domain or "all",
+            c.messages[-1]["content"] if c.messages else "",
+            tuple(prompt_ids(target.tokenizer, prompt_messages(c), thinking, where=c.where)),
+        )
+        for c in rows
+    ]
+
+
+def spread(rows: Sequence[Conversation], limit: int | None) -> list[Conversation]:
+    """The first `limit` rows when domains take turns, so that a short run still sees them all."""
+    by_domain: dict[str | None, list[Conversation]] = {}
+    for row in rows:
+        by_domain.setdefault(row.domain, []).append(row)
+    turns = [group[i] for i in range(len(rows)) for group in by_domain.values() if i < len(group)]
+    return turns[:limit] if limit else turns
+
+
+def held_out_tau(
+    target: Target, draft: Draft, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float = 1.0
+) -> float:
+    """Pooled τ of a draft on prompts, decoded together: the figure that picks checkpoints."""
+    decoder = Decoder(
+        target,
+        draft,
+        Sampling(temperature),
+        stop_token_ids=target.stop_token_ids,
+        max_rows=min(16, len(prompts)),
+    )
+    requests = [Request(p.ids, max_new_tokens, seed=i, key=p.id) for i, p in enumerate(prompts)]
+    return acceptance.tau([rounds_of(g)[2] for g in decoder.run(requests)]) or 1.0
+
+
+def rounds_of(answer: Generation) -> tuple[list[int], list[int], list[int]]:
+    """(proposed, accepted, kept) of the rounds that kept something: one past a full budget did not."""
+    rounds = [r for r in zip(answer.proposed, answer.accepted, answer.kept, strict=True) if r[2] > 0]
+    return [r[0] for r in rounds], [r[1] for r in rounds], [r[2] for r in rounds]
+
+
+def evaluate_drafts(
+    target: Target,
+    drafts: Mapping[str, Draft],
+    prompts: Sequence[Prompt],
+    sampling: Sampling | None = None,
+    *,
+    thinking: bool = False,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    ignore_eos: bool = False,
+    batch: int = 1,
+    baselines: bool = True,
+) -> dict[str, Any]:
+    """Run plain decoding, transformers' generate, prompt lookup and the drafts; a results file as a dict.
+
+    With `batch` > 1 prompts are decoded together in groups, and a group's time is shared out evenly;
+    transformers' generate is then left out, since it cannot hold ragged rows without padding.
+    """
+    sampling = sampling or Sampling()
+    stops = frozenset() if ignore_eos else target.stop_token_ids
+    methods: dict[str, tuple[Trace, Method]] = {}
+
+    def ours(draft: Draft | None) -> Method:
+        def run(group: Sequence[Prompt]) -> list[Generation]:
+            decoder = Decoder(target, draft, sampling, stop_token_ids=stops, max_rows=len(group))
+            seeds = {p.id: row_seed(seed, p.id) for p in group}
+            requests = [Request(p.ids, max_new_tokens, seeds[p.id], p.id) for p in group]
+            found = {g.key: g for g in decoder.run(requests)}
+            return [found[p.id] for p in group]
+
+        return run
+
+    methods["plain"] = Trace("plain", None, None), ours(None)
+    if baselines:
+        if batch == 1 and not sampling.top_k and sampling.top_p == 1:
+            methods["transformers generate"] = (
+                Trace("generate", None, None),
+                _transformers(target, sampling, max_new_tokens, stops, seed),
+            )
+        lookup = PromptLookup(target.vocab_size)
+        methods["prompt lookup"] = Trace("lookup", None, lookup.max_proposals), ours(lookup)
+    for name, draft in drafts.items():
+        algorithm = getattr(getattr(draft, "spec", None), "algorithm", None)
+        methods[name] = Trace("draft", algorithm, draft.max_proposals), ours(draft)
+    _take_turns(target, methods, prompts, batch)
+    traces = {name: trace for name, (trace, _) in methods.items()}
+    return {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "conventions": CONVENTIONS,
+        "conditions": _conditions(
+            target, prompts, sampling, thinking, max_new_tokens, ignore_eos, seed, batch
+        ),
+        "rows": _rows(target, traces, prompts, sampling),
+    }
+
+
+def evaluate_draft(target: Target, draft: Draft, prompts: Sequence[Prompt], **options: Any) -> dict[str, Any]:
+    """One draft beside the baselines; options as for `evaluate_drafts`."""
+    return evaluate_drafts(target, {draft.name: draft}, prompts, **options)
+
+
+def row_seed(seed: int, key: str) -> int:
+    """A prompt's own seed, whatever else is in the run."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big")
+
+
+def _transformers(
+    target: Target, sampling: Sampling, max_new_tokens: int, stops: frozenset[int], seed: int
+) -> Method:
+    def run(group: Sequence[Prompt]) -> list[Generation]:
+        (prompt,) = group
+        torch.manual_seed(row_seed(seed, prompt.id))
+        tokens = target.transformers_generate(prompt.ids, max_new_tokens, sampling.temperature, sorted(stops))
+        return [Generation(prompt.id, tokens, from_draft=[False] * len(tokens))]
+
+    return run
+
+
+def _take_turns(
+    target: Target, methods: Mapping[str, tuple[Trace, Method]], prompts: Sequence[Prompt], batch: int
+) -> None:
+    """All methods on group after group of prompts; which method starts rotates."""
+    groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+    order = list(methods.values())
+    for _, run in order:
+        run(groups[0])  # warm-up: first-call costs belong to nobody
+    with progress("evaluating", len(groups) * len(order)) as bar:
+        for i, group in enumerate(groups):
+            for j in range(len(order)):
+                trace, run = order[(i + j) % len(order)]
+                meter = read_joules(target.device)
+                began = time.perf_counter()
+                answers = run(group)
+                spent = time.perf_counter() - began
+                after = read_joules(target.device)
+                if trace.joules is not None:
+                    trace.joules = None if meter is None or after is None else trace.joules + after - meter
+                for prompt, answer in zip(group, answers, strict=True):
+                    trace.answers[prompt.id] = answer
+                    trace.seconds[prompt.id] = spent / len(group)
+                bar.update(1)
+
+
+# ── from traces to rows ───────────────────────────────────────────────────────────────────────────────
+
+
+def _rows(
+    target: Target, traces: Mapping[str, Trace], prompts: Sequence[Prompt], sampling: Sampling
+) -> list[dict[str, Any]]:
+    plains = [t for t in traces.values() if t.kind in ("plain", "generate")]
+    base = max(plains, key=lambda t: _rate(t, prompts))
+    domains = list(dict.fromkeys(p.domain for p in prompts))
+    rows = []
+    for name, trace in traces.items():
+        overall = _summary(trace, base, prompts)
+        by_domain = {d: [p for p in prompts if p.domain == d] for d in domains}
+        groups = [(_speed(trace, some), _speed(base, some)) for some in by_domain.values()]
+        if trace is not base:
+            mean = acceptance.mean_ratio_over_groups(groups, BOOTSTRAP_SEED)
+            overall["speedup_mean_of_domains"] = _interval(mean)
+        lossless = None
+        if sampling.greedy and trace is not traces["plain"]:
+            lossless = _lossless(target, trace, traces["plain"], prompts)
+        rows.append(
+            {
+                "method": name,
+                "kind": trace.kind,
+                "algorithm": trace.algorithm,
+                "block": trace.block,
+                "baseline": trace is base,
+                "overall": overall,
+                "domains": {d: _summary(trace, base, some) for d, some in by_domain.items()},
+                "lossless": lossless,
+                "samples": _samples(target, trace, prompts),
+                "per_prompt": [
+                    {
+                        "id": p.id,
+                        "domain": p.domain,
+                        "tokens": len(trace.answers[p.id].token_ids),
+                        "rounds": len(rounds_of(trace.answers[p.id])[2]),
+                        "kept": sum(rounds_of(trace.answers[p.id])[2]),
+                        "seconds": trace.seconds[p.id],
+                    }
+                    for p in prompts
+                ],
+            }
+        )
+    return rows
+
+
+def _speed(trace: Trace, prompts: Sequence[Prompt]) -> tuple[list[float], list[float]]:
+    tokens = [float(len(trace.answers[p.id].token_ids)) for p in prompts]
+    return tokens, [trace.seconds[p.id] for p in prompts]
+
+
+def _rate(trace: Trace, prompts: Sequence[Prompt]) -> float:
+    tokens, seconds = _speed(trace, prompts)
+    return sum(tokens) / max(sum(seconds), 1e-9)
+
+
+def _summary(trace: Trace, base: Trace, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    answers = [trace.answers[p.id] for p in prompts]
+    rounds = [rounds_of(a) for a in answers]
+    proposed, accepted, kept = ([r[i] for r in rounds] for i in range(3))
+    speculative = trace.block is not None
+    written = [a.token_ids for a in answers]
+    tokens = sum(map(len, written))
+    speedup = None
+    if trace is not base:
+        speedup = acceptance.paired_bootstrap_ratio(
+            _speed(trace, prompts), _speed(base, prompts), BOOTSTRAP_SEED
+        )
+    tau = None
+    if speculative:
+        tau = acceptance.bootstrap_ratio(
+            [float(sum(k)) for k in kept], [float(len(k)) for k in kept], BOOTSTRAP_SEED
+        )
+    block = trace.block or 0
+    return {
+        "prompts": len(prompts),
+        "tokens": tokens,
+        "rounds": sum(map(len, kept)) if speculative else None,
+        "seconds": sum(trace.seconds[p.id] for p in prompts),
+        "tau": _interval(tau),
+        "tau_per_prompt": [sum(k) / len(k) if k else None for k in kept] if speculative else [],
+        "survival": acceptance.survival(accepted, proposed, block) if speculative else [],
+        "conditional": acceptance.conditional(accepted, proposed, block) if speculative else [],
+        "verify_rate": acceptance.verify_rate(accepted, proposed) if speculative else None,
+        "tokens_per_s": _rate(trace, prompts),
+        "speedup": _interval(speedup),
+        "distinct_4": acceptance.distinct_share(written, 4),
+        "repeated_8": acceptance.repeated_share(written, 8),
+        "joules_per_token": None if not trace.joules else trace.joules / max(1, _all_tokens(trace)),
+    }
+
+
+def _all_tokens(trace: Trace) -> int:
+    return sum(len(a.token_ids) for a in trace.answers.values())
+
+
+def _interval(found: Interval | None) -> dict[str, float] | None:
+    return None if found is None else {"value": found.value, "low": found.low, "high": found.high}
+
+
+def _lossless(target: Target, trace: Trace, plain: Trace, prompts: Sequence[Prompt]) -> dict[str, int]:
+    """Prompts whose greedy answer equals plain decoding's, and those that part at a tie within rounding."""
+    identical = ties = 0
+    for prompt in prompts:
+        ours, theirs = trace.answers[prompt.id].token_ids, plain.answers[prompt.id].token_ids
+        if ours == theirs:
+            identical += 1
+            continue
+        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+        if at is None:
+            continue
+        ids = torch.tensor([[*prompt.ids, *theirs[:at]]])
+        logits = target.logits(target.read(ids, ()).last_hidden[0, -1]).float()
+        ties += abs(float(logits[ours[at]] - logits[theirs[at]])) < TIE
+    return {"identical": identical, "prompts": len(prompts), "near_ties": ties}
+
+
+def _samples(target: Target, trace: Trace, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """The first prompt of each domain, its answer cut into runs of tokens by who produced them."""
+    if target.tokenizer is None:
+        return []
+    samples = []
+    for domain in dict.fromkeys(p.domain for p in prompts):
+        prompt = next(p for p in prompts if p.domain == domain)
+        answer = trace.answers[prompt.id]
+        pieces: list[dict[str, str]] = []
+        run: list[int] = []
+        for i, token in enumerate(answer.token_ids):
+            run.append(token)
+            last = i + 1 == len(answer.token_ids)
+            if last or answer.from_draft[i + 1] != answer.from_draft[i]:
+                by = "draft" if answer.from_draft[i] else "target"
+                pieces.append({"text": target.tokenizer.decode(run, skip_special_tokens=True), "by": by})
+                run = []
+        samples.append({"domain": domain, "prompt": prompt.text, "pieces": pieces})
+    return samples
+
+
+def _conditions(
+    target: Target,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    thinking: bool,
+    max_new_tokens: int,
+    ignore_eos: bool,
+    seed: int,
+    batch: int,
+) -> dict[str, Any]:
+    digest = hashlib.sha256(json.dumps([p.ids for p in prompts]).encode()).hexdigest()[:16]
+    return {
+        "target": target.spec.name,
+        "target_hash": target.spec.config_hash,
+        "thinking": thinking,
+        "template_hash": template_hash(target.tokenizer) if target.tokenizer is not None else None,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "prompts_hash": digest,
+        "prompts": len(prompts),
+        "max_new_tokens": max_new_tokens,
+        "acceptance_rule": "rejection sampling",
+        "ignore_eos": ignore_eos,
+        "seed": seed,
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "device": str(target.device),
+        "threads": torch.get_num_threads(),
+        "batch": batch,
+    }

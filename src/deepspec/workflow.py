@@ -1,0 +1,212 @@
+"""Rooms wired together: a recipe from data to best checkpoint, and the quickstart from nothing to a report.
+
+`train` and `decode` don't know each other; this is where a training run gets its held-out measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from deepspec import pocket
+from deepspec.checkpoint import AnyDraft, load_draft, write_json
+from deepspec.config import Recipe, dump_recipe, load_recipe
+from deepspec.data.conversations import Conversation, content_hash, read_conversations
+from deepspec.data.features import load_rows
+from deepspec.data.regenerate import regenerate
+from deepspec.data.tokens import template_hash, tokenizer_hash
+from deepspec.drafts.base import Draft
+from deepspec.evaluate import evaluate_drafts, held_out_tau, load_prompts, spread
+from deepspec.log import note, plain
+from deepspec.report import write_report
+from deepspec.target import Target
+from deepspec.train import Outcome, train
+from deepspec.verify import Sampling
+
+ALGORITHMS = ("eagle3", "dflash", "dspark")
+ANSWER_TOKENS = 224
+
+
+def data_file(name: str) -> Path:
+    """A data path, or the packaged file of `pocket:train`, `pocket:select`, `pocket:test`."""
+    return pocket.prompt_file(name.removeprefix("pocket:")) if name.startswith("pocket:") else Path(name)
+
+
+def answered(name: str, target: Target, thinking: bool, beside: Path) -> Path:
+    """The file of training conversations: as given, or, for packaged prompts, answered by the target now."""
+    if not name.startswith("pocket:"):
+        return Path(name)
+    mode = "thinking" if thinking else "plain"
+    out = beside / f"{name.removeprefix('pocket:')}-{mode}.jsonl"
+    regenerate(
+        target,
+        list(read_conversations(data_file(name))),
+        out,
+        thinking=thinking,
+        max_new_tokens=ANSWER_TOKENS,
+        max_rows=48,
+    )
+    return out
+
+
+def train_draft(
+    recipe: Recipe, runs: Path | str = "runs", *, target: Target | None = None, answers: Path | None = None
+) -> Outcome:
+    """Train a recipe into runs/<name>, or go on where it stopped.
+
+    `answers` stands in for the recipe's training file. Held-out τ on the recipe's select prompts picks the
+    best checkpoint. Raises UserError for bad data, recipes or targets.
+    """
+    target = target or Target.from_pretrained(recipe.target)
+    run = Path(runs) / recipe.name
+    run.mkdir(parents=True, exist_ok=True)
+    _keep_recipe(recipe, run)
+    source = answers or answered(recipe.data.train, target, recipe.thinking, run / "data")
+    rows = load_rows(
+        source,
+        target,
+        thinking=recipe.thinking,
+        max_length=recipe.data.max_length,
+        min_supervised=recipe.data.min_supervised,
+    )
+    prompts = load_prompts(
+        data_file(recipe.data.select), target, thinking=recipe.thinking, limit=recipe.eval_prompts
+    )
+
+    def held_out(draft: AnyDraft) -> float:
+        return held_out_tau(target, draft, prompts, recipe.eval_max_new_tokens)
+
+    facts = provenance(recipe, target, source)
+    return train(recipe, target, rows, run, facts, held_out)
+
+
+def _keep_recipe(recipe: Recipe, run: Path) -> None:
+    """Write the resolved recipe; say so when the run was started with another one."""
+    path = run / "recipe.yaml"
+    if path.exists() and load_recipe(path) != recipe:
+        note(f"{run} was started with another recipe; it goes on with this one")
+    dump_recipe(recipe, path)
+
+
+def provenance(recipe: Recipe, target: Target, source: Path) -> dict[str, Any]:
+    """What a checkpoint says of where it came from."""
+    assert target.tokenizer is not None
+    rows = list(read_conversations(source))
+    return {
+        "target": target.spec.name,
+        "target_config_hash": target.spec.config_hash,
+        "tokenizer_hash": tokenizer_hash(target.tokenizer),
+        "template_hash": template_hash(target.tokenizer),
+        "thinking": recipe.thinking,
+        "sampling": rows[0].meta.get("sampling"),
+        "data_hash": content_hash(rows),
+        "data_rows": len(rows),
+        "recipe": recipe.model_dump(mode="json"),
+    }
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """A run's metrics.jsonl; empty for a packaged draft."""
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def evaluate_to(
+    folder: Path,
+    target: Target,
+    drafts: dict[str, Draft],
+    *,
+    temperatures: Sequence[float],
+    prompts: Path,
+    limit: int | None,
+    thinking: bool = False,
+    max_new_tokens: int = 128,
+    baselines: bool = True,
+) -> list[dict[str, Any]]:
+    """Evaluate at each temperature and write <folder>/eval-t<temperature>.json."""
+    tasks = load_prompts(prompts, target, thinking=thinking, limit=limit)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = []
+    for temperature in temperatures:
+        result = plain(
+            evaluate_drafts(
+                target,
+                drafts,
+                tasks,
+                Sampling(temperature),
+                thinking=thinking,
+                max_new_tokens=max_new_tokens,
+                baselines=baselines,
+            )
+        )
+        write_json(folder / f"eval-t{temperature:g}.json", result)
+        results.append(result)
+    return results
+
+
+def quickstart(
+    out: Path | str = "runs/quickstart", *, fast: bool = False
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Answers from the pocket target, three drafts, an evaluation on held-out prompts, a report.
+
+    `fast` does all of it on little data, in about two minutes: enough to see that it works, not how well.
+    Returns the report's path and the results. Run again, it goes on where it stopped.
+    """
+    out, began = Path(out), time.perf_counter()
+    prompts, minutes, tasks = (150, 0.2, 6) if fast else (1200, 1.4, 24)
+    target = Target.from_pretrained("pocket")
+    rows: list[Conversation] = spread(list(read_conversations(data_file("pocket:train"))), prompts)
+    answers = out / "data" / "answers.jsonl"
+    note(f"1/4  the pocket target answers {len(rows)} prompts")
+    regenerate(target, rows, answers, max_new_tokens=ANSWER_TOKENS, max_rows=48)
+    drafts: dict[str, Draft] = {}
+    training: dict[str, list[dict[str, Any]]] = {}
+    for algorithm in ALGORITHMS:
+        note(f"2/4  training {algorithm} for {60 * minutes:.0f} s")
+        recipe = load_recipe(f"pocket-{algorithm}", [f"optim.max_minutes={minutes}"])
+        recipe = recipe.model_copy(
+            update={"name": algorithm, "trackers": ["none"]} if fast else {"name": algorithm}
+        )
+        outcome = train_draft(recipe, out, target=target, answers=answers)
+        drafts[algorithm] = load_draft(outcome.best, target)
+        drafts[algorithm].name = algorithm
+        training[algorithm] = read_metrics(outcome.run)
+    note(f"3/4  evaluating on {tasks} held-out prompts")
+    results = evaluate_to(
+        out,
+        target,
+        drafts,
+        temperatures=(0.0, 1.0),
+        prompts=data_file("pocket:test"),
+        limit=tasks,
+        max_new_tokens=96,
+    )
+    note("4/4  writing the report")
+    spent = time.perf_counter() - began
+    notes = [f"Made by `deepspec quickstart{' --fast' if fast else ''}` in {spent / 60:.1f} minutes."]
+    if fast:
+        notes.append("The fast form trains for seconds: it shows that everything works, not how well.")
+    path = write_report(out / "report.html", results, training, "deepspec quickstart", notes)
+    return path, results
+
+
+def train_pocket_drafts(
+    out: Path | str, *, minutes: float = 10.0, samples: int = 2, seed: int = 0
+) -> dict[str, Outcome]:
+    """The ready-made drafts: `samples` answers to every training prompt, each draft trained for `minutes`."""
+    out = Path(out)
+    target = Target.from_pretrained("pocket")
+    answers = out / "answers.jsonl"
+    prompts = list(read_conversations(data_file("pocket:train")))
+    for k in range(samples):
+        some = [replace(c, id=f"{c.id}.{k}") if k else c for c in prompts]
+        regenerate(target, some, answers, max_new_tokens=ANSWER_TOKENS, max_rows=48)
+    outcomes = {}
+    for algorithm in ALGORITHMS:
+        recipe = load_recipe(f"pocket-{algorithm}", [f"optim.max_minutes={minutes}", f"seed={seed}"])
+        outcomes[algorithm] = train_draft(recipe, out, target=target, answers=answers)
+    return outcomes
