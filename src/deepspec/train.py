@@ -27,7 +27,7 @@ from deepspec.data.features import batches_from, online, steps_per_epoch
 from deepspec.data.tokens import Encoded
 from deepspec.drafts.base import LossSettings
 from deepspec.drafts.spec import SpecError, new_spec
-from deepspec.errors import RecipeError
+from deepspec.errors import CheckpointError, RecipeError
 from deepspec.log import JsonlWriter, note, open_trackers, progress
 from deepspec.target import Target
 
@@ -174,6 +174,7 @@ class Progress:
     tokens: int = 0
     best_tau: float | None = None
     best_step: int = 0
+    judged_step: int = 0
 
 
 def train(
@@ -221,12 +222,13 @@ def train(
                 _judge(draft, held_out, at, run, target, provenance, metrics)
             if at.step % recipe.checkpoint_every_steps == 0:
                 save_checkpoint(recipe, run, draft, optimizer, at, target, provenance)
-        if held_out is not None and not stop and at.best_step != at.step:
+        if held_out is not None and not stop and at.judged_step != at.step:
             _judge(draft, held_out, at, run, target, provenance, metrics)
     tracker.close()
     save_checkpoint(recipe, run, draft, optimizer, at, target, provenance)
     best = run / "checkpoints" / "best"
-    if not best.exists():
+    if at.best_tau is None:
+        # Never measured: the latest weights stand in, whatever an earlier, interrupted start left there.
         save_draft(draft, best, target, {**provenance, "step": at.step, "held_out_tau": None})
     return Outcome(run, best, at.step, at.best_tau, at.seconds, at.tokens, interrupted=bool(stop))
 
@@ -286,6 +288,7 @@ def _judge(
     metrics.write(
         {"step": at.step, "held_out_tau": tau, "seconds": round(at.seconds, 3), "tokens": at.tokens}
     )
+    at.judged_step = at.step
     if at.best_tau is None or tau > at.best_tau:
         at.best_tau, at.best_step = tau, at.step
         facts = {**provenance, "step": at.step, "held_out_tau": tau, "tokens": at.tokens}
@@ -311,7 +314,10 @@ def save_checkpoint(
         torch.save(optimizer.state(), part / "optimizer.pt")
         write_json(part / "progress.json", vars(at))
 
-    if not path.exists():
+    if path.exists():
+        # The weights are those; a last held-out measurement may have come after them.
+        write_json(path / "progress.json", vars(at))
+    else:
         facts = {**provenance, "step": at.step, "tokens": at.tokens}
         save_draft(draft, path, target, facts, step_decay=recipe.draft.step_loss_decay, beside=beside)
     for _, old in _step_directories(run)[:-KEPT_CHECKPOINTS]:
@@ -331,6 +337,12 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 def _load_state(path: Path, draft: AnyDraft, optimizer: Optimizer, at: Progress) -> None:
     saved = torch.load(path / "optimizer.pt", weights_only=True, map_location=draft.device)
+    if [m.shape for m in saved["masters"]] != [m.shape for m in optimizer.masters]:
+        raise CheckpointError(
+            "the run that is there trains a draft of another shape, so it cannot go on with this recipe",
+            where=str(path),
+            next_step="give the recipe another `name`, or start anew with `deepspec train --fresh`",
+        )
     optimizer.load(saved)
     for name, value in json.loads((path / "progress.json").read_text("utf-8")).items():
         setattr(at, name, value)

@@ -172,6 +172,8 @@ def quickstart(
             update={"name": algorithm, "trackers": ["none"]} if fast else {"name": algorithm}
         )
         outcome = train_draft(recipe, out, target=target, answers=answers)
+        if outcome.interrupted:
+            raise KeyboardInterrupt
         drafts[algorithm] = load_draft(outcome.best, target)
         drafts[algorithm].name = algorithm
         training[algorithm] = read_metrics(outcome.run)
@@ -209,4 +211,6 @@ def train_pocket_drafts(
     for algorithm in ALGORITHMS:
         recipe = load_recipe(f"pocket-{algorithm}", [f"optim.max_minutes={minutes}", f"seed={seed}"])
         outcomes[algorithm] = train_draft(recipe, out, target=target, answers=answers)
+        if outcomes[algorithm].interrupted:
+            raise KeyboardInterrupt
     return outcomes

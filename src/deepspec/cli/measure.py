@@ -212,7 +212,7 @@ def generate(
     chosen = None if plain or draft is None else load_draft(draft, model)
     ids = prompt_ids(model.tokenizer, [{"role": "user", "content": prompt}], thinking)
     answer = decode(model, chosen, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    stdout().print(_coloured(model, answer), soft_wrap=True)
+    stdout().print(coloured(model, answer), soft_wrap=True)
     rate = f"{len(answer.token_ids)} tokens, {len(answer.token_ids) / answer.seconds:.1f} tokens/s"
     if chosen is not None and answer.kept:
         # The round past a full budget kept nothing and would only pull the figure down.
@@ -315,7 +315,7 @@ def _difference_cells(name: str, part: Mapping[str, Any]) -> list[Text]:
     return [Text(cell) for cell in [name, *figures, interval]]
 
 
-def _coloured(target: Target, answer: Generation) -> Text:
+def coloured(target: Target, answer: Generation) -> Text:
     """The answer, draft-produced tokens in green."""
     assert target.tokenizer is not None
     ids = answer.token_ids[: -1 if answer.stopped else None]
@@ -325,6 +325,8 @@ def _coloured(target: Target, answer: Generation) -> Text:
             continue
         # Decoded from the start each time: a character may be spread over tokens of both.
         whole = target.tokenizer.decode(ids[: i + 1])
+        if i + 1 < len(ids):
+            whole = whole.rstrip("\ufffd")  # the rest of that character is still to come
         text.append(whole[len(shown) :], style="green" if answer.from_draft[i] else "")
         shown = whole
     return text

@@ -43,7 +43,6 @@ class DraftSpec:
     confidence: bool = False
     confidence_with_markov: bool = True
     softcap: float | None = None
-    initializer_range: float = 0.02
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class DFlashDraft(NeuralDraft):
         self.norm = RMSNorm(shape.hidden, shape.eps)
         self.register_buffer("frequencies", inverse_frequencies(shape), persistent=False)
         self.stores = [SlotStore() for _ in range(spec.num_layers)]
-        initialise(self, spec.initializer_range)
+        initialise(self)
 
     @property
     def max_proposals(self) -> int:

@@ -30,7 +30,7 @@ class Eagle3Draft(NeuralDraft):
         self.register_buffer("frequencies", inverse_frequencies(shape), persistent=False)
         self.store = SlotStore()
         self.last_hidden: dict[int, Tensor] = {}
-        initialise(self, spec.initializer_range)
+        initialise(self)
 
     @property
     def layer(self) -> DraftLayer:

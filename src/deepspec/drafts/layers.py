@@ -187,10 +187,14 @@ class DraftLayer(nn.Module):
         return (hidden + self.post_feedforward_layernorm(inner)) * self.layer_scalar
 
 
-def initialise(module: nn.Module, std: float) -> None:
-    """Normal(0, std) for matrices and embeddings, zero biases; norms keep their ones."""
+def initialise(module: nn.Module) -> None:
+    """Normal(0, 1/sqrt(fan-in)) for matrices, zero biases; norms keep their ones.
+
+    At the released drafts' widths this is their 0.02; on a narrow target a fixed 0.02 would leave the
+    layers nearly silent for the first thousand steps.
+    """
     for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Embedding):
-            nn.init.normal_(part.weight, std=std)
-            if isinstance(part, nn.Linear) and part.bias is not None:
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=part.in_features**-0.5)
+            if part.bias is not None:
                 nn.init.zeros_(part.bias)

@@ -80,7 +80,6 @@ def read_spec(config: dict[str, Any], *, rope_rounded: bool = False) -> DraftSpe
         "num_target_layers": _need(config, "num_target_layers"),
         "vocab_size": _need(config, "vocab_size"),
         "softcap": config.get("final_logit_softcapping"),
-        "initializer_range": float(config.get("initializer_range", 0.02)),
     }
     if kind == "eagle3":
         return _checked(DraftSpec(algorithm="eagle3", block=_need(config, "ttt_length"), **common))
@@ -180,7 +179,6 @@ def new_spec(
             confidence=confidence and algorithm == "dspark",
             confidence_with_markov=confidence_with_markov,
             softcap=facts.get("final_logit_softcapping"),
-            initializer_range=float(facts.get("initializer_range", 0.02)),
         )
     )
 

@@ -81,7 +81,7 @@ def check(model: str = "pocket", *, problems: int = 200, functions: int = 100) -
     def shown(some: Sequence[corpus.Example], given: Sequence[str], thinking: bool) -> list[dict[str, Any]]:
         return [
             {"domain": e.domain, "thinking": thinking, "question": e.question, "answer": answer}
-            for e, answer in list(zip(some, given, strict=True))[:SAMPLES]
+            for e, answer in list(zip(some[:SAMPLES], given[:SAMPLES], strict=True))
         ]
 
     return {
@@ -168,7 +168,8 @@ def loss(target: Target, examples: Sequence[corpus.Example], *, thinking: bool) 
         prompt = prompt_ids(tokenizer, [{"role": "user", "content": example.question}], thinking)
         text = example.answer
         if thinking:
-            text = f"<think>\n{example.thought}\n</think>\n\n{example.thoughtful_answer}"
+            # The generation prompt has already opened the think block.
+            text = f"{example.thought}\n</think>\n\n{example.thoughtful_answer}"
         answer = tokenizer(text + "<|im_end|>", add_special_tokens=False)["input_ids"]
         rows.append((prompt, answer))
     rows.sort(key=lambda row: len(row[0]) + len(row[1]))

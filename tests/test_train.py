@@ -1,0 +1,361 @@
+"""Training: exact resume, whole checkpoints, the best one kept, the schedule, float32 masters."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from typer.testing import CliRunner
+
+import deepspec
+import deepspec.train as room
+from deepspec.checkpoint import load_draft
+from deepspec.cli import app
+from deepspec.config import Recipe
+from deepspec.data.features import batch_order, batches_from
+from deepspec.data.tokens import Encoded
+from deepspec.errors import CheckpointError, RecipeError
+from deepspec.target import Target
+from deepspec.train import Optimizer, schedule, train
+from talking import recipe_tree, save_talking_llama, write_data, write_recipe
+
+TIMING = {"seconds", "tokens_per_s"}
+
+
+@pytest.fixture(autouse=True)
+def log_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "LOG_EVERY", 1)
+
+
+def recipe_for(algorithm: str, **changes: Any) -> Recipe:
+    tree = recipe_tree(Path("unused"), Path("unused"), algorithm, max_steps=6)
+    tree |= {"eval_every_steps": 3, "checkpoint_every_steps": 3}
+    return Recipe.model_validate(tree | changes)
+
+
+def rows_for(target: Target, count: int = 10) -> list[Encoded]:
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for i in range(count):
+        length = 8 + 3 * i
+        ids = torch.randint(target.vocab_size, (length,), generator=generator).tolist()
+        rows.append(Encoded(ids=ids, loss_mask=[0] * 3 + [1] * (length - 3), id=f"r{i}"))
+    return rows
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
+
+
+def same_state(a: Path, b: Path) -> None:
+    """Weights and optimiser state of two checkpoints, bit for bit."""
+    left, right = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    states = [torch.load(p / "optimizer.pt", weights_only=True) for p in (a, b)]
+    for one, other in zip(*(s["masters"] for s in states), strict=True):
+        assert torch.equal(one, other)
+    moments = [s["adamw"]["state"] for s in states]
+    assert moments[0].keys() == moments[1].keys()
+    for key, found in moments[0].items():
+        assert all(torch.equal(value, moments[1][key][name]) for name, value in found.items())
+
+
+def interrupting(at_call: int, value: float = 1.5) -> Callable[[Any], float]:
+    """A held-out measurement during whose n-th call somebody presses Ctrl-C."""
+    calls = itertools.count(1)
+
+    def held_out(draft: Any) -> float:
+        if next(calls) == at_call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return value
+
+    return held_out
+
+
+@pytest.mark.parametrize("algorithm", ["eagle3", "dflash", "dspark"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(targets, tmp_path, algorithm, precision):
+    target, recipe = targets["llama"], recipe_for(algorithm, precision=precision)
+    rows = rows_for(target)
+    whole = train(recipe, target, rows, tmp_path / "whole", {}, lambda draft: 1.5)
+    cut = train(recipe, target, rows, tmp_path / "cut", {}, interrupting(1))
+    assert (cut.interrupted, cut.steps) == (True, 3)
+    assert not (tmp_path / "cut" / "checkpoints" / "step_6").exists()
+    on = train(recipe, target, rows, tmp_path / "cut", {}, lambda draft: 1.5)
+    assert (on.interrupted, on.steps, on.tokens) == (False, 6, whole.tokens)
+    same_state(tmp_path / "whole/checkpoints/step_6", tmp_path / "cut/checkpoints/step_6")
+    assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
+    stored = load_file(tmp_path / "cut/checkpoints/step_6/model.safetensors").values()
+    assert {t.dtype for t in stored} == {getattr(torch, precision)}
+
+
+def test_finished_run_started_again_changes_nothing(targets, tmp_path):
+    target, recipe = targets["llama"], recipe_for("dflash", eval_every_steps=4)
+    taus = iter([2.0, 1.5])
+    first = train(recipe, target, rows_for(target), tmp_path, {}, lambda draft: next(taus))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    again = train(recipe, target, rows_for(target), tmp_path, {}, lambda draft: next(taus))
+    assert (again.steps, again.held_out_tau, again.tokens) == (6, first.held_out_tau, first.tokens)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_best_checkpoint_is_the_one_with_the_highest_held_out_tau(targets, tmp_path):
+    target, recipe = targets["llama"], recipe_for("dflash", eval_every_steps=2)
+    taus, seen = [1.2, 1.9, 1.5], []
+
+    def held_out(draft: Any) -> float:
+        assert not draft.training
+        seen.append({k: v.clone() for k, v in draft.state_dict().items()})
+        return taus[len(seen) - 1]
+
+    outcome = train(recipe, target, rows_for(target), tmp_path, {"target": "llama"}, held_out)
+    assert outcome.held_out_tau == 1.9
+    facts = json.loads((outcome.best / "deepspec.json").read_text())
+    assert (facts["step"], facts["held_out_tau"], facts["target"]) == (4, 1.9, "llama")
+    stored = load_file(outcome.best / "model.safetensors")
+    assert all(torch.equal(stored[name], seen[1][name]) for name in stored)
+    judged = [(m["step"], m["held_out_tau"]) for m in metrics_of(tmp_path) if "held_out_tau" in m]
+    assert judged == [(2, 1.2), (4, 1.9), (6, 1.5)]
+    assert load_draft(tmp_path, target).spec.algorithm == "dflash"  # a run's folder means its best
+
+
+def test_without_a_measurement_best_is_the_last_even_after_an_interruption(targets, tmp_path, monkeypatch):
+    target, recipe = targets["llama"], recipe_for("dflash")
+    real = room.train_step
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        if args[4] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **options)
+
+    monkeypatch.setattr(room, "train_step", interrupted)
+    assert train(recipe, target, rows_for(target), tmp_path, {}).interrupted
+    monkeypatch.setattr(room, "train_step", real)
+    outcome = train(recipe, target, rows_for(target), tmp_path, {})
+    best, last = (
+        load_file(p / "model.safetensors") for p in (outcome.best, room.latest_checkpoint(tmp_path))
+    )
+    assert outcome.steps == 6
+    assert all(torch.equal(best[name], last[name]) for name in last)
+
+
+def test_only_the_last_checkpoints_stay(targets, tmp_path):
+    target, recipe = targets["llama"], recipe_for("eagle3", checkpoint_every_steps=1)
+    train(recipe, target, rows_for(target), tmp_path, {})
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best", "step_5", "step_6"]
+
+
+def test_metric_lines_of_lost_steps_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 1, "loss": 3.0}, {"step": 3, "held_out_tau": 1.1}, {"step": 4, "loss": 2.0}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 2, "lo')
+    room._forget_after(path, 3)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:2]
+
+
+def test_another_draft_in_the_same_run_is_refused(targets, tmp_path):
+    target, recipe = targets["llama"], recipe_for("dflash")
+    train(recipe, target, rows_for(target), tmp_path, {})
+    wider = recipe_for("dflash", draft=recipe.draft.model_copy(update={"num_layers": 1}).model_dump())
+    with pytest.raises(CheckpointError, match="another shape"):
+        train(wider, target, rows_for(target), tmp_path, {})
+
+
+def test_draft_that_cannot_be_built_names_the_recipe(targets):
+    tree = recipe_for("dflash").model_dump()
+    tree["draft"]["target_layer_ids"] = [0, 3]  # the last layer's output is never a feature
+    with pytest.raises(RecipeError, match="last one's output") as caught:
+        room.build_draft(Recipe.model_validate(tree), targets["llama"])
+    assert caught.value.where == "tiny-dflash"
+
+
+# ── schedule and order ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("done", "warmup", "expected"),
+    [
+        (0.0, 0.25, 1e-3),  # the first step must not be lost to a learning rate of zero
+        (0.125, 0.25, 0.5),
+        (0.25, 0.25, 1.0),
+        (0.5, 0.25, 0.5 * (1 + math.cos(math.pi / 3))),
+        (1.0, 0.25, 0.0),
+        (0.0, 0.0, 1.0),
+    ],
+)
+def test_warm_up_is_linear_and_decay_half_a_cosine(done, warmup, expected):
+    assert schedule(done, warmup) == expected
+
+
+def test_each_step_gets_the_rate_of_its_share(targets, tmp_path):
+    target = targets["llama"]
+    recipe = recipe_for("dflash")
+    train(recipe, target, rows_for(target), tmp_path, {})
+    rates = [m["lr"] for m in metrics_of(tmp_path)]
+    assert rates == [1e-2 * schedule(step / 6, recipe.optim.warmup) for step in range(6)]
+
+
+def test_batch_order_depends_on_seed_and_epoch_alone():
+    lengths = [7, 3, 9, 4, 4, 12, 5, 8, 6, 2, 11]
+    torch.manual_seed(1)
+    first = batch_order(lengths, 3, seed=5, epoch=2)
+    torch.manual_seed(2)
+    assert batch_order(lengths, 3, seed=5, epoch=2) == first
+    assert sorted(itertools.chain(*first)) == list(range(len(lengths)))
+    assert batch_order(lengths, 3, seed=5, epoch=3) != first
+    assert batch_order(lengths, 3, seed=6, epoch=2) != first
+
+
+def test_batches_from_the_middle_are_those_of_the_whole(targets):
+    rows = rows_for(targets["llama"])
+    whole = list(itertools.islice(batches_from(rows, 4, 0, 0), 9))
+    assert [epoch for epoch, _ in whole] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    for first in (1, 3, 5):
+        assert list(itertools.islice(batches_from(rows, 4, 0, first), 9 - first)) == whole[first:]
+
+
+# ── masters ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+class OneNumber(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.ones(1, dtype=dtype))
+
+
+def test_float32_masters_keep_what_bfloat16_would_lose():
+    recipe = recipe_for("dflash", optim={"lr": 1e-4, "warmup": 0.5, "max_steps": 1})
+    draft = OneNumber(torch.bfloat16)
+    optimizer = Optimizer(draft, recipe)  # type: ignore[arg-type]
+    for step in range(40):
+        draft.x.grad = torch.ones_like(draft.x)
+        assert optimizer.step(0.5)[0] == 1e-4
+        if step == 4:
+            assert draft.x.item() == 1.0  # below bfloat16's resolution, and not forgotten
+    assert optimizer.masters[0].dtype == torch.float32
+    assert optimizer.masters[0].item() == pytest.approx(1 - 40e-4, abs=1e-6)
+    assert draft.x.item() == optimizer.masters[0].bfloat16().item() < 1.0
+
+    without = OneNumber(torch.bfloat16)
+    adamw = torch.optim.AdamW(without.parameters(), lr=1e-4, weight_decay=0.0)
+    for _ in range(40):
+        without.x.grad = torch.ones_like(without.x)
+        adamw.step()
+    assert without.x.item() == 1.0
+
+
+def test_clipping_is_by_the_norm_over_all_parameters():
+    draft = nn.ParameterList([torch.ones(1), torch.ones(1)])
+    recipe = recipe_for("dflash", optim={"lr": 1e-4, "max_steps": 1, "grad_clip": 1.0})
+    optimizer = Optimizer(draft, recipe)  # type: ignore[arg-type]
+    draft[0].grad, draft[1].grad = torch.tensor([3.0]), torch.tensor([4.0])
+    _, norm = optimizer.step(0.5)
+    assert norm == 5.0
+    moments = [optimizer.adamw.state[p]["exp_avg"].item() for p in draft]
+    assert moments == pytest.approx([0.1 * 3 / 5, 0.1 * 4 / 5])  # (1 - β₁) × the clipped gradient
+
+
+# ── killed, interrupted, started again ────────────────────────────────────────────────────────────────
+
+KILLED = """
+import os, signal, sys
+import deepspec.checkpoint, deepspec.train
+room, moment = deepspec.train, sys.argv.pop(1)
+room.LOG_EVERY = 1
+step, save = room.train_step, deepspec.checkpoint.save_file
+
+def die(*args, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def dying_step(*args, **options):
+    return die() if args[4] == 5 else step(*args, **options)
+
+def dying_save(tensors, path, **options):
+    if "step_4" not in str(path):
+        return save(tensors, path, **options)
+    path.write_bytes(b"half a file")
+    die()
+
+if moment == "step":
+    room.train_step = dying_step
+else:
+    deepspec.checkpoint.save_file = dying_save
+from deepspec.cli import main
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a talking target, its data, a recipe of eight steps, and that run undisturbed."""
+    folder = tmp_path_factory.mktemp("scene")
+    target = save_talking_llama(folder / "target")
+    write_data(folder)
+    write_recipe(folder / "r.yaml", recipe_tree(target, folder, "dspark", max_steps=8))
+    result = CliRunner().invoke(app, ["train", str(folder / "r.yaml"), "--runs", str(folder / "whole")])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.mark.parametrize(("moment", "whole_step"), [("step", 4), ("save", 2)])
+def test_killed_training_goes_on_from_the_last_whole_checkpoint(scene, tmp_path, moment, whole_step):
+    """Killed inside a step, and while a checkpoint is half on disk."""
+    command = ["train", str(scene / "r.yaml"), "--runs", str(tmp_path)]
+    source = Path(deepspec.__file__).parents[1]
+    path = os.pathsep.join(filter(None, [str(source), os.getenv("PYTHONPATH")]))
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, moment, *command],
+        env=os.environ | threads | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run = tmp_path / "tiny-dspark"
+    found = room.latest_checkpoint(run)
+    assert found is not None
+    assert found.name == f"step_{whole_step}"
+    load_file(found / "model.safetensors")
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert f"resuming {run} from step {whole_step}" in result.stderr
+    same_state(run / "checkpoints/step_8", scene / "whole/tiny-dspark/checkpoints/step_8")
+    logged = [m["step"] for m in metrics_of(run) if "loss" in m]
+    assert logged == sorted(set(logged))
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["best", "step_6", "step_8"]
+
+
+def test_interrupted_command_saves_and_says_how_to_go_on(scene, tmp_path, monkeypatch):
+    command = ["train", str(scene / "r.yaml"), "seed=0", "--runs", str(tmp_path)]
+    real = room.train_step
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        if args[4] == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **options)
+
+    monkeypatch.setattr(room, "train_step", interrupted)
+    stopped = CliRunner().invoke(app, command)
+    assert stopped.exit_code == 130, stopped.output
+    assert "interrupted after step 5, saved" in stopped.stderr
+    assert f"deepspec train {scene / 'r.yaml'} seed=0 --runs {tmp_path}" in stopped.stderr
+    assert (tmp_path / "tiny-dspark/checkpoints/step_5/optimizer.pt").is_file()
+    monkeypatch.setattr(room, "train_step", real)
+    on = CliRunner().invoke(app, command)
+    assert on.exit_code == 0, on.output
+    assert "from step 5" in on.stderr
+    same_state(tmp_path / "tiny-dspark/checkpoints/step_8", scene / "whole/tiny-dspark/checkpoints/step_8")
