@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 # Before anything imports the Hub client: no test may reach a network.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors here are tiny: a second thread only waits
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable, Sequence
