@@ -56,10 +56,11 @@ def test_shipped_recipes_differ_in_nothing_but_the_algorithm():
     assert all(tree == trees[0] for tree in trees)
 
 
-def test_shipped_losses_are_the_published_ones():
+def test_pocket_losses_are_the_published_ones_but_for_the_cross_entropy_of_dspark():
+    # Published: 0.1, for ten epochs of 1.3 M answers; docs/log.md says what it does on minutes of training.
     weights = {n: load_recipe(n).loss for n in recipe_names()}
     assert {n: (w.ce, w.l1, w.confidence) for n, w in weights.items()} == {
-        "pocket-dspark": (0.1, 0.9, 1.0),
+        "pocket-dspark": (1.0, 0.9, 1.0),
         "pocket-dflash": (1.0, 0.0, 0.0),
         "pocket-eagle3": (1.0, 0.0, 0.0),
     }
