@@ -21,6 +21,7 @@ from deepspec.cli.measure import coloured, draft_labels, read_results
 from deepspec.data.tokens import prompt_ids
 from deepspec.decode import Generation
 from deepspec.errors import DataError, UserError
+from deepspec.evaluate import load_prompts
 from deepspec.pocket import check
 from deepspec.pocket.corpus import Example
 from deepspec.target import Target
@@ -217,6 +218,28 @@ def test_regenerating_again_asks_nothing_twice(scene, tmp_path):
     before = (tmp_path / "a.jsonl").read_bytes()
     assert "0 new answers, 3 were there already" in good(*words).stdout
     assert (tmp_path / "a.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(["--thinking"], "thinking"), (["--temperature", 0.5], "sampling"), (["--seed", 9], "seed")],
+)
+def test_answers_made_under_other_conditions_are_not_taken_for_this_runs(scene, tmp_path, change, name):
+    words = ["data", "regenerate", scene / "prompts.jsonl", "--out", tmp_path / "a.jsonl"]
+    words += ["--target", scene / "target", "--max-new-tokens", 6]
+    good(*words)
+    before = (tmp_path / "a.jsonl").read_bytes()
+    text = refused(*words, *change)
+    assert f"made with {name}" in text
+    assert "a.jsonl:1" in text
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+
+
+def test_prompt_given_twice_would_count_twice(scene, tmp_path):
+    line = (scene / "prompts.jsonl").read_text("utf-8").splitlines()[0]
+    (tmp_path / "twice.jsonl").write_text(f"{line}\n{line}\n", "utf-8")
+    with pytest.raises(DataError, match="the id comes twice"):
+        load_prompts(tmp_path / "twice.jsonl", Target.from_pretrained(scene / "target"))
 
 
 def test_fresh_keeps_the_earlier_run_aside(scene, tmp_path):

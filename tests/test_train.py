@@ -27,6 +27,7 @@ from deepspec.config import Recipe
 from deepspec.data.features import batch_order, batches_from
 from deepspec.data.tokens import Encoded
 from deepspec.errors import CheckpointError, RecipeError
+from deepspec.log import Tracker
 from deepspec.target import Target
 from deepspec.train import Optimizer, schedule, train
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe
@@ -101,6 +102,16 @@ def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(targets, tmp_path, a
     assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
     stored = load_file(tmp_path / "cut/checkpoints/step_6/model.safetensors").values()
     assert {t.dtype for t in stored} == {getattr(torch, precision)}
+
+
+def test_trackers_are_closed_when_a_step_fails(targets, tmp_path, monkeypatch):
+    closed = []
+    tracker = Tracker(lambda values, step: None, lambda: closed.append(True))
+    monkeypatch.setattr(room, "open_trackers", lambda *words: tracker)
+    monkeypatch.setattr(room, "train_step", lambda *words, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(recipe_for("dflash"), targets["llama"], rows_for(targets["llama"]), tmp_path, {})
+    assert closed == [True]
 
 
 def test_finished_run_started_again_changes_nothing(targets, tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -55,6 +55,26 @@ class Generation:
     def committed_per_round(self) -> list[int]:
         """accepted + 1 per round, as verified: a last round is not cut at the budget."""
         return [a + 1 for a in self.accepted]
+
+
+def pieces_of(tokenizer: Any, answer: Generation) -> list[tuple[str, bool]]:
+    """The answer's text in runs by who produced it: (text, whether the draft proposed it); no stop token.
+
+    Everything is decoded from the start each time: a character may be spread over tokens of both.
+    """
+    ids = answer.token_ids[: -1 if answer.stopped else None]
+    pieces, shown = [], ""
+    for i, drafted in enumerate(answer.from_draft[: len(ids)]):
+        last = i + 1 == len(ids)
+        if not last and answer.from_draft[i + 1] == drafted:
+            continue
+        whole = tokenizer.decode(ids[: i + 1], skip_special_tokens=True)
+        if not last:
+            whole = whole.rstrip("\ufffd")  # the rest of that character is still to come
+        if len(whole) > len(shown):
+            pieces.append((whole[len(shown) :], drafted))
+            shown = whole
+    return pieces
 
 
 class NoDraft:

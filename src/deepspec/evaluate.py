@@ -22,7 +22,7 @@ from deepspec.acceptance import Interval
 from deepspec.compare import FORMAT
 from deepspec.data.conversations import Conversation, prompt_messages, read_conversations
 from deepspec.data.tokens import prompt_ids, template_hash
-from deepspec.decode import Decoder, Generation, Request
+from deepspec.decode import Decoder, Generation, Request, pieces_of
 from deepspec.drafts.base import Draft
 from deepspec.drafts.lookup import PromptLookup
 from deepspec.energy import read_joules
@@ -77,16 +77,25 @@ def load_prompts(
 ) -> list[Prompt]:
     """Prompts of a JSONL file in the target's template; `limit` takes as many, domain by domain in turns.
 
-    Raises DataError for a broken or empty file, TargetError for a target without a tokenizer.
+    Raises DataError for a broken or empty file or an id that comes twice (its prompt would count twice),
+    TargetError for a target without a tokenizer.
     """
     if target.tokenizer is None:
         raise TargetError(
             f"{target.spec.name} has no tokenizer, so prompts cannot become tokens",
             next_step="put the target's tokenizer files beside its weights",
         )
-    rows = spread(list(read_conversations(path)), limit)
+    rows = list(read_conversations(path))
     if not rows:
         raise DataError("no prompts", where=str(path))
+    seen: dict[str, Conversation] = {}
+    for row in rows:
+        if (first := seen.setdefault(row.id, row)) is not row:
+            raise DataError(
+                f"the id comes twice; first at {first.where}",
+                where=row.where,
+                next_step="keep each prompt once, or give the rows ids of their own",
+            )
     return [
         Prompt(
             c.id,
@@ -94,7 +103,7 @@ def load_prompts(
             c.messages[-1]["content"] if c.messages else "",
             tuple(prompt_ids(target.tokenizer, prompt_messages(c), thinking, where=c.where)),
         )
-        for c in rows
+        for c in spread(rows, limit)
     ]
 
 
@@ -358,15 +367,10 @@ def _samples(target: Target, trace: Trace, prompts: Sequence[Prompt]) -> list[di
     for domain in dict.fromkeys(p.domain for p in prompts):
         prompt = next(p for p in prompts if p.domain == domain)
         answer = trace.answers[prompt.id]
-        pieces: list[dict[str, str]] = []
-        run: list[int] = []
-        for i, token in enumerate(answer.token_ids):
-            run.append(token)
-            last = i + 1 == len(answer.token_ids)
-            if last or answer.from_draft[i + 1] != answer.from_draft[i]:
-                by = "draft" if answer.from_draft[i] else "target"
-                pieces.append({"text": target.tokenizer.decode(run, skip_special_tokens=True), "by": by})
-                run = []
+        pieces = [
+            {"text": text, "by": "draft" if drafted else "target"}
+            for text, drafted in pieces_of(target.tokenizer, answer)
+        ]
         samples.append({"domain": domain, "prompt": prompt.text, "pieces": pieces})
     return samples
 

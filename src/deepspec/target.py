@@ -252,11 +252,14 @@ class Target:
     def free(self, slot: int) -> None:
         del self._lengths[slot]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(
         self, slots: Sequence[int], tokens: Sequence[Sequence[int]], layers: Sequence[int] = ()
     ) -> StepOutput:
-        """Append each row's new tokens (any number, not the same) to its slot, in one forward pass."""
+        """Append each row's new tokens (any number, not the same) to its slot, in one forward pass.
+
+        What it gives are inference tensors: cheaper by the bookkeeping, and not to be trained on (`read` is).
+        """
         width = max(len(t) for t in tokens)
         rows = Rows(tuple(slots), tuple(self._lengths[s] for s in slots), width)
         padded = [list(t) + [t[-1]] * (width - len(t)) for t in tokens]

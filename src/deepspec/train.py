@@ -13,7 +13,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,6 +201,7 @@ def train(
     draft.train()
     total = 1.0 if total_steps is None else float(total_steps)
     with (
+        closing(tracker),
         _stop_on_interrupt() as stop,
         JsonlWriter(metrics_path) as metrics,
         progress(f"training {recipe.name}", total, count=total_steps is not None) as bar,
@@ -224,7 +225,6 @@ def train(
                 save_checkpoint(recipe, run, draft, optimizer, at, target, provenance)
         if held_out is not None and not stop and at.judged_step != at.step:
             _judge(draft, held_out, at, run, target, provenance, metrics)
-    tracker.close()
     save_checkpoint(recipe, run, draft, optimizer, at, target, provenance)
     best = run / "checkpoints" / "best"
     if at.best_tau is None:

@@ -317,16 +317,9 @@ def _difference_cells(name: str, part: Mapping[str, Any]) -> list[Text]:
 
 def coloured(target: Target, answer: Generation) -> Text:
     """The answer, draft-produced tokens in green."""
-    assert target.tokenizer is not None
-    ids = answer.token_ids[: -1 if answer.stopped else None]
-    text, shown = Text(), ""
-    for i in range(len(ids)):
-        if i + 1 < len(ids) and answer.from_draft[i + 1] == answer.from_draft[i]:
-            continue
-        # Decoded from the start each time: a character may be spread over tokens of both.
-        whole = target.tokenizer.decode(ids[: i + 1])
-        if i + 1 < len(ids):
-            whole = whole.rstrip("\ufffd")  # the rest of that character is still to come
-        text.append(whole[len(shown) :], style="green" if answer.from_draft[i] else "")
-        shown = whole
+    from deepspec.decode import pieces_of
+
+    text = Text()
+    for piece, drafted in pieces_of(target.tokenizer, answer):
+        text.append(piece, style="green" if drafted else "")
     return text

@@ -8,13 +8,14 @@ its own seed, so the file does not depend on where a run was cut.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from deepspec.data.conversations import Conversation, prompt_messages, read_conversations
 from deepspec.data.tokens import prompt_ids, template_hash
 from deepspec.decode import Decoder, Request
-from deepspec.errors import TargetError
+from deepspec.errors import DataError, TargetError
 from deepspec.log import JsonlWriter, progress
 from deepspec.target import Target
 from deepspec.verify import Sampling
@@ -40,7 +41,8 @@ def regenerate(
     """Answer every conversation's prompt and append it to `out`; how many answers were new.
 
     The default sampling is temperature 1: the draft then sees the target's own law. Answers are stored
-    as text and, in `meta.answer_ids`, as the exact tokens. Raises TargetError without a tokenizer.
+    as text and, in `meta.answer_ids`, as the exact tokens. Raises TargetError without a tokenizer, DataError
+    where `out` holds answers made under other conditions: they are not this run's answers.
     """
     sampling = sampling or Sampling(temperature=1.0)
     tokenizer = target.tokenizer
@@ -52,10 +54,12 @@ def regenerate(
         "template_hash": template_hash(tokenizer),
         "sampling": {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p},
         "target": target.spec.name,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
     }
     # The writer repairs a torn last line before anything is read.
     with JsonlWriter(out) as writer:
-        done = {c.id for c in read_conversations(out)} if out.stat().st_size else set()
+        done = _done(out, facts) if out.stat().st_size else set()
         wanted = {c.id: c for c in conversations if c.id not in done}
         # Rows of like length share the batch best; the order is a function of the rows alone.
         requests = sorted(
@@ -96,3 +100,18 @@ def regenerate(
                 )
                 bar.update(1, tokens=tokens)
     return len(requests)
+
+
+def _done(out: Path, facts: Mapping[str, Any]) -> set[str]:
+    """Ids that `out` has answers for, each made under these conditions. Raises DataError for any other."""
+    ids = set()
+    for row in read_conversations(out):
+        other = next((k for k, v in facts.items() if row.meta.get(k) != v), None)
+        if other is not None:
+            raise DataError(
+                f"this answer was made with {other} {row.meta.get(other)!r}, but now it is {facts[other]!r}",
+                where=row.where,
+                next_step="give another --out, or delete the file to answer everything anew",
+            )
+        ids.add(row.id)
+    return ids

@@ -153,7 +153,7 @@ class DFlashDraft(NeuralDraft):
         """[..., m*d] target features -> [..., d], what every layer's context keys and values read."""
         return self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def observe(
         self,
         slots: Sequence[int],
@@ -217,7 +217,7 @@ class DFlashDraft(NeuralDraft):
         )
         return layer.finish(hidden, attended)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def propose(
         self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
     ) -> Proposal:

@@ -65,7 +65,7 @@ class DSparkDraft(DFlashDraft):
 
     # ── decoding ──────────────────────────────────────────────────────────────────────────────────
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def propose(
         self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
     ) -> Proposal:

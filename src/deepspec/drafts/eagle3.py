@@ -111,6 +111,7 @@ class Eagle3Draft(NeuralDraft):
 
     # ── decoding ──────────────────────────────────────────────────────────────────────────────────
 
+    @torch.inference_mode()
     def advance(self, rows: Rows, hidden: Tensor, ids: Tensor) -> Tensor:
         """The layer over Q new rows per slot, keys stored: [R, Q, d] hidden, [R, Q] ids -> [R, Q, d]."""
         attention = self.layer.self_attn
@@ -121,7 +122,7 @@ class Eagle3Draft(NeuralDraft):
         mask = None if alone else causal_rows_mask(rows, x.device)
         return self.layer.finish(hidden, attention.attend(attention.queries(x, turn), keys, values, mask))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def observe(
         self,
         slots: Sequence[int],
@@ -141,7 +142,7 @@ class Eagle3Draft(NeuralDraft):
             self.lengths.of[slot] += len(tokens[row])
             self.last_hidden[slot] = hidden[row, len(tokens[row]) - 1]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def propose(
         self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
     ) -> Proposal:
