@@ -43,16 +43,16 @@ SLIDING_WINDOW = 6
 """Of the Gemma-4 target: shorter than the prompts of the tests."""
 
 
-def llama() -> PreTrainedModel:
+def llama(vocab_size: int = 64) -> PreTrainedModel:
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=64,
+            vocab_size=vocab_size,
             hidden_size=32,
             intermediate_size=48,
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=256,
+            max_position_embeddings=512,
             tie_word_embeddings=False,
             initializer_range=0.2,
         )

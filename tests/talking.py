@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from conftest import save_tiny
+from conftest import llama, save_tiny
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
 TEMPLATE = (
@@ -36,22 +36,7 @@ def save_talking_llama(path: Path) -> Path:
         chat_template=TEMPLATE,
     )
 
-    def build() -> LlamaForCausalLM:
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(fast),
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=512,
-                tie_word_embeddings=False,
-                initializer_range=0.2,
-            )
-        )
-
-    save_tiny(build, path)
+    save_tiny(lambda: llama(len(fast)), path)
     fast.save_pretrained(path)
     return path
 
