@@ -184,6 +184,14 @@ def test_headline_does_not_claim_losslessness_that_the_check_did_not_find(page_o
     assert "without changing" not in page_of([file]).text
 
 
+def test_pooled_headline_is_followed_by_the_mean_of_domains_and_each_of_them():
+    row = draft("d", "dspark", 3.0, 1.5)
+    row["overall"]["speedup_mean_of_domains"] = {"value": 2.0, "low": 1.5, "high": 2.5}
+    row["domains"]["math"]["speedup"]["value"] = 2.75
+    _, support = headline([results(rows=[row])])
+    assert support[1] == "Mean of domains 2.00× [1.50, 2.50]: math 2.75×, chat 1.50×."
+
+
 def test_another_draft_that_changed_the_output_is_named_beside_the_headline():
     file = results()
     file["rows"][1]["lossless"]["identical"] = 4

@@ -94,7 +94,7 @@ def headline(results: Sequence[Result]) -> tuple[str, list[str]]:
     value, interval = value_of(best, "speedup"), estimate(speed)[1]
     low, high = (speed[end] if is_number(speed.get(end)) else value for end in ("low", "high"))
     certainty = f"The 95% interval of that speed-up is {interval}." if interval else "It carries no interval."
-    support = [certainty] if value is not None else []
+    support = [certainty, *domains_sentence(best)] if value is not None else []
     if value is None or low is None or high is None:
         tau = estimate((best.get("overall") or {}).get("tau"))[0]
         first = f"{name} commits {tau} tokens per round {where}; its speed was not compared{tail}."
@@ -113,6 +113,17 @@ def headline(results: Sequence[Result]) -> tuple[str, list[str]]:
         if row.get("kind") == "lookup" and (value_of(row, "speedup") or 0.0) > (value or math.inf):
             support.append(f"{other} needs no draft and was faster: {number(value_of(row, 'speedup'))}×.")
     return first, support
+
+
+def domains_sentence(row: Row) -> list[str]:
+    """How the speed-up spreads over domains; nothing where there is one domain only."""
+    each = [
+        f"{name} {estimate(part.get('speedup'), '×')[0]}" for name, part in (row.get("domains") or {}).items()
+    ]
+    mean, interval = estimate((row.get("overall") or {}).get("speedup_mean_of_domains"), "×")
+    if len(each) < 2 or mean == MISSING:
+        return []
+    return [f"Mean of domains {mean} {interval}: {', '.join(each)}."]
 
 
 def styles(algorithm_of: Mapping[str, str]) -> dict[str, Style]:
