@@ -28,10 +28,10 @@ from deepspec.workflow import ALGORITHMS, answered, data_file, train_draft
 
 
 def measure(
-    target: Target, checkpoint: Path, temperature: float, max_new_tokens: int
+    target: Target, checkpoint: Path | str, temperature: float, max_new_tokens: int, *, thinking: bool = False
 ) -> dict[str, list[int]]:
     """{prompt id: [tokens kept, rounds]} of a draft on the test prompts, sixteen rows at a time."""
-    prompts = load_prompts(data_file("pocket:test"), target)
+    prompts = load_prompts(data_file("pocket:test"), target, thinking=thinking)
     draft = load_draft(checkpoint, target)
     decoder = Decoder(target, draft, Sampling(temperature), stop_token_ids=target.stop_token_ids, max_rows=16)
     requests = [Request(p.ids, max_new_tokens, seed=i, key=p.id) for i, p in enumerate(prompts)]

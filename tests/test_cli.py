@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import deepspec
@@ -174,6 +175,56 @@ def test_draft_of_another_thinking_mode_is_measured_with_a_warning(scene):
     assert "tiny-dflash was trained with thinking off and is measured with thinking on" in aware.stderr
     assert json.loads(aware.stdout)["conditions"]["thinking"] is True
     assert "was trained with" not in good(*words).stderr
+
+
+def test_prompts_with_another_system_prompt_are_measured_with_a_warning(scene, tmp_path):
+    row = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
+    words = [*eval_words(scene, "dflash", prompts=False), "--prompts", tmp_path / "p.jsonl", "--no-baselines"]
+    assert "trained with system prompt none and is measured with system prompt " in good(*words).stderr
+
+
+def test_training_on_answers_of_another_thinking_mode_names_both_sides(scene, tmp_path):
+    answers = tmp_path / "thoughts.jsonl"
+    words = ["data", "regenerate", scene / "prompts.jsonl", "--out", answers, "--target", scene / "target"]
+    good(*words, "--max-new-tokens", 8, "--thinking")
+    result = good(
+        "train", scene / "dflash.yaml", "optim.max_steps=1", "--answers", answers, "--runs", tmp_path
+    )
+    assert "was answered with thinking on and the recipe trains with thinking off" in result.stderr.replace(
+        "\n", " "
+    )
+    facts = json.loads((tmp_path / "tiny-dflash/checkpoints/best/deepspec.json").read_text("utf-8"))
+    assert (facts["thinking"], facts["data"]["thinking"], facts["system_prompt"]) == (False, True, None)
+
+
+def test_fine_tuning_starts_from_the_given_weights_and_says_which(scene, tmp_path):
+    words = ["train", scene / "dflash.yaml", "optim.lr=1e-12", "optim.max_steps=1", "name=tuned"]
+    words += ["--from", scene / "runs/tiny-dflash", "--runs", tmp_path]
+    good(*words)
+    best = Path("checkpoints/best")
+    before = load_file(scene / "runs/tiny-dflash" / best / "model.safetensors")
+    after = load_file(tmp_path / "tuned" / best / "model.safetensors")
+    # One step at next to no learning rate: these are the given weights, where fresh ones would be others.
+    assert max(float((after[k] - v).abs().max()) for k, v in before.items()) < 1e-6
+    facts = json.loads((tmp_path / "tuned" / best / "deepspec.json").read_text("utf-8"))
+    assert facts["started_from"]["draft"] == str(scene / "runs/tiny-dflash")
+    assert facts["started_from"]["thinking"] is False
+
+
+def test_fine_tuning_a_draft_of_another_shape_says_where_they_differ(scene, tmp_path):
+    text = refused(
+        "train", scene / "dspark.yaml", "--from", scene / "runs/tiny-dflash", "--runs", tmp_path, "name=t"
+    )
+    assert "is not the draft that the recipe describes" in text
+    assert "algorithm dflash, the recipe dspark" in text
+
+
+def test_finished_run_is_not_taken_for_the_fine_tuned_one(scene):
+    text = refused(
+        "train", scene / "dflash.yaml", "--from", scene / "runs/tiny-dspark", "--runs", scene / "runs"
+    )
+    assert "began from fresh weights" in text
 
 
 def test_draft_of_another_template_is_measured_with_a_warning(scene, tmp_path):

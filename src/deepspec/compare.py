@@ -42,6 +42,7 @@ CONDITION_NAMES = {
     "target_hash": "Target hash",
     "thinking": "Thinking mode",
     "template_hash": "Chat template hash",
+    "system_prompt": "System prompt hash",
     "temperature": "Temperature",
     "top_k": "Top-k",
     "top_p": "Top-p",
@@ -56,6 +57,32 @@ CONDITION_NAMES = {
     "threads": "CPU threads",
     "batch": "Batch",
 }
+
+
+MODE = {"thinking": "thinking", "template_hash": "chat template", "system_prompt": "system prompt"}
+"""What a draft's acceptance hangs on beside the target itself: trained one way and used another, it proposes
+what the target no longer says."""
+
+
+def mode_differences(one: str, have: Mapping[str, Any], other: str, want: Mapping[str, Any]) -> list[str]:
+    """A sentence for each fact of MODE that both sides state differently: "<one> with … and <other> with …".
+
+    A side that lacks a fact says nothing of it; so does None, except for a system prompt, where it is "none".
+    """
+    sentences = []
+    for key, label in MODE.items():
+        stated = all(
+            key in side and (side[key] is not None or key == "system_prompt") for side in (have, want)
+        )
+        if stated and have[key] != want[key]:
+            a, b = (_spelled(side[key]) for side in (have, want))
+            sentences.append(f"{one} with {label} {a} and {other} with {label} {b}")
+    return sentences
+
+
+def _spelled(value: Any) -> str:
+    words = {True: "on", False: "off", None: "none"}
+    return words[value] if value in words else str(value)[:12]
 
 
 def is_number(value: Any) -> TypeGuard[float]:

@@ -95,6 +95,7 @@ class Recipe(Section):
     algorithm: Literal["eagle3", "dflash", "dspark"]
     target: str = "pocket"  # shipped name, path, or hub id
     thinking: bool = False
+    start_from: str | None = None  # a draft to fine-tune (`deepspec train --from`); None: fresh weights
     draft: DraftConfig
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()

@@ -21,7 +21,7 @@ from deepspec import acceptance
 from deepspec.acceptance import Interval
 from deepspec.compare import FORMAT
 from deepspec.data.conversations import Conversation, prompt_messages, read_conversations
-from deepspec.data.tokens import prompt_ids, template_hash
+from deepspec.data.tokens import prompt_ids, system_hash, template_hash
 from deepspec.decode import Decoder, Generation, Request, pieces_of
 from deepspec.drafts.base import Draft
 from deepspec.drafts.lookup import PromptLookup
@@ -55,6 +55,8 @@ class Prompt:
     domain: str
     text: str
     ids: tuple[int, ...]
+    system: str | None = None
+    """Hash of its system prompt."""
 
 
 @dataclass(eq=False)
@@ -102,9 +104,20 @@ def load_prompts(
             c.domain or "all",
             c.messages[-1]["content"] if c.messages else "",
             tuple(prompt_ids(target.tokenizer, prompt_messages(c), thinking, where=c.where)),
+            system_hash(c.messages),
         )
         for c in spread(rows, limit)
     ]
+
+
+def mode_of(target: Target, prompts: Sequence[Prompt], thinking: bool) -> dict[str, Any]:
+    """Thinking, chat template and system prompt under which prompts are answered (`compare.MODE`)."""
+    systems = {p.system for p in prompts}
+    return {
+        "thinking": thinking,
+        "template_hash": template_hash(target.tokenizer) if target.tokenizer is not None else None,
+        "system_prompt": systems.pop() if len(systems) == 1 else "several",
+    }
 
 
 def spread(rows: Sequence[Conversation], limit: int | None) -> list[Conversation]:
@@ -389,8 +402,7 @@ def _conditions(
     return {
         "target": target.spec.name,
         "target_hash": target.spec.config_hash,
-        "thinking": thinking,
-        "template_hash": template_hash(target.tokenizer) if target.tokenizer is not None else None,
+        **mode_of(target, prompts, thinking),
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,

@@ -14,18 +14,18 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deepspec.checkpoint import AnyDraft, new_draft, save_draft, write_json
+from deepspec.checkpoint import AnyDraft, load_draft, new_draft, save_draft, write_json
 from deepspec.config import Recipe
 from deepspec.data.features import batches_from, online, steps_per_epoch
 from deepspec.data.tokens import Encoded
-from deepspec.drafts.base import LossSettings
+from deepspec.drafts.base import DraftSpec, LossSettings
 from deepspec.drafts.spec import SpecError, new_spec
 from deepspec.errors import CheckpointError, RecipeError
 from deepspec.log import JsonlWriter, note, open_trackers, progress
@@ -49,7 +49,10 @@ class Outcome:
 
 
 def build_draft(recipe: Recipe, target: Target) -> AnyDraft:
-    """A fresh draft as the recipe describes it. Raises RecipeError where it cannot fit the target."""
+    """A draft as the recipe describes it: fresh, or with the weights of `start_from`.
+
+    Raises RecipeError where it cannot fit the target or is not shaped as `start_from` is.
+    """
     d = recipe.draft
     mask = d.mask_token_id
     if mask is None and recipe.algorithm != "eagle3":
@@ -72,8 +75,25 @@ def build_draft(recipe: Recipe, target: Target) -> AnyDraft:
         raise RecipeError(
             str(error), where=recipe.name, next_step="change the recipe's `draft` section"
         ) from error
-    draft = new_draft(spec, target, seed=recipe.seed)
+    if recipe.start_from is None:
+        draft = new_draft(spec, target, seed=recipe.seed)
+    else:
+        draft = trained_draft(recipe.start_from, spec, target)
     return draft.to(torch.bfloat16) if recipe.precision == "bfloat16" else draft.float()
+
+
+def trained_draft(name: str, spec: DraftSpec, target: Target) -> AnyDraft:
+    """A draft to go on training from. Raises RecipeError where it is not what the recipe describes."""
+    draft = load_draft(name, target)
+    other = [f.name for f in fields(spec) if getattr(draft.spec, f.name) != getattr(spec, f.name)]
+    if other:
+        sides = "; ".join(f"{n} {getattr(draft.spec, n)}, the recipe {getattr(spec, n)}" for n in other)
+        raise RecipeError(
+            f"{name} is not the draft that the recipe describes: it has {sides}",
+            next_step="change the recipe's `algorithm` and `draft` section to the draft's, "
+            "or train without --from",
+        )
+    return draft.requires_grad_(True)
 
 
 def default_mask_token(target: Target) -> int:

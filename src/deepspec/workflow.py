@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from deepspec import pocket
-from deepspec.checkpoint import AnyDraft, load_draft, write_json
+from deepspec.checkpoint import AnyDraft, find_checkpoint, load_draft, load_provenance, write_json
+from deepspec.compare import MODE, mode_differences
 from deepspec.config import Recipe, dump_recipe, load_recipe
 from deepspec.data.conversations import Conversation, content_hash, read_conversations
 from deepspec.data.features import load_rows
 from deepspec.data.regenerate import regenerate
-from deepspec.data.tokens import template_hash, tokenizer_hash
+from deepspec.data.tokens import system_hash, template_hash, tokenizer_hash
 from deepspec.drafts.base import Draft
+from deepspec.errors import RecipeError
 from deepspec.evaluate import evaluate_drafts, held_out_tau, load_prompts, spread
-from deepspec.log import note, plain
+from deepspec.log import note, plain, warn
 from deepspec.report import write_report
 from deepspec.target import Target
-from deepspec.train import Outcome, train
+from deepspec.train import Outcome, latest_checkpoint, train
 from deepspec.verify import Sampling
 
 ALGORITHMS = ("eagle3", "dflash", "dspark")
@@ -81,32 +83,62 @@ def train_draft(
         return held_out_tau(target, draft, prompts, recipe.eval_max_new_tokens)
 
     facts = provenance(recipe, target, source)
+    for sentence in mode_differences(f"{source} was answered", facts["data"], "the recipe trains", facts):
+        warn(sentence)
     return train(recipe, target, rows, run, facts, held_out)
 
 
 def _keep_recipe(recipe: Recipe, run: Path) -> None:
-    """Write the resolved recipe; say so when the run was started with another one."""
+    """Write the resolved recipe; say so when the run was started with another one.
+
+    Raises RecipeError where that run began from another draft: going on would not fine-tune this one.
+    """
     path = run / "recipe.yaml"
-    if path.exists() and load_recipe(path) != recipe:
+    before = load_recipe(path) if path.exists() else recipe
+    if before.start_from != recipe.start_from and latest_checkpoint(run) is not None:
+        raise RecipeError(
+            f"{run} is a run that began from {before.start_from or 'fresh weights'}, "
+            f"not from {recipe.start_from or 'fresh weights'}",
+            next_step="give this one a name of its own (name=NAME), or start anew with --fresh",
+        )
+    if before != recipe:
         note(f"{run} was started with another recipe; it goes on with this one")
     dump_recipe(recipe, path)
 
 
 def provenance(recipe: Recipe, target: Target, source: Path) -> dict[str, Any]:
-    """What a checkpoint says of where it came from."""
+    """What a checkpoint says of where it came from. `data`: the conditions that the answers carry."""
     assert target.tokenizer is not None
     rows = list(read_conversations(source))
+    carried = {key: only_one([r.meta.get(key) for r in rows]) for key in ("target", *MODE, "sampling")}
+    carried["system_prompt"] = only_one([system_hash(r.messages) for r in rows])
     return {
         "target": target.spec.name,
         "target_config_hash": target.spec.config_hash,
         "tokenizer_hash": tokenizer_hash(target.tokenizer),
         "template_hash": template_hash(target.tokenizer),
         "thinking": recipe.thinking,
-        "sampling": rows[0].meta.get("sampling"),
+        "system_prompt": carried["system_prompt"],
+        "sampling": carried["sampling"],
         "data_hash": content_hash(rows),
         "data_rows": len(rows),
+        "data": carried,
+        "started_from": started_from(recipe),
         "recipe": recipe.model_dump(mode="json"),
     }
+
+
+def only_one(values: Sequence[Any]) -> Any:
+    """The value that all rows share, or "several"."""
+    return values[0] if all(v == values[0] for v in values) else "several"
+
+
+def started_from(recipe: Recipe) -> dict[str, Any] | None:
+    """Which draft a fine-tuned one began as, and under what conditions that one was trained."""
+    if recipe.start_from is None:
+        return None
+    facts = load_provenance(find_checkpoint(recipe.start_from))
+    return {"draft": recipe.start_from} | {k: facts.get(k) for k in (*MODE, "data_hash", "step")}
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -197,7 +229,7 @@ def quickstart(
 
 
 def train_pocket_drafts(
-    out: Path | str, *, minutes: float = 10.0, samples: int = 2, seed: int = 0
+    out: Path | str, *, minutes: float = 30.0, samples: int = 4, seed: int = 0
 ) -> dict[str, Outcome]:
     """The ready-made drafts: `samples` answers to every training prompt, each draft trained for `minutes`."""
     out = Path(out)

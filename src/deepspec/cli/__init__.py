@@ -7,6 +7,7 @@ that `deepspec --help` loads neither torch nor transformers.
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,6 +103,10 @@ def train(
         Path | None,
         typer.Option("--answers", exists=True, dir_okay=False, help="Instead of the recipe's data.train."),
     ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option("--from", metavar="DRAFT", help="Fine-tune this draft instead of a fresh one."),
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew; an earlier run of that name is moved aside.")
     ] = False,
@@ -111,9 +116,12 @@ def train(
     \b
     Example:
       deepspec train pocket-dspark optim.max_minutes=2
+      deepspec train pocket-dspark --from pocket-dspark thinking=true name=thinker
     """
     from deepspec.config import load_recipe
 
+    if start_from is not None:
+        overrides = [*(overrides or []), f"start_from={json.dumps(start_from)}"]
     settings = load_recipe(recipe, overrides or [])
     from deepspec.workflow import train_draft
 

@@ -82,8 +82,9 @@ def evaluate(
             next_step=f"add --draft NAME: a run or checkpoint folder, or one of {', '.join(BUILT_IN_DRAFTS)}",
         )
     samplings = [sampling_of(t, top_k, top_p) for t in temperature or [0.0]]
-    from deepspec.checkpoint import find_checkpoint, load_draft, write_json
-    from deepspec.evaluate import evaluate_drafts, load_prompts
+    from deepspec.checkpoint import find_checkpoint, load_draft, load_provenance, write_json
+    from deepspec.compare import mode_differences
+    from deepspec.evaluate import evaluate_drafts, load_prompts, mode_of
     from deepspec.log import plain
     from deepspec.report import write_report
     from deepspec.workflow import read_metrics
@@ -94,8 +95,11 @@ def evaluate(
     model = load_target(target, dtype.value, device)
     drafts = {label: load_draft(name, model) for label, name in folders.items()}
     tasks = load_prompts(source, model, thinking=thinking, limit=limit)
+    now = mode_of(model, tasks, thinking)
     for label, name in folders.items():
-        _warn_of_other_conditions(label, find_checkpoint(name), model, thinking)
+        facts = load_provenance(find_checkpoint(name))
+        for sentence in mode_differences(f"{label} was trained", facts, "is measured", now):
+            warn(sentence)
     results = []
     for sampling in samplings:
         result = plain(
@@ -240,24 +244,6 @@ def draft_labels(names: Sequence[str]) -> list[str]:
     if twice is not None:
         raise UserError(f"the draft {twice} is given twice", next_step="name each draft once")
     return full
-
-
-def _warn_of_other_conditions(label: str, checkpoint: Path, target: Target, thinking: bool) -> None:
-    """Say where a draft was trained under other conditions than it is now measured under."""
-    from deepspec.checkpoint import load_provenance
-    from deepspec.data.tokens import template_hash
-
-    facts = load_provenance(checkpoint)
-    trained = facts.get("thinking")
-    if trained is not None and trained != thinking:
-        on = {True: "on", False: "off"}
-        warn(f"{label} was trained with thinking {on[trained]} and is measured with thinking {on[thinking]}")
-    theirs, ours = facts.get("template_hash"), template_hash(target.tokenizer) if target.tokenizer else None
-    if theirs and ours and theirs != ours:
-        warn(
-            f"{label} was trained with chat template {theirs[:12]} and is measured with {ours[:12]}, "
-            f"that of {target.spec.name}"
-        )
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

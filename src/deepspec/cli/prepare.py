@@ -106,8 +106,8 @@ def pocket_build(
 @pocket_app.command("drafts")
 def pocket_drafts(
     out: Annotated[Path, typer.Option("--out")] = Path("build/pocket-drafts"),
-    minutes: Annotated[float, typer.Option("--minutes", min=0.01, help="Training time per draft.")] = 10.0,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Answers per training prompt.")] = 2,
+    minutes: Annotated[float, typer.Option("--minutes", min=0.01, help="Training time per draft.")] = 30.0,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Answers per training prompt.")] = 4,
 ) -> None:
     """Train the three ready-made drafts of the pocket target.
 

@@ -107,6 +107,14 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(_template(tokenizer).encode("utf-8")).hexdigest()
 
 
+def system_hash(messages: Sequence[Message]) -> str | None:
+    """SHA-256 (hex) of a conversation's system prompt; None without one."""
+    first = messages[0] if messages else None
+    if first is None or first["role"] != "system":
+        return None
+    return hashlib.sha256(first["content"].encode("utf-8")).hexdigest()
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 (hex) of what decides how text becomes ids: vocabulary, merges, splitting, special tokens.
 
