@@ -184,12 +184,17 @@ def test_headline_does_not_claim_losslessness_that_the_check_did_not_find(page_o
     assert "without changing" not in page_of([file]).text
 
 
-def test_pooled_headline_is_followed_by_the_mean_of_domains_and_each_of_them():
-    row = draft("d", "dspark", 3.0, 1.5)
+def test_headline_speaks_of_the_mean_of_domains_and_says_what_it_is_made_of():
+    row, other = draft("d", "dspark", 3.0, 1.5), draft("e", "dflash", 3.0, 1.75)
     row["overall"]["speedup_mean_of_domains"] = {"value": 2.0, "low": 1.5, "high": 2.5}
     row["domains"]["math"]["speedup"]["value"] = 2.75
-    _, support = headline([results(rows=[row])])
-    assert support[1] == "Mean of domains 2.00× [1.50, 2.50]: math 2.75×, chat 1.50×."
+    first, support = headline([results(rows=[row, other])])
+    assert first.startswith("DSpark makes this model 2.00× faster")
+    assert support[:2] == [
+        "The 95% interval of that speed-up is [1.50, 2.50].",
+        "It is the mean of 2 domains: math 2.75×, chat 1.50×. All tokens pooled: 1.50× [1.40, 1.60].",
+    ]
+    assert "mean 2.00×" in printed([results(rows=[row])])
 
 
 def test_another_draft_that_changed_the_output_is_named_beside_the_headline():

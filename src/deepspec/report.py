@@ -76,7 +76,8 @@ class Style:
 def headline(results: Sequence[Result]) -> tuple[str, list[str]]:
     """The page's first sentence and the sentences that qualify it, all computed from the results.
 
-    Speaks about the fastest draft at temperature 0, or in the first results file without such a run.
+    Speaks about the fastest draft at temperature 0, or in the first results file without such a run. Fast
+    means the mean of the domains' speed-ups where there are several, so that none drowns the others.
     "Without changing a token" appears only if every compared prompt of that draft was identical.
     """
     result = next((each for each in results if is_greedy(each.get("conditions") or {})), None)
@@ -84,14 +85,14 @@ def headline(results: Sequence[Result]) -> tuple[str, list[str]]:
     if result is None or not drafts_of(result):
         return "No draft has been evaluated yet.", []
     conditions = result.get("conditions") or {}
-    best = max(drafts_of(result), key=lambda row: value_of(row, "speedup") or 0.0)
+    best = max(drafts_of(result), key=lambda row: speed_of(row)[0] or 0.0)
     names = {method: style.label for method, style in styles_of(results).items()}
     name, where = names[best.get("method", "")], "at " + sampling_label(conditions)
     state, _ = lossless_finding(best, conditions)
     prompts = (best.get("lossless") or {}).get("prompts")
     tail = f" without changing a token on the {prompts} prompts checked" if state == "identical" else ""
-    speed = (best.get("overall") or {}).get("speedup") or {}
-    value, interval = value_of(best, "speedup"), estimate(speed)[1]
+    value, speed = speed_of(best)
+    interval = estimate(speed)[1]
     low, high = (speed[end] if is_number(speed.get(end)) else value for end in ("low", "high"))
     certainty = f"The 95% interval of that speed-up is {interval}." if interval else "It carries no interval."
     support = [certainty, *domains_sentence(best)] if value is not None else []
@@ -110,20 +111,29 @@ def headline(results: Sequence[Result]) -> tuple[str, list[str]]:
         other = names[row.get("method", "")]
         if row is not best and lossless_finding(row, conditions)[0] in ("near-ties", "different"):
             support.append(lossless_sentence(row, conditions, other))
-        if row.get("kind") == "lookup" and (value_of(row, "speedup") or 0.0) > (value or math.inf):
-            support.append(f"{other} needs no draft and was faster: {number(value_of(row, 'speedup'))}×.")
+        if row.get("kind") == "lookup" and (speed_of(row)[0] or 0.0) > (value or math.inf):
+            support.append(f"{other} needs no draft and was faster: {number(speed_of(row)[0])}×.")
     return first, support
 
 
+def speed_of(row: Row) -> tuple[float | None, Mapping[str, Any]]:
+    """The speed-up that headlines speak of, and its estimate: the mean of domains, else the pooled one."""
+    name = "speedup_mean_of_domains" if mean_over_domains(row) else "speedup"
+    return value_of(row, name), (row.get("overall") or {}).get(name) or {}
+
+
+def mean_over_domains(row: Row) -> bool:
+    return len(row.get("domains") or {}) > 1 and value_of(row, "speedup_mean_of_domains") is not None
+
+
 def domains_sentence(row: Row) -> list[str]:
-    """How the speed-up spreads over domains; nothing where there is one domain only."""
-    each = [
-        f"{name} {estimate(part.get('speedup'), '×')[0]}" for name, part in (row.get("domains") or {}).items()
-    ]
-    mean, interval = estimate((row.get("overall") or {}).get("speedup_mean_of_domains"), "×")
-    if len(each) < 2 or mean == MISSING:
+    """What a mean of domains is made of; nothing where the headline speaks of the pooled speed-up."""
+    if not mean_over_domains(row):
         return []
-    return [f"Mean of domains {mean} {interval}: {', '.join(each)}."]
+    domains = row["domains"]
+    each = ", ".join(f"{name} {estimate(part.get('speedup'), '×')[0]}" for name, part in domains.items())
+    pooled, interval = estimate(row["overall"].get("speedup"), "×")
+    return [f"It is the mean of {len(domains)} domains: {each}. All tokens pooled: {pooled} {interval}."]
 
 
 def styles(algorithm_of: Mapping[str, str]) -> dict[str, Style]:
@@ -184,6 +194,7 @@ def cells(row: Row, result: Result) -> dict[str, Any]:
         "domains": [(name, text) for name, text in domains if text != MISSING],
         "speedup": speedup,
         "speedup_interval": speedup_interval,
+        "mean": f"mean {number(speed_of(row)[0])}×" if mean_over_domains(row) else "",
         "tokens_per_s": number(overall.get("tokens_per_s"), 1),
         "distinct": number(overall.get("distinct_4")),
         "repeated": number(overall.get("repeated_8")),
@@ -231,7 +242,8 @@ def results_table(results: Sequence[Result]) -> Table:
                 f"{cell['method']}\n{cell['detail']}",
                 f"{cell['tau']}\n{cell['tau_interval'].strip('[]').replace(', ', '–')}",
                 "\n".join(f"{name} {tau}" for name, tau in cell["domains"]) or MISSING,
-                f"{cell['speedup']}\n{cell['speedup_interval'].strip('[]').replace(', ', '–')}",
+                f"{cell['speedup']}\n{cell['speedup_interval'].strip('[]').replace(', ', '–')}\n"
+                f"{cell['mean']}",
                 cell["tokens_per_s"],
                 f"{cell['distinct']}\n{cell['repeated']}",
                 cell["joules"],

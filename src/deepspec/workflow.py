@@ -189,7 +189,7 @@ def quickstart(
     Returns the report's path and the results. Run again, it goes on where it stopped.
     """
     out, began = Path(out), time.perf_counter()
-    prompts, minutes, tasks = (150, 0.2, 6) if fast else (1200, 1.4, 24)
+    prompts, minutes, tasks = (150, 0.2, 6) if fast else (1200, 2.0, 24)
     target = Target.from_pretrained("pocket")
     rows: list[Conversation] = spread(list(read_conversations(data_file("pocket:train"))), prompts)
     answers = out / "data" / "answers.jsonl"
