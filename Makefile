@@ -15,12 +15,13 @@ STAMP := .venv/.installed
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' requirements.lock)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
-.PHONY: help quickstart test lint format soak clean
+.PHONY: help quickstart test docs lint format soak clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make quickstart   train three drafts, measure them, write a report (ARGS=--fast: about two minutes)'
 	@echo 'make test         lint, types and tests'
+	@echo 'make docs         rewrite the tables of docs/targets.md from the tests of target families'
 	@echo 'make soak         the long fault tests'
 	@echo 'make lint         ruff and mypy only        make format   rewrite with ruff'
 	@echo 'make clean        remove .venv, caches and build artefacts (runs/ is kept)'
@@ -52,6 +53,9 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+docs: $(STAMP)
+	DEEPSPEC_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_families.py $(ARGS)
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak $(ARGS)

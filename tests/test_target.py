@@ -12,30 +12,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    BertConfig,
-    BertLMHeadModel,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma4ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    T5Config,
 )
 
 from conftest import FAMILIES, MODELS, SLIDING_WINDOW, prompts_of, save_tiny
 from deepspec.errors import TargetError
 from deepspec.target import Target, TargetSpec
-
-CLOSE = 1e-4
-"""Largest float32 difference allowed between one pass and cached steps; a wrong mask gives 0.1 and more."""
+from sequences import CLOSE, Sequences, scripted
 
 
 @pytest.fixture(params=FAMILIES)
@@ -127,57 +119,6 @@ def test_target_is_frozen_and_leaves_no_graph(target: Target) -> None:
 # ── cached steps ──────────────────────────────────────────────────────────────────────────────────────
 
 
-class Sequences:
-    """Drives a target's slots and keeps the plain lists of tokens that they should hold."""
-
-    def __init__(self, target: Target, layers: tuple[int, ...] = (-1, 1), seed: int = 0) -> None:
-        self.target, self.layers = target, layers
-        self.random = torch.Generator().manual_seed(seed)
-        self.tokens: dict[int, list[int]] = {}
-        self.worst = 0.0
-
-    def reopen(self, slot: int) -> None:
-        if slot in self.tokens:
-            self.target.free(slot)
-        self.target.open(slot)
-        self.tokens[slot] = []
-
-    def rollback(self, slot: int, share: float) -> None:
-        if slot in self.tokens:
-            length = int(share * len(self.tokens[slot]))
-            self.target.rollback(slot, length)
-            del self.tokens[slot][length:]
-
-    def step(self, counts: dict[int, int]) -> None:
-        """Append `counts[slot]` random tokens to each slot and compare with whole passes."""
-        for slot in counts:
-            if slot not in self.tokens:
-                self.reopen(slot)
-        new = {
-            s: torch.randint(self.target.vocab_size, (n,), generator=self.random).tolist()
-            for s, n in counts.items()
-        }
-        found = self.target.step(list(counts), list(new.values()), self.layers)
-        for slot, tokens in new.items():
-            self.tokens[slot].extend(tokens)
-            assert self.target.length(slot) == len(self.tokens[slot])
-        self.compare(list(counts), list(counts.values()), found.last_hidden, found.features)
-
-    def compare(self, slots: list[int], counts: list[int], hidden: Tensor, features: Tensor) -> None:
-        width = max(len(self.tokens[s]) for s in slots)
-        rows = [self.tokens[s] + [0] * (width - len(self.tokens[s])) for s in slots]
-        whole = self.target.read(torch.tensor(rows), self.layers)
-        for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
-            end = len(self.tokens[slot])
-            for name, found, want in (
-                ("last_hidden", hidden, whole.last_hidden),
-                ("features", features, whole.features),
-            ):
-                difference = (found[row, :count] - want[row, end - count : end]).abs().max()
-                self.worst = max(self.worst, float(difference))
-                assert difference < CLOSE, f"{name} of slot {slot}, {count} new of {end}: off by {difference}"
-
-
 steps = st.dictionaries(st.integers(0, 3), st.integers(1, 9), min_size=1, max_size=4)
 rollbacks = st.tuples(st.integers(0, 3), st.floats(0, 1))
 operations = st.lists(st.one_of(steps, steps, rollbacks, st.integers(0, 3)), min_size=3, max_size=9)
@@ -203,22 +144,6 @@ def test_ragged_cached_steps_with_rollback_equal_whole_passes(
                 sequences.reopen(operation)
 
     check()
-
-
-def scripted(target: Target) -> None:
-    """Prefill past the window, ragged rounds, rollbacks into the window and before it, single-token steps."""
-    sequences = Sequences(target)
-    sequences.step({0: 11})
-    sequences.step({2: 3})
-    sequences.step({0: 4, 2: 5})
-    sequences.rollback(0, 0.5)
-    sequences.step({2: 1, 0: 3, 5: 8})
-    sequences.step({0: 1, 2: 1, 5: 1})
-    sequences.rollback(5, 0.3)
-    sequences.step({5: 6})
-    sequences.step({0: 1})
-    sequences.reopen(0)
-    sequences.step({0: 2, 5: 4})
 
 
 def mistral() -> PreTrainedModel:
@@ -329,32 +254,6 @@ def test_feature_layer_out_of_range_names_the_depth(targets: dict[str, Target], 
     with pytest.raises(TargetError, match="which has 4 layers") as caught:
         targets["llama"].read(torch.tensor([[1]]), layers)
     assert "-1 (the embedding) to 2" in str(caught.value)
-
-
-def test_encoder_decoder_config_is_refused(tmp_path: Path) -> None:
-    T5Config(d_model=16, num_layers=2, d_ff=16, num_heads=2, vocab_size=32).save_pretrained(tmp_path)
-    with pytest.raises(TargetError, match="is not a model that transformers can load") as caught:
-        Target.from_pretrained(tmp_path)
-    assert str(tmp_path / "config.json") in str(caught.value)
-
-
-TINY = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2)
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        lambda: BertLMHeadModel(BertConfig(is_decoder=True, vocab_size=32, num_attention_heads=2, **TINY)),
-        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2)),
-    ],
-    ids=["bert", "gpt2"],
-)
-def test_model_without_decoder_layers_and_norm_is_refused(
-    model: Callable[[], PreTrainedModel], tmp_path: Path
-) -> None:
-    model().save_pretrained(tmp_path)
-    with pytest.raises(TargetError, match="could not find the decoder's layers and final norm"):
-        load(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": "no-such-model"}'])

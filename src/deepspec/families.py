@@ -58,6 +58,16 @@ DRAFT_FAMILIES: dict[str, DraftFamily] = {
 ARCHITECTURE_ALIASES = {"Eagle3DraftModel": ("qwen3", "eagle3")}
 
 
+# Where Hugging Face decoders keep what is not to be had through a method of theirs. The decoder is whatever
+# holds `layers` and one of these; embedding and head come from get_input_embeddings, get_output_embeddings.
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "embedding_norm", "norm_f")
+SOFTCAP = "final_logit_softcapping"
+# Kinds of layers (`layer_types`) whose masks we know how to draw over ragged rows.
+MASKED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+# Kinds of rotary positions that turn all keys anew once a sequence grows past some length.
+LENGTH_DEPENDENT_ROPE = frozenset({"longrope", "dynamic"})
+
+
 class TargetFamily(NamedTuple):
     """Facts of a target that its generic Hugging Face interface does not tell."""
 
@@ -65,7 +75,14 @@ class TargetFamily(NamedTuple):
     mask_token_id: int | None = None
     """A token that the family reserves and never writes; None: chosen by rule."""
     template_note: str = ""
+    embedding_factor: str | None = None
+    """Config key of a factor on the embedding's output; None: the embedding module says (Gemma), or 1."""
+    logit_factor: tuple[str, int] | None = None
+    """Config key of a factor on the logits, and the power it is taken to (-1: they are divided by it)."""
 
+
+_GRANITE = TargetFamily(embedding_factor="embedding_multiplier", logit_factor=("logits_scaling", -1))
+_COHERE = TargetFamily(logit_factor=("logit_scale", 1))
 
 TARGET_FAMILIES: dict[str, TargetFamily] = {
     "gemma4": TargetFamily("gemma4", 4, "non-thinking answers follow an unsupervised channel prefix"),
@@ -73,6 +90,20 @@ TARGET_FAMILIES: dict[str, TargetFamily] = {
     "gemma4_unified": TargetFamily("gemma4", 4),
     "gemma4_unified_text": TargetFamily("gemma4", 4),
     "qwen3": TargetFamily("qwen3", 151669, "thinking off puts an empty think block in the prompt"),
+    "cohere": _COHERE,
+    "cohere2": _COHERE,
+    "cohere2_moe": _COHERE,
+    "granite": _GRANITE,
+    "granite_swa": _GRANITE,
+    "granitemoe": _GRANITE,
+    "granitemoe_swa": _GRANITE,
+    "granitemoehybrid": _GRANITE,
+    "granitemoeshared": _GRANITE,
+    "hyperclovax": TargetFamily(embedding_factor="embedding_multiplier", logit_factor=("logits_scaling", 1)),
+    "falcon_h1": TargetFamily(
+        embedding_factor="embedding_multiplier", logit_factor=("lm_head_multiplier", 1)
+    ),
+    "minicpm3": TargetFamily(logit_factor=("logits_scaling", -1)),
 }
 
 
@@ -97,6 +128,9 @@ def rope_facts(config: dict[str, Any], family: DraftFamily) -> dict[str, Any]:
     entry = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if family.rope_entry is not None:
         entry = entry.get(family.rope_entry) or {}
+    elif isinstance(entry.get("full_attention"), dict):
+        # A target whose sliding layers turn otherwise: a draft attends to everything.
+        entry = entry["full_attention"]
     theta = entry.get("rope_theta") or config.get("rope_theta") or 10000.0
     return {**entry, "rope_theta": float(theta), "rope_type": entry.get("rope_type") or "default"}
 

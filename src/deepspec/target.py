@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,17 +19,28 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.utils import logging as hf_logging
 
 from deepspec import families
 from deepspec.drafts.base import Embedding
 from deepspec.errors import TargetError
 from deepspec.head import Head
+from deepspec.log import note
 from deepspec.pocket import packaged
 from deepspec.slots import Rows, SlotStore, causal_rows_mask
 
-NORM_NAMES = ("norm", "final_layernorm", "ln_f", "final_norm")
+# What a draft's shape is made of. Config files leave out what equals their class's default.
+FACTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "final_logit_softcapping",
+)
 
 
 @dataclass(frozen=True)
@@ -37,17 +49,35 @@ class TargetSpec:
 
     name: str
     config: dict[str, Any]
+    quantised: bool = False
 
     @classmethod
     def from_pretrained(cls, name_or_path: str) -> TargetSpec:
         """Read a local directory's or a Hub repository's config.json. Raises TargetError."""
         path = packaged(name_or_path)
         try:
-            AutoConfig.from_pretrained(path)
+            loaded = AutoConfig.from_pretrained(path)
             raw, _ = AutoConfig.for_model("qwen3").get_config_dict(path)
         except (OSError, ValueError, KeyError) as error:
             raise _unreadable(name_or_path, error) from error
-        return cls(name_or_path, raw.get("text_config") or raw)
+        if getattr(loaded, "is_encoder_decoder", False):
+            raise TargetError(
+                f"{name_or_path} is an encoder-decoder ({raw.get('model_type')}): its decoder also reads an "
+                "encoder's output, which drafts know nothing of",
+                next_step="speculative decoding here needs a decoder-only model",
+            )
+        text = raw.get("text_config") or raw
+        defaults = {k: v for k in FACTS if k not in text and (v := _default(loaded, k)) is not None}
+        facts = defaults | text
+        missing = [k for k in ("vocab_size", "hidden_size", "num_hidden_layers") if facts.get(k) is None]
+        if missing:
+            raise TargetError(
+                f"the config of {name_or_path} does not say {', '.join(missing)}",
+                where=str(Path(path) / "config.json"),
+                next_step="targets are Hugging Face decoders; save the text part of a composite model",
+            )
+        quantised = bool(raw.get("quantization_config") or text.get("quantization_config"))
+        return cls(name_or_path, facts, quantised)
 
     @property
     def model_type(self) -> str:
@@ -71,7 +101,7 @@ class TargetSpec:
 
     @property
     def softcap(self) -> float | None:
-        return self.config.get("final_logit_softcapping")
+        return self.config.get(families.SOFTCAP)
 
     @property
     def config_hash(self) -> str:
@@ -79,6 +109,16 @@ class TargetSpec:
         volatile = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")
         facts = {k: v for k, v in self.config.items() if k not in volatile}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _default(config: Any, key: str) -> int | float | None:
+    """What the config's class says where the file says nothing; None where it is not one number."""
+    try:
+        value = getattr(config.get_text_config(decoder=True), key, None)
+    except Exception:
+        # Values that differ by layer raise an error of their own on access, which is no AttributeError.
+        return None
+    return value if isinstance(value, int | float) else None
 
 
 def _unreadable(name: str, error: Exception) -> TargetError:
@@ -148,7 +188,12 @@ class _SlotLayer(CacheLayerMixin):
 
 
 class Target:
-    """A spec plus weights: frozen, in eval mode, without autograd."""
+    """A spec plus weights: frozen, in eval mode, without autograd.
+
+    cached: whether a step reads its new tokens only. Hybrids with linear attention, convolutions or
+    state-space layers carry a running state that cannot be rolled back: there it is the whole sequence.
+    Raises TargetError for a model without the parts that drafts need, or without anything to roll back.
+    """
 
     def __init__(
         self, spec: TargetSpec, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
@@ -156,39 +201,75 @@ class Target:
         self.spec = spec
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
+        self._config = _text_config(model)
+        self.cached = _can_roll_back(self.model, self._config, spec.name)
         self.decoder: Any = _find_decoder(model, spec.name)
+        self.embedding = _find_embedding(self.model, self._config, spec)
+        self.head = _find_head(self.model, self._config, spec, self.device)
         self._cache = Cache(layers=[_SlotLayer() for _ in range(spec.num_layers)])
-        self._lengths: dict[int, int] = {}
+        self._steady_length = _steady_length(self._config)
+        self._tokens: dict[int, list[int]] = {}
         self._captured: dict[int, Tensor] = {}
         self._hooked: tuple[int, ...] = ()
         self._hooks: list[Any] = []
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, dtype: str = "auto", device: str = "auto") -> Target:
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        dtype: str = "auto",
+        device: str = "auto",
+        device_map: str | dict[str, Any] | None = None,
+    ) -> Target:
         """Load a local directory, a Hub id, or the built-in `pocket`.
 
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". device: "auto" is the
-        accelerator when there is one. A missing tokenizer is not an error. Raises TargetError.
+        accelerator when there is one. device_map: as transformers takes it ("auto", "balanced", or modules
+        to devices), to spread the layers over several; `device` then says nothing. A quantised checkpoint is
+        loaded as transformers loads it. A missing tokenizer is not an error. Raises TargetError.
         """
         name = str(name_or_path)
         spec = TargetSpec.from_pretrained(name)
         path = packaged(name)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device_map is None and spec.quantised:
+            # Packed weights are often bound to where they were loaded: they cannot be moved afterwards.
+            device_map = {"": device}
+        if device_map is not None and find_spec("accelerate") is None:
+            raise TargetError(
+                f"transformers places the weights of {name} itself (quantised, or `device_map`), and needs "
+                "the accelerate package for it",
+                next_step="pip install accelerate",
+            )
         chosen = "auto" if dtype == "auto" else getattr(torch, dtype)
         shown = hf_logging.is_progress_bar_enabled()
         hf_logging.disable_progress_bar()
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, device_map=device_map)
+        except ImportError as error:
+            raise TargetError(
+                f"transformers needs another package to load {name}: {str(error).splitlines()[0]}",
+                next_step="install what it names, or use a checkpoint that is not quantised",
+            ) from error
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise _unreadable(name, error) from error
         finally:
             if shown:
                 hf_logging.enable_progress_bar()
-        return cls(spec, model.to(device), _tokenizer(path))
+        target = cls(spec, model if device_map is not None else model.to(device), _tokenizer(path))
+        target.check_head()
+        if not target.cached:
+            note(
+                f"{name} ({spec.model_type}) has layers whose state cannot be rolled back to a position: "
+                "each step reads the whole sequence again. Outputs and accepted lengths are right; speeds, "
+                "of plain decoding too, are not what an engine reaches."
+            )
+        return target
 
     @property
     def device(self) -> torch.device:
+        """Where token ids go in, and features and last hidden states come out."""
         return self.embedding.weight.device
 
     @property
@@ -200,15 +281,26 @@ class Target:
         """Rows of the head: the width of its logits."""
         return self.head.vocab_size
 
-    @property
-    def embedding(self) -> Embedding:
-        module = self.model.get_input_embeddings()
-        return Embedding(module.weight, float(getattr(module, "scalar_embed_scale", 1.0)))
-
-    @property
-    def head(self) -> Head:
-        module = self.model.get_output_embeddings()
-        return Head(module.weight, getattr(module, "bias", None), softcap=self.spec.softcap)
+    @torch.no_grad()
+    def check_head(self) -> None:
+        """Raise TargetError unless `head` of the last hidden state is the model's own logits (two tokens)."""
+        last_hidden: list[Tensor] = []
+        self._hook(())
+        watch = self.decoder.register_forward_hook(lambda m, i, o: last_hidden.append(o.last_hidden_state))
+        try:
+            # From the middle of the vocabulary: a padding token's embedding, and so its logits, may be zero.
+            ids = torch.tensor([[self.vocab_size // 3, self.vocab_size // 2]], device=self.device)
+            theirs = self.model(input_ids=ids, use_cache=False).logits.to(self.device).float()
+        finally:
+            watch.remove()
+        ours = self.logits(last_hidden[0].to(self.device)).float()
+        if ours.shape != theirs.shape or (ours - theirs).abs().max() > 0.02 * theirs.abs().max():
+            raise TargetError(
+                f"{self.spec.name}: the logits of a {self.spec.model_type!r} model are not its head times "
+                "its last hidden state; the family puts a factor, a cap or a layer between them that is not "
+                "known here",
+                next_step="add a row for it to TARGET_FAMILIES in deepspec/families.py (logit_factor)",
+            )
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
@@ -226,31 +318,32 @@ class Target:
     def read(self, input_ids: Tensor, layers: Sequence[int]) -> StepOutput:
         """Features and last hidden states of right-padded rows [B, S], no cache: one forward pass.
 
-        Attention is causal, so what padding holds changes nothing before it.
+        Attention is causal, so what padding holds changes nothing before it. Raises TargetError for
+        sequences past the length up to which the model's positions hold still.
         """
         self._hook(tuple(layers))
+        self._check_length(input_ids.shape[1])
         output = self.decoder(input_ids=input_ids.to(self.device), use_cache=False)
-        return StepOutput(output.last_hidden_state, self._features())
+        return self._output(output)
 
     # ── cached steps over slots ───────────────────────────────────────────────────────────────────
 
     def open(self, slot: int) -> None:
         """Start an empty sequence in a slot."""
-        self._lengths[slot] = 0
+        self._tokens[slot] = []
 
     def length(self, slot: int) -> int:
         """Tokens in a slot."""
-        return self._lengths[slot]
+        return len(self._tokens[slot])
 
     def rollback(self, slot: int, length: int) -> None:
         """Forget a slot's tokens from position `length` on."""
-        assert 0 <= length <= self._lengths[slot], (
-            f"slot {slot} holds {self._lengths[slot]} tokens, not {length}"
-        )
-        self._lengths[slot] = length
+        held = self.length(slot)
+        assert 0 <= length <= held, f"slot {slot} holds {held} tokens, not {length}"
+        del self._tokens[slot][length:]
 
     def free(self, slot: int) -> None:
-        del self._lengths[slot]
+        del self._tokens[slot]
 
     @torch.inference_mode()
     def step(
@@ -259,23 +352,48 @@ class Target:
         """Append each row's new tokens (any number, not the same) to its slot, in one forward pass.
 
         What it gives are inference tensors: cheaper by the bookkeeping, and not to be trained on (`read` is).
+        Raises TargetError where `read` does.
         """
-        width = max(len(t) for t in tokens)
-        rows = Rows(tuple(slots), tuple(self._lengths[s] for s in slots), width)
-        padded = [list(t) + [t[-1]] * (width - len(t)) for t in tokens]
+        if self.cached:
+            output = self._step_cached(slots, tokens, layers)
+        else:
+            output = self._step_again(slots, tokens, layers)
+        for slot, new in zip(slots, tokens, strict=True):
+            self._tokens[slot].extend(new)
+        return output
+
+    def _step_cached(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], layers: Sequence[int]
+    ) -> StepOutput:
+        """The new tokens alone, over the keys and values of the slots."""
+        rows = Rows(tuple(slots), tuple(self.length(s) for s in slots), max(map(len, tokens)))
         self._hook(tuple(layers))
+        self._check_length(rows.end)
         for layer in self._cache.layers:
             layer.rows = rows
         output = self.decoder(
-            input_ids=torch.tensor(padded, device=self.device),
+            input_ids=_padded(tokens).to(self.device),
             position_ids=rows.positions(self.device),
             attention_mask=self._mask(rows),
             past_key_values=self._cache,
             use_cache=True,
         )
-        for slot, new in zip(slots, tokens, strict=True):
-            self._lengths[slot] += len(new)
-        return StepOutput(output.last_hidden_state, self._features())
+        return self._output(output)
+
+    def _step_again(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], layers: Sequence[int]
+    ) -> StepOutput:
+        """One pass over everything in the slots, for models whose state cannot be rolled back."""
+        whole = [[*self._tokens[s], *new] for s, new in zip(slots, tokens, strict=True)]
+        output = self.read(_padded(whole), layers)
+        width = max(map(len, tokens))
+        # Row r's new tokens are its last ones; past them, its very last stands for padding.
+        ends = torch.tensor([[len(w)] for w in whole], device=self.device)
+        counts = torch.tensor([[len(new)] for new in tokens], device=self.device)
+        new = torch.minimum(ends - counts + torch.arange(width, device=self.device), ends - 1)
+        rows = torch.arange(len(whole), device=self.device)[:, None]
+        features = None if output.features is None else output.features[rows, new]
+        return StepOutput(output.last_hidden[rows, new], features)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -309,10 +427,8 @@ class Target:
         """None where the model's own mask is right (one row); ours where rows are ragged or partly cached."""
         if len(rows.slots) == 1 and (rows.width == 1 or rows.starts[0] == 0):
             return None
-        # The loaded config, not the file: older files leave the layer types to be derived.
-        config = self.model.config.get_text_config()
-        kinds = getattr(config, "layer_types", None)
-        window = getattr(config, "sliding_window", None)
+        kinds = getattr(self._config, "layer_types", None)
+        window = getattr(self._config, "sliding_window", None)
         if kinds is None or "sliding_attention" not in kinds:
             return self._attention_mask(causal_rows_mask(rows, self.device, None if kinds else window))
         return {
@@ -326,6 +442,14 @@ class Target:
             return seen
         unseen = torch.finfo(self.dtype).min
         return torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill(~seen, unseen)
+
+    def _check_length(self, length: int) -> None:
+        if self._steady_length is not None and length > self._steady_length:
+            raise TargetError(
+                f"a sequence of {length} tokens is too long for {self.spec.name}: past {self._steady_length} "
+                "its rotary frequencies change with the length, also those of keys that are already stored",
+                next_step=f"keep prompts and answers within {self._steady_length} tokens (data.max_length)",
+            )
 
     # ── hooks ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -343,22 +467,45 @@ class Target:
             )
         for hook in self._hooks:
             hook.remove()
-        self._hooks = [self._module(i).register_forward_hook(self._keep(i)) for i in layers]
+        self._hooks = [self._capture(i) for i in layers]
         self._hooked = layers
 
-    def _module(self, layer: int) -> nn.Module:
-        return self.model.get_input_embeddings() if layer == -1 else self.decoder.layers[layer]
+    def _capture(self, layer: int) -> Any:
+        """Keep a layer's output on every pass. The embedding is what the first layer reads: some families
+        scale it after the embedding module."""
 
-    def _keep(self, layer: int) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        def after(module: nn.Module, inputs: Any, output: Any) -> None:
             self._captured[layer] = output[0] if isinstance(output, tuple) else output
 
-        return hook
+        def before(module: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
+            self._captured[layer] = inputs[0] if inputs else named["hidden_states"]
 
-    def _features(self) -> Tensor | None:
+        if layer == -1:
+            return self.decoder.layers[0].register_forward_pre_hook(before, with_kwargs=True)
+        return self.decoder.layers[layer].register_forward_hook(after)
+
+    def _output(self, output: Any) -> StepOutput:
+        """Of a pass through the decoder, on one device wherever its layers are."""
+        last_hidden = output.last_hidden_state.to(self.device)
         if not self._hooked:
-            return None
-        return torch.cat([self._captured[i] for i in self._hooked], dim=-1)
+            return StepOutput(last_hidden, None)
+        parts = [self._captured[i].to(self.device) for i in self._hooked]
+        if any(p.shape != last_hidden.shape for p in parts):
+            raise TargetError(
+                f"{self.spec.name}: between its layers a {self.spec.model_type!r} model carries "
+                f"{list(parts[0].shape)}, not one residual stream of {list(last_hidden.shape)}, so there are "
+                "no features to draft from",
+                next_step="use a target of another family (docs/targets.md lists those that are tested)",
+            )
+        return StepOutput(last_hidden, torch.cat(parts, dim=-1))
+
+
+# ── finding the parts ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _text_config(model: Any) -> Any:
+    """The loaded config, not the file: older files leave layer types and defaults to be derived."""
+    return model.config.get_text_config(decoder=True)
 
 
 def _find_decoder(model: Any, name: str) -> Any:
@@ -366,9 +513,80 @@ def _find_decoder(model: Any, name: str) -> Any:
     found = model.get_decoder() if hasattr(model, "get_decoder") else None
     for candidate in (found, getattr(found, "language_model", None), getattr(model, "model", None)):
         has_layers = isinstance(getattr(candidate, "layers", None), nn.ModuleList)
-        if has_layers and any(hasattr(candidate, n) for n in NORM_NAMES):
+        if has_layers and any(hasattr(candidate, n) for n in families.FINAL_NORMS):
             return candidate
     raise TargetError(
         f"{name}: could not find the decoder's layers and final norm in {type(model).__name__}",
         next_step="targets must be Hugging Face decoders whose text model has `layers` and a final `norm`",
     )
+
+
+def _find_embedding(model: Any, config: Any, spec: TargetSpec) -> Embedding:
+    """The token embedding and the factor on its output. Raises TargetError."""
+    module = model.get_input_embeddings()
+    weight = _plain(getattr(module, "weight", None), "embedding", spec.name)
+    key = spec.family.embedding_factor
+    factor = getattr(module, "scalar_embed_scale", 1.0) if key is None else getattr(config, key)
+    return Embedding(weight, float(factor))
+
+
+def _find_head(model: Any, config: Any, spec: TargetSpec, device: torch.device) -> Head:
+    """The vocabulary head with its factor and soft-cap. Raises TargetError."""
+    module = model.get_output_embeddings()
+    weight = _plain(getattr(module, "weight", None), "head", spec.name).to(device)
+    bias = getattr(module, "bias", None)
+    scale = 1.0
+    if spec.family.logit_factor is not None:
+        key, power = spec.family.logit_factor
+        scale = float(getattr(config, key)) ** power
+    softcap = getattr(config, families.SOFTCAP, None)
+    return Head(weight, None if bias is None else bias.to(device), scale, softcap)
+
+
+def _plain(weight: Tensor | None, what: str, name: str) -> Tensor:
+    """Weights that drafts can borrow. Raises TargetError where there are none, or not as numbers."""
+    if weight is None:
+        raise TargetError(f"{name} has no {what}", next_step="targets are causal language models")
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2 or weight.is_meta:
+        state = "offloaded" if weight.is_meta else f"quantised ({str(weight.dtype).removeprefix('torch.')})"
+        raise TargetError(
+            f"the {what} of {name} is {state}, and a draft shares it",
+            next_step="load it with embedding and head left as they are (`modules_to_not_convert` of the "
+            "quantisation, a device in `device_map`)",
+        )
+    return weight
+
+
+def _can_roll_back(model: Any, config: Any, name: str) -> bool:
+    """Whether keys and values by position are all that the model remembers. Raises TargetError where it
+    keeps none at all, or something outside transformers' cache."""
+    try:
+        layers = DynamicCache(config=config).layers
+    except KeyError:
+        layers = []  # kinds of layers that transformers itself has no cache for
+    by_position = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+    plain = all(type(layer).__name__ in by_position for layer in layers)
+    if not any(isinstance(layer, CacheLayerMixin) for layer in layers) or (
+        plain and getattr(model, "_is_stateful", False)
+    ):
+        raise TargetError(
+            f"{name} is a state-space or recurrent model ({config.model_type}): it keeps one running state "
+            "and no keys and values by position, so rejected tokens cannot be taken back",
+            next_step="use a target with attention layers; plain decoding of this one is already cheap",
+        )
+    return plain and set(getattr(config, "layer_types", None) or ()) <= families.MASKED_LAYERS
+
+
+def _steady_length(config: Any) -> int | None:
+    """The longest sequence whose rotary frequencies do not depend on its length; None: any."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for entry in (rope, *(e for e in rope.values() if isinstance(e, dict))):
+        if entry.get("rope_type") in families.LENGTH_DEPENDENT_ROPE:
+            return int(entry.get("original_max_position_embeddings") or config.max_position_embeddings)
+    return None
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """[R, longest] token ids; a row's last token fills its end."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows])
