@@ -35,6 +35,7 @@ COMMANDS = (
     ["compare"],
     ["report"],
     ["generate"],
+    ["inspect"],
     ["data", "regenerate"],
     ["pocket", "build"],
     ["pocket", "drafts"],
