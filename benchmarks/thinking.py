@@ -15,12 +15,12 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
-from draft_quality import measure
 
 from deepspec.acceptance import bootstrap_ratio, paired_bootstrap_difference
 from deepspec.config import load_recipe
 from deepspec.target import Target
 from deepspec.workflow import answered, train_draft
+from draft_quality import measure
 
 READY_MADE = "pocket-dspark"
 

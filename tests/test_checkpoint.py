@@ -235,12 +235,13 @@ def test_equal_copies_become_the_targets_own(targets: dict[str, Target], family:
 
 
 def test_different_head_is_the_drafts_own_and_the_teacher_stays_the_targets(
-    targets: dict[str, Target], tmp_path: Path
+    targets: dict[str, Target], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target, path = targets["gemma4"], tmp_path / "draft"
     save_draft(tiny_draft(target, "dspark"), path, target, {})
     add_copies(path, target, head=0.25)
     loaded = load_draft(path, target)
+    assert "the draft has a head of its own, which differs from the target's" in capsys.readouterr().err
     assert torch.equal(loaded.head.weight, target.head.weight + 0.25)
     assert loaded.head.softcap == target.head.softcap is not None
     assert loaded.teacher_head.weight.data_ptr() == target.head.weight.data_ptr()
@@ -257,6 +258,19 @@ def test_different_embedding_keeps_the_familys_factor(targets: dict[str, Target]
     assert loaded.head.weight.data_ptr() == target.head.weight.data_ptr()
 
 
+def test_head_and_embedding_of_its_own_survive_a_save(targets: dict[str, Target], tmp_path: Path) -> None:
+    """Saved without them, the draft would come back with the target's head, and guess badly."""
+    target, path = targets["llama"], tmp_path / "draft"
+    save_draft(tiny_draft(target, "dspark"), path, target, {})
+    add_copies(path, target, embedding=0.5, head=0.25)
+    loaded = load_draft(path, target)
+    save_draft(loaded, tmp_path / "again", target, {})
+    again = load_draft(tmp_path / "again", target)
+    assert torch.equal(again.head.weight, target.head.weight + 0.25)
+    assert torch.equal(again.embedding.weight, target.embedding.weight + 0.5)
+    assert_same(again, loaded)
+
+
 @pytest.mark.parametrize("lone", ["embed_tokens.weight", "lm_head.weight"])
 def test_lone_copy_is_refused(saved: Path, qwen: Target, lone: str) -> None:
     rewrite(saved, lambda tensors: tensors.update({lone: qwen.head.weight.clone()}))
@@ -267,7 +281,9 @@ def test_lone_copy_is_refused(saved: Path, qwen: Target, lone: str) -> None:
 def test_copy_of_the_wrong_shape_is_refused(saved: Path, qwen: Target) -> None:
     add_copies(saved, qwen)
     rewrite(saved, lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:-1].contiguous()}))
-    with pytest.raises(CheckpointError, match=r"lm_head.weight is \[95, 48\], expected \[96, 48\]"):
+    with pytest.raises(
+        CheckpointError, match=r"lm_head.weight is \[95, 48\], the config makes it \[96, 48\]"
+    ):
         load_draft(saved, qwen)
 
 
@@ -334,6 +350,20 @@ def test_missing_weights_shard_and_index_are_refused(saved: Path, qwen: Target) 
     (saved / "model.safetensors.index.json").unlink()
     with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         load_draft(saved, qwen)
+
+
+def test_torn_shard_is_named_and_so_is_one_of_an_older_save(saved: Path, qwen: Target) -> None:
+    shard(saved)
+    second = saved / "model-00002-of-00002.safetensors"
+    whole = second.read_bytes()
+    second.write_bytes(whole[:-8])
+    with pytest.raises(CheckpointError, match="torn or not safetensors") as caught:
+        load_draft(saved, qwen)
+    assert str(second) in str(caught.value)
+    second.write_bytes((saved / "model-00001-of-00002.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"(?s)missing: .*no shard is an older one") as caught:
+        load_draft(saved, qwen)
+    assert "next: " in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])

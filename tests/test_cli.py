@@ -36,6 +36,7 @@ COMMANDS = (
     ["compare"],
     ["report"],
     ["generate"],
+    ["inspect"],
     ["data", "regenerate"],
     ["pocket", "build"],
     ["pocket", "drafts"],

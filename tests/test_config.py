@@ -37,28 +37,29 @@ def refusal(name_or_path, *overrides: str) -> str:
 # ---- shipped recipes
 
 
+POCKET = [name for name in recipe_names() if "/" not in name]
+
+
 def test_the_three_pocket_recipes_ship_and_bases_are_not_offered():
-    assert recipe_names() == ["pocket-dflash", "pocket-dspark", "pocket-eagle3"]
+    assert POCKET == ["pocket-dflash", "pocket-dspark", "pocket-eagle3"]
+    assert not [name for name in recipe_names() if name.split("/")[-1].startswith("_")]
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_loads_under_its_own_name(name):
-    recipe = load_recipe(name)
-    assert recipe.name == name
-    assert name.endswith(recipe.algorithm)
+    recipe = load_recipe(name, ["target=some/model"] if name.endswith("/generic") else [])
+    assert recipe.name == name.replace("/", "-")
+    assert recipe.algorithm in name
 
 
 def test_shipped_recipes_differ_in_nothing_but_the_algorithm():
-    trees = [
-        load_recipe(name).model_dump(exclude={"name", "algorithm", "draft", "loss"})
-        for name in recipe_names()
-    ]
+    trees = [load_recipe(name).model_dump(exclude={"name", "algorithm", "draft", "loss"}) for name in POCKET]
     assert all(tree == trees[0] for tree in trees)
 
 
 def test_pocket_losses_are_the_published_ones_but_for_the_cross_entropy_of_dspark():
     # Published: 0.1, for ten epochs of 1.3 M answers; docs/log.md says what it does on minutes of training.
-    weights = {n: load_recipe(n).loss for n in recipe_names()}
+    weights = {n: load_recipe(n).loss for n in POCKET}
     assert {n: (w.ce, w.l1, w.confidence) for n, w in weights.items()} == {
         "pocket-dspark": (1.0, 0.9, 1.0),
         "pocket-dflash": (1.0, 0.0, 0.0),
@@ -113,6 +114,38 @@ def test_extending_a_shipped_recipe_merges_mappings_and_replaces_lists(tmp_path)
     )
 
 
+def test_several_bases_are_laid_over_each_other_in_their_order(tmp_path):
+    written(tmp_path, MINIMAL + "seed: 1\n", "a.yaml")
+    written(tmp_path, "seed: 2\noptim: {lr: 1.0e-3}\n", "b.yaml")
+    recipe = load_recipe(written(tmp_path, "extends: [a.yaml, b.yaml]\nnum_anchors: 5\n", "c.yaml"))
+    assert (recipe.seed, recipe.optim.lr, recipe.optim.max_steps, recipe.num_anchors) == (2, 1e-3, 10, 5)
+    assert load_recipe(written(tmp_path, "extends: [b.yaml, a.yaml]\n", "d.yaml")).seed == 1
+
+
+def test_fault_in_one_of_several_bases_names_that_base(tmp_path):
+    written(tmp_path, MINIMAL, "a.yaml")
+    written(tmp_path, "optim: {lr: -1}\n", "b.yaml")
+    text = refusal(written(tmp_path, "extends: [a.yaml, b.yaml]\n", "c.yaml"))
+    assert text.split("where: ")[1] == str(tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize("bases", ["3", "[a.yaml, 3]", "{a: b}"])
+def test_extends_that_names_no_recipe_is_refused(tmp_path, bases):
+    assert "`extends` takes names or paths" in refusal(written(tmp_path, f"extends: {bases}\n"))
+
+
+def test_shipped_name_with_a_folder_wins_over_a_path_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / "dspark").mkdir()
+    (tmp_path / "dspark" / "qwen3-4b").write_text(MINIMAL, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("dspark/qwen3-4b").target == "Qwen/Qwen3-4B"
+
+
+def test_misspelt_name_with_a_folder_gives_the_nearest(tmp_path):
+    assert "did you mean dspark/qwen3-4b?" in refusal("dspark/qwen3-4")
+    assert "did you mean dspark/generic?" in refusal("dspark-generic")
+
+
 def test_extends_resolves_paths_from_the_file_not_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "deep").mkdir()
     written(tmp_path, MINIMAL, "base.yaml")
@@ -130,7 +163,7 @@ def test_recipes_that_extend_each_other_end_in_an_error(tmp_path):
 
 
 def test_resolved_recipe_loads_back_to_itself(tmp_path):
-    for name in recipe_names():
+    for name in POCKET:
         recipe = load_recipe(name, ["seed=9", "draft.target_layer_ids=[0, 2]"])
         dump_recipe(recipe, tmp_path / "run" / "recipe.yaml")
         assert load_recipe(tmp_path / "run" / "recipe.yaml") == recipe

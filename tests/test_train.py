@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import deepspec
 import deepspec.train as room
+from deepspec.blocks import FeatureBatch
 from deepspec.checkpoint import load_draft
 from deepspec.cli import app
 from deepspec.config import Recipe
@@ -192,6 +193,155 @@ def test_draft_that_cannot_be_built_names_the_recipe(targets):
     with pytest.raises(RecipeError, match="last one's output") as caught:
         room.build_draft(Recipe.model_validate(tree), targets["llama"])
     assert caught.value.where == "tiny-dflash"
+
+
+# ── micro-batches ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def gradients(
+    target: Target, recipe: Recipe, rows: list[Encoded], size: int | None
+) -> tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(loss, gradients of the masters, metric sums) of step 0 with micro-batches of `size` rows."""
+    recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"micro_batch_size": size})})
+    draft = room.build_draft(recipe, target)
+    optimizer = Optimizer(draft, recipe)
+    loss, sums = room.train_step(draft, target, rows, recipe, 0, measure=True, optimizer=optimizer)
+    names = [name for name, p in draft.named_parameters() if p.requires_grad]
+    found = {n: m.grad for n, m in zip(names, optimizer.masters, strict=True) if m.grad is not None}
+    return float(loss), found, sums
+
+
+@pytest.mark.parametrize("algorithm", ["eagle3", "dflash", "dspark"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_split_batch_has_the_gradients_of_the_whole(targets, algorithm, size):
+    """A mean of the parts' means would weigh a short row like a long one, and Eagle-3 divides by padding."""
+    target, recipe, rows = targets["llama"], recipe_for(algorithm), rows_for(targets["llama"], 5)
+    loss, whole, sums = gradients(target, recipe, rows, None)
+    split_loss, split, split_sums = gradients(target, recipe, rows, size)
+    assert split_loss == pytest.approx(loss, rel=1e-5)
+    assert split.keys() == whole.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(split[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+    assert split_sums.keys() == sums.keys()
+    for name, value in sums.items():
+        torch.testing.assert_close(split_sums[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_anchors_of_a_split_batch_are_those_of_the_whole(targets, monkeypatch):
+    target, recipe, rows = (
+        targets["llama"],
+        recipe_for("dflash", num_anchors=3),
+        rows_for(targets["llama"], 5),
+    )
+    drawn: list[list[list[int]]] = [[]]
+    real = room.build_draft(recipe, target).__class__.blocks
+
+    def watched(self: Any, batch: FeatureBatch, anchors: torch.Tensor, kept: torch.Tensor) -> Any:
+        drawn[-1] += [a[k].tolist() for a, k in zip(anchors, kept, strict=True)]
+        return real(self, batch, anchors, kept)
+
+    monkeypatch.setattr("deepspec.drafts.dflash.DFlashDraft.blocks", watched)
+    for size in (None, 1, 2):
+        gradients(target, recipe, rows, size)
+        drawn.append([])
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert [len(anchors) for anchors in drawn[0]] == [3] * 5
+
+
+@pytest.mark.parametrize("algorithm", ["eagle3", "dflash", "dspark"])
+def test_row_without_a_valid_block_adds_nothing_and_stops_nothing(targets, algorithm):
+    target, recipe, rows = targets["llama"], recipe_for(algorithm), rows_for(targets["llama"], 3)
+    rows[1] = Encoded(ids=rows[1].ids, loss_mask=[0, 1] * 5 + [0], id="holes")  # no two neighbours
+    loss, whole, _ = gradients(target, recipe, rows, None)
+    split_loss, split, _ = gradients(target, recipe, rows, 1)
+    assert split_loss == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(split["fc.weight"], whole["fc.weight"], rtol=1e-3, atol=1e-6)
+
+
+def test_gradients_of_many_parts_are_summed_in_float32():
+    """In bfloat16, 256 + 1 is 256: the later parts would be lost."""
+    draft = OneNumber(torch.bfloat16)
+    recipe = recipe_for("dflash", optim={"lr": 1e-4, "max_steps": 1})
+    optimizer = Optimizer(draft, recipe)  # type: ignore[arg-type]
+    for value in (256.0, 1.0, 1.0):
+        draft.x.grad = torch.full_like(draft.x, value)
+        optimizer.collect()
+    optimizer.divide(torch.tensor(2.0))
+    assert optimizer.masters[0].grad is not None
+    assert optimizer.masters[0].grad.item() == 129.0
+
+
+# ── the mask token ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    path = save_talking_llama(tmp_path_factory.mktemp("mask") / "target")
+    return Target.from_pretrained(path, dtype="float32", device="cpu")
+
+
+def renamed(target: Target, path: Path, name: str, *, rows: int = 0) -> Target:
+    """The talking target with its mask token called otherwise, and `rows` more rows than tokens."""
+    import shutil
+
+    shutil.copytree(target.spec.name, path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        text = (path / file).read_text("utf-8").replace("<|mask|>", name)
+        (path / file).write_text(text, "utf-8")
+    found = Target.from_pretrained(path, dtype="float32", device="cpu")
+    if rows:
+        found.model.resize_token_embeddings(found.vocab_size + rows, mean_resizing=False)
+    return found
+
+
+def test_mask_token_is_the_tokenizers_own_then_the_familys_then_a_free_row_then_a_reserved_name(
+    talking, targets, tmp_path
+):
+    ids = talking.tokenizer.get_vocab()
+    assert room.mask_token(talking) == ids["<|mask|>"]
+    assert room.mask_token(targets["gemma4"]) == 4
+    assert room.mask_token(targets["llama"]) == targets["llama"].vocab_size - 1  # nothing says which are free
+    assert room.mask_token(targets["qwen3"]) == 95  # the family's 151669 is outside this tiny embedding
+    free = renamed(talking, tmp_path / "free", "<|word|>", rows=3)
+    assert room.mask_token(free) == len(ids)
+    reserved = renamed(talking, tmp_path / "reserved", "<unused0>")
+    assert room.mask_token(reserved) == ids["<|mask|>"]
+
+
+def test_target_without_a_token_to_spare_is_told_of_eagle3(talking, tmp_path):
+    full = renamed(talking, tmp_path / "full", "<|word|>")
+    full.tokenizer.chat_template += "<|word|>"
+    with pytest.raises(RecipeError, match="no token to spare") as caught:
+        room.mask_token(full)
+    assert "Eagle-3" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("token", "why"),
+    [
+        ("a", "is 'a', which is ordinary text"),
+        ("<|im_end|>", "ends the target's answers"),
+        ("<|endoftext|>", "is the padding"),
+        ("<|im_start|>", "which the chat template writes"),
+        (-1, "is outside the target's embedding of"),
+        (100_000, "is outside the target's embedding of"),
+    ],
+)
+def test_mask_token_that_the_target_uses_is_refused(talking, token, why):
+    chosen = talking.tokenizer.get_vocab()[token] if isinstance(token, str) else token
+    with pytest.raises(RecipeError, match=f"draft.mask_token_id {chosen} ") as caught:
+        room.mask_token(talking, chosen)
+    assert why in str(caught.value)
+
+
+def test_mask_token_can_be_chosen(targets, talking):
+    assert room.mask_token(targets["llama"], 9) == 9
+    tree = recipe_for("dflash").model_dump()
+    tree["draft"]["mask_token_id"] = talking.tokenizer.get_vocab()["<|mask|>"]
+    assert (
+        room.build_draft(Recipe.model_validate(tree), talking).spec.mask_token_id
+        == (tree["draft"]["mask_token_id"])
+    )
 
 
 # ── schedule and order ────────────────────────────────────────────────────────────────────────────────

@@ -1,6 +1,7 @@
 """Drafts on disk: `config.json` + `model.safetensors` in the released layout, and `deepspec.json`.
 
-Reading is strict: every tensor that the config implies must be there, in its shape, and nothing else.
+Two other layouts are read too (`drafts/layouts.py`). Reading is strict: every tensor that the config implies
+must be there, in its shape, and nothing else.
 Writing is atomic: beside, fsynced, renamed, so that a reader never meets half a checkpoint.
 """
 
@@ -9,27 +10,35 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deepspec.data.tokens import tokenizer_hash
 from deepspec.drafts import ALGORITHMS, DFlashDraft, DSparkDraft, Eagle3Draft
 from deepspec.drafts.base import DraftSpec, Embedding
+from deepspec.drafts.layouts import as_released
 from deepspec.drafts.spec import SpecError, read_spec, write_config
 from deepspec.errors import CheckpointError, MismatchError
 from deepspec.head import Head
+from deepspec.log import note, warn
 from deepspec.pocket import packaged
-from deepspec.target import Target
+from deepspec.target import Target, TargetSpec
 
 AnyDraft = Eagle3Draft | DFlashDraft | DSparkDraft
 PROVENANCE = "deepspec.json"
-SHARED = ("embed_tokens.weight", "lm_head.weight")
+EMBEDDING, HEAD = SHARED = ("embed_tokens.weight", "lm_head.weight")
+MAPS = ("d2t", "t2d")
+"""Of a reduced vocabulary: offsets [K] from row i to target id i + d2t[i], and a membership mask [V]."""
+Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 def new_draft(spec: DraftSpec, target: Target, *, seed: int = 0) -> AnyDraft:
@@ -52,17 +61,22 @@ def load_draft(name_or_path: str | Path, target: Target) -> AnyDraft:
     """Load a draft and bind it to its target.
 
     name_or_path: a local checkpoint directory, a run directory (its best checkpoint), or a built-in
-    name (`pocket-dspark`, …). Raises CheckpointError for a broken or foreign checkpoint and
-    MismatchError for a draft of another target.
+    name (`pocket-dspark`, …). A head or embedding of the draft's own, and a tokenizer other than the one it
+    was trained with, are said. Raises CheckpointError for a broken or foreign checkpoint and MismatchError
+    for a draft of another target.
     """
     path = find_checkpoint(name_or_path)
-    spec = load_spec(path)
+    depth = target.spec.num_layers
+    spec = load_spec(path, depth)
     check_fit(spec, target, str(name_or_path))
+    spec = replace(spec, num_target_layers=depth)
     tensors = read_tensors(path)
+    copies = {name: tensors.pop(name) for name in (*SHARED, *MAPS) if name in tensors}
+    check_names(path, spec, {name: tuple(t.shape) for name, t in (tensors | copies).items()})
+    head, embedding = _loans(path, spec, target, copies)
+    _warn_of_other_tokenizer(path, target, str(name_or_path))
     with torch.device("meta"):
         draft = ALGORITHMS[spec.algorithm](spec)
-    head, embedding = _loans(path, spec, target, tensors)
-    _check_names(path, dict(draft.state_dict()), tensors)
     dtype = target.dtype
     draft = draft.to_empty(device="cpu").to(dtype)
     draft.load_state_dict({k: v.to(dtype) for k, v in tensors.items()})
@@ -76,9 +90,13 @@ def load_draft(name_or_path: str | Path, target: Target) -> AnyDraft:
 
 def _tiny(spec: DraftSpec) -> DraftSpec:
     """The same rotary facts on a draft small enough to build for nothing."""
-    from dataclasses import replace
-
-    return replace(spec, num_layers=1, vocab_size=1, shape=replace(spec.shape, hidden=1, intermediate=1))
+    return replace(
+        spec,
+        num_layers=1,
+        vocab_size=1,
+        draft_vocab_size=None,
+        shape=replace(spec.shape, hidden=1, intermediate=1),
+    )
 
 
 def find_checkpoint(name_or_path: str | Path) -> Path:
@@ -115,15 +133,16 @@ def load_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def load_spec(path: Path) -> DraftSpec:
-    """What a checkpoint's config says it is. Raises CheckpointError."""
+def load_spec(path: Path, target_depth: int | None = None) -> DraftSpec:
+    """What a checkpoint's config says it is, in whichever layout. target_depth: decoder layers of the target,
+    which some configs count on. Raises CheckpointError."""
     try:
-        return read_spec(load_config(path))
+        return read_spec(as_released(load_config(path), target_depth))
     except SpecError as error:
         raise CheckpointError(
             str(error),
             where=str(path / "config.json"),
-            next_step="the released layout is described in docs/checkpoints.md",
+            next_step="the layouts that can be read are described in docs/checkpoints.md",
         ) from error
 
 
@@ -141,92 +160,189 @@ def load_provenance(path: Path) -> dict[str, Any]:
 
 def check_fit(spec: DraftSpec, target: Target, name: str) -> None:
     """Raise MismatchError, naming both sides, where a draft cannot belong to a target."""
+    reasons = misfits(spec, target.spec, target.vocab_size)
+    if reasons:
+        raise MismatchError(
+            f"{name} does not fit {target.spec.name}: {'; '.join(reasons)}",
+            next_step="use the target that this draft was trained for, or train a draft for this one "
+            "(`deepspec train`)",
+        )
+
+
+def misfits(spec: DraftSpec, target: TargetSpec, vocab_size: int) -> list[str]:
+    """Why a draft cannot run with a target whose head has `vocab_size` rows; empty where it can."""
+    depth = target.num_layers
     facts = (
-        ("hidden width", spec.shape.hidden, target.spec.hidden_size),
-        ("vocabulary", spec.vocab_size, target.vocab_size),
-        ("layer count of the target", spec.num_target_layers, target.spec.num_layers),
+        ("hidden width", spec.shape.hidden, target.hidden_size),
+        ("vocabulary", spec.vocab_size, vocab_size),
+        ("layer count of the target", spec.num_target_layers, depth),
     )
-    for what, have, want in facts:
-        if have != want:
-            raise MismatchError(
-                f"{name} does not fit {target.spec.name}: its {what} is {have}, the target's {want}",
-                next_step="use the target that this draft was trained for, or train a draft for this one "
-                "(`deepspec train`)",
-            )
+    reasons = [
+        f"its {what} is {have}, the target's {want}" for what, have, want in facts if have not in (want, None)
+    ]
+    if spec.num_target_layers is None and spec.target_layer_ids[-1] >= depth - 1:
+        reasons.append(f"it reads layer {spec.target_layer_ids[-1]}, and the target has {depth} layers")
+    return reasons
+
+
+def _warn_of_other_tokenizer(path: Path, target: Target, name: str) -> None:
+    """A warning, since the output stays the target's; but such a draft guesses in another vocabulary."""
+    theirs = load_provenance(path).get("tokenizer_hash")
+    if theirs and target.tokenizer is not None and (ours := tokenizer_hash(target.tokenizer)) != theirs:
+        warn(
+            f"{name} was trained with tokenizer {theirs[:12]}, and {target.spec.name} has {ours[:12]}: "
+            "few of its tokens will be accepted if the two really differ"
+        )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a single-file or sharded checkpoint. Raises CheckpointError."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.is_file():
-        files = [single]
-    elif index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError("the index of shards cannot be read", where=str(index)) from error
-        files = [path / n for n in names]
-    else:
-        raise CheckpointError(
-            "no model.safetensors", where=str(path), next_step="copy the weights beside config.json"
-        )
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError("a shard named in the index is missing", where=str(file))
+    return _each(path, lambda opened, key: opened.get_tensor(key))
+
+
+def read_headers(path: Path) -> dict[str, tuple[Shape, str]]:
+    """(shape, number format) of every stored tensor, from the files' headers alone: nothing is loaded.
+
+    Formats are spelt as safetensors does: F32, BF16, … Raises CheckpointError.
+    """
+
+    def header(opened: Any, key: str) -> tuple[Shape, str]:
+        part = opened.get_slice(key)
+        return tuple(part.get_shape()), str(part.get_dtype())
+
+    return _each(path, header)
+
+
+def _each(path: Path, take: Callable[[Any, str], T]) -> dict[str, T]:
+    """What `take` makes of (open file, name) for every tensor, under our name. Raises CheckpointError."""
+    found: dict[str, T] = {}
+    for file in _files(path):
         try:
             with safe_open(file, "pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 - a safetensors handle, not a dict
-                    tensors[key.removeprefix("_orig_mod.")] = opened.get_tensor(key)
+                    found[key.removeprefix("_orig_mod.").removeprefix("model.")] = take(opened, key)
         except SafetensorError as error:
+            pointer = file.read_bytes()[:40].startswith(b"version https://git-lfs")
             raise CheckpointError(
-                f"the file is torn or not safetensors ({error})",
+                "the file is a Git LFS pointer, not the weights"
+                if pointer
+                else f"the file is torn or not safetensors ({error})",
                 where=str(file),
-                next_step="copy or download it again",
+                next_step="run `git lfs pull` there" if pointer else "copy or download it again",
             ) from error
-    return tensors
+    return found
 
 
-def _loans(path: Path, spec: DraftSpec, target: Target, tensors: dict[str, Tensor]) -> tuple[Head, Embedding]:
-    """Take the optional copies of embedding and head out of `tensors`; equal ones become the target's."""
-    copies = [tensors.pop(name, None) for name in SHARED]
-    if all(c is None for c in copies):
-        return target.head, draft_embedding(spec, target)
-    if any(c is None for c in copies):
-        lone = SHARED[0] if copies[1] is None else SHARED[1]
+def _files(path: Path) -> list[Path]:
+    """The one file, or the shards that the index names. Raises CheckpointError."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
         raise CheckpointError(
-            f"{lone} is stored without its partner: embedding and head copies come as a pair or not at all",
-            where=str(path),
+            "no model.safetensors", where=str(path), next_step="copy the weights beside config.json"
         )
-    embedded, headed = copies
-    assert embedded is not None and headed is not None
-    want = (target.vocab_size, spec.shape.hidden)
-    for name, found in zip(SHARED, (embedded, headed), strict=True):
-        if tuple(found.shape) != want:
-            raise CheckpointError(f"{name} is {list(found.shape)}, expected {list(want)}", where=str(path))
-    base, own = target.head, target.embedding
-    same_head = torch.equal(headed.to(base.weight), base.weight)
-    same_embedding = torch.equal(embedded.to(own.weight), own.weight)
-    head = base if same_head else Head(headed.to(base.weight), base.bias, base.scale, base.softcap)
-    return head, own if same_embedding else draft_embedding(spec, target, embedded.to(own.weight))
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            "the index of shards cannot be read", where=str(index), next_step="copy or download it again"
+        ) from error
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            "a shard named in the index is missing" + (f", and {len(missing) - 1} more" * (len(missing) > 1)),
+            where=str(path / missing[0]),
+            next_step=f"copy or download all {len(names)} shards into one directory",
+        )
+    return [path / name for name in names]
 
 
-def _check_names(path: Path, want: dict[str, Tensor], have: dict[str, Tensor]) -> None:
-    missing, extra = sorted(set(want) - set(have)), sorted(set(have) - set(want))
+def draft_shapes(spec: DraftSpec) -> dict[str, Shape]:
+    """Name and shape of every tensor of a draft, copies of embedding and head left out; builds no weights."""
+    with torch.device("meta"):
+        return {name: tuple(t.shape) for name, t in ALGORITHMS[spec.algorithm](spec).state_dict().items()}
+
+
+def copy_shapes(spec: DraftSpec) -> dict[str, Shape]:
+    """What a checkpoint may store of embedding and head, and the maps of a reduced vocabulary."""
+    rows, width = spec.draft_vocab_size, spec.shape.hidden
+    pair: dict[str, Shape] = {EMBEDDING: (spec.vocab_size, width), HEAD: (rows or spec.vocab_size, width)}
+    return pair if rows is None else pair | {"d2t": (rows,), "t2d": (spec.vocab_size,)}
+
+
+def check_names(path: Path, spec: DraftSpec, stored: Mapping[str, Shape]) -> None:
+    """Raise CheckpointError where the stored tensors are not exactly those that the config describes."""
+    want, copies = draft_shapes(spec), copy_shapes(spec)
+    reduced = spec.draft_vocab_size is not None
+    # A reduced vocabulary always brings a head of its own and the map to target ids.
+    required = want.keys() | ({HEAD, "d2t"} if reduced else set())
+    missing, extra = sorted(required - stored.keys()), sorted(stored.keys() - want.keys() - copies.keys())
     if missing or extra:
-        parts = [f"missing: {', '.join(missing[:5])}" + (" …" if len(missing) > 5 else "")] if missing else []
-        parts += [f"not known: {', '.join(extra[:5])}" + (" …" if len(extra) > 5 else "")] if extra else []
+        parts = [f"missing: {_some(missing)}"] * bool(missing) + [f"not known: {_some(extra)}"] * bool(extra)
         raise CheckpointError(
             "the tensors are not those that config.json describes: " + "; ".join(parts),
             where=str(path),
-            next_step="check markov_rank, markov_head_type, enable_confidence_head and num_hidden_layers",
+            next_step="check markov_rank, markov_head_type, enable_confidence_head, draft_vocab_size and "
+            "num_hidden_layers, and that no shard is an older one",
         )
-    for name, tensor in want.items():
-        if tuple(have[name].shape) != tuple(tensor.shape):
+    lone = [name for name in SHARED if name in stored]
+    if len(lone) == 1 and not reduced:
+        raise CheckpointError(
+            f"{lone[0]} is stored without its partner: embedding and head copies come as a pair "
+            "or not at all",
+            where=str(path),
+            next_step="store both, or neither where they are the target's",
+        )
+    for name, shape in (want | copies).items():
+        if name in stored and stored[name] != shape:
             raise CheckpointError(
-                f"{name} is {list(have[name].shape)}, the config makes it {list(tensor.shape)}",
+                f"{name} is {list(stored[name])}, the config makes it {list(shape)}",
                 where=str(path),
+                next_step="check that config.json and the weights come from the same checkpoint",
             )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+
+
+def _loans(
+    path: Path, spec: DraftSpec, target: Target, copies: Mapping[str, Tensor]
+) -> tuple[Head, Embedding]:
+    """The head and embedding that a draft runs with. Copies that equal the target's become the target's."""
+    base, own = target.head, target.embedding
+    head, embedding = base, own
+    if spec.draft_vocab_size is not None:
+        kept = _kept(path, spec, copies)
+        bias = None if base.bias is None else base.bias[kept.to(base.bias.device)]
+        weight = copies[HEAD].to(base.weight)
+        head = Head(weight, bias, base.scale, base.softcap, kept.to(base.weight.device))
+        note(
+            f"{path.name}: the draft has a head of its own, over {spec.draft_vocab_size} of the target's ids"
+        )
+    elif HEAD in copies and not torch.equal(weight := copies[HEAD].to(base.weight), base.weight):
+        head = Head(weight, base.bias, base.scale, base.softcap)
+        note(f"{path.name}: the draft has a head of its own, which differs from the target's")
+    if EMBEDDING in copies and not torch.equal(rows := copies[EMBEDDING].to(own.weight), own.weight):
+        embedding = draft_embedding(spec, target, rows)
+        note(f"{path.name}: the draft has an embedding of its own, which differs from the target's")
+    return head, embedding
+
+
+def _kept(path: Path, spec: DraftSpec, copies: Mapping[str, Tensor]) -> Tensor:
+    """[K] int64 target id of every row of a reduced head. Raises CheckpointError."""
+    offsets, members = copies["d2t"], copies.get("t2d")
+    ids = torch.arange(len(offsets)) + offsets.long()
+    inside = bool(((ids >= 0) & (ids < spec.vocab_size)).all()) and len(ids.unique()) == len(ids)
+    if not inside or (members is not None and ids.sort().values.tolist() != members.nonzero()[:, 0].tolist()):
+        raise CheckpointError(
+            "d2t does not map the draft's vocabulary to distinct ids of the target's"
+            + ("" if members is None else ", those that t2d marks"),
+            where=str(path),
+            next_step="d2t holds offsets (target id = i + d2t[i]), not ids",
+        )
+    return ids
 
 
 def save_draft(
@@ -239,11 +355,13 @@ def save_draft(
     step_decay: float = 0.8,
     beside: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a checkpoint directory, atomically. The target's embedding and head are not copied into it.
+    """Write a checkpoint directory, atomically. The target's embedding and head are not copied into it;
+    an embedding or a head of the draft's own is stored, with its partner.
 
     `beside` may put more files into the directory before it takes its name.
     """
     weights = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in draft.state_dict().items()}
+    weights |= _own_copies(draft, target)
     config = write_config(draft.spec, target.spec.config, step_decay=step_decay)
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     with atomic_directory(path) as part:
@@ -252,6 +370,18 @@ def save_draft(
         write_json(part / PROVENANCE, {**provenance, "sample_from_anchor": draft.spec.sample_from_anchor})
         if beside is not None:
             beside(part)
+
+
+def _own_copies(draft: AnyDraft, target: Target) -> dict[str, Tensor]:
+    """Embedding, head and map to store; none where both are the target's."""
+    head, embedding = draft.head, draft.embedding
+    if head.weight is target.head.weight and embedding.weight is target.embedding.weight:
+        return {}
+    # Cloned: safetensors refuses two names for one memory, which tied weights are.
+    copies = {EMBEDDING: embedding.weight.detach().cpu().clone(), HEAD: head.weight.detach().cpu().clone()}
+    if head.kept is not None:
+        copies["d2t"] = head.kept.cpu() - torch.arange(len(head.kept))
+    return copies
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The training recipe: one typed tree that refuses what it does not know.
 
 A recipe is a YAML file. `extends: other` takes another recipe (by shipped name, or by a path relative to
-the file) as the base: mappings are merged key by key, anything else is replaced. `load_recipe` resolves a
+the file) as the base: mappings are merged key by key, anything else is replaced. A list of bases is laid one
+over the other in its order. `load_recipe` resolves a
 name or a path, applies `key.path=value` overrides and checks the result; `dump_recipe` writes the resolved
 tree, which loads back to the same recipe.
 """
@@ -83,6 +84,7 @@ class OptimConfig(Section):
     betas: tuple[Share, Share] = (0.9, 0.95)
     grad_clip: Positive = 1.0  # global gradient norm
     batch_size: Count = 16  # sequences per step, over all ranks
+    micro_batch_size: Count | None = None  # of them, how many at a time; None: all. Memory, not the result
     epochs: Positive | None = None
     max_steps: Count | None = None
     max_minutes: Positive | None = None  # wall-clock budget
@@ -150,6 +152,8 @@ def _draft_problems(recipe: Recipe) -> Iterator[str]:
 
 def _run_problems(recipe: Recipe) -> Iterator[str]:
     optim, data = recipe.optim, recipe.data
+    if not recipe.target:
+        yield "`target` is not set: add target=DIRECTORY, a Hub id, or pocket"
     if optim.epochs is None and optim.max_steps is None and optim.max_minutes is None:
         yield "training has no end: set one of `optim.epochs`, `optim.max_steps`, `optim.max_minutes`"
     for key, source in (("train", data.train), ("select", data.select)):
@@ -192,17 +196,27 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _shipped() -> dict[str, Traversable]:
+    """Every recipe file of the package by name, such as `pocket-dspark` or `dspark/qwen3-4b`."""
     folder = resources.files("deepspec").joinpath("recipes")
-    return {file.name.removesuffix(".yaml"): file for file in folder.iterdir() if file.name.endswith(".yaml")}
+    found: dict[str, Traversable] = {}
+    for entry in folder.iterdir():
+        inside = {f"{entry.name}/{file.name}": file for file in entry.iterdir()} if entry.is_dir() else None
+        found |= inside if inside is not None else {entry.name: entry}
+    return {name.removesuffix(".yaml"): file for name, file in found.items() if name.endswith(".yaml")}
 
 
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with the package; those with a leading underscore are bases only."""
-    return sorted(name for name in _shipped() if not name.startswith("_"))
+    return sorted(name for name in _shipped() if not name.split("/")[-1].startswith("_"))
 
 
 def _find(name_or_path: str, beside: Path | None) -> tuple[str, Path | Traversable]:
-    """(label for messages, file) of a recipe given as a path or as a shipped name."""
+    """(label for messages, file) of a recipe given as a shipped name or as a path; the name wins."""
+    shipped = _shipped()
+    if name_or_path in shipped:
+        return f"{name_or_path} (shipped recipe)", shipped[name_or_path]
+    close = nearest(name_or_path, recipe_names())
+    hint = f"did you mean {close}? " if close else ""
     path = Path(name_or_path).expanduser()
     if beside is not None and not path.is_absolute():
         path = beside / path
@@ -211,14 +225,9 @@ def _find(name_or_path: str, beside: Path | None) -> tuple[str, Path | Traversab
         if not path.is_file():
             raise RecipeError(
                 f"there is no recipe file {path}",
-                next_step=f"give a path that exists, or a shipped recipe: {', '.join(recipe_names())}",
+                next_step=f"{hint}Give a path that exists, or a shipped recipe: {', '.join(recipe_names())}",
             )
         return str(path), path
-    shipped = _shipped()
-    if name_or_path in shipped:
-        return f"{name_or_path} (shipped recipe)", shipped[name_or_path]
-    close = nearest(name_or_path, recipe_names())
-    hint = f"did you mean {close}? " if close else ""
     raise RecipeError(
         f"there is no recipe named {name_or_path!r}",
         next_step=f"{hint}Shipped recipes: {', '.join(recipe_names())}; or give the path of a .yaml file",
@@ -247,10 +256,14 @@ def _merge(
             _merge(tree[key], value, origins, label, here)
 
 
-def _read(
-    name_or_path: str, beside: Path | None, seen: tuple[str, ...]
-) -> tuple[dict[str, Any], dict[Keys, str]]:
-    """A recipe file with what it extends laid under it: (tree, origins)."""
+def _lay(
+    name_or_path: str,
+    beside: Path | None,
+    tree: dict[str, Any],
+    origins: dict[Keys, str],
+    seen: tuple[str, ...] = (),
+) -> None:
+    """Lay a recipe file over `tree` in place, after everything that it extends."""
     label, file = _find(name_or_path, beside)
     if label in seen:
         raise RecipeError("recipes extend each other in a circle: " + " → ".join([*seen, label]))
@@ -260,21 +273,19 @@ def _read(
         raise RecipeError(f"the recipe cannot be read: {error}", where=label) from error
     if not isinstance(content, dict):
         raise RecipeError("a recipe is a mapping of keys to values", where=label)
-    base = content.pop("extends", None)
-    if base is not None and not isinstance(base, str):
-        raise RecipeError(f"`extends` takes the name or path of one recipe, not {base!r}", where=label)
-    tree: dict[str, Any] = {}
-    origins: dict[Keys, str] = {}
-    if base is not None:
+    given = content.pop("extends", None)
+    bases = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(isinstance(base, str) for base in bases):
+        raise RecipeError(f"`extends` takes names or paths of recipes, not {given!r}", where=label)
+    for base in bases:
         try:
             folder = file.parent if isinstance(file, Path) else None
-            tree, origins = _read(base, folder, (*seen, label))
+            _lay(base, folder, tree, origins, (*seen, label))
         except RecipeError as error:
             if error.where is None:
                 error.where = f"`extends` in {label}"
             raise
     _merge(tree, content, origins, label, ())
-    return tree, origins
 
 
 def _override(text: str) -> dict[str, Any]:
@@ -367,7 +378,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     that is not a recipe: a missing file, broken YAML, an unknown key, a value out of range, keys at odds.
     """
     label, _ = _find(str(name_or_path), None)
-    tree, origins = _read(str(name_or_path), None, ())
+    tree: dict[str, Any] = {}
+    origins: dict[Keys, str] = {}
+    _lay(str(name_or_path), None, tree, origins)
     for text in overrides:
         _merge(tree, _override(text), origins, f"override {text}", ())
     try:

@@ -45,6 +45,17 @@ class Head:
         """Rows of this head: the number of logits that `logits` returns."""
         return self.weight.shape[0]
 
+    def spread(self, logits: Tensor, vocab_size: int) -> Tensor:
+        """[..., K] logits of the kept rows -> [..., vocab_size] over target ids, -inf for the others.
+
+        So a reduced vocabulary is nobody's business after this: proposals and their distributions are in
+        target ids. Logits of a full vocabulary come back as they are.
+        """
+        if self.kept is None:
+            return logits
+        full = logits.new_full((*logits.shape[:-1], vocab_size), float("-inf"))
+        return full.index_copy_(-1, self.kept, logits)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., V] in the dtype of `hidden`: softcap(scale * hidden @ weight.T + bias).
 

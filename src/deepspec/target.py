@@ -103,6 +103,10 @@ class TargetSpec:
     def softcap(self) -> float | None:
         return self.config.get(families.SOFTCAP)
 
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The target's tokenizer, or None where it has none; loads no weights."""
+        return _tokenizer(packaged(self.name))
+
     @property
     def config_hash(self) -> str:
         """Of the dimensions and facts, not of the name or the library version that wrote the file."""

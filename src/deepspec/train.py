@@ -53,18 +53,29 @@ def build_draft(recipe: Recipe, target: Target) -> AnyDraft:
 
     Raises RecipeError where it cannot fit the target or is not shaped as `start_from` is.
     """
+    mask = None if recipe.algorithm == "eagle3" else mask_token(target, recipe.draft.mask_token_id)
+    spec = draft_spec(recipe, target.spec.config, mask)
+    if recipe.start_from is None:
+        draft = new_draft(spec, target, seed=recipe.seed)
+    else:
+        draft = trained_draft(recipe.start_from, spec, target)
+    return draft.to(torch.bfloat16) if recipe.precision == "bfloat16" else draft.float()
+
+
+def draft_spec(recipe: Recipe, target_config: dict[str, Any], mask_token_id: int | None = None) -> DraftSpec:
+    """What the recipe's draft is for a target of this raw text config; needs no weights.
+
+    mask_token_id: the recipe's own where None. Raises RecipeError where no such draft can be.
+    """
     d = recipe.draft
-    mask = d.mask_token_id
-    if mask is None and recipe.algorithm != "eagle3":
-        mask = default_mask_token(target)
     try:
-        spec = new_spec(
-            target.spec.config,
+        return new_spec(
+            target_config,
             algorithm=recipe.algorithm,
             num_layers=d.num_layers,
             block=d.block,
             target_layer_ids=d.target_layer_ids,
-            mask_token_id=mask,
+            mask_token_id=d.mask_token_id if mask_token_id is None else mask_token_id,
             markov_rank=d.markov_rank,
             markov_head=d.markov_head,
             confidence=d.confidence,
@@ -75,11 +86,6 @@ def build_draft(recipe: Recipe, target: Target) -> AnyDraft:
         raise RecipeError(
             str(error), where=recipe.name, next_step="change the recipe's `draft` section"
         ) from error
-    if recipe.start_from is None:
-        draft = new_draft(spec, target, seed=recipe.seed)
-    else:
-        draft = trained_draft(recipe.start_from, spec, target)
-    return draft.to(torch.bfloat16) if recipe.precision == "bfloat16" else draft.float()
 
 
 def trained_draft(name: str, spec: DraftSpec, target: Target) -> AnyDraft:
@@ -96,21 +102,65 @@ def trained_draft(name: str, spec: DraftSpec, target: Target) -> AnyDraft:
     return draft.requires_grad_(True)
 
 
-def default_mask_token(target: Target) -> int:
-    """The tokenizer's own mask token, else the family's reserved id, else the last id of the vocabulary.
+def mask_token(target: Target, chosen: int | None = None) -> int:
+    """The id whose embedding stands for "not known yet" in a block: `chosen`, or by rule.
 
-    Never the padding token: its embedding is often zero.
+    The rule: the tokenizer's own mask token, else the family's reserved id, else an embedding row that the
+    tokenizer has no token for, else a token that is reserved by name, else the unknown or the first token
+    of a text. Raises RecipeError where the id is one that the target reads or writes (`unfit_for_mask`).
     """
-    tokenizer = target.tokenizer
-    if tokenizer is not None:
-        for name in ("<|mask|>", "<|MASK|>", "<mask>", "[MASK]"):
-            found = tokenizer.convert_tokens_to_ids(name)
-            if isinstance(found, int) and found >= 0 and found != tokenizer.unk_token_id:
-                return found
-    reserved = target.spec.family.mask_token_id
-    if reserved is not None and reserved < target.vocab_size:
-        return reserved
-    return target.vocab_size - 1
+    if chosen is not None:
+        why = unfit_for_mask(target, chosen)
+        if why is None:
+            return chosen
+        raise RecipeError(
+            f"draft.mask_token_id {chosen} {why}: a block's unknown tokens would look like that",
+            where=target.spec.name,
+            next_step="leave draft.mask_token_id out to have one chosen",
+        )
+    for candidate in _mask_candidates(target):
+        if unfit_for_mask(target, candidate) is None:
+            return candidate
+    raise RecipeError(
+        f"{target.spec.name} has no token to spare for the mask: every id is text or has a use",
+        next_step="train Eagle-3, which needs no mask token (such as `eagle3/generic`)",
+    )
+
+
+def _mask_candidates(target: Target) -> Iterator[int]:
+    """Best first; some may be unfit."""
+    tokenizer, reserved = target.tokenizer, target.spec.family.mask_token_id
+    tokens: dict[str, int] = {} if tokenizer is None else tokenizer.get_vocab()
+    yield from (tokens[name] for name in ("<|mask|>", "<|MASK|>", "<mask>", "[MASK]") if name in tokens)
+    if reserved is not None:
+        yield reserved
+    taken = set(tokens.values())
+    # The last row first where there is no tokenizer to say which rows are free.
+    rows = range(len(target.embedding.weight))
+    yield from (row for row in (rows if taken else reversed(rows)) if row not in taken)
+    yield from (tokens[name] for name in sorted(tokens) if re.search("unused|reserved", name))
+    for special in ("unk_token_id", "bos_token_id"):
+        if (found := getattr(tokenizer, special, None)) is not None:
+            yield int(found)
+
+
+def unfit_for_mask(target: Target, token: int) -> str | None:
+    """Why an id cannot be the mask, or None: it has no embedding, ends or pads, or is found in text."""
+    rows, tokenizer, config = len(target.embedding.weight), target.tokenizer, target.spec.config
+    if not 0 <= token < rows:
+        return f"is outside the target's embedding of {rows} rows"
+    ends = config.get("eos_token_id")
+    if token in {*target.stop_token_ids, *(ends if isinstance(ends, list) else [ends])}:
+        return "ends the target's answers"
+    if token in (config.get("pad_token_id"), getattr(tokenizer, "pad_token_id", None)):
+        return "is the padding, whose embedding may be zero"
+    text = None if tokenizer is None else {i: t for t, i in tokenizer.get_vocab().items()}.get(token)
+    if tokenizer is None or text is None:
+        return None
+    if token not in tokenizer.added_tokens_decoder and token not in tokenizer.all_special_ids:
+        return f"is {text!r}, which is ordinary text"
+    written = text in str(tokenizer.chat_template or "")
+    return f"is {text!r}, which the chat template writes" if written else None
 
 
 def loss_settings(recipe: Recipe) -> LossSettings:
@@ -136,14 +186,27 @@ class Optimizer:
             fused=True,
         )
 
+    def collect(self) -> None:
+        """Add the draft's gradients to the masters' and clear them, so that a sum over many passes is a
+        float32 sum: in bfloat16 the later ones would be lost against it."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter and parameter.grad is not None:
+                new = parameter.grad.float()
+                master.grad = new if master.grad is None else master.grad.add_(new)
+                parameter.grad = None
+
+    def divide(self, weight: Tensor) -> None:
+        """Divide the gradients collected so far."""
+        for master in self.masters:
+            if master.grad is not None:
+                master.grad.div_(weight)
+
     def step(self, done: float) -> tuple[float, float]:
         """Clip, step and clear gradients; `done` is the finished share of the run. (lr, gradient norm)."""
         lr = self.recipe.optim.lr * schedule(done, self.recipe.optim.warmup)
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
+        self.collect()
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.recipe.optim.grad_clip)
         self.adamw.step()
         self.adamw.zero_grad()
@@ -151,7 +214,6 @@ class Optimizer:
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 if master is not parameter:
                     parameter.copy_(master)
-                    parameter.grad = None
         return lr, float(norm)
 
     def state(self) -> dict[str, Any]:
@@ -173,16 +235,36 @@ def schedule(done: float, warmup: float) -> float:
 
 
 def train_step(
-    draft: AnyDraft, target: Target, rows: Sequence[Encoded], recipe: Recipe, step: int, *, measure: bool
+    draft: AnyDraft,
+    target: Target,
+    rows: Sequence[Encoded],
+    recipe: Recipe,
+    step: int,
+    *,
+    measure: bool,
+    optimizer: Optimizer,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Features, loss, gradients of one batch: (loss, metric sums). Anchors depend on (seed, step) only."""
-    batch = online(target, draft.feature_layers, rows)
+    """Features, loss, gradients of one batch: (loss, metric sums). Anchors depend on (seed, step) only.
+
+    The batch passes `micro_batch_size` rows at a time. Numerators and denominators are summed before they
+    are divided, and every part is as wide as the whole batch (Eagle-3 divides by padding too), so the
+    gradients are those of the unsplit batch.
+    """
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    plan: Any = draft.plan(batch, recipe.num_anchors, generator)
-    sums = draft(batch, loss_settings(recipe), plan, measure)
-    loss = sums.total / (sums.weight + 1e-6)
-    loss.backward()
-    return loss.detach(), sums.metrics
+    size = recipe.optim.micro_batch_size or len(rows)
+    width = max(len(r.ids) for r in rows)
+    total = weight = torch.zeros((), device=target.device)
+    metrics: dict[str, Tensor] = {}
+    for start in range(0, len(rows), size):
+        batch = online(target, draft.feature_layers, rows[start : start + size], width)
+        plan: Any = draft.plan(batch, recipe.num_anchors, generator)
+        sums = draft(batch, loss_settings(recipe), plan, measure)
+        sums.total.backward()
+        optimizer.collect()
+        total, weight = total + sums.total.detach(), weight + sums.weight
+        metrics = {name: value + metrics.get(name, 0) for name, value in sums.metrics.items()}
+    optimizer.divide(weight + 1e-6)
+    return total / (weight + 1e-6), metrics
 
 
 @dataclass(eq=False)
@@ -230,7 +312,9 @@ def train(
             began = time.perf_counter()
             epoch, picked = next(batches)
             measure = at.step % LOG_EVERY == 0
-            loss, sums = train_step(draft, target, picked, recipe, at.step, measure=measure)
+            loss, sums = train_step(
+                draft, target, picked, recipe, at.step, measure=measure, optimizer=optimizer
+            )
             lr, norm = optimizer.step(done)
             at.step, at.tokens = at.step + 1, at.tokens + sum(len(r.ids) for r in picked)
             at.seconds += time.perf_counter() - began

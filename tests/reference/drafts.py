@@ -55,16 +55,17 @@ def naive_attention(attention: Any, query: Tensor, position: int, seen: Seen) ->
     def head(x: Tensor, module: Any, index: int) -> Tensor:
         return naive_linear(x, module)[index * dim : (index + 1) * dim]
 
+    def normed(x: Tensor, norm: Any) -> Tensor:
+        return naive_norm(x, norm.weight, shape.eps) if shape.qk_norm else x
+
     mixed = []
     for h in range(shape.heads):
         g = h // (shape.heads // shape.kv_heads)
-        q = naive_turn(
-            naive_norm(head(query, attention.q_proj, h), attention.q_norm.weight, shape.eps), position, shape
-        )
+        q = naive_turn(normed(head(query, attention.q_proj, h), attention.q_norm), position, shape)
         scores, values = [], []
         for x, at in seen:
             raw = head(x, attention.k_proj, g)
-            key = naive_turn(naive_norm(raw, attention.k_norm.weight, shape.eps), at, shape)
+            key = naive_turn(normed(raw, attention.k_norm), at, shape)
             scores.append(scale * torch.dot(q, key))
             value = raw if shape.value_is_key else head(x, attention.v_proj, g)
             values.append(naive_norm(value, None, shape.eps) if shape.value_norm else value)
@@ -117,6 +118,9 @@ def naive_block_rows(draft: Any, features: Tensor, token: int) -> Tensor:
 def naive_unroll(draft: Any, features: Tensor, ids: Sequence[int]) -> list[Tensor]:
     """[S, d] after each unroll step of Eagle-3, of one sequence without padding."""
     layer, eps = draft.layers[0], draft.spec.shape.eps
+    spec = draft.spec
+    if spec.norm_before_fc:
+        features = naive_norm(features, draft.input_norm.weight, eps)
     hidden = [naive_linear(f, draft.fc) for f in features]
     inputs: list[list[Tensor]] = []
     states = []
@@ -137,11 +141,11 @@ def naive_unroll(draft: Any, features: Tensor, ids: Sequence[int]) -> list[Tenso
         for i, h in enumerate(hidden):
             seen = [(inputs[0][j], j) for j in range(i + 1)]
             seen += [(inputs[s][i], i + s) for s in range(1, step + 1)]
-            new.append(
-                naive_finish(layer, h, naive_attention(layer.self_attn, inputs[step][i], i + step, seen))
-            )
-        hidden = new
-        states.append(torch.stack(hidden))
+            residual = naive_norm(h, layer.hidden_norm.weight, eps) if spec.norm_before_residual else h
+            attended = naive_attention(layer.self_attn, inputs[step][i], i + step, seen)
+            new.append(naive_finish(layer, residual, attended))
+        states.append(torch.stack(new))
+        hidden = [naive_norm(h, draft.norm.weight, eps) for h in new] if spec.norm_output else new
     return states
 
 

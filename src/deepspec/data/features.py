@@ -78,10 +78,13 @@ def steps_per_epoch(rows: Sequence[Encoded], batch_size: int) -> int:
     return len(batch_order([len(r.ids) for r in rows], batch_size, 0, 0))
 
 
-def online(target: Target, layers: Sequence[int], rows: Sequence[Encoded]) -> FeatureBatch:
-    """The rows' features, computed now by the frozen target in one forward pass."""
+def online(
+    target: Target, layers: Sequence[int], rows: Sequence[Encoded], width: int | None = None
+) -> FeatureBatch:
+    """The rows' features, computed now by the frozen target in one forward pass, padded to `width` tokens
+    (None: the longest row's)."""
     lengths = torch.tensor([len(r.ids) for r in rows])
-    width = int(lengths.max())
+    width = int(lengths.max()) if width is None else width
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):

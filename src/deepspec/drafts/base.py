@@ -26,6 +26,10 @@ class DraftSpec:
 
     algorithm: eagle3, dflash or dspark. block: γ slots (Eagle-3: proposals, the unroll length).
     target_layer_ids: 0-based decoder layers whose outputs are the features; -1 is the embedding.
+    num_target_layers: None where the checkpoint does not say it.
+    draft_vocab_size: rows of the draft's own head where its vocabulary is reduced, else None.
+    norm_before_fc, norm_before_residual, norm_output (Eagle-3): a norm over all features before `fc`; the
+    residual taken after the norm of the hidden half; the hidden state fed back after the last norm.
     """
 
     algorithm: str
@@ -34,7 +38,7 @@ class DraftSpec:
     num_layers: int
     block: int
     target_layer_ids: tuple[int, ...]
-    num_target_layers: int
+    num_target_layers: int | None
     vocab_size: int
     mask_token_id: int | None = None
     sample_from_anchor: bool = True
@@ -43,6 +47,10 @@ class DraftSpec:
     confidence: bool = False
     confidence_with_markov: bool = True
     softcap: float | None = None
+    draft_vocab_size: int | None = None
+    norm_before_fc: bool = False
+    norm_before_residual: bool = False
+    norm_output: bool = False
 
 
 @dataclass(frozen=True)

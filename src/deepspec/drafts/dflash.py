@@ -223,6 +223,6 @@ class DFlashDraft(NeuralDraft):
     ) -> Proposal:
         """γ proposals after each anchor, each slot drawn on its own."""
         hidden = self.block_hidden(slots, anchors)[:, self.spec.block - self.max_proposals :]
-        logits = self.head.logits(hidden)
+        logits = self.head.spread(self.head.logits(hidden), self.spec.vocab_size)
         flat, q = choose(logits.flatten(0, 1), sampling, uniforms.flatten())
         return Proposal(flat.view(logits.shape[:2]), q.view(logits.shape), None)

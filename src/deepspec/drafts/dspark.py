@@ -29,7 +29,9 @@ class DSparkDraft(DFlashDraft):
         width = spec.shape.hidden
         self.markov_head = self.confidence_head = None
         if spec.markov_rank:
-            self.markov_head = MARKOV_HEADS[spec.markov_head](spec.vocab_size, spec.markov_rank, width)
+            self.markov_head = MARKOV_HEADS[spec.markov_head](
+                spec.vocab_size, spec.markov_rank, width, spec.draft_vocab_size
+            )
             nn.init.normal_(self.markov_head.markov_w1.weight, std=spec.markov_rank**-0.5)
             # The bias starts at zero: the first steps train the base logits that it corrects.
             nn.init.zeros_(self.markov_head.markov_w2.weight)
@@ -89,6 +91,7 @@ class DSparkDraft(DFlashDraft):
             logits = base[:, slot - skip]
             if self.markov_head is not None:
                 logits = logits + self.markov_head.markov_w2(z)
+            logits = self.head.spread(logits, self.spec.vocab_size)
             previous, distribution = choose(logits, sampling, uniforms[:, slot - skip])
             tokens.append(previous)
             q.append(distribution)

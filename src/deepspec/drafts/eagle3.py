@@ -24,6 +24,9 @@ class Eagle3Draft(NeuralDraft):
     def __init__(self, spec: DraftSpec) -> None:
         super().__init__(spec)
         shape = spec.shape
+        self.input_norm = None
+        if spec.norm_before_fc:
+            self.input_norm = RMSNorm(shape.hidden * len(spec.target_layer_ids), shape.eps)
         self.fc = nn.Linear(shape.hidden * len(spec.target_layer_ids), shape.hidden, bias=False)
         self.layers = nn.ModuleList([DraftLayer(shape, paired=True)])
         self.norm = RMSNorm(shape.hidden, shape.eps)
@@ -43,6 +46,20 @@ class Eagle3Draft(NeuralDraft):
         embedded = self.embedding(ids).to(hidden.dtype)
         return torch.cat([self.layer.input_layernorm(embedded), self.layer.hidden_norm(hidden)], dim=-1)
 
+    def _project(self, features: Tensor) -> Tensor:
+        """[..., m*d] target features -> [..., d]: the first hidden state of a row."""
+        features = features.to(self.fc.weight.dtype)
+        return self.fc(features if self.input_norm is None else self.input_norm(features))
+
+    def _finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The layer after its attention. The published residual is `hidden` as it came in."""
+        residual = self.layer.hidden_norm(hidden) if self.spec.norm_before_residual else hidden
+        return self.layer.finish(residual, attended)
+
+    def _fed_back(self, hidden: Tensor) -> Tensor:
+        """What the next step reads of a layer's output. Published: the output before the last norm."""
+        return self.norm(hidden) if self.spec.norm_output else hidden
+
     # ── training ──────────────────────────────────────────────────────────────────────────────────
 
     def plan(self, batch: FeatureBatch, num_anchors: int, generator: torch.Generator | None) -> None:
@@ -57,7 +74,7 @@ class Eagle3Draft(NeuralDraft):
         mask = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()
         if batch.segment_ids is not None:
             mask = mask & (batch.segment_ids[:, None, :, None] == batch.segment_ids[:, None, None, :])
-        hidden = self.fc(batch.features.to(self.fc.weight.dtype))
+        hidden = self._project(batch.features)
         attention = self.layer.self_attn
         keys: list[Tensor] = []
         values: list[Tensor] = []
@@ -69,8 +86,8 @@ class Eagle3Draft(NeuralDraft):
             keys.append(attention.spread(new_keys))
             values.append(attention.spread(new_values))
             mixed = _attend_own_column(attention, attention.queries(x, turn), keys, values, mask)
-            hidden = self.layer.finish(hidden, attention.project(mixed))
-            states.append(hidden)
+            states.append(self._finish(hidden, attention.project(mixed)))
+            hidden = self._fed_back(states[-1])
         return states
 
     def forward(
@@ -120,7 +137,7 @@ class Eagle3Draft(NeuralDraft):
         keys, values = self.store.write(*attention.keys_values(x, turn), rows)
         alone = rows.width == 1 and len(set(rows.starts)) == 1
         mask = None if alone else causal_rows_mask(rows, x.device)
-        return self.layer.finish(hidden, attention.attend(attention.queries(x, turn), keys, values, mask))
+        return self._finish(hidden, attention.attend(attention.queries(x, turn), keys, values, mask))
 
     @torch.inference_mode()
     def observe(
@@ -135,9 +152,8 @@ class Eagle3Draft(NeuralDraft):
         ids = torch.zeros(features.shape[:2], dtype=torch.long)
         for row, following in enumerate(next_tokens):
             ids[row, : len(following)] = torch.tensor(list(following))
-        projected = self.fc(features.to(self.fc.weight.dtype))
         rows = self.lengths.rows(slots, features.shape[1])
-        hidden = self.advance(rows, projected, ids.to(self.device))
+        hidden = self.advance(rows, self._project(features), ids.to(self.device))
         for row, slot in enumerate(slots):
             self.lengths.of[slot] += len(tokens[row])
             self.last_hidden[slot] = hidden[row, len(tokens[row]) - 1]
@@ -151,14 +167,13 @@ class Eagle3Draft(NeuralDraft):
         starts = [self.lengths.of[s] for s in slots]
         tokens, q = [], []
         for step in range(self.spec.block):
-            chosen, distribution = choose(
-                self.head.logits(self.norm(hidden[:, 0])), sampling, uniforms[:, step]
-            )
+            logits = self.head.spread(self.head.logits(self.norm(hidden[:, 0])), self.spec.vocab_size)
+            chosen, distribution = choose(logits, sampling, uniforms[:, step])
             tokens.append(chosen)
             q.append(distribution)
             if step + 1 < self.spec.block:
                 rows = Rows(tuple(slots), tuple(start + step for start in starts), 1)
-                hidden = self.advance(rows, hidden, chosen[:, None])
+                hidden = self.advance(rows, self._fed_back(hidden), chosen[:, None])
         return Proposal(torch.stack(tokens, dim=1), torch.stack(q, dim=1), None)
 
 

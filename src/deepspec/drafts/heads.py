@@ -1,6 +1,7 @@
 """Heads of a block draft: the sequential (Markov) head and the confidence head (method.md 3).
 
-[...] leading dimensions, γ slots, V vocabulary, r Markov rank, d hidden width.
+[...] leading dimensions, γ slots, V vocabulary, K rows of the draft's head (V, or fewer where its
+vocabulary is reduced), r Markov rank, d hidden width.
 A new sequential head is a subclass with `step`, registered in `MARKOV_HEADS`: nothing else changes.
 """
 
@@ -17,11 +18,11 @@ class MarkovHead(nn.Module):
     The bias W2 z is added to the base logits after the soft-cap.
     """
 
-    def __init__(self, vocab_size: int, rank: int, hidden: int) -> None:
+    def __init__(self, vocab_size: int, rank: int, hidden: int, head_rows: int | None = None) -> None:
         super().__init__()
         self.rank = rank
         self.markov_w1 = nn.Embedding(vocab_size, rank)
-        self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
+        self.markov_w2 = nn.Linear(rank, head_rows or vocab_size, bias=False)
 
     def start(self, embedded: Tensor) -> Tensor | None:
         """State before the first slot; None where the head keeps none. embedded: [..., r]."""
@@ -47,8 +48,8 @@ class MarkovHead(nn.Module):
 class GatedMarkovHead(MarkovHead):
     """z = sigmoid(Wg [h ; W1[previous]] + b) * W1[previous]."""
 
-    def __init__(self, vocab_size: int, rank: int, hidden: int) -> None:
-        super().__init__(vocab_size, rank, hidden)
+    def __init__(self, vocab_size: int, rank: int, hidden: int, head_rows: int | None = None) -> None:
+        super().__init__(vocab_size, rank, hidden, head_rows)
         self.gate_proj = nn.Linear(hidden + rank, rank)
 
     def step(self, embedded: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -59,8 +60,8 @@ class GatedMarkovHead(MarkovHead):
 class RecurrentMarkovHead(MarkovHead):
     """`rnn`: a gated state over the slots of a block; z = tanh(output)."""
 
-    def __init__(self, vocab_size: int, rank: int, hidden: int) -> None:
-        super().__init__(vocab_size, rank, hidden)
+    def __init__(self, vocab_size: int, rank: int, hidden: int, head_rows: int | None = None) -> None:
+        super().__init__(vocab_size, rank, hidden, head_rows)
         self.joint_proj = nn.Linear(2 * rank + hidden, 3 * rank)
 
     def start(self, embedded: Tensor) -> Tensor:

@@ -14,6 +14,9 @@ from deepspec import families
 from deepspec.drafts.base import DraftSpec
 from deepspec.drafts.layers import ACTIVATIONS, LayerShape, RopeFacts
 
+# Ways of Eagle-3 that the published drafts don't go, and other trainers' do; absent means no.
+EAGLE3_NORMS = ("norm_before_fc", "norm_before_residual", "norm_output")
+
 
 class SpecError(ValueError):
     """A config that no draft can be built from; says which key and why."""
@@ -45,6 +48,8 @@ def layer_shape(config: dict[str, Any], family_name: str, *, rope_rounded: bool 
         eps=float(config.get("rms_norm_eps", 1e-6)),
         activation=activation,
         attention_bias=bool(config.get("attention_bias", False)),
+        # Released configs don't carry the field: absent means that the norms are there.
+        qk_norm=bool(config.get("qk_norm", True)),
         attention_scale=family.attention_scale,
         value_is_key=value_is_key,
         value_norm=family.value_norm,
@@ -72,16 +77,24 @@ def read_spec(config: dict[str, Any], *, rope_rounded: bool = False) -> DraftSpe
         names = [a for f in families.DRAFT_FAMILIES.values() for a in f.architectures.values()]
         raise SpecError(f"architecture {architecture!r} is not a draft's (known: {', '.join(names)})")
     family, kind = known
+    if "num_target_layers" not in config:
+        raise SpecError("config has no 'num_target_layers'")
+    windows = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
+    if windows:
+        raise SpecError(f"layer_types has {', '.join(windows)}: a draft's layers are all full_attention here")
     common: dict[str, Any] = {
         "family": family,
         "shape": layer_shape(config, family, rope_rounded=rope_rounded),
         "num_layers": _need(config, "num_hidden_layers"),
         "target_layer_ids": tuple(_need(config, "target_layer_ids")),
-        "num_target_layers": _need(config, "num_target_layers"),
+        # A null is another layout's, which does not say it.
+        "num_target_layers": config["num_target_layers"],
         "vocab_size": _need(config, "vocab_size"),
         "softcap": config.get("final_logit_softcapping"),
+        "draft_vocab_size": config.get("draft_vocab_size"),
     }
     if kind == "eagle3":
+        common |= {name: bool(config.get(name, False)) for name in EAGLE3_NORMS}
         return _checked(DraftSpec(algorithm="eagle3", block=_need(config, "ttt_length"), **common))
     rank = int(config.get("markov_rank") or 0)
     confidence = bool(config.get("enable_confidence_head", False))
@@ -106,23 +119,26 @@ def _checked(spec: DraftSpec) -> DraftSpec:
     ids = spec.target_layer_ids
     if list(ids) != sorted(set(ids)) or not ids:
         raise SpecError(f"target_layer_ids must rise strictly, not {list(ids)}")
-    if ids[0] < -1 or ids[-1] >= spec.num_target_layers - 1:
-        raise SpecError(
-            f"target_layer_ids {list(ids)} must lie between -1 (the embedding) and "
-            f"{spec.num_target_layers - 2}: the target has {spec.num_target_layers} layers, "
-            "and the last one's output is never a feature"
-        )
+    depth = spec.num_target_layers
+    if ids[0] < -1 or (depth is not None and ids[-1] >= depth - 1):
+        last = "" if depth is None else f" and {depth - 2}: the target has {depth} layers, "
+        last += "and the last one's output is never a feature" if last else " or above"
+        raise SpecError(f"target_layer_ids {list(ids)} must lie between -1 (the embedding){last}")
     if spec.algorithm == "eagle3" and spec.num_layers != 1:
         raise SpecError(f"an Eagle-3 draft has one layer, not {spec.num_layers}")
     if spec.mask_token_id is not None and not 0 <= spec.mask_token_id < spec.vocab_size:
         raise SpecError(f"mask_token_id {spec.mask_token_id} is outside the vocabulary of {spec.vocab_size}")
     if spec.markov_head not in ("vanilla", "gated", "rnn"):
         raise SpecError(f"markov_head_type {spec.markov_head!r} is not vanilla, gated or rnn")
+    rows = spec.draft_vocab_size
+    if rows is not None and not 1 <= rows <= spec.vocab_size:
+        raise SpecError(f"draft_vocab_size {rows} is not between 1 and the vocabulary of {spec.vocab_size}")
     if spec.block < 1 or proposals(spec) < 1:
         raise SpecError(f"a block of {spec.block} slot(s) proposes nothing")
     # One spelling for facts of heads that are off, so that a spec equals what its config reads back as.
     return replace(
         spec,
+        draft_vocab_size=None if rows == spec.vocab_size else rows,
         markov_head=spec.markov_head if spec.markov_rank else "vanilla",
         confidence_with_markov=bool(spec.confidence and spec.markov_rank and spec.confidence_with_markov),
     )
@@ -203,6 +219,7 @@ def write_config(
         vocab_size=spec.vocab_size,
         rms_norm_eps=shape.eps,
         attention_bias=shape.attention_bias,
+        qk_norm=shape.qk_norm,
         tie_word_embeddings=False,
     )
     if spec.family == "qwen3":
@@ -214,10 +231,13 @@ def write_config(
         )
         config.pop("rope_scaling", None)
         config.pop("rope_theta", None)
+    if spec.draft_vocab_size is not None:
+        config["draft_vocab_size"] = spec.draft_vocab_size
     if kind == "eagle3":
         config.update(
             draft_num_hidden_layers=spec.num_layers, ttt_length=spec.block, step_loss_decay=step_decay
         )
+        config.update({name: True for name in EAGLE3_NORMS if getattr(spec, name)})
         return config
     config.update(
         block_size=spec.block,

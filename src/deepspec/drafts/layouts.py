@@ -1,0 +1,116 @@
+"""Other writers' configs in the words of the released layout: what `spec.read_spec` then reads.
+
+One function per layout, from a raw config.json to a released-layout one; no files, no tensors. The tensors
+have the same names in all three. What a draft of ours cannot compute is refused here, with the reason:
+read as something else it would load, propose badly, and say nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspec.drafts.spec import EAGLE3_NORMS, SpecError
+
+OLDER_DFLASH = "DFlashDraftModel"
+# What the nested `dflash_config` may say; `use_aux_hidden_state` and the mask's name change nothing here.
+OLDER_DFLASH_KEYS = {
+    "target_layer_ids",
+    "mask_token_id",
+    "mask_token",
+    "block_size",
+    "num_target_layers",
+    "sample_from_anchor",
+    "use_aux_hidden_state",
+}
+SPECULATORS = {"eagle3": "Qwen3Eagle3Model", "dflash": "Qwen3DSparkModel", "dspark": "Qwen3DSparkModel"}
+
+
+def layout_of(config: dict[str, Any]) -> str:
+    """released, older-dflash or speculators."""
+    if "speculators_model_type" in config:
+        return "speculators"
+    return "older-dflash" if (config.get("architectures") or [None])[0] == OLDER_DFLASH else "released"
+
+
+def as_released(config: dict[str, Any], target_depth: int | None = None) -> dict[str, Any]:
+    """A raw config.json of any layout as a released-layout one.
+
+    target_depth: decoder layers of the target, where it is known. Raises SpecError.
+    """
+    layout = layout_of(config)
+    if layout == "speculators":
+        return from_speculators(config, target_depth)
+    return from_older_dflash(config) if layout == "older-dflash" else config
+
+
+def from_older_dflash(config: dict[str, Any]) -> dict[str, Any]:
+    """The first DFlash layout: facts nested in `dflash_config`, slot 0 proposes nothing unless it says so."""
+    nested = config.get("dflash_config") or {}
+    strange = sorted(k for k, v in nested.items() if k not in OLDER_DFLASH_KEYS and v not in (None, False))
+    if config.get("is_causal"):
+        strange.append("is_causal")
+    if strange:
+        raise SpecError(f"{', '.join(strange)}: a DFlash of this kind is not supported")
+    facts = {**config, **{k: v for k, v in nested.items() if v is not None}}
+    return {
+        **facts,
+        "architectures": ["Qwen3DSparkModel"],
+        "num_target_layers": facts.get("num_target_layers"),
+        "sample_from_anchor": facts.get("sample_from_anchor", False),
+    }
+
+
+def from_speculators(config: dict[str, Any], target_depth: int | None = None) -> dict[str, Any]:
+    """The speculators package's layout: a plain decoder config inside, the draft's facts around it."""
+    kind, inner = config["speculators_model_type"], config.get("transformer_layer_config")
+    if kind not in SPECULATORS:
+        raise SpecError(f"speculators_model_type {kind!r} is not supported (only {', '.join(SPECULATORS)})")
+    if not isinstance(inner, dict):
+        raise SpecError("config has no 'transformer_layer_config'")
+    shape = inner.get("model_type")
+    if shape not in (("llama", "qwen3") if kind == "eagle3" else ("qwen3",)):
+        raise SpecError(f"the draft's layers are of model_type {shape!r}, which is not supported for {kind}")
+    for key, where in (("mlp_bias", inner), ("fc_norm", config), ("target_hidden_size", config)):
+        if where.get(key) and where[key] != inner.get("hidden_size"):
+            raise SpecError(f"{key} is {where[key]!r}: a draft with it is not supported")
+    released = {
+        **inner,
+        "architectures": [SPECULATORS[kind]],
+        "num_target_layers": target_depth,
+        "draft_vocab_size": config.get("draft_vocab_size"),
+        "qk_norm": shape == "qwen3",
+    }
+    if kind == "eagle3":
+        ids = config.get("eagle_aux_hidden_state_layer_ids") or _usual_layers(target_depth)
+        norms = {name: bool(config.get(name, False)) for name in EAGLE3_NORMS}
+        released |= {"ttt_length": _proposals(config), **norms}
+    else:
+        ids = config.get("aux_hidden_state_layer_ids")
+        dspark = kind == "dspark"
+        released |= {key: config.get(key) for key in ("block_size", "mask_token_id", "markov_head_type")}
+        released |= {
+            "markov_rank": config.get("markov_rank", 256) if dspark else 0,
+            "enable_confidence_head": dspark and config.get("enable_confidence_head", True),
+            "confidence_head_with_markov": config.get("confidence_head_with_markov", True),
+            "sample_from_anchor": config.get("sample_from_anchor", dspark),
+        }
+    # Theirs name what enters a layer, ours what leaves it.
+    released["target_layer_ids"] = None if ids is None else [i - 1 for i in ids]
+    return released
+
+
+def _usual_layers(depth: int | None) -> list[int]:
+    """Null layer ids are resolved by speculators from the target's depth."""
+    if depth is None:
+        raise SpecError("eagle_aux_hidden_state_layer_ids is null: its meaning depends on the target's depth")
+    return [2, depth // 2, depth - 3]
+
+
+def _proposals(config: dict[str, Any]) -> int:
+    """Tokens per round, which only the proposal method says of an Eagle-3 draft."""
+    try:
+        return int(config["speculators_config"]["proposal_methods"][0]["speculative_tokens"])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise SpecError(
+            "speculators_config.proposal_methods[0].speculative_tokens is missing or no number"
+        ) from error

@@ -1,0 +1,386 @@
+"""Drafts that others wrote: the older DFlash layout, the speculators layout, a reduced vocabulary.
+
+The checkpoints here are tiny random ones, written as those layouts are described; what they propose is
+compared with naive loops over the same weights (`reference/drafts.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deepspec.checkpoint import AnyDraft, load_draft, load_spec, save_draft
+from deepspec.decode import generate
+from deepspec.drafts.layouts import as_released
+from deepspec.drafts.spec import SpecError, read_spec
+from deepspec.errors import CheckpointError, MismatchError
+from deepspec.target import Target
+from deepspec.verify import Sampling
+from reference.drafts import naive_block_rows, naive_markov, naive_unroll
+
+V, K, H, MLP, N, G, D, R, DEPTH = 96, 40, 48, 64, 4, 2, 16, 8, 5
+"""Vocabulary, kept ids, width, MLP, heads, key heads, head dim, Markov rank; depth of the `qwen3` target."""
+DECODER = {
+    "model_type": "qwen3",
+    "vocab_size": V,
+    "hidden_size": H,
+    "intermediate_size": MLP,
+    "num_hidden_layers": 2,
+    "num_attention_heads": N,
+    "num_key_value_heads": G,
+    "head_dim": D,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "layer_types": ["full_attention"] * 2,
+}
+OLDER = {
+    **DECODER,
+    "architectures": ["DFlashDraftModel"],
+    "block_size": 5,
+    "dflash_config": {"target_layer_ids": [0, 1, 3], "mask_token_id": 7},
+    "num_target_layers": DEPTH,
+}
+
+
+def speculators(kind: str, **changes: Any) -> dict[str, Any]:
+    """A config as the speculators package writes it; `layers` in its numbering: what enters a layer."""
+    config: dict[str, Any] = {
+        "speculators_model_type": kind,
+        "speculators_version": "0.9.0",
+        "architectures": ["Eagle3DraftModel"],
+        "dtype": "float32",
+        "tie_word_embeddings": False,
+        "draft_vocab_size": V,
+        "target_hidden_size": None,
+        "transformer_layer_config": dict(DECODER),
+        "speculators_config": {
+            "algorithm": kind,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 4}],
+            "verifier": {"name_or_path": None, "architectures": []},
+        },
+    }
+    if kind == "eagle3":
+        decoder = {**DECODER, "model_type": "llama", "num_hidden_layers": 1, "mlp_bias": False}
+        config["transformer_layer_config"] = {k: v for k, v in decoder.items() if k != "layer_types"}
+        config["eagle_aux_hidden_state_layer_ids"] = [1, 2, 4]
+        config |= {"norm_before_residual": False, "norm_before_fc": False, "fc_norm": False}
+        config["norm_output"] = False
+    else:
+        config |= {"aux_hidden_state_layer_ids": [1, 2, 4], "block_size": 5, "mask_token_id": 7}
+    if kind == "dspark":
+        config |= {"markov_rank": R, "markov_head_type": "vanilla", "enable_confidence_head": True}
+        config |= {"confidence_head_with_markov": True, "sample_from_anchor": True}
+    return config | changes
+
+
+def layer_names(prefix: str, fan_in: int, *, qk_norm: bool) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (H,),
+        "post_attention_layernorm.weight": (H,),
+        "self_attn.q_proj.weight": (N * D, fan_in),
+        "self_attn.k_proj.weight": (G * D, fan_in),
+        "self_attn.v_proj.weight": (G * D, fan_in),
+        "self_attn.o_proj.weight": (H, N * D),
+        "mlp.gate_proj.weight": (MLP, H),
+        "mlp.up_proj.weight": (MLP, H),
+        "mlp.down_proj.weight": (H, MLP),
+    }
+    if qk_norm:
+        shapes |= {"self_attn.q_norm.weight": (D,), "self_attn.k_norm.weight": (D,)}
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+def block_names(*, markov_rows: int | None = None) -> dict[str, tuple[int, ...]]:
+    names: dict[str, tuple[int, ...]] = {"fc.weight": (H, 3 * H), "norm.weight": (H,)}
+    names["hidden_norm.weight"] = (H,)
+    for i in range(2):
+        names |= layer_names(f"layers.{i}.", H, qk_norm=True)
+    if markov_rows is not None:
+        names |= {"markov_head.markov_w1.weight": (V, R), "markov_head.markov_w2.weight": (markov_rows, R)}
+        names |= {"confidence_head.proj.weight": (1, H + R), "confidence_head.proj.bias": (1,)}
+    return names
+
+
+def eagle_names(*, norm_before_fc: bool = False) -> dict[str, tuple[int, ...]]:
+    names: dict[str, tuple[int, ...]] = {"fc.weight": (H, 3 * H), "norm.weight": (H,)}
+    names |= layer_names("layers.0.", 2 * H, qk_norm=False) | {"layers.0.hidden_norm.weight": (H,)}
+    return names | ({"input_norm.weight": (3 * H,)} if norm_before_fc else {})
+
+
+def random_tensors(names: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
+    """Matrices around zero; vectors, which are norms, around one."""
+    random = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=random) * 0.3 + (1.0 if len(shape) == 1 else 0.0)
+        for name, shape in names.items()
+    }
+
+
+def reduced(tensors: dict[str, Tensor], seed: int = 3) -> Tensor:
+    """Give tensors a head over K of V ids and the maps; the kept ids."""
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randperm(V, generator=random)[:K].sort().values
+    tensors["lm_head.weight"] = torch.randn(K, H, generator=random)
+    tensors["d2t"] = ids - torch.arange(K)
+    tensors["t2d"] = torch.zeros(V, dtype=torch.bool).index_fill_(0, ids, True)
+    return ids
+
+
+def write(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config), "utf-8")
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def propose(draft: AnyDraft, features: Tensor, ids: list[int]) -> tuple[list[int], Tensor]:
+    """Greedy tokens and full-width q at temperature 1 after the anchor `ids[-1]`."""
+    found = []
+    for sampling in (Sampling(), Sampling(1.0)):
+        draft.open(0)
+        draft.observe([0], features[None], [ids[:-1]], [ids[1:]])
+        uniforms = torch.full((1, draft.max_proposals), 0.5)
+        found.append(draft.propose([0], [ids[-1]], sampling, uniforms))
+    return found[0].tokens[0].tolist(), found[1].q[0]
+
+
+@pytest.fixture
+def qwen(targets: dict[str, Target]) -> Target:
+    return targets["qwen3"]
+
+
+@pytest.fixture
+def seen(qwen: Target) -> tuple[Tensor, list[int]]:
+    """(features [5, 3·H] of the target's own layers 0, 1, 3; the tokens, and the anchor after them)."""
+    ids = [4, 9, 2, 33, 51, 17]
+    features = qwen.read(torch.tensor([ids[:-1]]), [0, 1, 3]).features
+    assert features is not None
+    return features[0], ids
+
+
+# ── the older DFlash layout ───────────────────────────────────────────────────────────────────────────
+
+
+def test_older_dflash_slot_j_proposes_the_jth_token_after_the_anchor(
+    qwen: Target, seen: tuple[Tensor, list[int]], tmp_path: Path
+) -> None:
+    """Read as the newer layout it would propose what slot 0 says, which was never trained."""
+    draft = load_draft(write(tmp_path / "d", OLDER, random_tensors(block_names())), qwen)
+    features, ids = seen
+    assert (draft.spec.algorithm, draft.spec.sample_from_anchor, draft.max_proposals) == ("dflash", False, 4)
+    assert (draft.spec.target_layer_ids, draft.spec.mask_token_id) == ((0, 1, 3), 7)
+    tokens, q = propose(draft, features, ids)
+    rows = naive_block_rows(draft, features, ids[-1])
+    logits = rows @ qwen.head.weight.T
+    assert tokens == logits[1:].argmax(-1).tolist()
+    torch.testing.assert_close(q, logits[1:].softmax(-1), atol=1e-5, rtol=1e-4)
+    assert tokens != logits[:-1].argmax(-1).tolist()
+
+
+def test_older_dflash_with_its_prefix_its_copies_and_no_depth(qwen: Target, tmp_path: Path) -> None:
+    tensors = random_tensors(block_names())
+    plain = load_draft(write(tmp_path / "a", OLDER, tensors), qwen)
+    config = {k: v for k, v in OLDER.items() if k != "num_target_layers"}
+    copies = {
+        "embed_tokens.weight": qwen.embedding.weight.clone(),
+        "lm_head.weight": qwen.head.weight.clone(),
+    }
+    both = {f"model.{k}": v for k, v in (tensors | copies).items()}
+    other = load_draft(write(tmp_path / "b", config, both), qwen)
+    assert other.spec == plain.spec
+    assert all(torch.equal(t, plain.state_dict()[k]) for k, t in other.state_dict().items())
+    assert other.head.weight is qwen.head.weight
+
+
+def test_depth_that_a_config_leaves_out_is_checked_by_the_layers_it_reads(
+    qwen: Target, tmp_path: Path
+) -> None:
+    config = {**OLDER, "num_target_layers": None}
+    config["dflash_config"] = {"target_layer_ids": [0, 1, 4], "mask_token_id": 7}
+    with pytest.raises(MismatchError, match="it reads layer 4, and the target has 5 layers"):
+        load_draft(write(tmp_path / "d", config, random_tensors(block_names())), qwen)
+
+
+@pytest.mark.parametrize(
+    ("nested", "top", "message"),
+    [
+        ({"causal": True}, {}, "causal: a DFlash of this kind"),
+        ({"use_swa": True, "swa_window_size": 8}, {}, "swa_window_size, use_swa"),
+        ({"projector_type": "domino"}, {}, "projector_type"),
+        ({}, {"is_causal": True}, "is_causal"),
+        ({}, {"layer_types": ["sliding_attention"] * 2}, "layer_types has sliding_attention"),
+        ({"mask_token_id": None}, {}, "no 'mask_token_id'"),
+        ({"target_layer_ids": None}, {}, "no 'target_layer_ids'"),
+    ],
+)
+def test_older_dflash_that_would_be_computed_otherwise_is_refused(
+    nested: dict[str, Any], top: dict[str, Any], message: str
+) -> None:
+    config = {**OLDER, **top, "dflash_config": {**OLDER["dflash_config"], **nested}}  # type: ignore[dict-item]
+    with pytest.raises(SpecError, match=message):
+        read_spec(as_released(config))
+
+
+# ── the speculators layout ────────────────────────────────────────────────────────────────────────────
+
+WAYS = ("norm_before_fc", "norm_before_residual", "norm_output")
+
+
+@pytest.mark.parametrize("on", [(), WAYS, *((way,) for way in WAYS)])
+def test_speculators_eagle3_computes_each_of_its_norms(
+    qwen: Target, seen: tuple[Tensor, list[int]], tmp_path: Path, on: tuple[str, ...]
+) -> None:
+    config = speculators("eagle3", **dict.fromkeys(on, True))
+    names = eagle_names(norm_before_fc="norm_before_fc" in on)
+    draft = load_draft(write(tmp_path / "d", config, random_tensors(names)), qwen)
+    features, ids = seen
+    assert (draft.spec.algorithm, draft.max_proposals, draft.spec.shape.qk_norm) == ("eagle3", 4, False)
+    assert draft.spec.target_layer_ids == (0, 1, 3)  # theirs name what enters a layer
+    tokens, _ = propose(draft, features, ids)
+    # The unroll of the last row reads the anchor, then its own proposals: its steps are the decoding's. The
+    # rows after it are not seen from it.
+    after = torch.zeros(1 + len(tokens), features.shape[1])
+    states = naive_unroll(draft, torch.cat([features, after]), [*ids, *tokens])
+    for step, state in enumerate(states[: draft.max_proposals]):
+        last = state[len(features) - 1]
+        rms = last / torch.sqrt((last * last).mean() + 1e-6) * draft.norm.weight
+        assert int((qwen.head.weight @ rms).argmax()) == tokens[step]
+
+
+@pytest.mark.parametrize("kind", ["dflash", "dspark"])
+def test_speculators_block_draft_has_its_own_default_alignment(
+    qwen: Target, tmp_path: Path, kind: str
+) -> None:
+    config = speculators(kind)
+    config.pop("sample_from_anchor", None)
+    names = block_names(markov_rows=V if kind == "dspark" else None)
+    draft = load_draft(write(tmp_path / "d", config, random_tensors(names)), qwen)
+    assert draft.spec.algorithm == kind
+    assert draft.spec.sample_from_anchor is (kind == "dspark")
+    assert draft.max_proposals == (5 if kind == "dspark" else 4)
+
+
+def test_layers_left_to_the_targets_depth_are_theirs_not_our_rule() -> None:
+    config = speculators("eagle3", eagle_aux_hidden_state_layer_ids=None)
+    assert read_spec(as_released(config, 36)).target_layer_ids == (1, 17, 32)
+    with pytest.raises(SpecError, match="depends on the target's depth"):
+        as_released(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "inner", "message"),
+    [
+        ("peagle", {}, {}, "'peagle' is not supported"),
+        ("eagle3", {"fc_norm": True}, {}, "fc_norm is True"),
+        ("eagle3", {}, {"mlp_bias": True}, "mlp_bias is True"),
+        ("eagle3", {"target_hidden_size": 64}, {}, "target_hidden_size is 64"),
+        ("eagle3", {}, {"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ("eagle3", {}, {"num_hidden_layers": 2}, "one layer, not 2"),
+        ("eagle3", {"speculators_config": {"proposal_methods": []}}, {}, "speculative_tokens is missing"),
+        ("eagle3", {"transformer_layer_config": None}, {}, "no 'transformer_layer_config'"),
+        ("dflash", {}, {"model_type": "llama"}, "model_type 'llama', which is not supported for dflash"),
+        ("dflash", {}, {"layer_types": ["sliding_attention"] * 2}, "sliding_attention"),
+        ("dspark", {"aux_hidden_state_layer_ids": None}, {}, "no 'target_layer_ids'"),
+        ("dspark", {"draft_vocab_size": V + 1}, {}, "draft_vocab_size 97"),
+    ],
+)
+def test_speculators_draft_that_would_be_computed_otherwise_is_refused(
+    kind: str, change: dict[str, Any], inner: dict[str, Any], message: str
+) -> None:
+    config = speculators(kind)
+    config["transformer_layer_config"] |= inner
+    with pytest.raises(SpecError, match=message):
+        read_spec(as_released(config | change, DEPTH))
+
+
+# ── a reduced vocabulary ──────────────────────────────────────────────────────────────────────────────
+
+
+def reduced_draft(kind: str, path: Path) -> tuple[Path, Tensor]:
+    config = speculators(kind, draft_vocab_size=K)
+    names = eagle_names() if kind == "eagle3" else block_names(markov_rows=K if kind == "dspark" else None)
+    tensors = random_tensors(names)
+    ids = reduced(tensors)
+    return write(path, config, tensors), ids
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "dflash", "dspark"])
+def test_reduced_vocabulary_proposes_target_ids_from_a_full_width_distribution(
+    qwen: Target, seen: tuple[Tensor, list[int]], tmp_path: Path, kind: str
+) -> None:
+    """Row i of a reduced head is not token i: read so, every proposal would be another word."""
+    path, kept = reduced_draft(kind, tmp_path / "d")
+    draft = load_draft(path, qwen)
+    features, ids = seen
+    tokens, q = propose(draft, features, ids)
+    assert q.shape == (draft.max_proposals, V)
+    torch.testing.assert_close(q.sum(-1), torch.ones(len(q)))
+    outside = torch.ones(V, dtype=torch.bool).index_fill_(0, kept, False)
+    assert q[:, outside].eq(0).all()
+    assert set(tokens) <= set(kept.tolist())
+    if kind == "eagle3":
+        return
+    rows = naive_block_rows(draft, features, ids[-1])[5 - draft.max_proposals :]
+    logits = rows @ draft.head.weight.T
+    if kind == "dspark":
+        z = naive_markov(draft.markov_head, "vanilla", [ids[-1], *tokens[:-1]], rows)
+        logits = logits + z @ draft.markov_head.markov_w2.weight.T
+    assert tokens == kept[logits.argmax(-1)].tolist()
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "dflash", "dspark"])
+def test_reduced_vocabulary_leaves_the_output_alone(qwen: Target, tmp_path: Path, kind: str) -> None:
+    draft = load_draft(reduced_draft(kind, tmp_path / "d")[0], qwen)
+    want = generate(qwen, None, [4, 9, 2], max_new_tokens=12, ignore_eos=True).token_ids
+    assert generate(qwen, draft, [4, 9, 2], max_new_tokens=12, ignore_eos=True).token_ids == want
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "dflash", "dspark"])
+def test_reduced_and_foreign_drafts_survive_a_save_in_our_layout(
+    qwen: Target, seen: tuple[Tensor, list[int]], tmp_path: Path, kind: str
+) -> None:
+    draft = load_draft(reduced_draft(kind, tmp_path / "d")[0], qwen)
+    save_draft(draft, tmp_path / "ours", qwen, {})
+    again = load_draft(tmp_path / "ours", qwen)
+    assert again.spec == draft.spec
+    assert torch.equal(again.head.kept, draft.head.kept)
+    assert all(torch.equal(t, draft.state_dict()[name]) for name, t in again.state_dict().items())
+    tokens, q = propose(again, *seen)
+    want, want_q = propose(draft, *seen)
+    assert tokens == want
+    torch.testing.assert_close(q, want_q)  # not bit for bit: kernels depend on where weights lie
+
+
+@pytest.mark.parametrize("spoil", ["ids instead of offsets", "twice", "other members", "no map", "no head"])
+def test_broken_map_of_a_reduced_vocabulary_is_refused(qwen: Target, tmp_path: Path, spoil: str) -> None:
+    path, kept = reduced_draft("dflash", tmp_path / "d")
+    tensors = load_file(path / "model.safetensors")
+    if spoil == "ids instead of offsets":
+        tensors["d2t"] = kept
+    elif spoil == "twice":
+        tensors["d2t"][1] = tensors["d2t"][0] - 1
+        del tensors["t2d"]
+    elif spoil == "other members":
+        tensors["t2d"] = tensors["t2d"].roll(1)
+    else:
+        del tensors["d2t" if spoil == "no map" else "lm_head.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError) as caught:
+        load_draft(path, qwen)
+    names = {"no map": "missing: d2t", "no head": "missing: lm_head.weight"}
+    assert names.get(spoil, "does not map the draft's vocabulary to distinct ids") in str(caught.value)
+
+
+def test_spec_of_a_foreign_checkpoint_needs_no_target(tmp_path: Path) -> None:
+    path, _ = reduced_draft("dspark", tmp_path / "d")
+    spec = load_spec(path)
+    assert (spec.num_target_layers, spec.draft_vocab_size, spec.vocab_size) == (None, K, V)
