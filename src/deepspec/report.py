@@ -194,7 +194,7 @@ def cells(row: Row, result: Result) -> dict[str, Any]:
         "domains": [(name, text) for name, text in domains if text != MISSING],
         "speedup": speedup,
         "speedup_interval": speedup_interval,
-        "mean": f"mean {number(speed_of(row)[0])}×" if mean_over_domains(row) else "",
+        "mean": f"{number(speed_of(row)[0])}×" if mean_over_domains(row) else "",
         "tokens_per_s": number(overall.get("tokens_per_s"), 1),
         "distinct": number(overall.get("distinct_4")),
         "repeated": number(overall.get("repeated_8")),
@@ -243,7 +243,7 @@ def results_table(results: Sequence[Result]) -> Table:
                 f"{cell['tau']}\n{cell['tau_interval'].strip('[]').replace(', ', '–')}",
                 "\n".join(f"{name} {tau}" for name, tau in cell["domains"]) or MISSING,
                 f"{cell['speedup']}\n{cell['speedup_interval'].strip('[]').replace(', ', '–')}\n"
-                f"{cell['mean']}",
+                + (cell["mean"] and f"mean {cell['mean']}"),
                 cell["tokens_per_s"],
                 f"{cell['distinct']}\n{cell['repeated']}",
                 cell["joules"],
