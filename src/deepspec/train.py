@@ -67,6 +67,7 @@ def build_draft(recipe: Recipe, target: Target) -> AnyDraft:
             confidence=d.confidence,
             confidence_with_markov=d.confidence_with_markov,
             intermediate_size=d.intermediate_size,
+            qk_norm=d.qk_norm,
         )
     except (SpecError, ValueError) as error:
         raise RecipeError(

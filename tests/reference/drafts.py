@@ -55,16 +55,17 @@ def naive_attention(attention: Any, query: Tensor, position: int, seen: Seen) ->
     def head(x: Tensor, module: Any, index: int) -> Tensor:
         return naive_linear(x, module)[index * dim : (index + 1) * dim]
 
+    def normed(x: Tensor, norm: Any) -> Tensor:
+        return naive_norm(x, norm.weight, shape.eps) if shape.qk_norm else x
+
     mixed = []
     for h in range(shape.heads):
         g = h // (shape.heads // shape.kv_heads)
-        q = naive_turn(
-            naive_norm(head(query, attention.q_proj, h), attention.q_norm.weight, shape.eps), position, shape
-        )
+        q = naive_turn(normed(head(query, attention.q_proj, h), attention.q_norm), position, shape)
         scores, values = [], []
         for x, at in seen:
             raw = head(x, attention.k_proj, g)
-            key = naive_turn(naive_norm(raw, attention.k_norm.weight, shape.eps), at, shape)
+            key = naive_turn(normed(raw, attention.k_norm), at, shape)
             scores.append(scale * torch.dot(q, key))
             value = raw if shape.value_is_key else head(x, attention.v_proj, g)
             values.append(naive_norm(value, None, shape.eps) if shape.value_norm else value)

@@ -38,6 +38,8 @@ class LayerShape:
     eps: float = 1e-6
     activation: str = "silu"
     attention_bias: bool = False
+    qk_norm: bool = True
+    """Per-head norms of queries and keys: all released drafts have them, the Eagle-3 of most servers not."""
     attention_scale: float | None = None
     value_is_key: bool = False
     value_norm: bool = False
@@ -105,8 +107,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(input_width, kv, bias=bias)
         self.v_proj = None if shape.value_is_key else nn.Linear(input_width, kv, bias=bias)
         self.o_proj = nn.Linear(inner, shape.hidden, bias=bias)
-        self.q_norm = RMSNorm(shape.head_dim, shape.eps)
-        self.k_norm = RMSNorm(shape.head_dim, shape.eps)
+        self.q_norm = RMSNorm(shape.head_dim, shape.eps) if shape.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(shape.head_dim, shape.eps) if shape.qk_norm else nn.Identity()
         self.scale = shape.attention_scale or shape.head_dim**-0.5
 
     def _heads(self, x: Tensor) -> Tensor:

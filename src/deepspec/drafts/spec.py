@@ -45,6 +45,8 @@ def layer_shape(config: dict[str, Any], family_name: str, *, rope_rounded: bool 
         eps=float(config.get("rms_norm_eps", 1e-6)),
         activation=activation,
         attention_bias=bool(config.get("attention_bias", False)),
+        # Released configs don't carry the field: absent means that the norms are there.
+        qk_norm=bool(config.get("qk_norm", True)),
         attention_scale=family.attention_scale,
         value_is_key=value_is_key,
         value_norm=family.value_norm,
@@ -146,6 +148,7 @@ def new_spec(
     confidence: bool = False,
     confidence_with_markov: bool = True,
     intermediate_size: int | None = None,
+    qk_norm: bool = True,
 ) -> DraftSpec:
     """The spec of a draft to train for a target, from the target's raw text config.
 
@@ -153,7 +156,7 @@ def new_spec(
     turns its positions plainly, whatever the target's rope scaling. Raises SpecError.
     """
     row = families.target_family(target_config.get("model_type", ""))
-    facts = dict(target_config)
+    facts = {**target_config, "qk_norm": qk_norm}
     if intermediate_size is not None:
         facts["intermediate_size"] = intermediate_size
     if row.draft == "qwen3":
@@ -203,6 +206,7 @@ def write_config(
         vocab_size=spec.vocab_size,
         rms_norm_eps=shape.eps,
         attention_bias=shape.attention_bias,
+        qk_norm=shape.qk_norm,
         tie_word_embeddings=False,
     )
     if spec.family == "qwen3":
