@@ -35,6 +35,7 @@ COMMANDS = (
     ["compare"],
     ["report"],
     ["generate"],
+    ["export"],
     ["data", "regenerate"],
     ["pocket", "build"],
     ["pocket", "drafts"],

@@ -139,6 +139,19 @@ def load_provenance(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def read_draft(path: Path) -> tuple[DraftSpec, dict[str, Tensor], dict[str, Tensor]]:
+    """A checkpoint without its target: its spec, its own tensors, and the copies of the target's embedding
+    and head that it may hold, as stored. As strict as `load_draft`. Raises CheckpointError."""
+    spec, tensors = load_spec(path), read_tensors(path)
+    copies = {name: tensors.pop(name) for name in SHARED if name in tensors}
+    if len(copies) == 1:
+        raise CheckpointError(f"{next(iter(copies))} is stored without its partner", where=str(path))
+    with torch.device("meta"):
+        draft = ALGORITHMS[spec.algorithm](spec)
+    _check_names(path, dict(draft.state_dict()), tensors)
+    return spec, tensors, copies
+
+
 def check_fit(spec: DraftSpec, target: Target, name: str) -> None:
     """Raise MismatchError, naming both sides, where a draft cannot belong to a target."""
     facts = (
