@@ -4,7 +4,7 @@
 #   PYTHON=python3.12    another interpreter (3.11 or newer)
 #   TORCH_INDEX=URL      a package index for torch alone, such as PyTorch's index of CPU-only builds:
 #                        make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
-#   ARGS=--fast          passed on to `deepspec quickstart`, or to pytest in `make test` and `make soak`
+#   ARGS=--fast          passed on to `deepspec quickstart`, or to pytest in the tests
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -15,7 +15,7 @@ STAMP := .venv/.installed
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' requirements.lock)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
-.PHONY: help quickstart test docs lint format soak clean
+.PHONY: help quickstart test test-servers docs lint format soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo 'make test         lint, types and tests'
 	@echo 'make docs         rewrite the tables of docs/targets.md from the tests of target families'
 	@echo 'make soak         the long fault tests'
+	@echo 'make test-servers the drafts in llama-server, built on the first run (11 minutes on two idle cores)'
 	@echo 'make lint         ruff and mypy only        make format   rewrite with ruff'
 	@echo 'make clean        remove .venv, caches and build artefacts (runs/ is kept)'
 
@@ -59,6 +60,13 @@ docs: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak $(ARGS)
+
+# The engine is kept in $$DEEPSPEC_CACHE (default ~/.cache/deepspec); the table goes to docs/serving.md.
+test-servers: $(STAMP)
+	@command -v cmake >/dev/null && command -v c++ >/dev/null || { \
+	  echo 'Building llama-server takes cmake and a C++ compiler (on Debian and Ubuntu: apt install cmake g++).'; exit 1; }
+	$(BIN)/python -m pytest -m servers $(ARGS)
+	$(BIN)/python benchmarks/servers.py --write
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

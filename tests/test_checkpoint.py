@@ -37,6 +37,7 @@ from deepspec.verify import Sampling
 
 HEADS: dict[str, dict[str, Any]] = {
     "eagle3": {},
+    "eagle3-portable": {"qk_norm": False},
     "dflash": {},
     "dspark": {},
     "dspark-gated": {"markov_head": "gated", "confidence_with_markov": False},

@@ -37,6 +37,7 @@ COMMANDS = (
     ["report"],
     ["generate"],
     ["inspect"],
+    ["export"],
     ["data", "regenerate"],
     ["pocket", "build"],
     ["pocket", "drafts"],

@@ -40,8 +40,8 @@ def refusal(name_or_path, *overrides: str) -> str:
 POCKET = [name for name in recipe_names() if "/" not in name]
 
 
-def test_the_three_pocket_recipes_ship_and_bases_are_not_offered():
-    assert POCKET == ["pocket-dflash", "pocket-dspark", "pocket-eagle3"]
+def test_the_pocket_recipes_ship_and_bases_are_not_offered():
+    assert POCKET == ["pocket-dflash", "pocket-dspark", "pocket-eagle3", "pocket-eagle3-portable"]
     assert not [name for name in recipe_names() if name.split("/")[-1].startswith("_")]
 
 
@@ -64,6 +64,7 @@ def test_pocket_losses_are_the_published_ones_but_for_the_cross_entropy_of_dspar
         "pocket-dspark": (1.0, 0.9, 1.0),
         "pocket-dflash": (1.0, 0.0, 0.0),
         "pocket-eagle3": (1.0, 0.0, 0.0),
+        "pocket-eagle3-portable": (1.0, 0.0, 0.0),
     }
 
 

@@ -50,7 +50,12 @@ GEMMA = LayerShape(
     sandwich=True,
     rope=RopeFacts(theta=1000.0, kind="proportional", partial=0.5),
 )
-SHAPES = {"qwen3": QWEN, "gemma4": GEMMA, "gemma4, own values": replace(GEMMA, value_is_key=False)}
+SHAPES = {
+    "qwen3": QWEN,
+    "qwen3, no q/k norms": replace(QWEN, qk_norm=False),
+    "gemma4": GEMMA,
+    "gemma4, own values": replace(GEMMA, value_is_key=False),
+}
 
 
 def close(found: Tensor, want: Tensor) -> None:

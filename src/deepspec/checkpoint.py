@@ -70,9 +70,7 @@ def load_draft(name_or_path: str | Path, target: Target) -> AnyDraft:
     spec = load_spec(path, depth)
     check_fit(spec, target, str(name_or_path))
     spec = replace(spec, num_target_layers=depth)
-    tensors = read_tensors(path)
-    copies = {name: tensors.pop(name) for name in (*SHARED, *MAPS) if name in tensors}
-    check_names(path, spec, {name: tuple(t.shape) for name, t in (tensors | copies).items()})
+    tensors, copies = _read_parts(path, spec)
     head, embedding = _loans(path, spec, target, copies)
     _warn_of_other_tokenizer(path, target, str(name_or_path))
     with torch.device("meta"):
@@ -156,6 +154,22 @@ def load_provenance(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{PROVENANCE} cannot be read: {error}", where=str(file)) from error
     return found if isinstance(found, dict) else {}
+
+
+def read_draft(path: Path) -> tuple[DraftSpec, dict[str, Tensor], dict[str, Tensor]]:
+    """A checkpoint without its target: its spec, its own tensors, and the copies of the target's embedding
+    and head (with the maps of a reduced vocabulary) that it may hold, as stored. As strict as `load_draft`.
+    Raises CheckpointError."""
+    spec = load_spec(path)
+    return spec, *_read_parts(path, spec)
+
+
+def _read_parts(path: Path, spec: DraftSpec) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the draft's own tensors, the stored copies and maps), checked against the spec."""
+    tensors = read_tensors(path)
+    copies = {name: tensors.pop(name) for name in (*SHARED, *MAPS) if name in tensors}
+    check_names(path, spec, {name: tuple(t.shape) for name, t in (tensors | copies).items()})
+    return tensors, copies
 
 
 def check_fit(spec: DraftSpec, target: Target, name: str) -> None:

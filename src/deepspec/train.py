@@ -81,6 +81,7 @@ def draft_spec(recipe: Recipe, target_config: dict[str, Any], mask_token_id: int
             confidence=d.confidence,
             confidence_with_markov=d.confidence_with_markov,
             intermediate_size=d.intermediate_size,
+            qk_norm=d.qk_norm,
         )
     except (SpecError, ValueError) as error:
         raise RecipeError(

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from deepspec import __version__
-from deepspec.cli import measure, prepare
+from deepspec.cli import measure, prepare, serving
 from deepspec.cli.common import SETTINGS, Json, print_json, print_results
 from deepspec.errors import UserError
 from deepspec.log import note, show_error
@@ -154,5 +154,6 @@ app.command()(measure.compare)
 app.command()(measure.report)
 app.command()(measure.generate)
 app.command()(measure.inspect)
+app.command()(serving.export)
 app.add_typer(prepare.data_app, name="data")
 app.add_typer(prepare.pocket_app, name="pocket")

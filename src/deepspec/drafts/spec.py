@@ -162,6 +162,7 @@ def new_spec(
     confidence: bool = False,
     confidence_with_markov: bool = True,
     intermediate_size: int | None = None,
+    qk_norm: bool = True,
 ) -> DraftSpec:
     """The spec of a draft to train for a target, from the target's raw text config.
 
@@ -169,7 +170,7 @@ def new_spec(
     turns its positions plainly, whatever the target's rope scaling. Raises SpecError.
     """
     row = families.target_family(target_config.get("model_type", ""))
-    facts = dict(target_config)
+    facts = {**target_config, "qk_norm": qk_norm}
     if intermediate_size is not None:
         facts["intermediate_size"] = intermediate_size
     if row.draft == "qwen3":
