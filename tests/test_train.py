@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from deepspec.checkpoint import load_draft
 from deepspec.cli import app
 from deepspec.config import Recipe
 from deepspec.data.features import batch_order, batches_from
-from deepspec.data.tokens import Encoded
+from deepspec.data.tokens import Encoded, frequent_ids
+from deepspec.decode import generate
 from deepspec.errors import CheckpointError, RecipeError
 from deepspec.log import Tracker
 from deepspec.target import Target
@@ -103,6 +105,42 @@ def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(targets, tmp_path, a
     assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
     stored = load_file(tmp_path / "cut/checkpoints/step_6/model.safetensors").values()
     assert {t.dtype for t in stored} == {getattr(torch, precision)}
+
+
+@pytest.mark.parametrize("algorithm", ["eagle3", "dflash", "dspark"])
+def test_reduced_vocabulary_is_the_datas_own_and_comes_back_from_the_checkpoint(targets, tmp_path, algorithm):
+    target, rows = targets["llama"], rows_for(targets["llama"])
+    recipe = recipe_for(algorithm)
+    recipe = recipe.model_copy(update={"draft": recipe.draft.model_copy(update={"vocab_size": 20})})
+    counts = Counter(i for r in rows for i, m in zip(r.ids, r.loss_mask, strict=True) if m)
+    best = sorted(range(target.vocab_size), key=lambda i: (-counts[i], i))[:20]
+    outcome = train(recipe, target, rows, tmp_path, {})
+    draft = load_draft(outcome.best, target)
+    assert draft.head.kept is not None
+    assert draft.head.kept.tolist() == sorted(best)
+    assert torch.equal(draft.head.weight, target.head.weight[sorted(best)])
+    facts = json.loads((outcome.best / "deepspec.json").read_text())["vocabulary"]
+    assert facts["coverage"] == pytest.approx(sum(counts[i] for i in best) / counts.total())
+    assert sorted(
+        load_file(outcome.best / "model.safetensors").keys() & {"d2t", "t2d", "embed_tokens.weight"}
+    ) == [
+        "d2t",
+        "t2d",
+    ]
+    prompt = rows[-1].ids[:9]
+    drafted = generate(target, draft, prompt, max_new_tokens=12, ignore_eos=True)
+    assert drafted.token_ids == generate(target, None, prompt, max_new_tokens=12, ignore_eos=True).token_ids
+    # Counted anew in other data it would be another vocabulary under the same weights.
+    longer = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"max_steps": 8})})
+    with pytest.raises(CheckpointError, match="counted in other data"):
+        train(longer, target, rows[:2], tmp_path, {})
+
+
+def test_ids_that_must_be_kept_are_and_ties_go_to_the_lower_id():
+    row = Encoded(ids=[5, 5, 7, 9, 9, 2], loss_mask=[0, 1, 1, 1, 1, 0], id="r")
+    assert frequent_ids([row], 3, [], 12) == [5, 7, 9]
+    assert frequent_ids([row], 3, [11], 12) == [5, 9, 11]
+    assert frequent_ids([row], 5, [], 12) == [0, 1, 5, 7, 9]
 
 
 def test_trackers_are_closed_when_a_step_fails(targets, tmp_path, monkeypatch):

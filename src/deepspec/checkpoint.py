@@ -41,13 +41,17 @@ Shape = tuple[int, ...]
 T = TypeVar("T")
 
 
-def new_draft(spec: DraftSpec, target: Target, *, seed: int = 0) -> AnyDraft:
-    """A freshly initialised draft, bound to its target."""
+def new_draft(
+    spec: DraftSpec, target: Target, *, seed: int = 0, kept: Sequence[int] | None = None
+) -> AnyDraft:
+    """A freshly initialised draft, bound to its target. kept: the target ids that a reduced vocabulary
+    (`spec.draft_vocab_size`) keeps; the draft's head is then those rows of the target's."""
     check_fit(spec, target, "the recipe's draft")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         draft = ALGORITHMS[spec.algorithm](spec)
-    draft.bind(draft_embedding(spec, target), target.head)
+    head = target.head if kept is None else target.head.reduced(kept)
+    draft.bind(draft_embedding(spec, target), head, target.head)
     return draft.to(target.device)
 
 
@@ -389,12 +393,20 @@ def save_draft(
 def _own_copies(draft: AnyDraft, target: Target) -> dict[str, Tensor]:
     """Embedding, head and map to store; none where both are the target's."""
     head, embedding = draft.head, draft.embedding
-    if head.weight is target.head.weight and embedding.weight is target.embedding.weight:
+    own_head, own_rows = (
+        head.weight is not target.head.weight,
+        embedding.weight is not target.embedding.weight,
+    )
+    if not (own_head or own_rows):
         return {}
     # Cloned: safetensors refuses two names for one memory, which tied weights are.
-    copies = {EMBEDDING: embedding.weight.detach().cpu().clone(), HEAD: head.weight.detach().cpu().clone()}
+    copies = {HEAD: head.weight.detach().cpu().clone()}
+    if own_rows or head.kept is None:
+        copies[EMBEDDING] = embedding.weight.detach().cpu().clone()
     if head.kept is not None:
-        copies["d2t"] = head.kept.cpu() - torch.arange(len(head.kept))
+        kept = head.kept.cpu()
+        members = torch.zeros(draft.spec.vocab_size, dtype=torch.bool)
+        copies |= {"d2t": kept - torch.arange(len(kept)), "t2d": members.index_fill_(0, kept, True)}
     return copies
 
 

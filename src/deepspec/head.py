@@ -5,7 +5,8 @@ Shapes: d hidden width; V rows of this head; K kept ids (V = K where the vocabul
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +45,13 @@ class Head:
     def vocab_size(self) -> int:
         """Rows of this head: the number of logits that `logits` returns."""
         return self.weight.shape[0]
+
+    def reduced(self, kept: Sequence[int]) -> Head:
+        """The rows of some target ids as a head of its own."""
+        ids = torch.tensor(list(kept), device=self.weight.device)
+        return replace(
+            self, weight=self.weight[ids], bias=None if self.bias is None else self.bias[ids], kept=ids
+        )
 
     def spread(self, logits: Tensor, vocab_size: int) -> Tensor:
         """[..., K] logits of the kept rows -> [..., vocab_size] over target ids, -inf for the others.

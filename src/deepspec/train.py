@@ -6,6 +6,7 @@ A checkpoint is a whole directory or none. The target is frozen; only the draft'
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -21,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.checkpoint import AnyDraft, load_draft, new_draft, save_draft, write_json
+from deepspec.checkpoint import AnyDraft, load_draft, load_provenance, new_draft, save_draft, write_json
 from deepspec.config import Recipe
 from deepspec.data.features import batches_from, online, steps_per_epoch
-from deepspec.data.tokens import Encoded
+from deepspec.data.tokens import Encoded, frequent_ids, supervised_counts
 from deepspec.drafts.base import DraftSpec, LossSettings
 from deepspec.drafts.spec import SpecError, new_spec
 from deepspec.errors import CheckpointError, RecipeError
@@ -48,18 +49,32 @@ class Outcome:
     interrupted: bool = False
 
 
-def build_draft(recipe: Recipe, target: Target) -> AnyDraft:
+def build_draft(recipe: Recipe, target: Target, rows: Sequence[Encoded] = ()) -> AnyDraft:
     """A draft as the recipe describes it: fresh, or with the weights of `start_from`.
 
-    Raises RecipeError where it cannot fit the target or is not shaped as `start_from` is.
+    rows: what a reduced vocabulary is counted in (one that is fine-tuned keeps its own). Raises RecipeError
+    where it cannot fit the target or is not shaped as `start_from` is.
     """
     mask = None if recipe.algorithm == "eagle3" else mask_token(target, recipe.draft.mask_token_id)
     spec = draft_spec(recipe, target.spec.config, mask)
     if recipe.start_from is None:
-        draft = new_draft(spec, target, seed=recipe.seed)
+        size = spec.draft_vocab_size
+        kept = size and frequent_ids(rows, size, target.stop_token_ids, spec.vocab_size)
+        draft = new_draft(spec, target, seed=recipe.seed, kept=kept or None)
     else:
         draft = trained_draft(recipe.start_from, spec, target)
     return draft.to(torch.bfloat16) if recipe.precision == "bfloat16" else draft.float()
+
+
+def vocabulary_facts(draft: AnyDraft, rows: Sequence[Encoded]) -> dict[str, Any]:
+    """Of a reduced vocabulary: its size, a hash of its ids, and the share of the data's tokens it covers."""
+    kept = draft.head.kept
+    if kept is None:
+        return {}
+    ids, counts = kept.tolist(), supervised_counts(rows)
+    coverage = sum(counts[i] for i in ids) / max(counts.total(), 1)
+    digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+    return {"vocabulary": {"ids": len(ids), "ids_hash": digest, "coverage": coverage}}
 
 
 def draft_spec(recipe: Recipe, target_config: dict[str, Any], mask_token_id: int | None = None) -> DraftSpec:
@@ -82,6 +97,7 @@ def draft_spec(recipe: Recipe, target_config: dict[str, Any], mask_token_id: int
             confidence_with_markov=d.confidence_with_markov,
             intermediate_size=d.intermediate_size,
             qk_norm=d.qk_norm,
+            draft_vocab_size=d.vocab_size,
         )
     except (SpecError, ValueError) as error:
         raise RecipeError(
@@ -289,12 +305,16 @@ def train(
     held_out: Callable[[AnyDraft], float] | None = None,
 ) -> Outcome:
     """Train (or go on training) a draft in `run`; keeps the last checkpoints and the best by held-out τ."""
-    draft = build_draft(recipe, target)
+    draft = build_draft(recipe, target, rows)
+    provenance = {**provenance, **vocabulary_facts(draft, rows)}
+    if "vocabulary" in provenance:
+        share = provenance["vocabulary"]["coverage"]
+        note(f"the draft's {recipe.draft.vocab_size} ids cover {share:.2%} of the supervised tokens")
     optimizer = Optimizer(draft, recipe)
     at = Progress()
     found = latest_checkpoint(run)
     if found is not None:
-        _load_state(found, draft, optimizer, at)
+        _load_state(found, draft, optimizer, at, provenance)
         note(f"resuming {run} from step {at.step} ({at.seconds:.0f} s trained)")
     total_steps = _total_steps(recipe, rows)
     metrics_path = run / "metrics.jsonl"
@@ -440,11 +460,20 @@ def latest_checkpoint(run: Path) -> Path | None:
     return steps[-1][1] if steps else None
 
 
-def _load_state(path: Path, draft: AnyDraft, optimizer: Optimizer, at: Progress) -> None:
+def _load_state(
+    path: Path, draft: AnyDraft, optimizer: Optimizer, at: Progress, provenance: dict[str, Any]
+) -> None:
     saved = torch.load(path / "optimizer.pt", weights_only=True, map_location=draft.device)
     if [m.shape for m in saved["masters"]] != [m.shape for m in optimizer.masters]:
         raise CheckpointError(
             "the run that is there trains a draft of another shape, so it cannot go on with this recipe",
+            where=str(path),
+            next_step="give the recipe another `name`, or start anew with `deepspec train --fresh`",
+        )
+    before, now = (facts.get("vocabulary") or {} for facts in (load_provenance(path), provenance))
+    if before.get("ids_hash") != now.get("ids_hash"):
+        raise CheckpointError(
+            "the draft vocabulary of the run that is there was counted in other data, so it cannot go on",
             where=str(path),
             next_step="give the recipe another `name`, or start anew with `deepspec train --fresh`",
         )

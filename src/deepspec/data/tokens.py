@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -219,3 +220,19 @@ def _empty(where: str) -> DataError:
         where=where,
         next_step="have the target answer the prompt again, or remove the row",
     )
+
+
+def frequent_ids(rows: Sequence[Encoded], size: int, always: Iterable[int], vocab_size: int) -> list[int]:
+    """The `size` ids that the target produced most often in the rows, ascending; `always` are among them.
+
+    A pure function of the rows: ties, and what is left when the rows hold fewer ids, go to the lower id.
+    """
+    counts = supervised_counts(rows)
+    forced = set(always)
+    ranked = sorted(range(vocab_size), key=lambda i: (i not in forced, -counts[i], i))
+    return sorted(ranked[:size])
+
+
+def supervised_counts(rows: Sequence[Encoded]) -> Counter[int]:
+    """How often the target produced each id."""
+    return Counter(i for row in rows for i, produced in zip(row.ids, row.loss_mask, strict=True) if produced)

@@ -163,6 +163,7 @@ def new_spec(
     confidence_with_markov: bool = True,
     intermediate_size: int | None = None,
     qk_norm: bool = True,
+    draft_vocab_size: int | None = None,
 ) -> DraftSpec:
     """The spec of a draft to train for a target, from the target's raw text config.
 
@@ -190,6 +191,7 @@ def new_spec(
             target_layer_ids=tuple(target_layer_ids or families.default_target_layers(depth)),
             num_target_layers=depth,
             vocab_size=_need(facts, "vocab_size"),
+            draft_vocab_size=draft_vocab_size,
             mask_token_id=mask_token_id if block_parallel else None,
             markov_rank=markov_rank if algorithm == "dspark" else 0,
             markov_head=markov_head,
