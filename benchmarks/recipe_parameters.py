@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from deepspec.build import draft_spec
 from deepspec.config import load_recipe, recipe_names
 from deepspec.inspection import parameters
 from deepspec.target import TargetSpec
-from deepspec.train import draft_spec
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"

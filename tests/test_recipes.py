@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 import recipe_parameters
+from deepspec.build import draft_spec
 from deepspec.checkpoint import copy_shapes, draft_shapes
 from deepspec.config import Recipe, load_recipe, recipe_names
 from deepspec.drafts.spec import read_spec, write_config
 from deepspec.errors import RecipeError
 from deepspec.families import default_target_layers
 from deepspec.inspection import parameters
-from deepspec.train import draft_spec
 from golden_case import FOLDER
 
 PUBLISHED = FOLDER.parent / "published"

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import deepspec
 import deepspec.train as room
 from deepspec.blocks import FeatureBatch
+from deepspec.build import build_draft, mask_token
 from deepspec.checkpoint import load_draft
 from deepspec.cli import app
 from deepspec.config import Recipe
@@ -229,7 +230,7 @@ def test_draft_that_cannot_be_built_names_the_recipe(targets):
     tree = recipe_for("dflash").model_dump()
     tree["draft"]["target_layer_ids"] = [0, 3]  # the last layer's output is never a feature
     with pytest.raises(RecipeError, match="last one's output") as caught:
-        room.build_draft(Recipe.model_validate(tree), targets["llama"])
+        build_draft(Recipe.model_validate(tree), targets["llama"])
     assert caught.value.where == "tiny-dflash"
 
 
@@ -241,7 +242,7 @@ def gradients(
 ) -> tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(loss, gradients of the masters, metric sums) of step 0 with micro-batches of `size` rows."""
     recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"micro_batch_size": size})})
-    draft = room.build_draft(recipe, target)
+    draft = build_draft(recipe, target)
     optimizer = Optimizer(draft, recipe)
     loss, sums = room.train_step(draft, target, rows, recipe, 0, measure=True, optimizer=optimizer)
     names = [name for name, p in draft.named_parameters() if p.requires_grad]
@@ -272,7 +273,7 @@ def test_anchors_of_a_split_batch_are_those_of_the_whole(targets, monkeypatch):
         rows_for(targets["llama"], 5),
     )
     drawn: list[list[list[int]]] = [[]]
-    real = room.build_draft(recipe, target).__class__.blocks
+    real = build_draft(recipe, target).__class__.blocks
 
     def watched(self: Any, batch: FeatureBatch, anchors: torch.Tensor, kept: torch.Tensor) -> Any:
         drawn[-1] += [a[k].tolist() for a, k in zip(anchors, kept, strict=True)]
@@ -336,21 +337,21 @@ def test_mask_token_is_the_tokenizers_own_then_the_familys_then_a_free_row_then_
     talking, targets, tmp_path
 ):
     ids = talking.tokenizer.get_vocab()
-    assert room.mask_token(talking) == ids["<|mask|>"]
-    assert room.mask_token(targets["gemma4"]) == 4
-    assert room.mask_token(targets["llama"]) == targets["llama"].vocab_size - 1  # nothing says which are free
-    assert room.mask_token(targets["qwen3"]) == 95  # the family's 151669 is outside this tiny embedding
+    assert mask_token(talking) == ids["<|mask|>"]
+    assert mask_token(targets["gemma4"]) == 4
+    assert mask_token(targets["llama"]) == targets["llama"].vocab_size - 1  # nothing says which are free
+    assert mask_token(targets["qwen3"]) == 95  # the family's 151669 is outside this tiny embedding
     free = renamed(talking, tmp_path / "free", "<|word|>", rows=3)
-    assert room.mask_token(free) == len(ids)
+    assert mask_token(free) == len(ids)
     reserved = renamed(talking, tmp_path / "reserved", "<unused0>")
-    assert room.mask_token(reserved) == ids["<|mask|>"]
+    assert mask_token(reserved) == ids["<|mask|>"]
 
 
 def test_target_without_a_token_to_spare_is_told_of_eagle3(talking, tmp_path):
     full = renamed(talking, tmp_path / "full", "<|word|>")
     full.tokenizer.chat_template += "<|word|>"
     with pytest.raises(RecipeError, match="no token to spare") as caught:
-        room.mask_token(full)
+        mask_token(full)
     assert "Eagle-3" in str(caught.value)
 
 
@@ -368,16 +369,16 @@ def test_target_without_a_token_to_spare_is_told_of_eagle3(talking, tmp_path):
 def test_mask_token_that_the_target_uses_is_refused(talking, token, why):
     chosen = talking.tokenizer.get_vocab()[token] if isinstance(token, str) else token
     with pytest.raises(RecipeError, match=f"draft.mask_token_id {chosen} ") as caught:
-        room.mask_token(talking, chosen)
+        mask_token(talking, chosen)
     assert why in str(caught.value)
 
 
 def test_mask_token_can_be_chosen(targets, talking):
-    assert room.mask_token(targets["llama"], 9) == 9
+    assert mask_token(targets["llama"], 9) == 9
     tree = recipe_for("dflash").model_dump()
     tree["draft"]["mask_token_id"] = talking.tokenizer.get_vocab()["<|mask|>"]
     assert (
-        room.build_draft(Recipe.model_validate(tree), talking).spec.mask_token_id
+        build_draft(Recipe.model_validate(tree), talking).spec.mask_token_id
         == (tree["draft"]["mask_token_id"])
     )
 
