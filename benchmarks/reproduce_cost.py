@@ -13,11 +13,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from recipe_parameters import BEGIN, END, TARGETS
-
 from deepspec.build import draft_spec
 from deepspec.config import load_recipe
 from deepspec.inspection import parameters
+from recipe_parameters import BEGIN, END, TARGETS
 
 PAGE = Path(__file__).parents[1] / "docs" / "reproduce.md"
 ROWS = 1_300_000
@@ -57,10 +56,9 @@ def cost(recipe_name: str) -> Cost:
     else:
         rows = ROWS * min(recipe.num_anchors, TOKENS / ROWS) * spec.block
     head = spec.vocab_size * (dims["hidden_size"] + spec.markov_rank)
-    # Forwards and to the hidden rows through the draft's head; the teacher's, forwards, where the loss has one.
-    teacher = (
-        2 * spec.vocab_size * dims["hidden_size"] if recipe.algorithm == "eagle3" or recipe.loss.l1 else 0
-    )
+    # Through the draft's head forwards and back to the hidden rows; the teacher's, if there is one.
+    taught = recipe.algorithm == "eagle3" or recipe.loss.l1 > 0
+    teacher = 2 * spec.vocab_size * dims["hidden_size"] if taught else 0
     markov = 2 * spec.vocab_size * spec.markov_rank
     training = epochs * rows * (6 * own + 4 * head + markov + teacher)
     vectors = len(spec.target_layer_ids) + 1
@@ -81,9 +79,10 @@ def table() -> str:
         for algorithm in ("eagle3", "dflash", "dspark"):
             name = f"{algorithm}/{target}"
             found = cost(name)
-            both = hours(found.features), hours(found.training)
+            spent = hours(found.features), hours(found.training)
+            figures = [f"{each:,.0f}" for each in (*spent, sum(spent))]
             lines.append(
-                f"| `{name}` | {both[0]:,.0f} | {both[1]:,.0f} | {sum(both):,.0f} | 0 | {found.cache / 1e12:.0f} TB |"
+                "| " + " | ".join([f"`{name}`", *figures, "0", f"{found.cache / 1e12:.0f} TB"]) + " |"
             )
     return "\n".join(lines) + "\n"
 
