@@ -23,9 +23,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.utils import logging as hf_logging
 
 from deepspec import families
-from deepspec.drafts.base import Embedding
+from deepspec.anatomy import find_decoder, find_embedding, find_head, steady_length, text_config
 from deepspec.errors import TargetError
-from deepspec.head import Head
 from deepspec.log import note
 from deepspec.pocket import packaged
 from deepspec.slots import Rows, SlotStore, causal_rows_mask
@@ -205,13 +204,13 @@ class Target:
         self.spec = spec
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self._config = _text_config(model)
+        self._config = text_config(model)
         self.cached = _can_roll_back(self.model, self._config, spec.name)
-        self.decoder: Any = _find_decoder(model, spec.name)
-        self.embedding = _find_embedding(self.model, self._config, spec)
-        self.head = _find_head(self.model, self._config, spec, self.device)
+        self.decoder: Any = find_decoder(model, spec.name)
+        self.embedding = find_embedding(self.model, self._config, spec.family, spec.name)
+        self.head = find_head(self.model, self._config, spec.family, spec.name, self.device)
         self._cache = Cache(layers=[_SlotLayer() for _ in range(spec.num_layers)])
-        self._steady_length = _steady_length(self._config)
+        self._steady_length = steady_length(self._config)
         self._tokens: dict[int, list[int]] = {}
         self._captured: dict[int, Tensor] = {}
         self._hooked: tuple[int, ...] = ()
@@ -504,61 +503,7 @@ class Target:
         return StepOutput(last_hidden, torch.cat(parts, dim=-1))
 
 
-# ── finding the parts ─────────────────────────────────────────────────────────────────────────────────
-
-
-def _text_config(model: Any) -> Any:
-    """The loaded config, not the file: older files leave layer types and defaults to be derived."""
-    return model.config.get_text_config(decoder=True)
-
-
-def _find_decoder(model: Any, name: str) -> Any:
-    """The module that holds the decoder layers and the final norm. Raises TargetError."""
-    found = model.get_decoder() if hasattr(model, "get_decoder") else None
-    for candidate in (found, getattr(found, "language_model", None), getattr(model, "model", None)):
-        has_layers = isinstance(getattr(candidate, "layers", None), nn.ModuleList)
-        if has_layers and any(hasattr(candidate, n) for n in families.FINAL_NORMS):
-            return candidate
-    raise TargetError(
-        f"{name}: could not find the decoder's layers and final norm in {type(model).__name__}",
-        next_step="targets must be Hugging Face decoders whose text model has `layers` and a final `norm`",
-    )
-
-
-def _find_embedding(model: Any, config: Any, spec: TargetSpec) -> Embedding:
-    """The token embedding and the factor on its output. Raises TargetError."""
-    module = model.get_input_embeddings()
-    weight = _plain(getattr(module, "weight", None), "embedding", spec.name)
-    key = spec.family.embedding_factor
-    factor = getattr(module, "scalar_embed_scale", 1.0) if key is None else getattr(config, key)
-    return Embedding(weight, float(factor))
-
-
-def _find_head(model: Any, config: Any, spec: TargetSpec, device: torch.device) -> Head:
-    """The vocabulary head with its factor and soft-cap. Raises TargetError."""
-    module = model.get_output_embeddings()
-    weight = _plain(getattr(module, "weight", None), "head", spec.name).to(device)
-    bias = getattr(module, "bias", None)
-    scale = 1.0
-    if spec.family.logit_factor is not None:
-        key, power = spec.family.logit_factor
-        scale = float(getattr(config, key)) ** power
-    softcap = getattr(config, families.SOFTCAP, None)
-    return Head(weight, None if bias is None else bias.to(device), scale, softcap)
-
-
-def _plain(weight: Tensor | None, what: str, name: str) -> Tensor:
-    """Weights that drafts can borrow. Raises TargetError where there are none, or not as numbers."""
-    if weight is None:
-        raise TargetError(f"{name} has no {what}", next_step="targets are causal language models")
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2 or weight.is_meta:
-        state = "offloaded" if weight.is_meta else f"quantised ({str(weight.dtype).removeprefix('torch.')})"
-        raise TargetError(
-            f"the {what} of {name} is {state}, and a draft shares it",
-            next_step="load it with embedding and head left as they are (`modules_to_not_convert` of the "
-            "quantisation, a device in `device_map`)",
-        )
-    return weight
+# ── what a step needs ─────────────────────────────────────────────────────────────────────────────────
 
 
 def _can_roll_back(model: Any, config: Any, name: str) -> bool:
@@ -579,15 +524,6 @@ def _can_roll_back(model: Any, config: Any, name: str) -> bool:
             next_step="use a target with attention layers; plain decoding of this one is already cheap",
         )
     return plain and set(getattr(config, "layer_types", None) or ()) <= families.MASKED_LAYERS
-
-
-def _steady_length(config: Any) -> int | None:
-    """The longest sequence whose rotary frequencies do not depend on its length; None: any."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    for entry in (rope, *(e for e in rope.values() if isinstance(e, dict))):
-        if entry.get("rope_type") in families.LENGTH_DEPENDENT_ROPE:
-            return int(entry.get("original_max_position_embeddings") or config.max_position_embeddings)
-    return None
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
