@@ -39,10 +39,11 @@ import httpx
 import torch
 
 from deepspec.acceptance import bootstrap_ratio
-from deepspec.checkpoint import AnyDraft, load_draft, write_json
+from deepspec.checkpoint import AnyDraft, load_draft
 from deepspec.decode import Decoder, Generation, Request
 from deepspec.evaluate import TIE, Prompt, load_prompts
 from deepspec.export import FORMS, Exported, export_draft, kind_of
+from deepspec.files import write_json
 from deepspec.log import note
 from deepspec.pocket import packaged, prompt_file
 from deepspec.target import Target

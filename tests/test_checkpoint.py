@@ -21,7 +21,6 @@ from deepspec import checkpoint
 from deepspec.checkpoint import (
     PROVENANCE,
     AnyDraft,
-    atomic_directory,
     find_checkpoint,
     load_draft,
     load_provenance,
@@ -32,6 +31,7 @@ from deepspec.checkpoint import (
 from deepspec.drafts.layers import inverse_frequencies
 from deepspec.drafts.spec import read_spec, write_config
 from deepspec.errors import CheckpointError, MismatchError
+from deepspec.files import atomic_directory
 from deepspec.target import Target
 from deepspec.verify import Sampling
 
@@ -492,9 +492,10 @@ def steps_of_a_save(patch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return call
 
     patch.setattr(checkpoint, "save_file", counted(checkpoint.save_file))
-    patch.setattr(checkpoint.os, "fsync", counted(os.fsync))
-    patch.setattr(checkpoint.shutil, "rmtree", counted(shutil.rmtree))
-    for name in ("rename", "replace", "mkdir", "write_text"):
+    patch.setattr(os, "fsync", counted(os.fsync))
+    patch.setattr(os, "replace", counted(os.replace))
+    patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+    for name in ("rename", "mkdir"):
         patch.setattr(Path, name, counted(getattr(Path, name)))
     yield count
 

@@ -256,15 +256,6 @@ def test_failing_generator_leaves_the_old_file_and_no_rubbish(tmp_path: Path) ->
     assert os.listdir(tmp_path) == ["rows.jsonl"]
 
 
-def test_the_file_is_synced_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda number: (events.append("fsync"), fsync(number))[1])
-    monkeypatch.setattr(Path, "replace", lambda self, to: (events.append("rename"), replace(self, to))[1])
-    write_conversations(tmp_path / "rows.jsonl", [Conversation("a", None, (USER,))])
-    assert events[:2] == ["fsync", "rename"]
-
-
 @pytest.mark.parametrize(
     ("row", "expected"),
     [

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from deepspec import log
 from deepspec.errors import UserError
-from deepspec.log import TRACKERS, JsonlWriter, TrackerName, flatten, open_trackers, progress, shown
+from deepspec.log import TRACKERS, TrackerName, flatten, open_trackers, progress, shown
 
 
 def lines(path):
@@ -85,71 +85,6 @@ def test_bar_can_follow_a_time_budget(monkeypatch):
 )
 def test_fields_are_short(value, text):
     assert shown(value) == text
-
-
-# ---- JSON lines
-
-
-def test_each_line_is_on_disk_before_the_next_is_written(tmp_path):
-    path = tmp_path / "new" / "metrics.jsonl"
-    writer = JsonlWriter(path)
-    writer.write({"step": 1, "name": "τ"})
-    assert lines(path) == [{"step": 1, "name": "τ"}]
-    writer.write({"step": 2})
-    assert lines(path) == [{"step": 1, "name": "τ"}, {"step": 2}]
-    writer.close()
-
-
-def test_opening_again_appends(tmp_path):
-    path = tmp_path / "m.jsonl"
-    for step in (1, 2):
-        with JsonlWriter(path) as writer:
-            writer.write({"step": step})
-        assert writer.dropped_bytes == 0
-    assert lines(path) == [{"step": 1}, {"step": 2}]
-
-
-@pytest.mark.parametrize("torn", [b'{"st', b'{"step": 2', b"2", b"\x00\x00\x00", b'{"a": "\xff'])
-def test_torn_last_line_is_dropped_and_whole_ones_are_kept(tmp_path, torn, capsys):
-    path = tmp_path / "m.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + torn)
-    with JsonlWriter(path) as writer:
-        writer.write({"step": 2})
-    assert lines(path) == [{"step": 1}, {"step": 2}]
-    assert writer.dropped_bytes == len(torn)
-    assert f"dropped a torn last line of {len(torn)} bytes" in capsys.readouterr().err
-
-
-def test_whole_last_line_that_lost_only_its_newline_is_kept(tmp_path):
-    path = tmp_path / "m.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"step": 2}')
-    with JsonlWriter(path) as writer:
-        writer.write({"step": 3})
-    assert lines(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
-    assert writer.dropped_bytes == 0
-
-
-def test_a_torn_only_line_leaves_an_empty_file(tmp_path):
-    path = tmp_path / "m.jsonl"
-    path.write_bytes(b'{"step"')
-    JsonlWriter(path).close()
-    assert path.read_bytes() == b""
-
-
-def test_a_diverged_loss_still_makes_valid_json(tmp_path):
-    path = tmp_path / "m.jsonl"
-    with JsonlWriter(path) as writer:
-        writer.write({"loss": float("nan"), "terms": {"ce": [float("inf"), 1.5]}})
-    assert path.read_text() == '{"loss": null, "terms": {"ce": [null, 1.5]}}\n'
-
-
-def test_a_value_that_is_not_data_writes_no_half_line(tmp_path):
-    path = tmp_path / "m.jsonl"
-    with JsonlWriter(path) as writer:
-        with pytest.raises(TypeError):
-            writer.write({"step": 1, "bad": object()})
-        writer.write({"step": 2})
-    assert lines(path) == [{"step": 2}]
 
 
 # ---- trackers

@@ -27,7 +27,7 @@ from deepspec.build import build_draft, mask_token
 from deepspec.checkpoint import load_draft
 from deepspec.cli import app
 from deepspec.config import Recipe
-from deepspec.data.features import batch_order, batches_from
+from deepspec.data.features import batch_order, batches_from, online
 from deepspec.data.tokens import Encoded, frequent_ids
 from deepspec.decode import generate
 from deepspec.errors import CheckpointError, RecipeError
@@ -244,7 +244,9 @@ def gradients(
     recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"micro_batch_size": size})})
     draft = build_draft(recipe, target)
     optimizer = Optimizer(draft, recipe)
-    loss, sums = room.train_step(draft, target, rows, recipe, 0, measure=True, optimizer=optimizer)
+    loss, sums = room.train_step(
+        draft, online(target, draft.feature_layers), rows, recipe, 0, measure=True, optimizer=optimizer
+    )
     names = [name for name, p in draft.named_parameters() if p.requires_grad]
     found = {n: m.grad for n, m in zip(names, optimizer.masters, strict=True) if m.grad is not None}
     return float(loss), found, sums

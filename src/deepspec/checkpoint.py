@@ -8,10 +8,7 @@ Writing is atomic: beside, fsynced, renamed, so that a reader never meets half a
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +24,7 @@ from deepspec.drafts.base import DraftSpec, Embedding
 from deepspec.drafts.layouts import as_released
 from deepspec.drafts.spec import SpecError, read_spec, write_config
 from deepspec.errors import CheckpointError, MismatchError
+from deepspec.files import aside_of, atomic_directory, write_json
 from deepspec.head import Head
 from deepspec.log import note, warn
 from deepspec.pocket import packaged
@@ -106,7 +104,7 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
     path = Path(packaged(str(name_or_path)))
     best = path / "checkpoints" / "best"
     # A save that was killed between its two renames leaves the checkpoint under its aside name.
-    for candidate in (path, _aside(path), best, _aside(best)):
+    for candidate in (path, aside_of(path), best, aside_of(best)):
         if (candidate / "config.json").is_file():
             return candidate
     if not path.exists():
@@ -408,48 +406,3 @@ def _own_copies(draft: AnyDraft, target: Target) -> dict[str, Tensor]:
         members = torch.zeros(draft.spec.vocab_size, dtype=torch.bool)
         copies |= {"d2t": kept - torch.arange(len(kept)), "t2d": members.index_fill_(0, kept, True)}
     return copies
-
-
-@contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill; it takes its name, fsynced, only when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, aside = path.with_name(f".{path.name}.part"), _aside(path)
-    if aside.exists() and not path.exists():
-        aside.rename(path)
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    yield part
-    for file in part.iterdir():
-        _fsync(file)
-    _fsync(part)
-    if path.exists():
-        # A directory cannot be renamed over another: the old one steps aside first.
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        part.rename(path)
-    else:
-        part.rename(path)
-    _fsync(path.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _aside(path: Path) -> Path:
-    """Where a directory steps while another takes its name."""
-    return path.parent / f".{path.name}.old"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside, fsync, rename."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", "utf-8")
-    _fsync(part)
-    part.replace(path)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

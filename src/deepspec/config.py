@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from deepspec.errors import RecipeError, nearest
+from deepspec.files import write_text
 from deepspec.log import TrackerName
 
 POCKET_SETS = ("pocket:train", "pocket:select")
@@ -402,10 +403,6 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 def dump_recipe(recipe: Recipe, path: Path | str) -> None:
     """Write the resolved recipe as YAML, whole or not at all; `load_recipe(path)` gives the same recipe."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(
-        yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    write_text(
+        Path(path), yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     )
-    os.replace(beside, path)

@@ -23,17 +23,16 @@ from deepspec.checkpoint import (
     EMBEDDING,
     HEAD,
     PROVENANCE,
-    atomic_directory,
     check_fit,
     find_checkpoint,
     load_config,
     load_provenance,
     read_draft,
-    write_json,
 )
 from deepspec.drafts.base import DraftSpec
 from deepspec.drafts.spec import proposals, write_config
 from deepspec.errors import CheckpointError, UserError
+from deepspec.files import atomic_directory, write_json
 from deepspec.target import Target
 
 NATIVE = "deepspec"

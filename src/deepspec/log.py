@@ -1,4 +1,4 @@
-"""Everything a run says: the console, progress bars, JSONL metrics, experiment trackers.
+"""Everything a run says: the console, progress bars, experiment trackers.
 
 Console output goes to standard error, so that what a command prints on standard output can be piped.
 This is the only room that imports trackers, and it does so when one is opened, never before.
@@ -9,12 +9,11 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, BinaryIO, Literal, NamedTuple
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -97,82 +96,6 @@ def progress(description: str, total: float | None, *, count: bool = True) -> It
         yield Bar(display, display.add_task(description, total=total, fields_text=""))
 
 
-# ---- JSON lines --------------------------------------------------------------------------------------------
-
-
-def plain(value: Any) -> Any:
-    """`value` with every number that JSON cannot write (nan, ±inf) as None, all the way down."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
-
-
-def repair_last_line(path: Path) -> int:
-    """Make a JSONL file end with a whole line, and return the number of bytes dropped to get there.
-
-    A process killed while writing leaves a last line without its newline. If that line is a whole object
-    after all it gets its newline; otherwise it goes. Whole lines are never touched.
-    """
-    if not path.exists():
-        return 0
-    content = path.read_bytes()
-    kept, tail = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
-    if not tail:
-        return 0
-    try:
-        whole = isinstance(json.loads(tail), dict)
-    except ValueError:
-        whole = False
-    with path.open("r+b") as file:
-        if whole:
-            file.seek(0, os.SEEK_END)
-            file.write(b"\n")
-        else:
-            file.truncate(len(kept))
-        os.fsync(file.fileno())
-    return 0 if whole else len(tail)
-
-
-class JsonlWriter:
-    """Append objects to a JSONL file, one a line, each flushed as it is written.
-
-    A killed process loses no line it had finished, and a torn last line from an earlier run is repaired on
-    opening (`dropped_bytes` says how much of it went). Closing syncs the file to disk. Numbers that JSON
-    does not know (nan, inf) are written as null.
-    """
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.dropped_bytes = repair_last_line(self.path)
-        if self.dropped_bytes:
-            warn(f"{self.path}: dropped a torn last line of {self.dropped_bytes} bytes")
-        self._file: BinaryIO = self.path.open("ab")
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append one object as one line. Raises TypeError on a value that is not plain JSON data."""
-        # One write call for text and newline together: a reader beside us never sees half of the pair.
-        self._file.write(json.dumps(plain(record), ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
-
-    def __enter__(self) -> JsonlWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
 # ---- trackers ----------------------------------------------------------------------------------------------
 
 
@@ -200,7 +123,7 @@ def open_tensorboard(directory: Path, run: str, settings: Mapping[str, Any]) -> 
     writer = import_tracker("torch.utils.tensorboard", "tensorboard", None).SummaryWriter(
         log_dir=str(directory / "tensorboard")
     )
-    writer.add_text("recipe", "```json\n" + json.dumps(plain(settings), indent=1, default=str) + "\n```")
+    writer.add_text("recipe", "```json\n" + json.dumps(settings, indent=1, default=str) + "\n```")
 
     def log(values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():

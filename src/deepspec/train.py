@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from deepspec.build import build_draft, loss_settings, vocabulary_facts
-from deepspec.checkpoint import AnyDraft, load_provenance, save_draft, write_json
+from deepspec.checkpoint import AnyDraft, load_provenance, save_draft
 from deepspec.config import Recipe
-from deepspec.data.features import batches_from, online, steps_per_epoch
+from deepspec.data.features import Source, batches_from, online, steps_per_epoch
 from deepspec.data.tokens import Encoded
 from deepspec.errors import CheckpointError
-from deepspec.log import JsonlWriter, note, open_trackers, progress
+from deepspec.files import JsonlWriter, write_json, write_text
+from deepspec.log import note, open_trackers, progress
 from deepspec.target import Target
 
 LOG_EVERY = 10
@@ -114,7 +115,7 @@ def schedule(done: float, warmup: float) -> float:
 
 def train_step(
     draft: AnyDraft,
-    target: Target,
+    source: Source,
     rows: Sequence[Encoded],
     recipe: Recipe,
     step: int,
@@ -131,10 +132,10 @@ def train_step(
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     size = recipe.optim.micro_batch_size or len(rows)
     width = max(len(r.ids) for r in rows)
-    total = weight = torch.zeros((), device=target.device)
+    total = weight = torch.zeros((), device=draft.device)
     metrics: dict[str, Tensor] = {}
     for start in range(0, len(rows), size):
-        batch = online(target, draft.feature_layers, rows[start : start + size], width)
+        batch = source(rows[start : start + size], width)
         plan: Any = draft.plan(batch, recipe.num_anchors, generator)
         sums = draft(batch, loss_settings(recipe), plan, measure)
         sums.total.backward()
@@ -171,6 +172,7 @@ def train(
     if "vocabulary" in provenance:
         share = provenance["vocabulary"]["coverage"]
         note(f"the draft's {recipe.draft.vocab_size} ids cover {share:.2%} of the supervised tokens")
+    source = online(target, draft.feature_layers)
     optimizer = Optimizer(draft, recipe)
     at = Progress()
     found = latest_checkpoint(run)
@@ -195,7 +197,7 @@ def train(
             epoch, picked = next(batches)
             measure = at.step % LOG_EVERY == 0
             loss, sums = train_step(
-                draft, target, picked, recipe, at.step, measure=measure, optimizer=optimizer
+                draft, source, picked, recipe, at.step, measure=measure, optimizer=optimizer
             )
             lr, norm = optimizer.step(done)
             at.step, at.tokens = at.step + 1, at.tokens + sum(len(r.ids) for r in picked)
@@ -355,9 +357,7 @@ def _forget_after(path: Path, step: int) -> None:
             continue
         if row["step"] <= step:
             kept.append(line)
-    part = path.with_suffix(".part")
-    part.write_text("".join(line + "\n" for line in kept), "utf-8")
-    part.replace(path)
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspec import pocket
-from deepspec.checkpoint import AnyDraft, find_checkpoint, load_draft, load_provenance, write_json
+from deepspec.checkpoint import AnyDraft, find_checkpoint, load_draft, load_provenance
 from deepspec.compare import MODE, mode_differences
 from deepspec.config import Recipe, dump_recipe, load_recipe
 from deepspec.data.conversations import Conversation, content_hash, read_conversations
@@ -23,7 +23,8 @@ from deepspec.data.tokens import system_hash, template_hash, tokenizer_hash
 from deepspec.drafts.base import Draft
 from deepspec.errors import RecipeError
 from deepspec.evaluate import evaluate_drafts, held_out_tau, load_prompts, spread
-from deepspec.log import note, plain, warn
+from deepspec.files import plain, write_json
+from deepspec.log import note, warn
 from deepspec.report import write_report
 from deepspec.target import Target
 from deepspec.train import Outcome, latest_checkpoint, train

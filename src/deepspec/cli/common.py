@@ -92,7 +92,7 @@ def stdout() -> Console:
 
 
 def print_json(value: Any) -> None:
-    from deepspec.log import plain
+    from deepspec.files import plain
 
     typer.echo(json.dumps(plain(value), ensure_ascii=False, indent=1))
 

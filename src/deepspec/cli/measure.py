@@ -82,10 +82,10 @@ def evaluate(
             next_step=f"add --draft NAME: a run or checkpoint folder, or one of {', '.join(BUILT_IN_DRAFTS)}",
         )
     samplings = [sampling_of(t, top_k, top_p) for t in temperature or [0.0]]
-    from deepspec.checkpoint import find_checkpoint, load_draft, load_provenance, write_json
+    from deepspec.checkpoint import find_checkpoint, load_draft, load_provenance
     from deepspec.compare import mode_differences
     from deepspec.evaluate import evaluate_drafts, load_prompts, mode_of
-    from deepspec.log import plain
+    from deepspec.files import plain, write_json
     from deepspec.report import write_report
     from deepspec.workflow import read_metrics
 

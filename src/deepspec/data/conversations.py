@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from deepspec.errors import DataError, nearest
+from deepspec.files import atomic_file
 
 
 class Message(TypedDict):
@@ -145,26 +145,11 @@ def write_conversations(path: str | Path, rows: Iterable[Conversation]) -> int:
     Rows may be a generator: memory stays flat, and if it raises, the file that was there stays as it was.
     Raises DataError for a row that ``read_conversations`` would refuse or that JSON cannot hold.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     count = 0
-    try:
-        with beside.open("wb") as stream:
-            for count, row in enumerate(rows, start=1):  # noqa: B007 (count is the result)
-                conversation_from_row(_row(row), row.where)
-                stream.write(_json(row).encode("utf-8") + b"\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself must survive a power cut; elsewhere folders cannot be opened
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+    with atomic_file(Path(path)) as stream:
+        for count, row in enumerate(rows, start=1):  # noqa: B007 (count is the result)
+            conversation_from_row(_row(row), row.where)
+            stream.write(_json(row).encode("utf-8") + b"\n")
     return count
 
 

@@ -1,20 +1,25 @@
 """Feature sources: where a training batch's target features come from. All give one `FeatureBatch`.
 
-B sequences, S tokens. `online` runs the frozen target in the step, once per sequence; nothing on disk.
+B sequences, S tokens. A source takes a step's rows and the width to pad them to; `online` runs the frozen
+target in the step, once per sequence; nothing on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from deepspec.blocks import FeatureBatch
 from deepspec.data.conversations import read_conversations
 from deepspec.data.tokens import Encoded, encode
 from deepspec.errors import DataError, TargetError
 from deepspec.target import Target
+
+Source = Callable[[Sequence[Encoded], int], FeatureBatch]
+"""(rows, width in tokens) -> the rows' features, right-padded to the width."""
 
 
 def load_rows(
@@ -78,25 +83,30 @@ def steps_per_epoch(rows: Sequence[Encoded], batch_size: int) -> int:
     return len(batch_order([len(r.ids) for r in rows], batch_size, 0, 0))
 
 
-def online(
-    target: Target, layers: Sequence[int], rows: Sequence[Encoded], width: int | None = None
-) -> FeatureBatch:
-    """The rows' features, computed now by the frozen target in one forward pass, padded to `width` tokens
-    (None: the longest row's)."""
-    lengths = torch.tensor([len(r.ids) for r in rows])
-    width = int(lengths.max()) if width is None else width
+def online(target: Target, layers: Sequence[int]) -> Source:
+    """Features computed in the step, by the frozen target, in one forward pass over the rows."""
+
+    def read(rows: Sequence[Encoded], width: int) -> FeatureBatch:
+        ids, mask, lengths = padded(rows, width)
+        output = target.read(ids, layers)
+        assert output.features is not None
+        return FeatureBatch(
+            input_ids=ids.to(target.device),
+            loss_mask=mask.to(target.device),
+            features=output.features,
+            last_hidden=output.last_hidden,
+            lengths=lengths.to(target.device),
+            row_ids=tuple(r.id for r in rows),
+        )
+
+    return read
+
+
+def padded(rows: Sequence[Encoded], width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids [B, width] int64, loss mask [B, width] bool, lengths [B] int64); zeros past each row's end."""
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
         ids[i, : len(row.ids)] = torch.tensor(row.ids)
         mask[i, : len(row.ids)] = torch.tensor(row.loss_mask, dtype=torch.bool)
-    output = target.read(ids, layers)
-    assert output.features is not None
-    return FeatureBatch(
-        input_ids=ids.to(target.device),
-        loss_mask=mask.to(target.device),
-        features=output.features,
-        last_hidden=output.last_hidden,
-        lengths=lengths.to(target.device),
-        row_ids=tuple(r.id for r in rows),
-    )
+    return ids, mask, torch.tensor([len(r.ids) for r in rows])

@@ -16,7 +16,8 @@ from deepspec.data.conversations import Conversation, prompt_messages, read_conv
 from deepspec.data.tokens import prompt_ids, template_hash
 from deepspec.decode import Decoder, Request
 from deepspec.errors import DataError, TargetError
-from deepspec.log import JsonlWriter, progress
+from deepspec.files import JsonlWriter
+from deepspec.log import progress
 from deepspec.target import Target
 from deepspec.verify import Sampling
 

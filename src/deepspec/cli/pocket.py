@@ -1,4 +1,4 @@
-"""data and pocket: what training starts from."""
+"""pocket: the embedded target, built and checked."""
 
 from __future__ import annotations
 
@@ -12,71 +12,12 @@ from rich.text import Text
 from deepspec.cli.common import (
     SETTINGS,
     Json,
-    MaxNew,
-    Seed,
-    TargetName,
-    Thinking,
-    TopK,
-    TopP,
-    load_target,
     print_json,
-    prompt_file,
-    sampling_of,
     stdout,
     table_of,
 )
 
-data_app = typer.Typer(help="Prepare conversations to train on.", no_args_is_help=True, **SETTINGS)
 pocket_app = typer.Typer(help="Build and check the embedded target.", no_args_is_help=True, **SETTINGS)
-
-
-@data_app.callback()
-def data_root() -> None:
-    """Prepare conversations to train on."""
-
-
-@data_app.command("regenerate")
-def data_regenerate(
-    prompts: Annotated[
-        str, typer.Argument(metavar="PROMPTS", help="JSONL file of prompts, or pocket:train.")
-    ],
-    out: Annotated[Path, typer.Option("--out", help="JSONL file that answers are appended to.")],
-    target: TargetName = "pocket",
-    thinking: Thinking = False,
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0, help="1: the target's own law.")
-    ] = 1.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    max_new_tokens: MaxNew = 256,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Prompts decoded together.")] = 16,
-    seed: Seed = 0,
-) -> None:
-    """Have the target answer prompts, so that a draft learns what this target writes.
-
-    Rows that the output file already answers are not asked again.
-
-    \b
-    Example:
-      deepspec data regenerate prompts.jsonl --out answers.jsonl --target pocket
-    """
-    source, sampling = prompt_file(prompts, target), sampling_of(temperature, top_k, top_p)
-    from deepspec.data.conversations import read_conversations
-    from deepspec.data.regenerate import regenerate
-
-    asked = list(read_conversations(source))
-    new = regenerate(
-        load_target(target),
-        asked,
-        out,
-        thinking=thinking,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        max_rows=rows,
-        seed=seed,
-    )
-    there = len({c.id for c in asked}) - new
-    typer.echo(f"{out}: {new} new answers" + (f", {there} were there already" if there else ""))
 
 
 @pocket_app.command("build")
