@@ -24,7 +24,7 @@ from torch import Tensor
 from deepspec.build import build_draft, loss_settings, vocabulary_facts
 from deepspec.checkpoint import AnyDraft, load_provenance, save_draft
 from deepspec.config import Recipe
-from deepspec.data.features import Source, batches_from, online, steps_per_epoch
+from deepspec.data.features import Source, announced, batches_from, online, steps_per_epoch
 from deepspec.data.tokens import Encoded
 from deepspec.errors import CheckpointError
 from deepspec.files import JsonlWriter, write_json, write_text
@@ -183,11 +183,12 @@ def train(
     metrics_path = run / "metrics.jsonl"
     _forget_after(metrics_path, at.step)
     tracker = open_trackers(recipe.trackers, run / "trackers", recipe.name, recipe.model_dump())
-    batches = batches_from(rows, recipe.optim.batch_size, recipe.seed, at.step)
+    batches = announced(batches_from(rows, recipe.optim.batch_size, recipe.seed, at.step), source)
     draft.train()
     total = 1.0 if total_steps is None else float(total_steps)
     with (
         closing(tracker),
+        closing(batches),
         _stop_on_interrupt() as stop,
         JsonlWriter(metrics_path) as metrics,
         progress(f"training {recipe.name}", total, count=total_steps is not None) as bar,

@@ -6,7 +6,7 @@ target in the step, once per sequence; nothing on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -76,6 +76,28 @@ def batches_from(
         for picked in batch_order(lengths, batch_size, seed, epoch)[skip:]:
             yield epoch, [rows[i] for i in picked]
         epoch, skip = epoch + 1, 0
+
+
+def announced(
+    batches: Iterator[tuple[int, list[Encoded]]], source: Source
+) -> Generator[tuple[int, list[Encoded]], None, None]:
+    """The same endless batches; a source that works ahead is told of each one a step before it is read.
+
+    Closing them closes the source.
+    """
+    expect, close = (getattr(source, name, None) for name in ("expect", "close"))
+    try:
+        coming = next(batches)
+        if expect is not None:
+            expect(coming[1])
+        while True:
+            now, coming = coming, next(batches)
+            if expect is not None:
+                expect(coming[1])
+            yield now
+    finally:
+        if close is not None:
+            close()
 
 
 def steps_per_epoch(rows: Sequence[Encoded], batch_size: int) -> int:
