@@ -18,8 +18,8 @@ class FeatureBatch:
     """What every feature source hands to a draft's loss: right-padded rows.
 
     input_ids [B, S] int64; loss_mask [B, S] bool; features [B, S, m*d] (raw decoder-layer outputs,
-    concatenated in the order of the target layer ids); last_hidden [B, S, d] after the final norm, or None
-    where no loss term reads it; lengths [B] int64, real tokens of each row; row_ids [B] names of the rows.
+    concatenated in the order of the target layer ids); last_hidden [B, S, d] after the final norm;
+    lengths [B] int64, real tokens of each row; row_ids [B] names of the rows.
     position_ids [B, S] and segment_ids [B, S] say which packed document a token belongs to and where
     in it; None means one document per row, positions 0…S-1.
     """
@@ -27,7 +27,7 @@ class FeatureBatch:
     input_ids: Tensor
     loss_mask: Tensor
     features: Tensor
-    last_hidden: Tensor | None
+    last_hidden: Tensor
     lengths: Tensor
     row_ids: tuple[str, ...] = ()
     position_ids: Tensor | None = None

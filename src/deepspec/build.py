@@ -155,9 +155,3 @@ def loss_settings(recipe: Recipe) -> LossSettings:
     """The recipe's loss weights in the form that drafts read."""
     loss = recipe.loss
     return LossSettings(loss.ce, loss.l1, loss.confidence, loss.decay_gamma, recipe.draft.step_loss_decay)
-
-
-def reads_last_hidden(recipe: Recipe) -> bool:
-    """Whether the recipe's loss reads the target's distribution, and so its last hidden state: all but
-    cross-entropy of a block draft do."""
-    return recipe.algorithm == "eagle3" or recipe.loss.l1 > 0 or recipe.loss.confidence > 0
