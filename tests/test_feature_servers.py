@@ -36,6 +36,8 @@ from deepspec.train import Optimizer, train, train_step
 from feature_standin import StandIn
 from talking import recipe_tree, write_recipe
 
+DFLASH, DSPARK, EAGLE3 = ("context",), ("context", "labels"), ("unroll",)
+"""What their losses read: names of `blocks.READ_RULES`. DSpark's and Eagle-3's read the last hidden state."""
 FAST = Access(timeout=5.0, retries=3, backoff=0.005)
 
 
@@ -70,9 +72,11 @@ def start(target_dirs: dict[str, Path], tmp_path: Path) -> Iterator[Start]:
         server.stop()
 
 
-def llama_source(server: StandIn, target: Target, access: Access = FAST, **how: Any) -> ServerSource:
+def llama_source(
+    server: StandIn, target: Target, access: Access = FAST, reads: Sequence[str] = DSPARK, **how: Any
+) -> ServerSource:
     """Layers 0 and 2 of the four-layer target, with the last hidden state: streams 1, 3 and 4."""
-    return vllm_source(server.url, target, [0, 2], access=access, **how)
+    return vllm_source(server.url, target, [0, 2], reads, access=access, **how)
 
 
 # ── the same numbers ──────────────────────────────────────────────────────────────────────────────────
@@ -83,7 +87,7 @@ def llama_source(server: StandIn, target: Target, access: Access = FAST, **how: 
 def test_vllm_gives_what_online_gives_bit_for_bit(targets, start, family, layers):
     target = targets[family]
     server = start(family, [*(k + 1 for k in layers), target.spec.num_layers])
-    source, here = vllm_source(server.url, target, layers, access=FAST), online(target, layers)
+    source, here = vllm_source(server.url, target, layers, DSPARK, access=FAST), online(target, layers)
     for row in rows_of(target, [3, 17]):
         theirs, ours = source([row], len(row.ids)), here([row], len(row.ids))
         assert torch.equal(theirs.features, ours.features)
@@ -95,7 +99,7 @@ def test_vllm_gives_what_online_gives_bit_for_bit(targets, start, family, layers
 def test_bfloat16_stays_what_it_is_on_the_wire(target_dirs, start, family):
     target = Target.from_pretrained(target_dirs[family], dtype="bfloat16", device="cpu")
     server = start(family, [1, target.spec.num_layers], dtype=torch.bfloat16)
-    source, row = vllm_source(server.url, target, [0], access=FAST), rows_of(target, [19])[0]
+    source, row = vllm_source(server.url, target, [0], DSPARK, access=FAST), rows_of(target, [19])[0]
     theirs, ours = source([row], 19), online(target, [0])([row], 19)
     assert theirs.features.dtype == torch.bfloat16
     assert torch.equal(theirs.features, ours.features)
@@ -120,7 +124,7 @@ def test_rows_of_a_batch_stay_apart_and_are_padded_like_online(targets, start):
 def test_features_come_in_the_drafts_order_whatever_else_the_server_gives(targets, start):
     target = targets["llama"]
     row = rows_of(target, [8])[0]
-    source = vllm_source(start("llama", [0, 1, 2, 3, 4]).url, target, [2, -1], access=FAST)
+    source = vllm_source(start("llama", [0, 1, 2, 3, 4]).url, target, [2, -1], DSPARK, access=FAST)
     theirs, ours = source([row], 8), online(target, [2, -1])([row], 8)
     assert torch.equal(theirs.features, ours.features)
     assert torch.equal(theirs.last_hidden, ours.last_hidden)
@@ -130,13 +134,13 @@ def test_counting_layers_one_off_on_our_side_shows(targets, start, monkeypatch):
     target = targets["llama"]
     row = rows_of(target, [8])[0]
     monkeypatch.setattr(room, "stream_ids", lambda layers, depth, last: [*layers, depth])
-    source = vllm_source(start("llama", [0, 1, 2, 3, 4]).url, target, [1, 2], access=FAST)
+    source = vllm_source(start("llama", [0, 1, 2, 3, 4]).url, target, [1, 2], DSPARK, access=FAST)
     assert not torch.allclose(source([row], 8).features, online(target, [1, 2])([row], 8).features, atol=0.1)
 
 
 def test_without_a_last_hidden_state_none_is_asked_for(targets, start):
     target = targets["llama"]
-    source = llama_source(start("llama", [1, 3]), target, last_hidden=False)
+    source = llama_source(start("llama", [1, 3]), target, reads=DFLASH)
     batch = source(rows_of(target, [6]), 6)
     assert batch.last_hidden is None
     assert batch.features.shape == (1, 6, 2 * target.spec.hidden_size)
@@ -145,7 +149,7 @@ def test_without_a_last_hidden_state_none_is_asked_for(targets, start):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sglang_gives_what_online_gives_bit_for_bit(targets, start, family):
     target, layers = targets[family], [0, 2]
-    source = sglang_source(start(family, [1, 3]).url, target, layers, last_hidden=False, access=FAST)
+    source = sglang_source(start(family, [1, 3]).url, target, layers, DFLASH, access=FAST)
     row = rows_of(target, [13])[0]
     batch = source([row], 13)
     assert torch.equal(batch.features, online(target, layers)([row], 13).features)
@@ -160,7 +164,7 @@ def test_server_started_with_layers_one_off_is_refused_by_name(targets, start, s
     target = targets["llama"]
     server = start("llama", [1 + shift, 2 + shift, 4])
     with pytest.raises(ServerError) as caught:
-        vllm_source(server.url, target, [0, 1], access=FAST)
+        vllm_source(server.url, target, [0, 1], DSPARK, access=FAST)
     assert f"after [{1 + shift}, {2 + shift}, 4] layers, and those after [1, 2, 4] are needed" in str(
         caught.value
     )
@@ -190,7 +194,7 @@ def test_another_width_is_refused(targets, start):
         llama_source(start("qwen3", [1, 3, 5]), targets["llama"])
     with pytest.raises(ServerError, match="gave 48 numbers a token, no multiple of the target's 32"):
         url = start("qwen3", [1]).url
-        sglang_source(url, targets["llama"], [0], last_hidden=False, access=FAST)
+        sglang_source(url, targets["llama"], [0], DFLASH, access=FAST)
 
 
 def test_slightly_other_weights_are_said_not_refused(targets, start, capsys):
@@ -268,18 +272,22 @@ def test_numbers_that_are_none_are_refused(targets, start):
 
 
 @pytest.mark.parametrize(
-    ("layers", "last_hidden", "reason"),
-    [([0, 2], True, "never both"), ([-1, 1], False, "also reads the embedding")],
+    ("layers", "reads", "reason"),
+    [
+        ([0, 2], DSPARK, "never both"),
+        ([1], EAGLE3, "never both"),
+        ([-1, 1], DFLASH, "also reads the embedding"),
+    ],
 )
-def test_what_sglang_cannot_give_is_refused_before_anything_is_asked(targets, layers, last_hidden, reason):
+def test_what_sglang_cannot_give_is_refused_before_anything_is_asked(targets, layers, reads, reason):
     with pytest.raises(ServerError, match=reason) as caught:
-        sglang_source("http://127.0.0.1:9", targets["llama"], layers, last_hidden=last_hidden)
+        sglang_source("http://127.0.0.1:9", targets["llama"], layers, reads)
     assert "vllm:URL" in str(caught.value)
 
 
 def test_sglang_answer_without_a_cached_prefix_names_the_remedy(targets, start):
     target, server = targets["llama"], start("llama", [1, 3])
-    source = sglang_source(server.url, target, [0, 2], last_hidden=False, access=FAST)
+    source = sglang_source(server.url, target, [0, 2], DFLASH, access=FAST)
     server.spoil = lambda streams, ids: (streams[4:], ids)
     with pytest.raises(ServerError, match="features of 6 tokens, not of 10") as caught:
         source(rows_of(target, [10]), 10)
@@ -290,7 +298,7 @@ def test_sglang_without_features_prints_the_line_that_gives_them(targets, start)
     server = start("llama", [1, 3])
     server.connector = False
     with pytest.raises(ServerError, match="not configured to return hidden states") as caught:
-        sglang_source(server.url, targets["llama"], [0, 2], last_hidden=False, access=FAST)
+        sglang_source(server.url, targets["llama"], [0, 2], DFLASH, access=FAST)
     assert "--return-aux-hidden-state-layer-ids 0 2" in str(caught.value)
 
 
@@ -311,7 +319,7 @@ def test_late_file_is_waited_for_and_never_read_half_written(targets, start):
 @pytest.mark.parametrize("keep", [False, True])
 def test_files_go_once_read_unless_they_are_to_be_kept(targets, start, keep):
     target, server = targets["llama"], start("llama", [1, 3, 4])
-    source = vllm_source(f"{server.url}?keep_files={str(keep).lower()}", target, [0, 2], access=FAST)
+    source = vllm_source(f"{server.url}?keep_files={str(keep).lower()}", target, [0, 2], DSPARK, access=FAST)
     source(rows_of(target, [5, 6]), 6)
     left = sorted(path.suffix for path in server.storage.iterdir())
     assert left == ([".lock"] * 3 + [".safetensors"] * 3 if keep else [])
@@ -338,7 +346,7 @@ def test_storage_out_of_sight_is_named_and_can_be_said(targets, start, tmp_path)
     with pytest.raises(ServerError, match=r"/nowhere/on/this/machine/cmpl-1.safetensors") as caught:
         llama_source(server, target)
     assert "storage=FOLDER" in str(caught.value)
-    source = vllm_source(f"{server.url}?storage={server.storage}", target, [0, 2], access=FAST)
+    source = vllm_source(f"{server.url}?storage={server.storage}", target, [0, 2], DSPARK, access=FAST)
     assert source(rows_of(target, [5]), 5).tokens == 5
 
 
@@ -398,7 +406,7 @@ def test_retries_end_and_say_what_the_last_one_met(targets, start):
 
 def test_server_that_is_not_there_is_named_with_the_line_that_starts_it(targets):
     with pytest.raises(ServerError, match="ConnectError") as caught:
-        vllm_source("http://127.0.0.1:9", targets["llama"], [0, 2], access=FAST)
+        vllm_source("http://127.0.0.1:9", targets["llama"], [0, 2], DSPARK, access=FAST)
     assert "where: http://127.0.0.1:9" in str(caught.value)
     assert "vllm serve" in str(caught.value)
 
@@ -415,7 +423,7 @@ def test_server_that_comes_back_with_other_layers_is_caught(targets, start):
 def test_several_servers_take_turns_and_one_may_die(targets, start):
     target = targets["llama"]
     first, second = start("llama", [1, 3, 4]), start("llama", [0, 1, 2, 3, 4])
-    source = vllm_source(f"{first.url}, {second.url}/v1/", target, [0, 2], access=FAST)
+    source = vllm_source(f"{first.url}, {second.url}/v1/", target, [0, 2], DSPARK, access=FAST)
     rows = rows_of(target, [4, 5, 6, 7])
     source(rows, 7)
     assert [len(s.asked) for s in (first, second)] == [3, 3]
@@ -427,7 +435,7 @@ def test_several_servers_take_turns_and_one_may_die(targets, start):
 @pytest.mark.parametrize("limit", [1, 3])
 def test_requests_in_flight_are_bounded(targets, start, limit):
     target, server = targets["llama"], start("llama", [1, 3, 4])
-    source = vllm_source(f"{server.url}?in_flight={limit}", target, [0, 2], access=FAST)
+    source = vllm_source(f"{server.url}?in_flight={limit}", target, [0, 2], DSPARK, access=FAST)
     given = server._given
     server._given = lambda ids: (time.sleep(0.03), given(ids))[1]  # type: ignore[method-assign]
     source(rows_of(target, [5] * 9), 5)
@@ -436,7 +444,7 @@ def test_requests_in_flight_are_bounded(targets, start, limit):
 
 def test_rows_are_fetched_ahead_in_order_once_each_and_no_further_than_asked(targets, start):
     target, server = targets["llama"], start("llama", [1, 3, 4])
-    source = vllm_source(f"{server.url}?ahead=3&in_flight=1", target, [0, 2], access=FAST)
+    source = vllm_source(f"{server.url}?ahead=3&in_flight=1", target, [0, 2], DSPARK, access=FAST)
     rows = rows_of(target, [4, 5, 6, 7, 8, 9])
     source.expect(rows)
 
@@ -489,7 +497,7 @@ def test_key_from_the_environment_is_sent(targets, start, monkeypatch):
 )
 def test_addresses_and_settings_that_say_nothing_possible(targets, url, message):
     with pytest.raises(ServerError) as caught:
-        vllm_source(url, targets["llama"], [0, 2])
+        vllm_source(url, targets["llama"], [0, 2], DSPARK)
     assert message in str(caught.value)
 
 
@@ -507,10 +515,10 @@ def test_a_step_of_training_is_the_same_from_a_server(targets, start, kind, algo
     target, recipe = targets["llama"], recipe_for(algorithm, micro_batch_size=2)
     rows, layers = rows_of(target, [12, 9, 15, 11]), [0, 1, 2]
     if kind == "vllm":
-        source = vllm_source(start("llama", [1, 2, 3, 4]).url, target, layers, access=FAST)
+        source = vllm_source(start("llama", [1, 2, 3, 4]).url, target, layers, DSPARK, access=FAST)
     else:
         url = start("llama", [1, 2, 3]).url
-        source = sglang_source(url, target, layers, last_hidden=False, access=FAST)
+        source = sglang_source(url, target, layers, DFLASH, access=FAST)
     losses, gradients = [], []
     for each in (source, online(target, layers)):
         draft = tiny_draft(target, algorithm)
@@ -526,10 +534,10 @@ def test_a_step_of_training_is_the_same_from_a_server(targets, start, kind, algo
 
 def test_a_loss_that_reads_the_targets_distribution_does_not_run_without_it(targets, start):
     target, recipe = targets["llama"], recipe_for("dspark")
-    source = vllm_source(start("llama", [1, 2, 3]).url, target, [0, 1, 2], last_hidden=False, access=FAST)
+    source = vllm_source(start("llama", [1, 2, 3]).url, target, [0, 1, 2], DFLASH, access=FAST)
     draft = tiny_draft(target, "dspark")
     batch = source(rows_of(target, [9]), 9)
-    with pytest.raises(AssertionError, match="needs the target's distribution"):
+    with pytest.raises(AssertionError, match="the source has none"):
         draft(batch, loss_settings(recipe), draft.plan(batch, 4, torch.Generator().manual_seed(0)))
 
 
@@ -542,8 +550,9 @@ def test_a_run_reads_ahead_and_ends_with_the_same_draft(targets, start, tmp_path
     monkeypatch.setattr(train_room, "LOG_EVERY", 1)
     train(recipe, target, rows, tmp_path / "online", {})
     server = start("llama", [1, 2, 3, 4])
-    source = vllm_source(server.url, target, [0, 1, 2], access=FAST)
-    monkeypatch.setattr(train_room, "online", lambda target, layers: source)
+    source = vllm_source(server.url, target, [0, 1, 2], DSPARK, access=FAST)
+    opens = "open_source" if hasattr(train_room, "open_source") else "online"
+    monkeypatch.setattr(train_room, opens, lambda *asked: source)
     train(recipe, target, rows, tmp_path / "server", {})
     losses = [
         [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]

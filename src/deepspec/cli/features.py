@@ -47,8 +47,14 @@ def features_server(
     from deepspec.config import load_recipe
 
     settings = load_recipe(recipe, overrides or [])
-    from deepspec.build import draft_spec, reads_last_hidden
-    from deepspec.data.feature_launch import STORAGE, sglang_command, stream_ids, vllm_command
+    from deepspec.build import draft_spec, read_rules
+    from deepspec.data.feature_launch import (
+        STORAGE,
+        sglang_command,
+        stream_ids,
+        vllm_command,
+        with_last_hidden,
+    )
     from deepspec.pocket import packaged
     from deepspec.target import TargetSpec
 
@@ -56,7 +62,7 @@ def features_server(
     layers = draft_spec(settings, target.config, settings.draft.mask_token_id or 0).target_layer_ids
     model, last_hidden, length = (
         packaged(settings.target),
-        reads_last_hidden(settings),
+        with_last_hidden(read_rules(settings)),
         settings.data.max_length,
     )
     if server is FeatureServer.sglang:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from deepspec.blocks import FeatureBatch
-from deepspec.data.feature_launch import sglang_command, stream_ids, vllm_command
+from deepspec.data.feature_launch import sglang_command, stream_ids, vllm_command, with_last_hidden
 from deepspec.data.feature_wire import Access, Passing, Read, Server, read_sglang, read_vllm
 from deepspec.data.features import padded
 from deepspec.data.tokens import Encoded
@@ -167,17 +167,18 @@ def vllm_source(
     urls: str,
     target: Target,
     layers: Sequence[int],
+    reads: Sequence[str],
     *,
-    last_hidden: bool = True,
     max_length: int | None = None,
     access: Access | None = None,
 ) -> ServerSource:
     """Features from vLLM servers started as `feature_launch.vllm_command` says.
 
     urls: one address or several, comma separated, asked in turns; `?key=value&…` sets fields of `Access`.
-    last_hidden: whether the loss reads the target's distribution. max_length: longest row in tokens.
-    Not verified on a real server. Raises ServerError.
+    reads: names of the `blocks.READ_RULES` of the loss. max_length: longest row in tokens. Not verified on a
+    real server. Raises ServerError.
     """
+    last_hidden = with_last_hidden(reads)
     model, depth = packaged(target.spec.name), target.spec.num_layers
     command = vllm_command(model, layers, depth, last_hidden=last_hidden, max_length=max_length)
     servers = _servers(urls, access, command, target)
@@ -190,8 +191,8 @@ def sglang_source(
     urls: str,
     target: Target,
     layers: Sequence[int],
+    reads: Sequence[str],
     *,
-    last_hidden: bool,
     max_length: int | None = None,
     access: Access | None = None,
 ) -> ServerSource:
@@ -200,7 +201,7 @@ def sglang_source(
     As `vllm_source`, but there is no last hidden state to be had: a loss that reads it is refused before
     anything is asked. Not verified on a real server. Raises ServerError.
     """
-    model = packaged(target.spec.name)
+    model, last_hidden = packaged(target.spec.name), with_last_hidden(reads)
     command = sglang_command(model, layers, last_hidden=last_hidden, max_length=max_length)
     return _open("SGLang", _servers(urls, access, command, target), read_sglang, target, layers, last_hidden)
 
