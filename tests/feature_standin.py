@@ -69,7 +69,7 @@ class StandIn:
         self.at_once = self.most_at_once = 0
         self._counting, self._names = threading.Lock(), 0
         handler = type("Handler", (_Handler,), {"standin": self})
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._http = _Quiet(("127.0.0.1", 0), handler)
         self._http.daemon_threads = True
         threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -158,6 +158,11 @@ class StandIn:
 
 def _json(value: Any, status: int = 200) -> Reply:
     return status, {}, json.dumps(value).encode()
+
+
+class _Quiet(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that did not wait for its answer is part of the tests."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -147,9 +147,20 @@ def _load_when_written(server: Server, file: Path) -> dict[str, Tensor]:
         if not {"hidden_states", "token_ids"} <= tensors.keys():
             raise server.wrong(f"wrote {file} with {sorted(tensors)}, not hidden_states and token_ids")
         if not server.access.keep_files:
-            for path in (file, lock):
-                path.unlink(missing_ok=True)
+            _remove(server, file, lock)
     return tensors
+
+
+def _remove(server: Server, *paths: Path) -> None:
+    try:
+        for path in paths:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ServerError(
+            f"features are read, and cannot be removed: {error}",
+            where=server.url,
+            next_step="train as a user who may, or add ?keep_files=true to the URL, and empty the folder",
+        ) from error
 
 
 @contextmanager
@@ -173,6 +184,13 @@ def _reading(server: Server, file: Path, lock: Path) -> Iterator[None]:
                     raise Passing(f"{file} was not written within {server.access.timeout:g} s") from None
                 time.sleep(pause)
                 pause = min(2 * pause, 0.05)
+            except OSError as error:
+                raise ServerError(
+                    f"the file system of {lock} knows no locks, so nobody can tell when the server is done: "
+                    f"{error}",
+                    where=server.url,
+                    next_step="put the server's shared_storage_path on one that does (local, or NFS 4)",
+                ) from error
         yield
     finally:
         os.close(handle)
