@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deepspec.data import conversations as module
+from deepspec.data import messages as module
 from deepspec.data.conversations import (
     Conversation,
     content_hash,

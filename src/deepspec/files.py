@@ -96,6 +96,15 @@ def aside_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
+def count_lines(path: Path | str) -> int | None:
+    """Lines of a file, for a progress bar; None where that cannot be known. Reads at the disk's speed."""
+    try:
+        with Path(path).open("rb") as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    except OSError:
+        return None
+
+
 # ── files that grow by whole lines ────────────────────────────────────────────────────────────────────
 
 

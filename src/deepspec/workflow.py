@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,9 +110,20 @@ def _keep_recipe(recipe: Recipe, run: Path) -> None:
 def provenance(recipe: Recipe, target: Target, source: Path) -> dict[str, Any]:
     """What a checkpoint says of where it came from. `data`: the conditions that the answers carry."""
     assert target.tokenizer is not None
-    rows = list(read_conversations(source))
-    carried = {key: only_one([r.meta.get(key) for r in rows]) for key in ("target", *MODE, "sampling")}
-    carried["system_prompt"] = only_one([system_hash(r.messages) for r in rows])
+    carried: dict[str, Any] = {}
+    count = 0
+
+    def noting() -> Iterator[Conversation]:
+        nonlocal count
+        for row in read_conversations(source):
+            count += 1
+            facts = {key: row.meta.get(key) for key in ("target", *MODE, "sampling")}
+            facts["system_prompt"] = system_hash(row.messages)
+            for key, value in facts.items():
+                carried[key] = only_one(carried.get(key, value), value)
+            yield row
+
+    data_hash = content_hash(noting())
     return {
         "target": target.spec.name,
         "target_config_hash": target.spec.config_hash,
@@ -121,17 +132,17 @@ def provenance(recipe: Recipe, target: Target, source: Path) -> dict[str, Any]:
         "thinking": recipe.thinking,
         "system_prompt": carried["system_prompt"],
         "sampling": carried["sampling"],
-        "data_hash": content_hash(rows),
-        "data_rows": len(rows),
+        "data_hash": data_hash,
+        "data_rows": count,
         "data": carried,
         "started_from": started_from(recipe),
         "recipe": recipe.model_dump(mode="json"),
     }
 
 
-def only_one(values: Sequence[Any]) -> Any:
+def only_one(so_far: Any, value: Any) -> Any:
     """The value that all rows share, or "several"."""
-    return values[0] if all(v == values[0] for v in values) else "several"
+    return so_far if so_far == value else "several"
 
 
 def started_from(recipe: Recipe) -> dict[str, Any] | None:
