@@ -13,7 +13,7 @@ For every assistant turn:
 * The answer is ``meta["answer_ids"]`` verbatim where the row has them: the ids as the target produced them,
   with its end-of-turn token if it wrote one, and without if it was cut. Otherwise a plain answer is its text,
   tokenised alone, whatever the template would strip from it. A turn with tool calls or ``reasoning_content``
-  is what the template writes for it after the generation prompt.
+  is what the template writes for it.
 * The end of turn is what the template writes after an assistant's text up to and including the first special
   token (``<|im_end|>``, not the newline after it, which the target never produces). Where a template does not
   end a turn after its tool calls, the last special token that it writes for them ends it (Gemma-4 leaves the
@@ -199,8 +199,8 @@ _STAND_IN = "DEEPSPEC-ANSWER-ENDS-HERE"
 
 
 def _stand_in(number: int) -> str:
-    """One for each of several texts; none is part of another."""
-    return f"DEEPSPEC-TEXT-{number}-HERE"
+    """One for each of several texts; none is part of another, and no change of case leaves it as it is."""
+    return f"DeepSpec-text-{number}-here"
 
 
 @dataclass(frozen=True)
@@ -294,67 +294,69 @@ def _plain(text: str) -> Message:
 
 
 def _rendered(chat: _Chat, messages: Sequence[Message], prompt: str, head: str) -> str:
-    """What the template writes for the last message after the generation prompt, and after the turn.
+    """What the template writes for the last message, from where the target began to where the text ends.
 
-    ``head``: what it writes before a plain answer there. A generation prompt may go on past that (the block
-    that switches thinking off): the target then goes on from there.
+    ``prompt``: the generation prompt; ``head``: what the template writes before a plain answer in its place.
+    Either may go on past the other, with an empty think block that is not the target's. A turn without
+    thoughts begins where a plain answer does; one with thoughts begins where the generation prompt ends.
     """
     *before, message = messages
-    whole = chat.write(messages, ask=False)
-    if whole.startswith(prompt):
-        text = whole[len(prompt) :]
-    elif prompt.startswith(head) and whole.startswith(head) and "reasoning_content" not in message:
-        text = whole[len(head) :]
-    else:
-        raise _altered(chat, messages, "begins the turn otherwise than the generation prompt does")
-
-    # Written at all: stand-ins for every part, in the order in which the target says them.
-    parts = _marked(message)
-    written = chat.write([*before, parts], ask=False)
-    calls = parts.get("tool_calls", [])
-    names = [call["function"]["name"] for call in calls]
-    said = [t for t in (parts.get("reasoning_content"), parts["content"]) if t] + names
-    places = [written.find(text) for text in said]
-    inner = [text for call in calls for text in _strings(call["function"]["arguments"])]
-    if -1 in places or any(text not in written for text in inner):
-        kinds = {parts.get("reasoning_content"): "'reasoning_content'", parts["content"]: "the text"}
-        lost = next((kinds.get(t, "a tool call") for t, at in zip(said, places, strict=True) if at < 0), None)
-        raise _altered(chat, messages, f"leaves out {lost or 'arguments of a tool call'}")
+    # Written at all, and in the order in which the target says it: seen by stand-ins for every part.
+    twin, marks = _marked(message)
+    written = chat.write([*before, twin], ask=False)
+    lost = next((what for mark, what in marks.items() if mark not in written), None)
+    if lost is not None:
+        raise _altered(chat, messages, f"leaves out or changes {lost}")
+    places = [written.index(mark) for mark, what in marks.items() if what != _ARGUMENT]
     if places != sorted(places):
         raise _altered(chat, messages, "does not write thoughts, text and tool calls in that order")
+
+    whole = chat.write(messages, ask=False)
+    start = prompt if "reasoning_content" in message else head
+    if not whole.startswith(start) or not (head.startswith(prompt) or prompt.startswith(head)):
+        if "reasoning_content" in message and not chat.thinking:
+            raise DataError(
+                f"message {len(messages)} (assistant) has thoughts, but thinking is off",
+                where=chat.where,
+                next_step="switch thinking on, or remove 'reasoning_content'",
+            )
+        raise _altered(chat, messages, "begins the turn otherwise than the generation prompt does")
+    text = whole[len(start) :]
     # And as it is: outer white space is the template's to set, since servers cut it off or leave it on.
-    for given in [message.get("reasoning_content", ""), message["content"]]:
+    for given in (message.get("reasoning_content", ""), message["content"]):
         if given.strip() not in text:
             raise _altered(chat, messages, f"alters {given.strip()[:40]!r}")
     return text
 
 
-def _marked(message: Message) -> Message:
-    """The message with a stand-in for each text: thoughts, content, names and string arguments of calls."""
-    numbers = iter(range(10**9))
+_ARGUMENT = "an argument of a tool call"
 
-    def mark(value: Any) -> Any:
+
+def _marked(message: Message) -> tuple[Message, dict[str, str]]:
+    """The message with stand-ins for its texts, names and arguments, and {stand-in: what it stands for}."""
+    marks: dict[str, str] = {}
+
+    def mark(value: Any, what: str) -> Any:
         if isinstance(value, dict):
-            return {key: mark(item) for key, item in value.items()}
+            return {key: mark(item, what) for key, item in value.items()}
         if isinstance(value, list):
-            return [mark(item) for item in value]
-        return _stand_in(next(numbers)) if isinstance(value, str) and value else value
+            return [mark(item, what) for item in value]
+        if value == "":
+            return value
+        marks[name := _stand_in(len(marks))] = what
+        return name
 
-    twin = Message(role="assistant", content=mark(message["content"]))
-    if "reasoning_content" in message:
-        twin["reasoning_content"] = mark(message["reasoning_content"])
+    thoughts = mark(message.get("reasoning_content", ""), "'reasoning_content'")
+    twin = _plain(mark(message["content"], "the text"))
+    if thoughts:
+        twin["reasoning_content"] = thoughts
     if "tool_calls" in message:
-        calls = _as_served(message)["tool_calls"]
-        twin["tool_calls"] = [{**call, "function": mark(call["function"])} for call in calls]
-    return twin
-
-
-def _strings(value: Any) -> list[str]:
-    """Every non-empty string of a JSON value."""
-    if isinstance(value, str):
-        return [value] if value else []
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [text for item in items for text in _strings(item)]
+        twin["tool_calls"] = []
+        for call in _as_served(message)["tool_calls"]:
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            function = {"name": mark(name, "a tool call"), "arguments": mark(arguments, _ARGUMENT)}
+            twin["tool_calls"].append({**call, "function": function})
+    return twin, marks
 
 
 def _check_kept(chat: _Chat, messages: Sequence[Message]) -> None:
@@ -371,12 +373,16 @@ def _check_kept(chat: _Chat, messages: Sequence[Message]) -> None:
             where=chat.where,
             next_step="remove the message or the row: the target would never see it",
         )
-    if chat.tools and written == replace(chat, tools=None).write([*twins, _plain(_STAND_IN)], ask=False):
-        raise DataError(
-            "the target's chat template leaves out the tools",
-            where=chat.where,
-            next_step="remove 'tools' or the row: the target would never see them",
-        )
+    for k, tool in enumerate(chat.tools or []):
+        function = tool.get("function", tool)
+        twin = {**function, "name": _stand_in(k)}
+        offered = replace(chat, tools=[{**tool, "function": twin} if function is not tool else twin])
+        if _stand_in(k) not in offered.write([*before, _plain(_STAND_IN)], ask=False):
+            raise DataError(
+                f"the target's chat template leaves out tool {k + 1}",
+                where=chat.where,
+                next_step="remove 'tools' or the row: the target would never see them",
+            )
 
 
 def _altered(chat: _Chat, messages: Sequence[Message], how: str) -> DataError:
