@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -94,10 +95,12 @@ def data_regenerate(
     from deepspec.data.conversations import read_conversations
     from deepspec.files import count_lines
 
-    asked: Iterable[Conversation] = read_conversations(source)
-    total = count_lines(source) if source.is_file() else None
-    if limit is not None:
-        asked, total = islice(asked, limit), None if total is None else min(total, limit)
+    if next(read_conversations(source), None) is None:
+        raise UserError(
+            f"{source} holds no prompts", next_step="give a JSONL file, one conversation per line"
+        )
+    asked: Iterable[Conversation] = islice(read_conversations(source), limit)
+    total = min(count_lines(source), limit or sys.maxsize)
     settings: dict[str, Any] = {
         "thinking": thinking,
         "sampling": sampling,
@@ -124,8 +127,9 @@ def data_regenerate(
     else:
         from deepspec.data.regenerate import regenerate
 
-        tally = regenerate(load_target(target or "pocket"), asked, out, max_rows=rows or 16, **settings)
-    _report(tally, out, target, thinking)
+        target = target or "pocket"
+        tally = regenerate(load_target(target), asked, out, max_rows=rows or 16, **settings)
+    _report(tally, out, target or "TARGET", thinking)
 
 
 def _one_way(
@@ -140,7 +144,7 @@ def _one_way(
         )
 
 
-def _report(tally: Tally, out: Path, target: str | None, thinking: bool) -> None:
+def _report(tally: Tally, out: Path, target: str, thinking: bool) -> None:
     """What was done, and what may be done next."""
     from deepspec.data.answers import beside
 
@@ -159,9 +163,8 @@ def _report(tally: Tally, out: Path, target: str | None, thinking: bool) -> None
             f"{tally.failed} rows failed, with reasons in {beside(out, 'failures')}; "
             "the same command tries them again"
         )
-    name, mode = target or "pocket", ["thinking=true"] if thinking else []
-    inspect = ["deepspec", "data", "inspect", str(out), "--target", name]
-    recipe = ["pocket-dspark"] if name == "pocket" else ["dspark/generic", f"target={name}"]
-    train = ["deepspec", "train", *recipe, f"data.train={out}", *mode]
+    inspect = ["deepspec", "data", "inspect", str(out), "--target", target]
+    recipe = ["pocket-dspark"] if target == "pocket" else ["dspark/generic", f"target={target}"]
+    train = ["deepspec", "train", *recipe, f"data.train={out}", *(["thinking=true"] if thinking else [])]
     typer.echo(f"next: {shlex.join(inspect)}")
     typer.echo(f"      {shlex.join(train)}")

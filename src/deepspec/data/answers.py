@@ -82,11 +82,12 @@ class AnswerFile:
     """Answers to append to, made under the same conditions as those that are there. A context.
 
     done: ids answered in stretches that were finished; tail: ids answered after the last of them, by a
-    process that was killed in the middle of one. Raises DataError where the file holds answers made under
-    other conditions, UserError where it cannot be written or another process is writing to it.
+    process that was killed in the middle of one. Rows that came from elsewhere, more than a stretch of them
+    or without timings, are done. Raises DataError where the file holds answers made under other conditions,
+    UserError where it cannot be written or another process is writing to it.
     """
 
-    def __init__(self, out: Path, facts: Mapping[str, Any]) -> None:
+    def __init__(self, out: Path, facts: Mapping[str, Any], stretch: int = 0) -> None:
         self.out, self.facts = out, dict(facts)
         self.done: set[str] = set()
         self.tail: set[str] = set()
@@ -96,7 +97,8 @@ class AnswerFile:
         try:
             self._times = JsonlWriter(beside(out, "timings"))
             mark = last_mark(self._times.path)
-            if mark is None or not self._read(mark):
+            believable = self._read(self._rows.size if mark is None else mark)
+            if mark is None or not believable or len(self.tail) > stretch:
                 self.done |= self.tail
                 self.tail = set()
                 self.mark()

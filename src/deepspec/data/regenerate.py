@@ -69,10 +69,10 @@ def regenerate(
     now = Conditions(target.spec.name, template_hash(tokenizer), thinking, sampling, max_new_tokens, seed)
     if total is None and isinstance(conversations, Sequence):
         total = len(conversations)
-    tally = Tally()
-    with AnswerFile(out, now.facts) as file, progress("regenerating answers", total) as bar:
+    tally, stretch_size = Tally(), FLIGHTS * max_rows
+    with AnswerFile(out, now.facts, stretch_size) as file, progress("regenerating answers", total) as bar:
         for window in windows(conversations, tally):
-            for stretch in stretches(window, FLIGHTS * max_rows):
+            for stretch in stretches(window, stretch_size):
                 _answer(stretch, file, tally, bar, target, now, max_rows)
     tally.seconds = time.perf_counter() - tally.began
     return tally

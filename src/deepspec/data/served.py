@@ -128,7 +128,7 @@ class _Run:
         for conversation in conversations:
             if conversation.id in seen:
                 self.tally.twice += 1
-            elif conversation.id in self.file.done or conversation.id in self.file.tail:
+            elif conversation.id in self.file.done:
                 self.tally.there += 1
                 self.bar.update(1)
             else:
