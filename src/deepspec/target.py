@@ -306,6 +306,12 @@ class Target:
             )
 
     @property
+    def max_length(self) -> int | None:
+        """Tokens that a sequence may hold, as the config says; None where it says nothing."""
+        limits = [self.spec.config.get("max_position_embeddings"), self._steady_length]
+        return min((int(n) for n in limits if n), default=None)
+
+    @property
     def stop_token_ids(self) -> frozenset[int]:
         """End-of-sequence ids of the generation config and the tokenizer; empty without either."""
         found: set[int] = set()
