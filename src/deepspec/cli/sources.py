@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +16,9 @@ from deepspec.log import note
 
 if TYPE_CHECKING:
     from deepspec.data.lines import Skipped
+
+INTERRUPTED = 130
+"""The exit code of an interrupted command, as `deepspec.cli` gives it."""
 
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out and count them by reason.")]
 DropRepeats = Annotated[
@@ -63,7 +68,7 @@ def download(
     mt-bench, alpaca, arena-hard-v2 (benchmarks, worded as published).
 
     \b
-    Examples:
+    Example:
       deepspec data download gsm8k --out gsm8k.jsonl
       deepspec data download logs/*.jsonl --out prompts.jsonl --domain support
       deepspec data download OWNER/NAME --split test --map prompt=question --out prompts.jsonl
@@ -77,9 +82,9 @@ def download(
         limit = (named.rows if named else None) or 0
     wanted = Wanted(names, column_map(columns or [], id_column), domain, config, split, copies or ())
     skipped = skipping(skip_bad)
-    done = run(
-        open_source(wanted, skipped), out, limit=limit, seed=seed, drop_repeats=drop_repeats, skipped=skipped
-    )
+    with whole_or_not():
+        rows = open_source(wanted, skipped)
+        done = run(rows, out, limit=limit, seed=seed, drop_repeats=drop_repeats, skipped=skipped)
     report(skipped)
     if as_json:
         asked = {"out": str(out), "limit": limit, "seed": seed}
@@ -120,7 +125,8 @@ def split(
     from deepspec.data.split import split as run
 
     skipped = skipping(skip_bad)
-    done = run(file, out, select=select, test=test, drop_repeats=drop_repeats, skipped=skipped)
+    with whole_or_not():
+        done = run(file, out, select=select, test=test, drop_repeats=drop_repeats, skipped=skipped)
     report(skipped)
     if as_json:
         facts = {"rows": done.rows, "repeats": done.repeats, "overlap": done.overlap}
@@ -145,6 +151,16 @@ def column_map(words: list[str], id_column: str | None) -> dict[str, str]:
         if columns.setdefault(name, column) != column:
             raise UserError(f"--map fills {name!r} from both {columns[name]!r} and {column!r}")
     return columns
+
+
+@contextmanager
+def whole_or_not() -> Iterator[None]:
+    """Ctrl-C in here: the other commands of `data` keep what was finished, these start over."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note("interrupted: nothing was written, and what was there before stays", style="yellow")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def say_repeats(repeats: int, dropped: bool) -> None:

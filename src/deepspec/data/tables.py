@@ -73,7 +73,7 @@ def hub_rows(
 
 def _unreachable(repo: str, place: str, rows: int, error: Exception) -> DataError:
     reason = str(error).strip().splitlines() or [type(error).__name__]
-    if isinstance(error, ValueError):  # no such config, split or column: the message names those there are
+    if type(error) is ValueError:  # no such config, split or column: its message names those there are
         step = "name what there is with --config, --split and --map"
     else:
         step = (
@@ -82,7 +82,7 @@ def _unreachable(repo: str, place: str, rows: int, error: Exception) -> DataErro
             "for a set known by name: deepspec data download NAME --from FILE"
         )
     after = f" after {rows} rows" if rows else ""
-    return DataError(f"cannot read {repo} from the Hub{after}: {reason[0]}", where=place, next_step=step)
+    return DataError(f"cannot read {repo}{after}: {reason[0]}", where=place, next_step=step)
 
 
 def _csv_rows(path: Path, delimiter: str, skipped: Skipped | None) -> Iterator[Row]:
