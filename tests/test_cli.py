@@ -39,6 +39,8 @@ COMMANDS = (
     ["inspect"],
     ["export"],
     ["data", "regenerate"],
+    ["data", "download"],
+    ["data", "split"],
     ["pocket", "build"],
     ["pocket", "drafts"],
     ["pocket", "check"],

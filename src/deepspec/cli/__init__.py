@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from deepspec import __version__
-from deepspec.cli import data, measure, pocket, serving
+from deepspec.cli import data, measure, pocket, serving, sources
 from deepspec.cli.common import SETTINGS, Json, print_json, print_results
 from deepspec.errors import UserError
 from deepspec.log import note, show_error
@@ -155,5 +155,7 @@ app.command()(measure.report)
 app.command()(measure.generate)
 app.command()(measure.inspect)
 app.command()(serving.export)
+data.data_app.command("download")(sources.download)
+data.data_app.command("split")(sources.split)
 app.add_typer(data.data_app, name="data")
 app.add_typer(pocket.pocket_app, name="pocket")

@@ -15,8 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from deepspec.errors import UserError
+from deepspec.log import note
 
 if TYPE_CHECKING:
+    from deepspec.data.lines import Skipped
     from deepspec.target import Target
     from deepspec.verify import Sampling
 
@@ -34,6 +36,7 @@ Thinking = Annotated[bool, typer.Option("--thinking", help="Let the template swi
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="0: all tokens.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Above 0, up to 1.")]
 MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Budget of new tokens per prompt.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out and count them by reason.")]
 Seed = Annotated[int, typer.Option("--seed", min=0)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 
@@ -85,6 +88,18 @@ def prompt_file(name: str | None, target: str) -> Path:
     if name not in POCKET_PROMPTS:
         raise UserError(f"no packaged prompts {name!r}", next_step=f"there are {', '.join(POCKET_PROMPTS)}")
     return prompt_file(name.removeprefix("pocket:"))
+
+
+def skipping(skip_bad: bool) -> Skipped:
+    """What becomes of bad rows: counted, or refused with a word on --skip-bad."""
+    from deepspec.data.lines import SkipNothing, Skipped
+
+    return Skipped() if skip_bad else SkipNothing()
+
+
+def report_skipped(skipped: Skipped) -> None:
+    for line in skipped.lines():
+        note(line, style="yellow" if not line.startswith(" ") else "")
 
 
 def stdout() -> Console:

@@ -16,12 +16,15 @@ from deepspec.cli.common import (
     SETTINGS,
     MaxNew,
     Seed,
+    SkipBad,
     Thinking,
     TopK,
     TopP,
     load_target,
     prompt_file,
+    report_skipped,
     sampling_of,
+    skipping,
 )
 from deepspec.errors import UserError
 
@@ -75,6 +78,7 @@ def data_regenerate(
     api_key_env: Annotated[
         str, typer.Option("--api-key-env", metavar="NAME", help="Environment variable with the servers' key.")
     ] = "OPENAI_API_KEY",
+    skip_bad: SkipBad = False,
 ) -> None:
     """Have the target answer prompts, so that a draft learns what this target writes.
 
@@ -95,11 +99,12 @@ def data_regenerate(
     from deepspec.data.conversations import read_conversations
     from deepspec.files import count_lines
 
-    if next(read_conversations(source), None) is None:
+    skipped = skipping(skip_bad)
+    if next(read_conversations(source, skipped=skipping(skip_bad)), None) is None:
         raise UserError(
             f"{source} holds no prompts", next_step="give a JSONL file, one conversation per line"
         )
-    asked: Iterable[Conversation] = islice(read_conversations(source), limit)
+    asked: Iterable[Conversation] = islice(read_conversations(source, skipped=skipped), limit)
     total = min(count_lines(source) or 0, limit or sys.maxsize) or None
     settings: dict[str, Any] = {
         "thinking": thinking,
@@ -129,6 +134,7 @@ def data_regenerate(
 
         target = target or "pocket"
         tally = regenerate(load_target(target), asked, out, max_rows=rows or 16, **settings)
+    report_skipped(skipped)
     _report(tally, out, target or "TARGET", thinking)
 
 

@@ -22,7 +22,9 @@ Also accepted when reading (the first form present wins; the others' keys then g
 * ``{"conversations": [{"from": "human" | "gpt" | "system", "value": "…"}]}`` (ShareGPT);
 * ``{"turns": ["first question", "follow-up", …]}``: the first question is the conversation, the others
   wait in ``meta["follow_ups"]``, because each makes sense only after an answer that does not exist yet;
-* ``{"prompt": "…", "response": "…"}``, response optional.
+* ``{"prompt": "…", "response": "…"}``, response optional;
+* ``{"request": {"messages": […], …}, "response": {"choices": […], …}}``: a line of a request log
+  (``data.forms``; ``body`` instead of ``request`` too).
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from deepspec.data.forms import openai_row
+from deepspec.data.lines import Skipped, refuse, text_lines
 from deepspec.data.messages import (
     Message,
     check_order,
@@ -69,31 +73,37 @@ FORMS = ("messages", "conversations", "turns", "prompt")
 EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 
 
-def read_conversations(path: str | Path, *, require_answer: bool = False) -> Iterator[Conversation]:
+def read_conversations(
+    path: str | Path, *, require_answer: bool = False, skipped: Skipped | None = None
+) -> Iterator[Conversation]:
     """Yield the file's conversations one at a time; blank lines are skipped.
 
     Raises DataError, with ``file:line`` and what was expected, at the first row that breaks the schema, and
-    with ``require_answer`` also at a conversation without an assistant turn.
+    with ``require_answer`` also at a conversation without an assistant turn. With ``skipped`` such rows are
+    left out and counted there.
     """
-    path = Path(path)
-    try:
-        stream = path.open("rb")
-    except OSError as error:
-        raise DataError(
-            f"cannot read the conversations: {error.strerror or error}",
-            where=str(path),
-            next_step="give the path of a JSONL file, one conversation per line",
-        ) from error
-    with stream:
-        # Lines end at b"\n" only: splitting decoded text would also cut at U+2028 inside a message.
-        for number, raw in enumerate(stream, start=1):
-            where = f"{path}:{number}"
-            text = _decode(raw, where, first=number == 1)
-            if text.strip():
-                conversation = conversation_from_row(_parse(text, where), where)
-                if require_answer:
-                    last_answer(conversation)
-                yield conversation
+    for where, row in read_rows(path, skipped):
+        try:
+            conversation = conversation_from_row(row, where)
+            if require_answer:
+                last_answer(conversation)
+        except DataError as error:
+            refuse(error, skipped)
+            continue
+        yield conversation
+
+
+def read_rows(path: str | Path, skipped: Skipped | None = None) -> Iterator[tuple[str, object]]:
+    """("file:line", parsed JSON) of every line that is not blank, in whatever form. Errors as above."""
+    for where, text in text_lines(Path(path), skipped):
+        if not text.strip():
+            continue
+        try:
+            row = _parse(text, where)
+        except DataError as error:
+            refuse(error, skipped)
+            continue
+        yield where, row
 
 
 def conversation_from_row(row: object, where: str | None = None) -> Conversation:
@@ -102,8 +112,9 @@ def conversation_from_row(row: object, where: str | None = None) -> Conversation
         raise DataError(
             f"expected a JSON object, found {kind_of(row)}",
             where=where,
-            next_step=f"write one object per line: {EXAMPLE}",
+            next_step=_object_a_line(isinstance(row, list)),
         )
+    row = openai_row(row, where)
     form = next((name for name in FORMS if row.get(name) is not None), None)
     if form is None:
         raise _no_messages(row, where)
@@ -148,9 +159,14 @@ def write_conversations(path: str | Path, rows: Iterable[Conversation]) -> int:
     count = 0
     with atomic_file(Path(path)) as stream:
         for count, row in enumerate(rows, start=1):  # noqa: B007 (count is the result)
-            conversation_from_row(_row(row), row.where)
-            stream.write(_json(row).encode("utf-8") + b"\n")
+            stream.write(line_of(row))
     return count
+
+
+def line_of(row: Conversation) -> bytes:
+    """The row as a line of a file. Raises DataError as ``write_conversations`` does."""
+    conversation_from_row(_row(row), row.where)
+    return _json(row).encode("utf-8") + b"\n"
 
 
 def content_hash(rows: Iterable[Conversation]) -> str:
@@ -233,7 +249,8 @@ def tools_of(conversation: Conversation) -> list[dict[str, Any]] | None:
 
 
 def prompt_hash(conversation: Conversation) -> str:
-    """16 hex digits of the SHA-256 of the normalised prompt (`prompt_messages`): a row's id by default."""
+    """16 hex digits of the SHA-256 of the normalised prompt (`prompt_messages`): the id of a row that brings
+    none, the same for every spelling and every answer."""
     # "\0" cannot survive normalising as white space would, so message boundaries stay part of the hash; a
     # single question is hashed as it stands.
     parts = [
@@ -267,29 +284,6 @@ def holdout_bucket(prompt_text: str) -> float:
 # -- reading -----------------------------------------------------------------------------------------------
 
 
-def _decode(raw: bytes, where: str, first: bool) -> str:
-    if first and raw.startswith(b"\xef\xbb\xbf"):
-        raise DataError(
-            "the file starts with a byte-order mark, expected plain UTF-8",
-            where=where,
-            next_step="save it as UTF-8 without BOM, for example: tail -c +4 in.jsonl > out.jsonl",
-        )
-    if first and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(
-            "the file is UTF-16, expected UTF-8",
-            where=where,
-            next_step="convert it: iconv -f utf-16 -t utf-8 in.jsonl > out.jsonl",
-        )
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line",
-            where=where,
-            next_step="convert the file, for example: iconv -f latin1 -t utf-8 in.jsonl > out.jsonl",
-        ) from error
-
-
 def _parse(text: str, where: str) -> object:
     try:
         return json.loads(text.rstrip("\r\n"), parse_constant=no_constant)
@@ -297,18 +291,28 @@ def _parse(text: str, where: str) -> object:
         what = f"malformed JSON: {error.msg} at column {error.colno}"
         if not text.endswith("\n"):
             what += " (the line has no end: was the file cut while it was written?)"
-        raise DataError(what, where=where, next_step=f"expected one object per line: {EXAMPLE}") from error
+        raise DataError(what, where=where, next_step=_object_a_line(text.startswith("["))) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"malformed JSON: {error}", where=where, next_step=f"expected one object per line: {EXAMPLE}"
-        ) from error
+        raise DataError(f"malformed JSON: {error}", where=where, next_step=_object_a_line()) from error
+
+
+def _object_a_line(array: bool = False) -> str:
+    """What to do about a line that is no object; one JSON array of all rows is the usual reason."""
+    return (
+        "if the file is one array of rows: jq -c '.[]' in.json > out.jsonl"
+        if array
+        else f"write one object per line: {EXAMPLE}"
+    )
 
 
 def _no_messages(row: Mapping[str, object], where: str | None) -> DataError:
-    close = next((f"'{key}': did you mean '{near}'?" for key in row if (near := nearest(key, FORMS))), None)
+    forms = (*FORMS, "request")
+    if null := next((name for name in forms if name in row and row[name] is None), None):
+        return DataError(f"'{null}' is null", where=where, next_step=f"expected: {EXAMPLE}")
+    close = next((f"'{key}': did you mean '{near}'?" for key in row if (near := nearest(key, forms))), None)
     found = close or (names_of(list(row)[:8]) if row else "an empty object")
     return DataError(
-        f"no 'messages' (nor 'conversations', 'turns', 'prompt'); found {found}",
+        f"no 'messages' (nor 'conversations', 'turns', 'prompt', 'request'); found {found}",
         where=where,
         next_step=f"expected: {EXAMPLE}",
     )

@@ -1,0 +1,727 @@
+"""Sources of conversations: named sets, the Hub (the real `datasets` on local files), files, column maps."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from deepspec.cli import app
+from deepspec.data.conversations import Conversation, conversation_from_row, read_conversations
+from deepspec.data.lines import Skipped
+from deepspec.data.named import SOURCES, worded
+from deepspec.data.sources import Wanted, cut, download, mapped, open_source
+from deepspec.data.unique import Unique
+from deepspec.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+EVAL = SHARED / "data" / "eval"
+PAGE = ROOT / "docs" / "data.md"
+REQUIRED = os.environ.get("DEEPSPEC_REQUIRE_GOLDEN") == "1" and SHARED.exists()
+STEPS = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+def shared(path: Path) -> Path:
+    """A file that lies beside the repository; a test is skipped without it, unless it is required."""
+    if not path.exists() and not REQUIRED:
+        pytest.skip(f"no {path.name} beside the repository")
+    return path
+
+
+def call(*words: Any) -> Any:
+    return CliRunner().invoke(app, ["data", *(str(word) for word in words)])
+
+
+def good(*words: Any) -> str:
+    result = call(*words)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(*words: Any) -> str:
+    result = call(*words)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    return result.stderr
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def jsonl(path: Path, *rows: object) -> Path:
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), "utf-8")
+    return path
+
+
+def questions(path: Path) -> list[str]:
+    return [row.messages[0]["content"] for row in read_conversations(path)]
+
+
+def asked(texts: list[str]) -> list[Conversation]:
+    """Questions as rows without ids of their own."""
+    return [conversation_from_row({"prompt": text}, f"file:{i}") for i, text in enumerate(texts, start=1)]
+
+
+# -- named sets: what is asked of the Hub, and the wording -------------------------------------------------
+
+PYTHON_TASK = "Write a solution to the following problem and make sure that it passes the tests:\n"
+CALLS: dict[str, tuple[tuple[Any, ...], str, dict[str, Any], dict[str, Any]]] = {
+    # name -> arguments, split, a row as the Hub has it, fields of our row
+    "open-perfectblend": (
+        ("mlabonne/open-perfectblend", None),
+        "train",
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "source": "s"},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    ),
+    "gsm8k": (
+        ("openai/gsm8k", "main"),
+        "test",
+        {"question": "q {x}", "answer": "a"},
+        {"prompt": f"q {{x}}{STEPS}"},
+    ),
+    "math500": (
+        ("HuggingFaceH4/MATH-500", None),
+        "test",
+        {"problem": "p", "solution": "s", "level": 3},
+        {"prompt": f"p{STEPS}"},
+    ),
+    "aime25": (
+        ("MathArena/aime_2025", None),
+        "train",
+        {"problem_idx": 1, "problem": "p", "answer": 70},
+        {"prompt": f"p{STEPS}"},
+    ),
+    "humaneval": (
+        ("openai/openai_humaneval", None),
+        "test",
+        {"task_id": "t", "prompt": "def f():\n", "test": "t"},
+        {"prompt": f"{PYTHON_TASK}```python\ndef f():\n\n```"},
+    ),
+    "mbpp": (
+        ("google-research-datasets/mbpp", "sanitized"),
+        "test",
+        {"task_id": 11, "prompt": "Write f.", "code": "c"},
+        {"prompt": "Write f."},
+    ),
+    "mt-bench": (
+        ("HuggingFaceH4/mt_bench_prompts", None),
+        "train",
+        {"category": "c", "prompt": ["first", "second"]},
+        {"prompt": "first", "meta": {"follow_ups": ["second"]}},
+    ),
+    "alpaca": (
+        ("tatsu-lab/alpaca", None),
+        "train",
+        {"instruction": "i", "input": "x", "output": "o"},
+        {"prompt": "i\n\nInput:\nx"},
+    ),
+    "arena-hard-v2": (
+        ("json", ["hf://datasets/lmarena-ai/arena-hard-auto/data/arena-hard-v2.0/question.jsonl"]),
+        "train",
+        {"uid": "u", "category": "hard_prompt", "prompt": "p"},
+        {"prompt": "p"},
+    ),
+    "livecodebench": (
+        (
+            "json",
+            [
+                f"hf://datasets/livecodebench/code_generation_lite/{name}.jsonl"
+                for name in ("test", "test2", "test3", "test4", "test5", "test6")
+            ],
+        ),
+        "train",
+        {"question_title": "t", "question_content": "q", "starter_code": "", "private_test_cases": "x"},
+        {},
+    ),
+}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Stands for the Hub: call it with the rows to give; it returns the list of the calls to come."""
+
+    def serve(*rows: dict[str, Any]) -> list[Any]:
+        calls: list[Any] = []
+
+        def load_dataset(*args: Any, **options: Any) -> Any:
+            calls.append((args, options))
+            return datasets.Dataset.from_list(list(rows)).to_iterable_dataset()
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return calls
+
+    return serve
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_a_named_set_asks_the_hub_for_exactly_its_config_split_and_columns(
+    tmp_path: Path, hub: Callable[..., list[Any]], name: str
+) -> None:
+    arguments, split, row, fields = CALLS[name]
+    calls = hub(row)
+    out = tmp_path / "out.jsonl"
+    good("download", name, "--out", out)
+    if arguments[0] == "json":
+        assert calls == [(("json",), {"data_files": arguments[1], "split": split, "streaming": True})]
+    else:
+        assert calls == [(arguments, {"split": split, "streaming": True})]
+    (made,) = lines_of(out)
+    if "prompt" in fields:
+        fields = {**fields, "messages": [{"role": "user", "content": fields["prompt"]}]}
+        del fields["prompt"]
+    del made["id"]
+    expected = dict(fields) if fields else {"messages": made["messages"]}
+    if SOURCES[name].rows:
+        expected["domain"] = name
+    assert made == expected
+
+
+def test_only_the_columns_of_the_wording_are_read(hub: Callable[..., list[Any]]) -> None:
+    columns = {name: SOURCES[name].columns for name in SOURCES}
+    assert columns == {
+        "open-perfectblend": ("conversations",),
+        "gsm8k": ("question",),
+        "math500": ("problem",),
+        "aime25": ("problem",),
+        "humaneval": ("prompt",),
+        "mbpp": ("prompt",),
+        "livecodebench": ("question_content", "starter_code"),
+        "mt-bench": ("prompt",),
+        "alpaca": ("instruction", "input"),
+        "arena-hard-v2": ("prompt",),
+    }
+
+
+def test_wording_by_what_a_row_holds() -> None:
+    def prompt(name: str, **row: Any) -> str:
+        return str(worded(SOURCES[name], row, "x")["prompt"])
+
+    assert prompt("alpaca", instruction="i", input="") == "i"
+    assert prompt("alpaca", instruction="i", input="x") == "i\n\nInput:\nx"
+    started = prompt("livecodebench", question_content="Sum {a}.", starter_code="class S:\n  pass")
+    assert "### Question:\nSum {a}.\n\n### Format: " in started
+    assert started.endswith("```python\nclass S:\n  pass\n```\n\n### Answer:\n")
+    assert started.startswith("You are an expert Python programmer.")
+    bare = prompt("livecodebench", question_content="Sum.", starter_code="")
+    assert bare.endswith("```python\n# your code here\n```\n\n### Answer:\n")
+    assert "standard input" in bare and "standard input" not in started
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("gsm8k", rf"(?P<question>.+){re.escape(STEPS)}"),
+        ("math500", rf"(?P<problem>.+){re.escape(STEPS)}"),
+        ("aime25", rf"(?P<problem>.+){re.escape(STEPS)}"),
+        ("humaneval", rf"{re.escape(PYTHON_TASK)}```python\n(?P<prompt>.+)\n```"),
+        ("mbpp", "(?P<prompt>.+)"),
+    ],
+)
+def test_the_wording_is_that_of_the_published_prompts(name: str, pattern: str) -> None:
+    for row in lines_of(shared(EVAL / f"{name}.jsonl")):
+        (text,) = row["turns"]
+        found = re.fullmatch(pattern, text, re.DOTALL)
+        assert found, text
+        assert worded(SOURCES[name], found.groupdict(), "x") == {"prompt": text}
+
+
+def test_mt_bench_gives_the_published_turns() -> None:
+    for row in lines_of(shared(EVAL / "mt-bench.jsonl")):
+        assert worded(SOURCES["mt-bench"], {"prompt": row["turns"]}, "x") == row
+
+
+def test_the_table_is_that_of_the_published_protocol() -> None:
+    text = shared(SHARED / "benchmarks.md").read_text("utf-8")
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    found = {row[0]: (row[1].split(" ")[0], row[2], row[4]) for row in cells[2:]}
+    special = {"livecodebench": "test.jsonl … test6.jsonl", "arena-hard-v2": "–"}
+    assert found == {
+        name: (source.repo, special.get(name, source.place), str(source.rows))
+        for name, source in SOURCES.items()
+        if source.rows
+    }
+    assert f"({SOURCES['open-perfectblend'].repo}, 5% held out)" in text
+
+
+def test_the_page_and_the_help_name_every_set() -> None:
+    heads = "| name | Hub id | config and split, or files | columns | rows |\n|---|---|---|---|---|"
+    rows = [
+        f"| `{name}` | {s.repo} | {s.place} | {', '.join(f'`{c}`' for c in s.columns)} | {s.rows or 'all'} |"
+        for name, s in SOURCES.items()
+    ]
+    begin, end = "<!-- named sources: begin -->\n", "<!-- named sources: end -->"
+    page = PAGE.read_text("utf-8")
+    before, rest = page.split(begin)
+    after = rest.split(end)[1]
+    expected = f"{before}{begin}{heads}\n" + "\n".join(rows) + f"\n{end}{after}"
+    if os.environ.get("DEEPSPEC_WRITE_DOCS") == "1":
+        PAGE.write_text(expected, "utf-8")
+    assert PAGE.read_text("utf-8") == expected, "docs/data.md is not what the code says: run `make docs`"
+    words = set(re.split(r"[^\w-]+", good("download", "--help")))
+    assert set(SOURCES) <= words
+
+
+def test_a_copy_of_a_named_set_is_worded_without_any_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    copy = jsonl(tmp_path / "test.jsonl", {"question": "q", "answer": "a"})
+    out = tmp_path / "gsm8k.jsonl"
+    good("download", "gsm8k", "--from", copy, "--out", out)
+    assert questions(out) == [f"q{STEPS}"]
+    error = refused("download", "math500", "--from", copy, "--out", out)
+    assert "no column 'problem'; found 'question', 'answer'" in error
+    assert f"where: {copy}:1" in error and "HuggingFaceH4/MATH-500 (test)" in error
+
+
+def test_a_folder_copy_of_a_set_of_files_is_read_file_by_file(tmp_path: Path) -> None:
+    (tmp_path / "data" / "arena-hard-v2.0").mkdir(parents=True)
+    jsonl(tmp_path / "data/arena-hard-v2.0/question.jsonl", {"uid": "u", "prompt": "p"})
+    good("download", "arena-hard-v2", "--from", tmp_path, "--out", tmp_path / "out.jsonl")
+    assert questions(tmp_path / "out.jsonl") == ["p"]
+
+
+def test_a_benchmark_is_cut_to_its_published_number_and_zero_takes_all(
+    tmp_path: Path, hub: Callable[..., list[Any]]
+) -> None:
+    hub(*({"problem": f"problem {i}"} for i in range(40)))
+    out = tmp_path / "out.jsonl"
+    assert "30 rows of 40, chosen by seed 0" in good("download", "aime25", "--out", out)
+    chosen = questions(out)
+    good("download", "aime25", "--out", out, "--seed", 1)
+    assert len(chosen) == 30 and set(chosen) != set(questions(out))
+    good("download", "aime25", "--out", out, "--limit", 0)
+    assert questions(out) == [f"problem {i}{STEPS}" for i in range(40)]
+
+
+# -- the Hub through the real library ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A data set's repository as on the Hub: two configs, two shards, a column that is not wanted."""
+    folder = tmp_path / "OWNER" / "NAME"
+    folder.mkdir(parents=True)
+    for i in range(2):
+        rows = [{"question": f"q{2 * i + j}", "answer": "a", "extra": [{"a": 1}]} for j in range(2)]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"test-{i}.parquet")
+    other = [{"messages": [{"role": "user", "content": "m", "weight": None}], "prompt_id": "p"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(other), folder / "other.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: test\n    path: test-*.parquet\n"
+        "- config_name: other\n  data_files:\n  - split: train\n    path: other.parquet\n---\n"
+    )
+    return folder
+
+
+def test_a_hub_data_set_is_streamed_with_a_column_map(repository: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    options = ["--config", "main", "--split", "test", "--map", "prompt=question", "--map", "response=answer"]
+    printed = good("download", repository, *options, "--out", out)
+    assert questions(out) == ["q0", "q1", "q2", "q3"]
+    assert "4 rows, 4 of them with an answer" in printed
+    assert all("meta" not in row for row in lines_of(out))
+
+
+def test_a_hub_data_set_in_an_accepted_form_needs_no_map(repository: Path, tmp_path: Path) -> None:
+    good("download", repository, "--config", "other", "--out", tmp_path / "out.jsonl")
+    assert questions(tmp_path / "out.jsonl") == ["m"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--config", "mian"], "Available: ['main', 'other']"),
+        (["--config", "main", "--split", "train"], "Available splits: ['test']"),
+        (["--config", "main", "--split", "test", "--map", "prompt=qestion"], "did you mean 'question'?"),
+    ],
+)
+def test_a_config_split_or_column_that_is_not_there_is_told_what_is(
+    repository: Path, tmp_path: Path, options: list[str], expected: str
+) -> None:
+    assert expected in refused("download", repository, *options, "--out", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_named_sets_folder_is_read_as_the_hub_would(repository: Path, tmp_path: Path) -> None:
+    good("download", "gsm8k", "--from", repository, "--out", tmp_path / "out.jsonl")
+    assert questions(tmp_path / "out.jsonl") == [f"q{i}{STEPS}" for i in range(4)]
+
+
+def test_without_a_network_the_way_by_local_files_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(*args: Any, **options: Any) -> None:
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    error = refused("download", "gsm8k", "--out", tmp_path / "out.jsonl")
+    assert "cannot read openai/gsm8k: Couldn't reach" in error
+    assert "where: main, test" in error
+    assert "deepspec data download NAME --from FILE" in error
+
+
+def test_a_connection_lost_on_the_way_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows() -> Iterator[dict[str, str]]:
+        yield {"question": "q"}
+        raise OSError("connection reset")
+
+    class Broken:
+        column_names = None
+
+        def __iter__(self) -> Iterator[dict[str, str]]:
+            return rows()
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: Broken())
+    out = jsonl(tmp_path / "out.jsonl", {"prompt": "old"})
+    assert "cannot read openai/gsm8k after 1 rows: connection reset" in refused(
+        "download", "gsm8k", "--out", out
+    )
+    assert questions(out) == ["old"]
+    assert os.listdir(tmp_path) == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("words", [["gsm8k"], ["OWNER/NAME"]])
+def test_without_the_extra_the_command_that_installs_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    error = refused("download", *words, "--out", tmp_path / "out.jsonl")
+    assert "'datasets' is not installed" in error and "pip install 'deepspec[data]'" in error
+
+
+# -- local files -------------------------------------------------------------------------------------------
+
+
+def csv_file(path: Path, *rows: list[str], delimiter: str = ",") -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    return path
+
+
+def test_csv_and_jsonl_need_no_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("datasets", "pyarrow", "pandas"):
+        monkeypatch.setitem(sys.modules, package, None)
+    table = csv_file(tmp_path / "a.csv", ["no", "ask", "say"], ["1", 'a "b",\nc', "x"], ["2", "d", ""])
+    lines = jsonl(tmp_path / "b.jsonl", {"no": 3, "ask": "e", "say": None})
+    out = tmp_path / "out.jsonl"
+    options = ["--id", "no", "--map", "prompt=ask", "--map", "response=say", "--domain", "d"]
+    good("download", table, lines, *options, "--out", out)
+    assert lines_of(out) == [
+        {
+            "id": "1",
+            "domain": "d",
+            "messages": [{"role": "user", "content": 'a "b",\nc'}, {"role": "assistant", "content": "x"}],
+        },
+        {"id": "2", "domain": "d", "messages": [{"role": "user", "content": "d"}]},
+        {"id": "3", "domain": "d", "messages": [{"role": "user", "content": "e"}]},
+    ]
+
+
+def test_a_table_holds_lists_as_json_text(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    log = {"messages": messages[:1]}, {"choices": [{"message": messages[1]}]}
+    table = csv_file(
+        tmp_path / "a.tsv",
+        ["messages", "request", "response"],
+        [json.dumps(messages), "", ""],
+        ["", json.dumps(log[0]), json.dumps(log[1])],
+        delimiter="\t",
+    )
+    rows = list(open_source(Wanted([str(table)], {})))
+    assert [list(row.messages) for row in rows] == [messages, messages]
+    broken = csv_file(tmp_path / "b.csv", ["turns"], ['["a", '])
+    with pytest.raises(DataError, match="'turns' is malformed JSON") as caught:
+        list(open_source(Wanted([str(broken)], {})))
+    assert caught.value.where == f"{broken}:2"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected", "line"),
+    [
+        (b"prompt,id\na,1\nb\n", "1 cells, but the first row names 2 columns", 3),
+        (b'prompt,id\n"a\nb",1\nc,2,3\n', "3 cells, but the first row names 2 columns", 4),
+        (b'prompt,id\n"a\ncaf\xe9",1\n', "not UTF-8", 2),
+        (b'prompt,id\n"a"b,1\n', "malformed CSV: ',' expected after '\"'", 2),
+        (b'prompt,id\na,1\n"b,2\nc,3\n', "malformed CSV: unexpected end of data", 3),
+        (b"prompt,prompt\na,b\n", "two columns are named 'prompt'", 1),
+        (b"prompt,id\n,1\n", "'prompt' is null", 2),
+    ],
+)
+def test_a_bad_csv_row_is_refused_with_the_line_it_starts_on(
+    tmp_path: Path, content: bytes, expected: str, line: int
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content)
+    error = refused("download", path, "--out", tmp_path / "out.jsonl")
+    assert expected in error and f"where: {path}:{line}\n" in error
+
+
+def test_bad_csv_rows_are_skipped_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'\xef\xbb\xbfprompt,id\r\na,1\r\nb\r\n"x"y,2\r\n"caf\xe9\r\n",3\r\n\r\nc,4\r\n')
+    skipped = Skipped()
+    assert [row.id for row in open_source(Wanted([str(path)], {}), skipped)] == ["1", "4"]
+    assert [place.split(": ")[0] for place in skipped.places] == [f"{path}:{n}" for n in (3, 4, 5)]
+
+
+def test_parquet_is_read_in_batches_with_its_odd_values_as_text(tmp_path: Path) -> None:
+    import datetime
+
+    when = datetime.datetime(2026, 1, 2, 3, 4, 5)
+    rows = [
+        {"id": i, "prompt": f"q{i}", "at": when, "score": float("nan"), "blob": b"ab"} for i in range(600)
+    ]
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    got = list(open_source(Wanted([str(path)], {})))
+    assert [row.id for row in got] == [str(i) for i in range(600)]
+    assert got[599].meta == {"at": "2026-01-02 03:04:05", "score": None, "blob": "<2 bytes>"}
+    assert got[599].source == f"{path} row 600"
+    only = list(open_source(Wanted([str(path)], {"prompt": "prompt"})))
+    assert only[0].meta == {} and only[0].id != "0"
+
+
+def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    path.write_text("nonsense")
+    error = refused("download", path, "--out", tmp_path / "out.jsonl")
+    assert "cannot read the Parquet file" in error and f"where: {path}" in error
+
+
+def test_a_pipe_is_read_like_a_file(tmp_path: Path) -> None:
+    import threading
+
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text('{"prompt": "a"}\n'))
+    writer.start()
+    good("download", pipe, "--out", tmp_path / "out.jsonl")
+    writer.join()
+    assert questions(tmp_path / "out.jsonl") == ["a"]
+
+
+# -- the command's words -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["gsm8kk"], "no data set 'gsm8kk', did you mean 'gsm8k'?"),
+        (["none.jsonl"], "no such file"),
+        (["gsm8k", "math500"], "gsm8k is a data set of its own"),
+        (["gsm8k", "--map", "prompt=x"], "gsm8k brings its own columns"),
+        (["a.jsonl", "--split", "test"], "--config and --split are for data sets of the Hub"),
+        (["a.jsonl", "--from", "b.jsonl"], "--from gives a named data set's local files"),
+        (["a.jsonl", "--map", "prompt"], "--map 'prompt' is not FIELD=COLUMN"),
+        (["a.jsonl", "--map", "promt=x"], "no field 'promt' to map a column to, did you mean 'prompt'?"),
+        (["a.jsonl", "--map", "id=x", "--id", "y"], "--map fills 'id' from both 'x' and 'y'"),
+    ],
+)
+def test_words_that_do_not_fit_together_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "a.jsonl", {"prompt": "a"})
+    assert expected in refused("download", *words, "--out", "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_map_reaches_into_objects(tmp_path: Path) -> None:
+    row = {"input": {"text": "q"}, "a.b": "literal"}
+    assert mapped(row, {"prompt": "input.text", "id": "a.b"}, None, "") == {"prompt": "q", "id": "literal"}
+    with pytest.raises(DataError, match=re.escape("no column 'input.txt'; found 'input', 'a.b'")):
+        mapped(row, {"prompt": "input.txt"}, None, "x:1")
+
+
+def test_skip_bad_goes_on_and_says_what_was_left_out(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "in.jsonl", {"prompt": "a"}, "{", {"prompt": 3}, {"prompt": "b"})
+    out = tmp_path / "out.jsonl"
+    error = refused("download", path, "--out", out)
+    assert f"where: {path}:2" in error and "--skip-bad leaves such rows out" in error
+    assert not out.exists()
+    result = call("download", path, "--out", out, "--skip-bad")
+    assert result.exit_code == 0 and questions(out) == ["a", "b"]
+    assert "skipped 2 bad rows:" in result.stderr
+    assert f"{path}:3: 'prompt' must be a string, found a number" in result.stderr
+    told = json.loads(good("download", path, "--out", out, "--skip-bad", "--json"))
+    assert told["skipped"]["count"] == 2 and told["rows"] == told["read"] == 2
+    assert told["skipped"]["reasons"]["'prompt' must be a string, found a number"] == 1
+
+
+def test_a_source_of_bad_rows_only_is_an_error_and_leaves_the_old_file(tmp_path: Path) -> None:
+    out = jsonl(tmp_path / "out.jsonl", {"prompt": "old"})
+    path = jsonl(tmp_path / "in.jsonl", {"question": "a"}, {"question": "b"})
+    error = refused("download", path, "--out", out, "--skip-bad")
+    assert "no rows left: all 2 were bad" in error and f"{path}:1" in error and "--map" in error
+    assert "the source has no rows" in refused("download", jsonl(tmp_path / "e.jsonl"), "--out", out)
+    assert questions(out) == ["old"]
+
+
+def test_an_interrupted_download_leaves_the_old_file_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = jsonl(tmp_path / "out.jsonl", {"prompt": "old"})
+
+    def interrupted(*args: Any, **options: Any) -> Iterator[Conversation]:
+        yield asked(["new"])[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deepspec.data.sources.open_source", interrupted)
+    result = call("download", out, "--out", out)
+    assert result.exit_code == 130 and "nothing was written" in result.stderr
+    assert questions(out) == ["old"] and os.listdir(tmp_path) == ["out.jsonl"]
+
+
+def test_the_next_command_is_named(tmp_path: Path, hub: Callable[..., list[Any]]) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"prompt": "a"})
+    printed = good("download", path, "--out", tmp_path / "p.jsonl")
+    assert f"next: deepspec data split {tmp_path / 'p.jsonl'} --out {tmp_path / 'p'}" in printed
+    assert "next: deepspec data split" in good("download", path, "--out", tmp_path / "p")
+    hub({"prompt": "Write f."})
+    printed = good("download", "mbpp", "--out", tmp_path / "mbpp.jsonl")
+    assert f"next: deepspec eval --target TARGET --draft DRAFT --prompts {tmp_path / 'mbpp.jsonl'}" in printed
+
+
+# -- ids and repeats ---------------------------------------------------------------------------------------
+
+
+def test_an_id_that_comes_twice_is_refused_with_both_places(tmp_path: Path) -> None:
+    one = jsonl(tmp_path / "a.jsonl", {"id": "x", "prompt": "a"}, {"id": "y", "prompt": "b"})
+    two = jsonl(tmp_path / "b.jsonl", {"id": "z", "prompt": "c"}, {"id": "y", "prompt": "d"})
+    out = tmp_path / "out.jsonl"
+    error = refused("download", one, two, "--out", out)
+    assert f"the id comes twice; first at {one}:2" in error and f"where: {two}:2 (id y)" in error
+    result = call("download", one, two, "--out", out, "--skip-bad")
+    assert result.exit_code == 0 and questions(out) == ["a", "b", "c"]
+    assert "the id comes twice" in result.stderr
+
+
+def test_a_prompt_without_an_id_that_comes_again_is_kept_under_a_new_one(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", *({"prompt": text} for text in ("What?", "b", "what? ", "What?")))
+    out = tmp_path / "out.jsonl"
+    assert "rows that repeat an earlier prompt: 2 (kept, each under an id of its own)" in good(
+        "download", path, "--out", out
+    )
+    ids = [row["id"] for row in lines_of(out)]
+    assert ids == [ids[0], ids[1], f"{ids[0]}-2", f"{ids[0]}-3"] and len(questions(out)) == 4
+    again = tmp_path / "again.jsonl"
+    good("download", out, "--out", again)
+    assert again.read_bytes() == out.read_bytes()
+    assert "2 (dropped)" in good("download", path, "--out", again, "--drop-repeats")
+    assert questions(again) == ["What?", "b"]
+
+
+def test_a_file_with_itself_appended_still_gives_every_row_its_own_id() -> None:
+    rows = asked(["a", "a", "b"])
+    with Unique() as unique:
+        once = list(unique.rows(rows))
+    with Unique() as unique:
+        twice = list(unique.rows([*once, *once]))
+        assert unique.repeats == 4
+    assert twice[:3] == once
+    assert len({row.id for row in twice}) == 6
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=12), st.booleans())
+def test_ids_are_unique_and_nothing_is_lost(texts: list[str], drop: bool) -> None:
+    with Unique(drop_repeats=drop) as unique:
+        got = list(unique.rows(asked(texts)))
+        repeats = unique.repeats
+    assert len({row.id for row in got}) == len(got)
+    assert repeats == len(texts) - len(set(texts))
+    assert [row.messages[0]["content"] for row in got] == (list(dict.fromkeys(texts)) if drop else texts)
+
+
+# -- cutting -----------------------------------------------------------------------------------------------
+
+
+def chosen(names: list[str], limit: int, seed: int, folder: Path) -> list[str]:
+    rows = [Conversation(name, None, ({"role": "user", "content": "q"},)) for name in names]
+    return [row.id for row in cut(rows, limit, seed, folder)]
+
+
+def test_a_cut_depends_on_the_ids_alone_and_grows_by_adding(tmp_path: Path) -> None:
+    names = [f"row{i}" for i in range(50)]
+    ten = chosen(names, 10, 3, tmp_path)
+    assert ten == chosen(names[::-1], 10, 3, tmp_path) != chosen(names, 10, 4, tmp_path)
+    assert chosen(names, 20, 3, tmp_path)[:10] == ten
+    assert len(set(ten)) == 10 and set(ten) < set(names)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_cut_never_changes_between_releases(tmp_path: Path) -> None:
+    assert chosen([f"row{i}" for i in range(1000)], 4, 0, tmp_path) == ["row582", "row90", "row360", "row514"]
+
+
+@pytest.mark.parametrize("limit", [5, 6])
+def test_what_need_not_be_cut_keeps_its_order(tmp_path: Path, limit: int) -> None:
+    names = [f"row{i}" for i in range(5)]
+    assert chosen(names, limit, 0, tmp_path) == names
+
+
+def test_every_row_is_chosen_equally_often(tmp_path: Path) -> None:
+    names = [f"row{i}" for i in range(10)]
+    counts = dict.fromkeys(names, 0)
+    for seed in range(300):
+        for name in chosen(names, 3, seed, tmp_path):
+            counts[name] += 1
+    assert all(60 < count < 120 for count in counts.values())  # 90 ± 3.8 standard deviations
+
+
+def test_a_cut_keeps_every_field(tmp_path: Path) -> None:
+    text = "é\u2028"
+    rows = [Conversation(f"r{i}", "d", ({"role": "user", "content": text},), {"k": [i]}) for i in range(3)]
+    got = sorted(cut(rows, 2, 0, tmp_path), key=lambda row: row.id)
+    assert len(got) == 2 and all(row in rows for row in got)
+
+
+# -- memory, and the published files -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0, 5])
+def test_memory_stays_flat_whatever_the_file(tmp_path: Path, limit: int) -> None:
+    path = tmp_path / "big.jsonl"
+    with path.open("w") as file:
+        for i in range(400):
+            file.write(json.dumps({"prompt": f"{i} " + "x" * 50_000}) + "\n")
+    assert path.stat().st_size > 20e6
+    tracemalloc.start()
+    done = download(open_source(Wanted([str(path)], {})), tmp_path / "out.jsonl", limit=limit)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert done.rows == (limit or 400)
+    assert peak < 4e6
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math500", "aime25", "humaneval", "mbpp", "mt-bench"])
+def test_the_published_prompts_go_through_unchanged(tmp_path: Path, name: str) -> None:
+    source = shared(EVAL / f"{name}.jsonl")
+    turns = [row["turns"] for row in lines_of(source)]
+    out, folder = tmp_path / "out.jsonl", tmp_path / "sets"
+    good("download", source, "--out", out)
+    rows = list(read_conversations(out))
+    assert [[row.messages[0]["content"], *row.meta.get("follow_ups", [])] for row in rows] == turns
+    assert len({row.id for row in rows}) == len(turns)
+    told = json.loads(good("split", out, "--out", folder, "--test", "0.2", "--select", "0.1", "--json"))
+    assert sum(told["rows"].values()) == len(turns) and told["overlap"] == 0
+    back = {line for file in folder.iterdir() for line in file.read_bytes().splitlines()}
+    assert back == set(out.read_bytes().splitlines())
