@@ -362,7 +362,9 @@ def test_a_hub_data_set_in_an_accepted_form_needs_no_map(repository: Path, tmp_p
 def test_a_config_split_or_column_that_is_not_there_is_told_what_is(
     repository: Path, tmp_path: Path, options: list[str], expected: str
 ) -> None:
-    assert expected in refused("download", repository, *options, "--out", tmp_path / "out.jsonl")
+    error = refused("download", repository, *options, "--out", tmp_path / "out.jsonl")
+    assert expected in error
+    assert "--map" in options or "next: name what there is with --config, --split and --map" in error
     assert not (tmp_path / "out.jsonl").exists()
 
 
