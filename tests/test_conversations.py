@@ -350,6 +350,7 @@ def test_a_batch_files_wrapped_request_and_response_are_found(tmp_path: Path) ->
         None,
         {},
         {"status_code": 500, "body": {"error": "overloaded"}},
+        {"status_code": 429, "body": {"detail": "slow down"}},
         {"error": {"message": "too long"}},
         {"choices": [{"message": {"role": "assistant", "content": None}}]},
     ],

@@ -9,6 +9,7 @@ import re
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from deepspec.data.conversations import Conversation, conversation_from_row, rea
 from deepspec.data.lines import Skipped
 from deepspec.data.named import SOURCES, worded
 from deepspec.data.sources import Wanted, cut, download, mapped, open_source
+from deepspec.data.tables import file_rows
 from deepspec.data.unique import Unique
 from deepspec.errors import DataError
 
@@ -152,6 +154,20 @@ CALLS: dict[str, tuple[tuple[Any, ...], str, dict[str, Any], dict[str, Any]]] = 
 }
 
 
+COLUMNS = {
+    "open-perfectblend": ("conversations",),
+    "gsm8k": ("question",),
+    "math500": ("problem",),
+    "aime25": ("problem",),
+    "humaneval": ("prompt",),
+    "mbpp": ("prompt",),
+    "livecodebench": ("question_content", "starter_code"),
+    "mt-bench": ("prompt",),
+    "alpaca": ("instruction", "input"),
+    "arena-hard-v2": ("prompt",),
+}
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     """Stands for the Hub: call it with the rows to give; it returns the list of the calls to come."""
@@ -163,7 +179,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
             calls.append((args, options))
             return datasets.Dataset.from_list(list(rows)).to_iterable_dataset()
 
+        select = datasets.IterableDataset.select_columns
+
+        def select_columns(data: Any, columns: list[str]) -> Any:
+            calls.append(columns)
+            return select(data, columns)
+
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        monkeypatch.setattr(datasets.IterableDataset, "select_columns", select_columns)
         return calls
 
     return serve
@@ -177,10 +200,10 @@ def test_a_named_set_asks_the_hub_for_exactly_its_config_split_and_columns(
     calls = hub(row)
     out = tmp_path / "out.jsonl"
     good("download", name, "--out", out)
+    options = {"split": split, "streaming": True}
     if arguments[0] == "json":
-        assert calls == [(("json",), {"data_files": arguments[1], "split": split, "streaming": True})]
-    else:
-        assert calls == [(arguments, {"split": split, "streaming": True})]
+        arguments, options = ("json",), {"data_files": arguments[1], **options}
+    assert calls == [(arguments, options), list(COLUMNS[name])]
     (made,) = lines_of(out)
     if "prompt" in fields:
         fields = {**fields, "messages": [{"role": "user", "content": fields["prompt"]}]}
@@ -190,22 +213,6 @@ def test_a_named_set_asks_the_hub_for_exactly_its_config_split_and_columns(
     if SOURCES[name].rows:
         expected["domain"] = name
     assert made == expected
-
-
-def test_only_the_columns_of_the_wording_are_read(hub: Callable[..., list[Any]]) -> None:
-    columns = {name: SOURCES[name].columns for name in SOURCES}
-    assert columns == {
-        "open-perfectblend": ("conversations",),
-        "gsm8k": ("question",),
-        "math500": ("problem",),
-        "aime25": ("problem",),
-        "humaneval": ("prompt",),
-        "mbpp": ("prompt",),
-        "livecodebench": ("question_content", "starter_code"),
-        "mt-bench": ("prompt",),
-        "alpaca": ("instruction", "input"),
-        "arena-hard-v2": ("prompt",),
-    }
 
 
 def test_wording_by_what_a_row_holds() -> None:
@@ -355,7 +362,9 @@ def test_a_hub_data_set_in_an_accepted_form_needs_no_map(repository: Path, tmp_p
 def test_a_config_split_or_column_that_is_not_there_is_told_what_is(
     repository: Path, tmp_path: Path, options: list[str], expected: str
 ) -> None:
-    assert expected in refused("download", repository, *options, "--out", tmp_path / "out.jsonl")
+    error = refused("download", repository, *options, "--out", tmp_path / "out.jsonl")
+    assert expected in error
+    assert "--map" in options or "next: name what there is with --config, --split and --map" in error
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -498,6 +507,8 @@ def test_parquet_is_read_in_batches_with_its_odd_values_as_text(tmp_path: Path) 
     assert got[599].source == f"{path} row 600"
     only = list(open_source(Wanted([str(path)], {"prompt": "prompt"})))
     assert only[0].meta == {} and only[0].id != "0"
+    assert list(next(file_rows(path, columns=["prompt"]))[1]) == ["prompt"]
+    assert list(next(file_rows(path, columns=["prompt", "id.x"]))[1]) == ["id", "prompt"]
 
 
 def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
@@ -639,6 +650,14 @@ def test_a_file_with_itself_appended_still_gives_every_row_its_own_id() -> None:
         assert unique.repeats == 4
     assert twice[:3] == once
     assert len({row.id for row in twice}) == 6
+
+
+def test_a_number_that_is_taken_already_is_passed_over() -> None:
+    plain = asked(["a", "a", "a"])
+    third = replace(plain[0], id=f"{plain[0].id}-3")
+    with Unique() as unique:
+        names = [row.id.removeprefix(plain[0].id) for row in unique.rows([third, *plain])]
+    assert names == ["-3", "", "-4", "-5"]
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=12), st.booleans())

@@ -32,6 +32,9 @@ from deepspec.log import progress
 FIELDS = ("messages", "conversations", "turns", "prompt", "response", "request", "body", "id", "domain")
 """What a column map may fill."""
 
+BAR_ROWS = 256
+"""Rows between two updates of the bar, which cost more than a row."""
+
 _FILE_ENDINGS = (*DELIMITERS, ".parquet", ".jsonl", ".ndjson", ".json")
 _JSON_FIELDS = ("messages", "conversations", "turns", "request", "body")
 """Fields that are lists or objects; a table without such columns holds them as JSON text."""
@@ -156,7 +159,8 @@ def download(
         def incoming() -> Iterator[Conversation]:
             for row in rows:
                 done.read += 1
-                bar.update(1, repeats=unique.repeats, skipped=skipped.count if skipped else 0)
+                if done.read % BAR_ROWS == 0:
+                    bar.update(BAR_ROWS, repeats=unique.repeats, skipped=skipped.count if skipped else 0)
                 yield row
 
         def outgoing() -> Iterator[Conversation]:

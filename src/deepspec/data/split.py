@@ -21,7 +21,7 @@ from deepspec.data.conversations import (
     read_conversations,
 )
 from deepspec.data.lines import Skipped
-from deepspec.data.sources import nothing_left
+from deepspec.data.sources import BAR_ROWS, nothing_left
 from deepspec.data.unique import Unique
 from deepspec.errors import DataError
 from deepspec.files import atomic_file
@@ -75,7 +75,8 @@ def split(
                 name = set_of(row, select, test)
                 streams[name].write(line_of(row))
                 done.rows[name] += 1
-                bar.update(1, **done.rows)
+                if sum(done.rows.values()) % BAR_ROWS == 0:
+                    bar.update(BAR_ROWS, **done.rows)
         if not any(done.rows.values()):
             raise nothing_left(skipped)
         for stream in streams.values():
