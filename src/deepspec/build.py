@@ -155,3 +155,10 @@ def loss_settings(recipe: Recipe) -> LossSettings:
     """The recipe's loss weights in the form that drafts read."""
     loss = recipe.loss
     return LossSettings(loss.ce, loss.l1, loss.confidence, loss.decay_gamma, recipe.draft.step_loss_decay)
+
+
+def read_rules(recipe: Recipe) -> tuple[str, ...]:
+    """Names of the `blocks.READ_RULES` that say which of the target's outputs the recipe's loss reads."""
+    if recipe.algorithm == "eagle3":
+        return ("unroll",)
+    return ("context", "labels") if recipe.loss.l1 or recipe.loss.confidence else ("context",)
