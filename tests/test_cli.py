@@ -39,6 +39,7 @@ COMMANDS = (
     ["inspect"],
     ["export"],
     ["data", "regenerate"],
+    ["data", "cache"],
     ["pocket", "build"],
     ["pocket", "drafts"],
     ["pocket", "check"],

@@ -151,6 +151,11 @@ def unfit_for_mask(target: Target, token: int) -> str | None:
     return f"is {text!r}, which the chat template writes" if written else None
 
 
+def feature_layers(recipe: Recipe, target_config: dict[str, Any]) -> tuple[int, ...]:
+    """The target's layers that the recipe's draft reads; needs no weights. Raises RecipeError."""
+    return draft_spec(recipe, target_config).target_layer_ids
+
+
 def loss_settings(recipe: Recipe) -> LossSettings:
     """The recipe's loss weights in the form that drafts read."""
     loss = recipe.loss

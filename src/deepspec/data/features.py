@@ -6,13 +6,16 @@ target in the step, once per sequence; nothing on disk.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from deepspec.blocks import FeatureBatch
+from deepspec.config import feature_source
 from deepspec.data.conversations import read_conversations
 from deepspec.data.tokens import Encoded, encode
 from deepspec.errors import DataError, TargetError
@@ -23,9 +26,15 @@ Source = Callable[[Sequence[Encoded], int], FeatureBatch]
 
 
 def load_rows(
-    path: str | Path, target: Target, *, thinking: bool, max_length: int, min_supervised: int = 2
+    path: str | Path,
+    target: Target,
+    *,
+    thinking: bool,
+    max_length: int,
+    min_supervised: int = 2,
+    limit: int | None = None,
 ) -> list[Encoded]:
-    """Tokenise a file of answered conversations with the target's own template.
+    """Tokenise a file of answered conversations, or its first `limit`, with the target's own template.
 
     Rows with fewer than `min_supervised` supervised tokens are left out. Raises DataError where a row
     is broken or nothing is left, TargetError for a target without a tokenizer.
@@ -36,7 +45,7 @@ def load_rows(
             next_step="put the target's tokenizer files beside its weights",
         )
     rows = []
-    for conversation in read_conversations(path, require_answer=True):
+    for conversation in islice(read_conversations(path, require_answer=True), limit):
         row = encode(target.tokenizer, conversation, thinking, max_length)
         if sum(row.loss_mask) >= min_supervised:
             rows.append(row)
@@ -81,6 +90,26 @@ def batches_from(
 def steps_per_epoch(rows: Sequence[Encoded], batch_size: int) -> int:
     """Batches in one pass over the rows."""
     return len(batch_order([len(r.ids) for r in rows], batch_size, 0, 0))
+
+
+def open_source(
+    features: str, target: Target, layers: Sequence[int], reads: Sequence[str], remedy: str = ""
+) -> Source:
+    """The source that a recipe's `data.features` names (`config.feature_source`).
+
+    reads: names of the `blocks.READ_RULES` whose positions it has to fill. remedy: the command that would
+    make a fitting cache, for the error where one does not fit. Raises UserError.
+    """
+    form, place = feature_source(features)
+    if form == "online":
+        return online(target, layers)
+    if form == "cache":
+        from deepspec.data.cached import cached, open_cache
+
+        return cached(open_cache(Path(place)), target, layers, reads, remedy)
+    servers = importlib.import_module("deepspec.data.feature_servers")
+    opened: Source = getattr(servers, f"{form}_source")(place, target, layers, reads)
+    return opened
 
 
 def online(target: Target, layers: Sequence[int]) -> Source:
