@@ -41,6 +41,7 @@ COMMANDS = (
     ["data", "regenerate"],
     ["data", "download"],
     ["data", "split"],
+    ["data", "cache"],
     ["pocket", "build"],
     ["pocket", "drafts"],
     ["pocket", "check"],

@@ -152,7 +152,19 @@ def unfit_for_mask(target: Target, token: int) -> str | None:
     return f"is {text!r}, which the chat template writes" if written else None
 
 
+def feature_layers(recipe: Recipe, target_config: dict[str, Any]) -> tuple[int, ...]:
+    """The target's layers that the recipe's draft reads; needs no weights. Raises RecipeError."""
+    return draft_spec(recipe, target_config).target_layer_ids
+
+
 def loss_settings(recipe: Recipe) -> LossSettings:
     """The recipe's loss weights in the form that drafts read."""
     loss = recipe.loss
     return LossSettings(loss.ce, loss.l1, loss.confidence, loss.decay_gamma, recipe.draft.step_loss_decay)
+
+
+def read_rules(recipe: Recipe) -> tuple[str, ...]:
+    """Names of the `blocks.READ_RULES` that say which of the target's outputs the recipe's loss reads."""
+    if recipe.algorithm == "eagle3":
+        return ("unroll",)
+    return ("context", "labels") if recipe.loss.l1 or recipe.loss.confidence else ("context",)

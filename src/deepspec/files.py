@@ -127,6 +127,40 @@ def count_lines(path: Path | str) -> int | None:
         return None
 
 
+# ── one writer for a piece of work, and a disk that is full ────────────────────────────────────────────
+
+
+@contextmanager
+def claimed(lock: Path, piece: int, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process, of all that share the lock file, holds piece number `piece` inside the block.
+
+    Piece n is byte n of the file, locked by the system, so that a killed process holds nothing. Without
+    `wait` a piece that another process holds is given up at once. Where the system has no such locks, nobody
+    is kept out.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, piece)
+            ours = True
+        except OSError as error:
+            # Some network file systems refuse all locks, and that is not somebody else's claim.
+            ours = error.errno not in (errno.EACCES, errno.EAGAIN)
+        yield ours
+    finally:
+        os.close(handle)
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether a write failed for want of space, or of the user's share of it."""
+    return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
 # ── files that grow by whole lines ────────────────────────────────────────────────────────────────────
 
 

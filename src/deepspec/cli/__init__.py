@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from deepspec import __version__
-from deepspec.cli import data, measure, pocket, serving, sources
+from deepspec.cli import data, features, measure, pocket, serving, sources
 from deepspec.cli.common import SETTINGS, Json, print_json, print_results
 from deepspec.errors import UserError
 from deepspec.log import note, show_error
@@ -25,7 +25,7 @@ BAD_INPUT, INTERRUPTED = 2, 130
 KEPT = {
     "quickstart": "answers, checkpoints and metrics so far are kept; the same command goes on from there",
     "train": "answers, checkpoints and metrics so far are kept; the same command goes on from there",
-    "data": "the answers finished so far are kept; the same command goes on with the rest",
+    "data": "the shards and answers finished so far are kept; the same command goes on with the rest",
     "pocket": "what was built so far is kept; the same command goes on from its last checkpoint",
 }
 
@@ -157,5 +157,6 @@ app.command()(measure.inspect)
 app.command()(serving.export)
 data.data_app.command("download")(sources.download)
 data.data_app.command("split")(sources.split)
+data.data_app.command("cache")(features.cache)
 app.add_typer(data.data_app, name="data")
 app.add_typer(pocket.pocket_app, name="pocket")

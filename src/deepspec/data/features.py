@@ -6,16 +6,19 @@ target in the step, once per sequence; nothing on disk.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from deepspec.blocks import FeatureBatch
+from deepspec.config import feature_source
 from deepspec.data.conversations import read_conversations
 from deepspec.data.rows import Rows, distinct, pack, row_lengths
 from deepspec.data.tokens import Encoded, OverlongError, encode_turns
@@ -29,9 +32,16 @@ Source = Callable[[Sequence[Encoded], int], FeatureBatch]
 
 
 def load_rows(
-    path: str | Path, target: Target, *, thinking: bool, max_length: int, min_supervised: int = 2
+    path: str | Path,
+    target: Target,
+    *,
+    thinking: bool,
+    max_length: int,
+    min_supervised: int = 2,
+    limit: int | None = None,
 ) -> Rows:
-    """Tokenise a file of answered conversations with the target's own template; every row's id is unique.
+    """Tokenise a file of answered conversations, or its first `limit`, with the target's own template; every
+    row's id is unique.
 
     Sequences with fewer than `min_supervised` supervised tokens are left out, and counted in a warning where
     `max_length` is the reason. Raises DataError where a row is broken or nothing is left, TargetError for a
@@ -43,7 +53,7 @@ def load_rows(
             next_step="put the target's tokenizer files beside its weights",
         )
     overlong: list[OverlongError] = []
-    rows = pack(_sequences(path, target, thinking, max_length, min_supervised, overlong))
+    rows = pack(_sequences(path, target, thinking, max_length, min_supervised, limit, overlong))
     if not rows and overlong:
         raise overlong[0]
     if not rows:
@@ -66,13 +76,14 @@ def _sequences(
     thinking: bool,
     max_length: int,
     min_supervised: int,
+    limit: int | None,
     overlong: list[OverlongError],
 ) -> Iterator[Encoded]:
     """A file's training sequences, one at a time; what is too long goes to `overlong`."""
     assert target.tokenizer is not None
     seen: Counter[str] = Counter()
-    with progress("tokenising", count_lines(path)) as bar:
-        for conversation in read_conversations(path, require_answer=True):
+    with progress("tokenising", limit or count_lines(path)) as bar:
+        for conversation in islice(read_conversations(path, require_answer=True), limit):
             try:
                 found = encode_turns(target.tokenizer, conversation, thinking, max_length)
             except OverlongError as error:
@@ -116,6 +127,26 @@ def batches_from(
 def steps_per_epoch(rows: Sequence[Encoded], batch_size: int) -> int:
     """Batches in one pass over the rows."""
     return math.ceil(len(rows) / batch_size)
+
+
+def open_source(
+    features: str, target: Target, layers: Sequence[int], reads: Sequence[str], remedy: str = ""
+) -> Source:
+    """The source that a recipe's `data.features` names (`config.feature_source`).
+
+    reads: names of the `blocks.READ_RULES` whose positions it has to fill. remedy: the command that would
+    make a fitting cache, for the error where one does not fit. Raises UserError.
+    """
+    form, place = feature_source(features)
+    if form == "online":
+        return online(target, layers)
+    if form == "cache":
+        from deepspec.data.cached import cached, open_cache
+
+        return cached(open_cache(Path(place)), target, layers, reads, remedy)
+    servers = importlib.import_module("deepspec.data.feature_servers")
+    opened: Source = getattr(servers, f"{form}_source")(place, target, layers, reads)
+    return opened
 
 
 def online(target: Target, layers: Sequence[int]) -> Source:
