@@ -56,7 +56,7 @@ test: lint
 	$(BIN)/python -m pytest $(ARGS)
 
 docs: $(STAMP)
-	DEEPSPEC_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_families.py tests/test_sources.py $(ARGS)
+	DEEPSPEC_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_families.py tests/test_named.py $(ARGS)
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak $(ARGS)

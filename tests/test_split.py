@@ -10,28 +10,15 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
-from deepspec.cli import app
 from deepspec.data.conversations import Conversation, holdout_bucket, read_conversations, write_conversations
 from deepspec.data.lines import Skipped
 from deepspec.data.split import overlap, set_of, split
 from deepspec.errors import DataError
+from rowfiles import call, good, jsonl, refused
 
 USER = {"role": "user", "content": "2+2?"}
 SETS = ("train", "select", "test")
-
-
-def refused(*words: Any) -> str:
-    result = CliRunner().invoke(app, ["data", "split", *(str(word) for word in words)])
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    return result.stderr
-
-
-def jsonl(path: Path, *rows: object) -> Path:
-    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), "utf-8")
-    return path
 
 
 def prompts(path: Path, count: int) -> Path:
@@ -127,7 +114,7 @@ def test_repeated_prompts_are_counted_and_kept_or_dropped(tmp_path: Path) -> Non
 
 def test_an_id_that_comes_twice_is_refused_with_both_places_or_skipped(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "in.jsonl", {"id": "x", "prompt": "a"}, {"id": "x", "prompt": "b"}, "{")
-    error = refused(path, "--out", tmp_path / "sets")
+    error = refused("split", path, "--out", tmp_path / "sets")
     assert f"the id comes twice; first at {path}:1" in error and f"where: {path}:2 (id x)" in error
     assert "--skip-bad" in error
     assert list((tmp_path / "sets").iterdir()) == []
@@ -156,13 +143,13 @@ def test_a_share_of_zero_makes_no_file_and_takes_none_from_before(tmp_path: Path
 @pytest.mark.parametrize(("select", "test"), [(0.5, 0.5), (1, 0), (-0.1, 0.2), (0.2, 1.5), (float("nan"), 0)])
 def test_shares_that_leave_no_training_set_are_refused(tmp_path: Path, select: float, test: float) -> None:
     path = prompts(tmp_path / "in.jsonl", 3)
-    error = refused(path, "--out", tmp_path / "sets", "--select", select, "--test", test)
+    error = refused("split", path, "--out", tmp_path / "sets", "--select", select, "--test", test)
     assert "leave nothing to train on" in error
 
 
 def test_the_input_is_never_written_over(tmp_path: Path) -> None:
     path = prompts(tmp_path / "train.jsonl", 30)
-    assert "the split would write over what it reads" in refused(path, "--out", tmp_path)
+    assert "the split would write over what it reads" in refused("split", path, "--out", tmp_path)
     assert len(list(read_conversations(path))) == 30
 
 
@@ -171,27 +158,25 @@ def test_a_bad_row_leaves_all_three_old_files(tmp_path: Path) -> None:
     split(prompts(tmp_path / "in.jsonl", 200), out)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     path = jsonl(tmp_path / "bad.jsonl", *({"prompt": f"new {i}"} for i in range(200)), {"prompt": 3})
-    assert f"where: {path}:201" in refused(path, "--out", out)
+    assert f"where: {path}:201" in refused("split", path, "--out", out)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
 def test_an_empty_set_is_warned_of_and_an_empty_file_refused(tmp_path: Path) -> None:
-    result = CliRunner().invoke(
-        app, ["data", "split", str(prompts(tmp_path / "a.jsonl", 2)), "--out", str(tmp_path / "s")]
-    )
+    result = call("split", prompts(tmp_path / "a.jsonl", 2), "--out", tmp_path / "s")
     assert result.exit_code == 0 and "is empty: too few questions" in result.stderr
-    assert "the source has no rows" in refused(jsonl(tmp_path / "e.jsonl"), "--out", tmp_path / "s")
+    assert "the source has no rows" in refused("split", jsonl(tmp_path / "e.jsonl"), "--out", tmp_path / "s")
 
 
 def test_the_report_names_files_shares_overlap_and_the_next_command(tmp_path: Path) -> None:
     path, out = prompts(tmp_path / "in.jsonl", 300), tmp_path / "sets"
-    words = ["data", "split", str(path), "--out", str(out), "--test", "0.2", "--select", "0.1"]
-    printed = CliRunner().invoke(app, words).stdout
+    words = ["split", path, "--out", out, "--test", 0.2, "--select", 0.1]
+    printed = good(*words)
     counts = {name: len(rows) for name, rows in openings(out).items()}
     assert f"{out / 'train'}.jsonl: {counts['train']} rows ({counts['train'] / 300:.1%})" in printed
     assert "rows that repeat an earlier prompt: 0\n" in printed
     assert "questions in more than one set, as read back: 0" in printed
     assert f"next: deepspec data regenerate {out / 'train.jsonl'} --out {out / 'answers.jsonl'}" in printed
-    told = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    told = json.loads(good(*words, "--json"))
     assert (told["rows"], told["overlap"], told["repeats"]) == (counts, 0, 0)
     assert told["skipped"] == {"count": 0, "reasons": {}, "first": []}
