@@ -189,11 +189,19 @@ def cache_features(
 def _keep_recipe(recipe: Recipe, run: Path) -> None:
     """Write the resolved recipe; say so when the run was started with another one.
 
-    Raises RecipeError where that run began from another draft: going on would not fine-tune this one.
+    Raises RecipeError, and leaves the run's own recipe as it is, where that run began from another draft or
+    trains a draft of another kind: going on would train neither.
     """
     path = run / "recipe.yaml"
-    before = load_recipe(path) if path.exists() else recipe
-    if before.start_from != recipe.start_from and latest_checkpoint(run) is not None:
+    going_on = path.exists() and latest_checkpoint(run) is not None
+    before = load_recipe(path) if going_on else recipe
+    other = _other_draft(before, recipe)
+    if other:
+        raise RecipeError(
+            f"{run} is a run that trains another draft: {'; '.join(other)}",
+            next_step="give this one a name of its own (name=NAME), or start anew with --fresh",
+        )
+    if before.start_from != recipe.start_from:
         raise RecipeError(
             f"{run} is a run that began from {before.start_from or 'fresh weights'}, "
             f"not from {recipe.start_from or 'fresh weights'}",
@@ -202,6 +210,16 @@ def _keep_recipe(recipe: Recipe, run: Path) -> None:
     if before != recipe:
         note(f"{run} was started with another recipe; it goes on with this one")
     dump_recipe(recipe, path)
+
+
+def _other_draft(before: Recipe, now: Recipe) -> list[str]:
+    """What makes the drafts of two recipes different ones, weights of equal shapes included."""
+    have, want = (
+        {"algorithm": r.algorithm} | {f"draft.{k}": v for k, v in r.draft.model_dump().items()}
+        for r in (before, now)
+    )
+    keys = (k for k in have if k != "draft.step_loss_decay" and have[k] != want[k])
+    return [f"its {key} is {have[key]}, the recipe's {want[key]}" for key in keys]
 
 
 def data_facts(source: Path, limit: int | None = None) -> dict[str, Any]:
