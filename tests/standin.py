@@ -36,9 +36,10 @@ class StandIn:
         tokenize: Callable[[str], list[int]] | None = None,
         key: str | None = None,
         retry_after: str = "0",
+        port: int = 0,
     ) -> None:
         self.fault, self.engine, self.model, self.answer = fault, engine, model, answer
-        self.tokenize, self.key, self.retry_after, self.port = tokenize, key, retry_after, 0
+        self.tokenize, self.key, self.retry_after, self.port = tokenize, key, retry_after, port
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.met: list[str | None] = []
         self.most_at_once = self._at_once = 0
