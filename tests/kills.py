@@ -39,13 +39,18 @@ def killed_at(operation: int, work: Callable[[], object]) -> bool:
     """
 
     def dying() -> None:
-        at_operation(operation, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        kill_at(operation)
         work()
 
     _, status = os.waitpid(in_child(dying), 0)
     code = os.waitstatus_to_exitcode(status)
     assert code in (0, -signal.SIGKILL), f"the child ended with {code}"
     return code != 0
+
+
+def kill_at(operation: int) -> None:
+    """Have this process die at its n-th durable operation from now."""
+    at_operation(operation, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def at_operation(number: int, act: Callable[[], object]) -> None:

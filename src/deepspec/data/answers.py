@@ -97,8 +97,8 @@ class AnswerFile:
         try:
             self._times = JsonlWriter(beside(out, "timings"))
             mark = last_mark(self._times.path)
-            believable = self._read(self._rows.size if mark is None else mark)
-            if mark is None or not believable or len(self.tail) > stretch:
+            self._read(self._rows.size if mark is None else mark)
+            if mark is None or len(self.tail) > stretch:
                 self.done |= self.tail
                 self.tail = set()
                 self.mark()
@@ -131,9 +131,9 @@ class AnswerFile:
         self._times.write({"bytes": self._rows.size, **figures, "time": when})
         self._times.sync()
 
-    def _read(self, mark: int) -> bool:
-        """Sort the ids that are there into `done` and `tail`; whether the mark is the end of a line."""
-        at, met = 0, mark == 0
+    def _read(self, mark: int) -> None:
+        """Sort the ids that are there into `done` and `tail`: lines that begin before the mark, and after."""
+        at = 0
         with (
             self.out.open("rb") as stream,
             progress("reading the answers that are there", self._rows.size, count=False) as bar,
@@ -141,9 +141,7 @@ class AnswerFile:
             for number, line in enumerate(stream, start=1):
                 (self.done if at < mark else self.tail).add(self._id(line, f"{self.out}:{number}"))
                 at += len(line)
-                met = met or at == mark
                 bar.update(completed=at)
-        return met
 
     def _id(self, line: bytes, where: str) -> str:
         """A line's id. Raises DataError where it is no answer of ours, made under these conditions."""

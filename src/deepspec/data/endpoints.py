@@ -9,7 +9,8 @@ What goes wrong is told apart by whose fault it is:
 * the moment's: 5xx, time-outs, torn or garbled bodies. Asked again, elsewhere if there is an elsewhere, after
   a wait that doubles and is spread by chance; `Policy.attempts` times in all (`Exhausted`).
 * the server's: refused connections, or `Policy.unwell_after` failures in a row. It rests, its questions go to
-  the others, and it is greeted again after a rest that doubles each time.
+  the others, and it is greeted again after a rest that doubles each time. One that had answered badly is then
+  asked one question, before it gets its share again.
 * too much asked: 429. The server is left alone as long as `Retry-After` says. Costs a question no attempt.
 * everybody's: nobody well for `Policy.patience` seconds, or a server that wants another key (`UserError`).
 """
@@ -87,6 +88,8 @@ class Endpoint:
     rests: int = 0
     """In a row, since its last answer."""
     well: bool = False
+    on_trial: bool = False
+    """Back from a rest that bad answers had sent it to: asked one question, until it has answered it well."""
 
 
 class _Trouble(Exception):
@@ -124,7 +127,7 @@ class Pool:
         clock: Callable[[], float] = time.monotonic,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
-        self.endpoints = [Endpoint(base_url(url)) for url in dict.fromkeys(urls)]
+        self.endpoints = [Endpoint(url) for url in dict.fromkeys(map(base_url, urls))]
         self.concurrency, self.policy, self._greet = concurrency, policy or Policy(), greet
         self._clock, self._sleep, self._random = clock, sleep, random.Random(seed)
         self._client = httpx.AsyncClient(
@@ -227,7 +230,11 @@ class Pool:
             while True:
                 if self._lost is not None:
                     raise self._lost
-                free = [e for e in self.endpoints if e.well and e.in_flight < self.concurrency]
+                free = [
+                    e
+                    for e in self.endpoints
+                    if e.well and e.in_flight < (1 if e.on_trial else self.concurrency)
+                ]
                 if free:
                     chosen = min(free, key=lambda e: (e is avoid, e.in_flight))
                     chosen.in_flight += 1
@@ -237,10 +244,11 @@ class Pool:
     async def _give_back(self, endpoint: Endpoint) -> None:
         async with self._changed:
             endpoint.in_flight -= 1
-            self._changed.notify(1)
+            self._changed.notify_all()  # a trial that was passed makes room for many
 
     def _heard_from(self, endpoint: Endpoint) -> None:
         endpoint.failures_in_row = endpoint.rests = 0
+        endpoint.on_trial = False
         self._nobody_since = None
 
     async def _give_up(self, error: BaseException) -> None:
@@ -254,9 +262,10 @@ class Pool:
         """Count a failure, and have the server rest if it is due."""
         endpoint.failed += 1
         endpoint.failures_in_row += not trouble.busy
-        due = trouble.servers_own or endpoint.failures_in_row >= self.policy.unwell_after
-        if not due or not endpoint.well:
+        failing = endpoint.on_trial or endpoint.failures_in_row >= self.policy.unwell_after
+        if not endpoint.well or not (failing or trouble.servers_own):
             return
+        endpoint.on_trial = not trouble.servers_own
         rest = self._wait(endpoint.rests) if trouble.wait is None else trouble.wait
         endpoint.well, endpoint.failures_in_row = False, 0
         endpoint.rests += 1
