@@ -43,8 +43,9 @@ TARGETS: dict[str, dict[str, Any]] = {
     },
 }
 """Dimensions of the published targets that are known here."""
-STATE_BYTES = 20
-"""Per trained parameter: weight and gradient in bfloat16; master, its gradient, two moments in float32."""
+STATE_BYTES = {"float32": 2 + 2 + 4 + 4 + 2 * 4, "8bit": 2 + 2 + 4 + 4 + 2 * (1 + 4 / 256)}
+"""Per trained parameter, by `optim.states`: weight, gradient in bfloat16; master, its gradient in float32;
+two moments in float32, or in a byte each with a float32 scale for every 256 (norms keep float32)."""
 
 
 def row(recipe_name: str, name: str, config: dict[str, Any]) -> str:
@@ -57,7 +58,8 @@ def row(recipe_name: str, name: str, config: dict[str, Any]) -> str:
     cached = 2 * spec.num_layers * spec.shape.kv_heads * spec.shape.head_dim * 2
     layers = " ".join(map(str, spec.target_layer_ids))
     cells = [f"`{recipe_name}`", layers, f"{own:,}", f"{own + shared:,}", f"{2 * own / 1e9:.2f}"]
-    return "| " + " | ".join([*cells, f"{STATE_BYTES * own / 1e9:.1f}", f"{cached:,}"]) + " |"
+    training = STATE_BYTES[recipe.optim.states] * own / 1e9
+    return "| " + " | ".join([*cells, f"{training:.1f}", f"{cached:,}"]) + " |"
 
 
 def table(rows: list[str]) -> str:

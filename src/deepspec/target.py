@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.utils import logging as hf_logging
 
 from deepspec import families
-from deepspec.anatomy import find_decoder, find_embedding, find_head, steady_length, text_config
+from deepspec.anatomy import final_norm, find_decoder, find_embedding, find_head, steady_length, text_config
 from deepspec.errors import TargetError
 from deepspec.hub import check_whole, first_line, locate, unreadable
 from deepspec.log import note
@@ -327,6 +327,16 @@ class Target:
         self._check_length(input_ids.shape[1])
         output = self.decoder(input_ids=input_ids.to(self.device), use_cache=False)
         return self._output(output)
+
+    @torch.no_grad()
+    def finish(self, stream: Tensor) -> Tensor:
+        """[..., d] residual stream after the last layer -> last hidden state, through the final norm.
+
+        Servers give the stream before it, where this program means what comes after (method.md 2).
+        """
+        norm = final_norm(self.decoder)
+        weight = next(norm.parameters(), self.embedding.weight)
+        return norm(stream.to(weight.device)).to(self.device)
 
     # ── cached steps over slots ───────────────────────────────────────────────────────────────────
 

@@ -32,7 +32,7 @@ from deepspec.files import plain, write_json
 from deepspec.log import note, warn
 from deepspec.report import write_report
 from deepspec.target import Target
-from deepspec.train import Outcome, latest_checkpoint, train
+from deepspec.train import Outcome, eight_bit_adamw, latest_checkpoint, train
 from deepspec.verify import Sampling
 
 ALGORITHMS = ("eagle3", "dflash", "dspark")
@@ -69,6 +69,8 @@ def train_draft(
     `answers` stands in for the recipe's training file. Held-out τ on the recipe's select prompts picks the
     best checkpoint. Raises UserError for bad data, recipes or targets.
     """
+    if recipe.optim.states == "8bit":
+        eight_bit_adamw()  # before anything is loaded or answered
     target = target or Target.from_pretrained(recipe.target)
     run = Path(runs) / recipe.name
     run.mkdir(parents=True, exist_ok=True)

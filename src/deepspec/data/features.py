@@ -6,10 +6,9 @@ target in the step, once per sequence; nothing on disk.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -124,6 +123,28 @@ def batches_from(
         epoch, skip = epoch + 1, 0
 
 
+def announced(
+    batches: Iterator[tuple[int, list[Encoded]]], source: Source
+) -> Generator[tuple[int, list[Encoded]], None, None]:
+    """The same endless batches; a source that works ahead is told of each one a step before it is read.
+
+    Closing them closes the source.
+    """
+    expect, close = (getattr(source, name, None) for name in ("expect", "close"))
+    try:
+        coming = next(batches)
+        if expect is not None:
+            expect(coming[1])
+        while True:
+            now, coming = coming, next(batches)
+            if expect is not None:
+                expect(coming[1])
+            yield now
+    finally:
+        if close is not None:
+            close()
+
+
 def steps_per_epoch(rows: Sequence[Encoded], batch_size: int) -> int:
     """Batches in one pass over the rows."""
     return math.ceil(len(rows) / batch_size)
@@ -144,9 +165,9 @@ def open_source(
         from deepspec.data.cached import cached, open_cache
 
         return cached(open_cache(Path(place)), target, layers, reads, remedy)
-    servers = importlib.import_module("deepspec.data.feature_servers")
-    opened: Source = getattr(servers, f"{form}_source")(place, target, layers, reads)
-    return opened
+    from deepspec.data.feature_servers import sglang_source, vllm_source
+
+    return (vllm_source if form == "vllm" else sglang_source)(place, target, layers, reads)
 
 
 def online(target: Target, layers: Sequence[int]) -> Source:
