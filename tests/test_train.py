@@ -28,7 +28,8 @@ from deepspec.checkpoint import load_draft
 from deepspec.cli import app
 from deepspec.config import Recipe
 from deepspec.data.features import batch_order, batches_from, online
-from deepspec.data.tokens import Encoded, frequent_ids
+from deepspec.data.rows import frequent_ids
+from deepspec.data.tokens import Encoded
 from deepspec.decode import generate
 from deepspec.errors import CheckpointError, RecipeError
 from deepspec.log import Tracker

@@ -20,7 +20,7 @@ import torch
 from deepspec import acceptance
 from deepspec.acceptance import Interval
 from deepspec.compare import FORMAT
-from deepspec.data.conversations import Conversation, prompt_messages, read_conversations
+from deepspec.data.conversations import Conversation, prompt_messages, read_conversations, tools_of
 from deepspec.data.tokens import prompt_ids, system_hash, template_hash
 from deepspec.decode import Decoder, Generation, Request, pieces_of
 from deepspec.drafts.base import Draft
@@ -103,7 +103,9 @@ def load_prompts(
             c.id,
             c.domain or "all",
             c.messages[-1]["content"] if c.messages else "",
-            tuple(prompt_ids(target.tokenizer, prompt_messages(c), thinking, where=c.where)),
+            tuple(
+                prompt_ids(target.tokenizer, prompt_messages(c), thinking, tools=tools_of(c), where=c.where)
+            ),
             system_hash(c.messages),
         )
         for c in spread(rows, limit)

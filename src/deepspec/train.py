@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.build import build_draft, loss_settings, vocabulary_facts
+from deepspec.build import build_draft, loss_settings, read_rules, vocabulary_facts
 from deepspec.checkpoint import AnyDraft, load_provenance, save_draft
 from deepspec.config import OptimConfig, Recipe
-from deepspec.data.features import Source, announced, batches_from, online, steps_per_epoch
+from deepspec.data.features import Source, announced, batches_from, open_source, steps_per_epoch
 from deepspec.data.tokens import Encoded
 from deepspec.errors import CheckpointError, RecipeError
 from deepspec.files import JsonlWriter, write_json, write_text
@@ -186,14 +186,19 @@ def train(
     run: Path,
     provenance: dict[str, Any],
     held_out: Callable[[AnyDraft], float] | None = None,
+    source: Source | None = None,
 ) -> Outcome:
-    """Train (or go on training) a draft in `run`; keeps the last checkpoints and the best by held-out τ."""
+    """Train (or go on training) a draft in `run`; keeps the last checkpoints and the best by held-out τ.
+
+    source: of the rows' features, where it is open already; else the recipe's `data.features` is opened.
+    """
     draft = build_draft(recipe, target, rows)
     provenance = {**provenance, **vocabulary_facts(draft, rows)}
     if "vocabulary" in provenance:
         share = provenance["vocabulary"]["coverage"]
         note(f"the draft's {recipe.draft.vocab_size} ids cover {share:.2%} of the supervised tokens")
-    source = online(target, draft.feature_layers)
+    if source is None:
+        source = open_source(recipe.data.features, target, draft.feature_layers, read_rules(recipe))
     optimizer = Optimizer(draft, recipe)
     at = Progress()
     found = latest_checkpoint(run)

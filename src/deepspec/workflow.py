@@ -6,20 +6,25 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from deepspec import pocket
+from deepspec.build import feature_layers, read_rules
 from deepspec.checkpoint import AnyDraft, find_checkpoint, load_draft, load_provenance
 from deepspec.compare import MODE, mode_differences
-from deepspec.config import Recipe, dump_recipe, load_recipe
+from deepspec.config import Recipe, dump_recipe, feature_source, load_recipe
+from deepspec.data.cache import SHARD_BYTES, Plan, Written, plan_cache, write_cache
+from deepspec.data.cached import cached, cached_rows, check_rows, open_cache
 from deepspec.data.conversations import Conversation, content_hash, read_conversations
-from deepspec.data.features import load_rows
+from deepspec.data.features import Source, load_rows
 from deepspec.data.regenerate import regenerate
-from deepspec.data.tokens import system_hash, template_hash, tokenizer_hash
+from deepspec.data.tokens import Encoded, system_hash, template_hash, tokenizer_hash
 from deepspec.drafts.base import Draft
 from deepspec.errors import RecipeError
 from deepspec.evaluate import evaluate_drafts, held_out_tau, load_prompts, spread
@@ -70,14 +75,7 @@ def train_draft(
     run = Path(runs) / recipe.name
     run.mkdir(parents=True, exist_ok=True)
     _keep_recipe(recipe, run)
-    source = answers or answered(recipe.data.train, target, recipe.thinking, run / "data")
-    rows = load_rows(
-        source,
-        target,
-        thinking=recipe.thinking,
-        max_length=recipe.data.max_length,
-        min_supervised=recipe.data.min_supervised,
-    )
+    data = training_data(recipe, target, run, answers)
     prompts = load_prompts(
         data_file(recipe.data.select), target, thinking=recipe.thinking, limit=recipe.eval_prompts
     )
@@ -85,20 +83,127 @@ def train_draft(
     def held_out(draft: AnyDraft) -> float:
         return held_out_tau(target, draft, prompts, recipe.eval_max_new_tokens)
 
-    facts = provenance(recipe, target, source)
-    for sentence in mode_differences(f"{source} was answered", facts["data"], "the recipe trains", facts):
+    facts = provenance(recipe, target, data.about)
+    for sentence in mode_differences(f"{data.name} was answered", facts["data"], "the recipe trains", facts):
         warn(sentence)
-    return train(recipe, target, rows, run, facts, held_out)
+    return train(recipe, target, data.rows, run, facts, held_out, data.source)
+
+
+class TrainingData(NamedTuple):
+    """name: for messages. about: `data_facts`. source: of features, where it comes with the rows."""
+
+    name: str
+    rows: Sequence[Encoded]
+    about: dict[str, Any]
+    source: Source | None
+
+
+def training_data(recipe: Recipe, target: Target, run: Path, answers: Path | None) -> TrainingData:
+    """The recipe's rows: tokenised from its answers, or as they lie in its feature cache.
+
+    A cache brings its own rows; where there is also a file of answers, it must be the one that the cache was
+    made from. Raises UserError.
+    """
+    form, place = feature_source(recipe.data.features)
+    if form != "cache":
+        file = answers or answered(recipe.data.train, target, recipe.thinking, run / "data")
+        rows = load_rows(file, target, **_row_settings(recipe))
+        return TrainingData(str(file), rows, data_facts(file), None)
+    cache = open_cache(Path(place))
+    words = ["deepspec", "data", "cache", run / "recipe.yaml", "--answers", answers or recipe.data.train]
+    remedy = "make one that fits: " + shlex.join([*map(str, words), "--out", "DIR"])
+    given = answers or Path(recipe.data.train)
+    wanted = row_facts(recipe, target)
+    if given.is_file():
+        wanted["data_hash"] = data_facts(given, cache.facts["first_rows"])["data_hash"]
+    check_rows(cache, wanted, remedy)
+    source = cached(cache, target, feature_layers(recipe, target.spec.config), read_rules(recipe), remedy)
+    return TrainingData(place, cached_rows(cache), cache.facts["about"], source)
+
+
+def _row_settings(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says of how its answers become rows."""
+    data = recipe.data
+    return {
+        "thinking": recipe.thinking,
+        "max_length": data.max_length,
+        "min_supervised": data.min_supervised,
+    }
+
+
+def row_facts(recipe: Recipe, target: Target) -> dict[str, Any]:
+    """Everything but the answers that decides a recipe's rows."""
+    assert target.tokenizer is not None
+    return {
+        "tokenizer_hash": tokenizer_hash(target.tokenizer),
+        "template_hash": template_hash(target.tokenizer),
+        **_row_settings(recipe),
+    }
+
+
+def cache_features(
+    recipes: Sequence[Recipe],
+    out: Path,
+    *,
+    target: Target,
+    answers: Path | None = None,
+    dtype: str = "bf16",
+    max_rows: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    verify: bool = False,
+    rank: int = 0,
+    world: int = 1,
+) -> tuple[Plan, Written]:
+    """Write, or go on writing, one feature cache that serves all the recipes: their layers and positions.
+
+    answers: instead of the recipes' data.train. max_rows: the first ones of that file. Raises RecipeError
+    where the recipes make different rows, and what `write_cache` raises.
+    """
+    first = recipes[0]
+    for other in recipes[1:]:
+        sides = [(key, getattr(first, key), getattr(other, key)) for key in ("target", "thinking")]
+        sides += [
+            (f"data.{key}", getattr(first.data, key), getattr(other.data, key))
+            for key in ("max_length", "min_supervised", "train")
+        ]
+        for key, one, two in sides:
+            if one != two and not (answers and key == "data.train"):
+                raise RecipeError(
+                    f"{first.name} and {other.name} do not share a cache: {key} is {one!r} and {two!r}",
+                    next_step=f"set it for both, such as {key}={one}, or write one cache for each",
+                )
+    file = answers or answered(first.data.train, target, first.thinking, out / "answers")
+    rows = load_rows(file, target, **_row_settings(first), limit=max_rows)
+    about = data_facts(file, max_rows)
+    plan = plan_cache(
+        rows,
+        target,
+        sorted({layer for r in recipes for layer in feature_layers(r, target.spec.config)}),
+        sorted({rule for r in recipes for rule in read_rules(r)}),
+        dtype=dtype,
+        about=row_facts(first, target)
+        | {"data_hash": about["data_hash"], "first_rows": max_rows, "about": about},
+        shard_bytes=shard_bytes,
+    )
+    return plan, write_cache(plan, target, out, rank=rank, world=world, verify=verify)
 
 
 def _keep_recipe(recipe: Recipe, run: Path) -> None:
     """Write the resolved recipe; say so when the run was started with another one.
 
-    Raises RecipeError where that run began from another draft: going on would not fine-tune this one.
+    Raises RecipeError, and leaves the run's own recipe as it is, where that run began from another draft or
+    trains a draft of another kind: going on would train neither.
     """
     path = run / "recipe.yaml"
-    before = load_recipe(path) if path.exists() else recipe
-    if before.start_from != recipe.start_from and latest_checkpoint(run) is not None:
+    going_on = path.exists() and latest_checkpoint(run) is not None
+    before = load_recipe(path) if going_on else recipe
+    other = _other_draft(before, recipe)
+    if other:
+        raise RecipeError(
+            f"{run} is a run that trains another draft: {'; '.join(other)}",
+            next_step="give this one a name of its own (name=NAME), or start anew with --fresh",
+        )
+    if before.start_from != recipe.start_from:
         raise RecipeError(
             f"{run} is a run that began from {before.start_from or 'fresh weights'}, "
             f"not from {recipe.start_from or 'fresh weights'}",
@@ -109,12 +214,41 @@ def _keep_recipe(recipe: Recipe, run: Path) -> None:
     dump_recipe(recipe, path)
 
 
-def provenance(recipe: Recipe, target: Target, source: Path) -> dict[str, Any]:
-    """What a checkpoint says of where it came from. `data`: the conditions that the answers carry."""
+def _other_draft(before: Recipe, now: Recipe) -> list[str]:
+    """What makes the drafts of two recipes different ones, weights of equal shapes included."""
+    have, want = (
+        {"algorithm": r.algorithm} | {f"draft.{k}": v for k, v in r.draft.model_dump().items()}
+        for r in (before, now)
+    )
+    keys = (k for k in have if k != "draft.step_loss_decay" and have[k] != want[k])
+    return [f"its {key} is {have[key]}, the recipe's {want[key]}" for key in keys]
+
+
+def data_facts(source: Path, limit: int | None = None) -> dict[str, Any]:
+    """What a checkpoint says of a file of answers. `data`: the conditions that they carry and share.
+
+    limit: of its first rows.
+    """
+    carried: dict[str, Any] = {}
+    count = 0
+
+    def noting() -> Iterator[Conversation]:
+        nonlocal count
+        for row in islice(read_conversations(source), limit):
+            count += 1
+            facts = {key: row.meta.get(key) for key in ("target", *MODE, "sampling")}
+            facts["system_prompt"] = system_hash(row.messages)
+            for key, value in facts.items():
+                carried[key] = only_one(carried.get(key, value), value)
+            yield row
+
+    return {"data_hash": content_hash(noting()), "data_rows": count, "data": carried}
+
+
+def provenance(recipe: Recipe, target: Target, about: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of where it came from. about: `data_facts` of its training data."""
     assert target.tokenizer is not None
-    rows = list(read_conversations(source))
-    carried = {key: only_one([r.meta.get(key) for r in rows]) for key in ("target", *MODE, "sampling")}
-    carried["system_prompt"] = only_one([system_hash(r.messages) for r in rows])
+    carried = about["data"]
     return {
         "target": target.spec.name,
         "target_config_hash": target.spec.config_hash,
@@ -123,17 +257,15 @@ def provenance(recipe: Recipe, target: Target, source: Path) -> dict[str, Any]:
         "thinking": recipe.thinking,
         "system_prompt": carried["system_prompt"],
         "sampling": carried["sampling"],
-        "data_hash": content_hash(rows),
-        "data_rows": len(rows),
-        "data": carried,
+        **about,
         "started_from": started_from(recipe),
         "recipe": recipe.model_dump(mode="json"),
     }
 
 
-def only_one(values: Sequence[Any]) -> Any:
+def only_one(so_far: Any, value: Any) -> Any:
     """The value that all rows share, or "several"."""
-    return values[0] if all(v == values[0] for v in values) else "several"
+    return so_far if so_far == value else "several"
 
 
 def started_from(recipe: Recipe) -> dict[str, Any] | None:
