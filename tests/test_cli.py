@@ -38,6 +38,7 @@ COMMANDS = (
     ["generate"],
     ["inspect"],
     ["export"],
+    ["data", "inspect"],
     ["data", "regenerate"],
     ["pocket", "build"],
     ["pocket", "drafts"],

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from deepspec.cli import masks
 from deepspec.cli.common import (
     SETTINGS,
     MaxNew,
@@ -21,6 +22,7 @@ from deepspec.cli.common import (
 )
 
 data_app = typer.Typer(help="Prepare conversations to train on.", no_args_is_help=True, **SETTINGS)
+data_app.command("inspect")(masks.inspect)
 
 
 @data_app.callback()
