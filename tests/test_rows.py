@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+import weakref
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepspec import workflow
+from deepspec.config import load_recipe
 from deepspec.data import rows as module
+from deepspec.data.conversations import Conversation, content_hash, read_conversations
 from deepspec.data.features import batches_from, load_rows, steps_per_epoch
 from deepspec.data.rows import Rows, distinct, frequent_ids, pack, row_lengths, supervised_counts
 from deepspec.data.tokens import Encoded
 from deepspec.errors import DataError
 from deepspec.target import Target
-from talking import save_talking_llama
+from talking import recipe_tree, save_talking_llama, write_data, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +76,7 @@ def test_five_bytes_a_token() -> None:
     tracemalloc.stop()
     assert packed.ids.dtype == torch.int32 and packed.loss_mask.dtype == torch.uint8
     assert packed.ids.numel() == packed.loss_mask.numel() == 1_000_000
-    # Lists would take 16 bytes a token; arrays take 5, some more while they grow, and a row its offset and name.
+    # Lists would take 16 bytes a token; arrays take 5, some more while they grow, and each row its offset.
     assert peak < 7_000_000
 
 
@@ -127,3 +132,30 @@ def test_overlong_rows_are_left_out_and_said(
     write(path, row("b", "q" * 300, "one"))
     with pytest.raises(DataError, match="truncated before the answer"):
         load_rows(path, target, thinking=False, max_length=100)
+
+
+def test_provenance_streams_and_says_what_rows_share(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_data(tmp_path)
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", recipe_tree(tmp_path, tmp_path, "dflash")), [])
+    facts = [{"sampling": {"t": 1}, "thinking": False}, {"sampling": {"t": 1}, "thinking": True}]
+    path = write(tmp_path / "rows.jsonl", *(row(f"r{i}", "q", "one") | facts[i] for i in range(2)))
+    whole = content_hash(list(read_conversations(path)))
+    alive: list[weakref.ref[Conversation]] = []
+
+    def watched(source: Path) -> Iterator[Conversation]:
+        for found in read_conversations(source):
+            alive.append(weakref.ref(found))
+            yield found
+            del found
+            assert sum(reference() is not None for reference in alive) <= 2, "rows pile up"
+
+    monkeypatch.setattr(workflow, "read_conversations", watched)
+    found = workflow.provenance(recipe, target, path)
+    assert (found["data_rows"], found["data_hash"]) == (2, whole)
+    assert (found["sampling"], found["data"]["thinking"], found["system_prompt"]) == (
+        {"t": 1},
+        "several",
+        None,
+    )
