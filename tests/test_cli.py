@@ -39,6 +39,7 @@ COMMANDS = (
     ["generate"],
     ["inspect"],
     ["export"],
+    ["data", "inspect"],
     ["data", "regenerate"],
     ["data", "download"],
     ["data", "split"],
