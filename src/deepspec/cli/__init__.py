@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from deepspec import __version__
-from deepspec.cli import data, measure, pocket, serving
+from deepspec.cli import data, measure, plan, pocket, serving
 from deepspec.cli.common import SETTINGS, Json, print_json, print_results
 from deepspec.errors import UserError
 from deepspec.log import note, show_error
@@ -149,6 +149,7 @@ def train(
     typer.echo(f"next: {shlex.join(words)}")
 
 
+app.command()(plan.plan)
 app.command("eval")(measure.evaluate)
 app.command()(measure.compare)
 app.command()(measure.report)
