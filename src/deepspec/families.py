@@ -152,7 +152,6 @@ _QWEN3: dict[str, Any] = {
     "vocab_size": 151936,
     "num_key_value_heads": 8,
     "head_dim": 128,
-    "dtype": "bfloat16",
 }
 
 

@@ -107,12 +107,12 @@ def plan(
     """
     from deepspec.plan import Choices, make_plan
 
-    choices = Choices(
+    choices = Choices.answering(
+        engine.value,
+        batch,
         features=features.value,
         store=store.value,
         positions=positions.value,
-        engine=engine.value,
-        batch=batch or (256 if engine is Engine.server else 16),
         free_disk=free_bytes(cache_dir),
     )
     if recipe == QUICKSTART:

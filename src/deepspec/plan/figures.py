@@ -41,6 +41,8 @@ from deepspec.plan.machines import Machine
 from deepspec.plan.phases import Speeds
 from deepspec.train import KEPT_CHECKPOINTS, LOG_EVERY
 
+ENGINES = {"process": 16, "server": 256}
+"""What answers, and how many answers it decodes together where nothing else is said."""
 USABLE = 0.92
 """Of an accelerator's memory, past what its context and fragmentation take: an assumption."""
 PROCESS_BYTES = 1.5e9
@@ -60,6 +62,11 @@ class Choices:
     free_disk: float | None = None
     answered: bool = False
     """The answers are there already."""
+
+    @classmethod
+    def answering(cls, engine: str, batch: int | None = None, **rest: Any) -> Choices:
+        """With as many answers decoded together as is usual: 16 in process, 256 in a server."""
+        return cls(engine=engine, batch=batch or ENGINES[engine], **rest)
 
 
 @dataclass(frozen=True)
