@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from deepspec import profile, workflow
 from deepspec.blocks import FeatureBatch
 from deepspec.checkpoint import ALGORITHMS as DRAFTS
 from deepspec.checkpoint import AnyDraft
@@ -48,6 +51,7 @@ from deepspec.plan import (
     published_counts,
 )
 from deepspec.plan.costs import (
+    ROW_BYTES,
     activation_bytes,
     draft_flops,
     figure,
@@ -56,8 +60,12 @@ from deepspec.plan.costs import (
     slots_that_count,
     state_bytes_per_parameter,
 )
-from deepspec.plan.phases import rounds_needed
+from deepspec.plan.counts import count_file
+from deepspec.plan.phases import Speeds, TrainSpeed, rounds_needed, speed_key, speeds_from
+from deepspec.plan.quickstart import quickstart_phases, quickstart_plans
+from deepspec.target import TargetSpec
 from deepspec.train import Optimizer
+from talking import recipe_tree, save_talking_llama, write_data, write_recipe, write_rows
 
 QWEN3_4B = PUBLISHED_TARGETS["Qwen/Qwen3-4B"]
 ALGORITHMS = ("eagle3", "dflash", "dspark")
@@ -440,3 +448,176 @@ def test_machine_nobody_knows_is_told_the_nearest():
 def test_every_published_recipe_plans_without_a_network():
     for name in (f"{a}/{t}" for a in ALGORITHMS for t in ("qwen3-4b", "qwen3-8b", "qwen3-14b", "one-gpu")):
         assert plan_of(name, "h200").sections["time"]["all"].value > 0
+
+
+# ── counting ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_talking_llama(tmp_path_factory.mktemp("plan") / "llama")
+
+
+def test_rows_of_an_answers_file_are_counted_token_by_token(llama_dir: Path, tmp_path: Path):
+    tokenizer = TargetSpec.from_pretrained(str(llama_dir)).tokenizer()
+    path = write_rows(tmp_path / "answers.jsonl", [("ab", "xyz"), ("abc", "x")])
+    counts = count_file(path, tokenizer)
+    # One token a byte, and the end of the turn; prompts: three markers, "user", two line ends, "assistant",
+    # another line end, and the empty think block.
+    frame = 3 + len("user\n\nassistant\n<think></think>")
+    assert counts.answers == (4.0, 2.0)
+    assert counts.prompts == (frame + 2, frame + 3)
+    assert (counts.rows, counts.answered, counts.notes) == (2, True, ())
+
+
+def test_prompts_without_answers_are_counted_and_their_answers_said_to_be_assumed(tmp_path: Path):
+    path = write_rows(tmp_path / "prompts.jsonl", [("x" * 40, None), ("y" * 80, None)])
+    counts = count_file(path, None, answer=300.0)
+    assert (counts.prompts, counts.answers, counts.answered) == ((10.0, 20.0), (300.0, 300.0), False)
+    assert "4 characters a token (assumed)" in counts.notes[0]
+    assert "answers of 300 tokens (assumed" in counts.notes[1]
+
+
+def test_long_file_is_sampled_over_all_of_it_and_long_lines_count_once(tmp_path: Path):
+    """Half the rows are ten times as long as the others: places in the file meet them ten times as often."""
+    path = tmp_path / "long.jsonl"
+    rows = [("q", "a" * (400 if i % 2 else 4000)) for i in range(4000)]
+    write_rows(path, rows)
+    counts = count_file(path, None)
+    assert counts.rows == pytest.approx(4000, rel=0.15)
+    assert len(counts.prompts) <= 1000
+    mean = sum(counts.answers) / len(counts.answers)
+    assert mean == pytest.approx(2200 / 4, rel=0.15)
+
+
+def test_rows_take_as_much_host_memory_as_is_said(llama_dir: Path, tmp_path: Path):
+    """Two list entries and, past the small integers that Python keeps, an object for each id."""
+    ids, mask = list(range(1000, 2000)), [1] * 1000
+    size = sum(map(sys.getsizeof, (ids, mask))) + sum(map(sys.getsizeof, ids))
+    assert size / 1000 == pytest.approx(ROW_BYTES, rel=0.12)
+
+
+# ── a whole step, measured ────────────────────────────────────────────────────────────────────────────
+
+STEP = """
+import ctypes, gc, json, sys
+from pathlib import Path
+from deepspec.build import build_draft
+from deepspec.config import load_recipe
+from deepspec.data.features import online
+from deepspec.data.tokens import Encoded
+from deepspec.target import Target
+from deepspec.train import Optimizer, train_step
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+target, peaks = Target.from_pretrained("pocket"), []
+for name, overrides, rows, length in json.loads(sys.argv[1]):
+    recipe = load_recipe(name, overrides)
+    draft = build_draft(recipe, target, [])
+    optimizer, source = Optimizer(draft, recipe), online(target, draft.feature_layers)
+    for width in (8, length):
+        ids, mask = [7 + i % 900 for i in range(width)], [0, 0] + [1] * (width - 2)
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, or a step would be served from it
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
+        before = peak()
+        train_step(
+            draft, source, [Encoded(ids, mask, str(row)) for row in range(rows)], recipe, 1,
+            measure=False, optimizer=optimizer,
+        )
+        optimizer.step(0.5)
+    peaks.append(peak() - before)
+print(json.dumps(peaks))
+"""
+STEPS_MEASURED = (("pocket-dspark", 12, 384), ("pocket-eagle3", 4, 384))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks cannot be read here")
+def test_step_takes_the_memory_that_its_plan_says():
+    """Beyond what is there after a small step: features, activations and the loss of a large one."""
+    asked, wanted = [], []
+    config = TargetSpec.from_pretrained("pocket").config
+    parts = (
+        "features of a micro-batch",
+        "activations of a micro-batch",
+        "scores in passing",
+        "head and loss",
+    )
+    for name, rows, length in STEPS_MEASURED:
+        overrides = [f"optim.batch_size={rows}", f"data.max_length={length}", "num_anchors=48"]
+        asked.append((name, overrides, rows, length))
+        counts = assumed_counts(100, 2, length - 2)
+        plan = make_plan(load_recipe(name, overrides), config, counts, MACHINES["laptop-cpu"])
+        wanted.append(sum(plan.sections["memory for training"][part].value for part in parts))
+    command = [sys.executable, "-c", STEP, json.dumps(asked)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    ratios = [took / want for took, want in zip(json.loads(result.stdout), wanted, strict=True)]
+    assert all(0.6 < ratio < 1.1 for ratio in ratios), ratios
+
+
+# ── this machine ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_measured_speeds_are_kept_by_machine_and_target_and_the_second_plan_measures_nothing(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("DEEPSPEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(profile, "STEPS", 2)
+    write_data(tmp_path)
+    recipe = write_recipe(tmp_path / "tiny.yaml", recipe_tree(llama_dir, tmp_path, "dspark"))
+    first = call("plan", recipe, "--json")
+    assert first.exit_code == 0, first.output
+    monkeypatch.setattr(profile, "measure", lambda *a, **k: pytest.fail("measured again"))
+    second = call("plan", recipe, "--json")
+    found = json.loads(second.stdout)
+    assert json.loads(first.stdout)["sections"] == found["sections"]
+    assert found["machine"]["name"] == "here"
+    assert found["sections"]["time"]["training"]["value"] > 0
+    assert any(note.startswith("speeds measured on") for note in found["notes"])
+    # Another micro-batch has another speed: that one has to be measured.
+    with pytest.raises(pytest.fail.Exception):
+        CliRunner().invoke(app, ["plan", str(recipe), "optim.batch_size=2"], catch_exceptions=False)
+
+
+def test_speeds_read_back_as_they_were_written():
+    train = {"a/b": TrainSpeed(0.1, 400.0, 0.01, 0.02, 0.3, 0.4)}
+    speeds = Speeds("here", 1.0, 0.001, 0.01, 0.02, 0.001, [3, 4], [5, 6], train, {"plain": 0.01}, 2.0, None)
+    assert speeds_from(json.loads(json.dumps(speeds.plain()))) == speeds
+
+
+def made_up_speeds(recipes: dict[str, Recipe]) -> Speeds:
+    train = {speed_key(r): TrainSpeed(0.05, 400.0, 0.01, 0.02, 0.3, 0.4) for r in recipes.values()}
+    methods = dict.fromkeys(("plain", "transformers generate", "prompt lookup", *recipes), 0.01)
+    return Speeds("here", 1.0, 0.001, 0.01, 0.02, 0.001, [50] * 8, [60] * 8, train, methods, 2.0)
+
+
+def test_quickstart_takes_its_phases_by_the_names_that_its_plan_gives_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A quickstart of seconds: its phases.json and the plan must not part."""
+    size = workflow.QuickstartSize(prompts=5, minutes=0.001, tasks=1)
+    monkeypatch.setattr(workflow, "ALGORITHMS", ("dspark",))
+    recipes = {
+        name: recipe.model_copy(update={"eval_prompts": 2, "eval_max_new_tokens": 4})
+        for name, recipe in workflow.quickstart_recipes(True).items()
+    }
+    monkeypatch.setattr(workflow, "QUICKSTART", {True: size})
+    monkeypatch.setattr(workflow, "quickstart_recipes", lambda fast: recipes)
+    monkeypatch.setattr(workflow, "ANSWER_TOKENS", 8)
+    monkeypatch.setattr(workflow, "EVALUATED_TOKENS", 4)
+    workflow.quickstart(tmp_path / "run", fast=True)
+    took = json.loads((tmp_path / "run" / "phases.json").read_text("utf-8"))
+    assert all(seconds > 0 for seconds in took.values())
+    speeds = made_up_speeds(recipes)
+    config = TargetSpec.from_pretrained("pocket").config
+    plans = quickstart_plans(recipes, config, size.prompts, MACHINES["laptop-cpu"], Choices(), speeds)
+    planned = quickstart_phases(
+        plans, speeds, prompts=5, slots=48, tasks=1, new_tokens=4, temperatures=workflow.EVALUATED_AT
+    )
+    assert set(planned) == set(took)
+    assert planned["answers"].value == pytest.approx(5 * 0.01 + 59 * 0.02 + 5 * 59 * 0.001)
+    # Twice, each method's four tokens for the prompt and for its warm-up; lookup and draft accept 1.2.
+    assert planned["evaluation"].value == pytest.approx(2 * 2 * 4 * 0.01 * (2 + 2 / 1.2))

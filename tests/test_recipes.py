@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import plan_examples
 import recipe_parameters
 import reproduce_cost
 from deepspec.build import draft_spec
@@ -206,3 +207,12 @@ def test_page_of_costs_is_what_the_script_computes():
     for engine, words in server.items():
         hours = reproduce_cost.published_plan("dspark/qwen3-4b", engine).sections["time"]["regeneration"]
         assert words in text and f" {hours.value / 3600:.0f}" in words
+
+
+@pytest.mark.parametrize(("name", "machine", "features"), plan_examples.EXAMPLES)
+def test_examples_of_the_plan_page_are_what_the_command_prints(
+    name: str, machine: str, features: str
+) -> None:
+    begin, end = plan_examples.marks(name, machine)
+    found = plan_examples.PAGE.read_text("utf-8").split(begin)[1].split(end)[0]
+    assert found == plan_examples.example(name, machine, features), "run: python benchmarks/plan_examples.py"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from enum import StrEnum
 from itertools import islice
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 from rich.text import Text
 
 from deepspec.cli.common import Json, print_json, stdout, table_of
@@ -255,15 +256,14 @@ def show_plan(found: Plan, config: dict[str, Any], counts: Counts, explain: bool
         words = None if change is None else {"add": list(change.words), "costs": change.cost}
         print_json(found.plain() | {"change": words})
     else:
-        _print_sections(found.sections, explain)
-        _print_needs(found)
+        stdout().print(*section_tables(found.sections, explain), needs_table(found))
         for sentence in found.notes:
             note(f"note: {sentence}")
     if not found.fits:
-        raise _refusal(found, change)
+        raise refusal(found, change)
 
 
-def _refusal(found: Plan, change: Change | None) -> UserError:
+def refusal(found: Plan, change: Change | None) -> UserError:
     over = [f"{n.what}: {size(n.wants)} wanted, {size(n.has)} there" for n in found.needs if not n.fits]
     where = f"{found.recipe.name} on {found.machine.name}"
     if change is None:
@@ -318,30 +318,30 @@ def _plan_quickstart(
             }
         )
     else:
-        _print_sections({"quickstart, by phase": phases}, explain)
+        largest = max(plans.values(), key=lambda each: sum(n.wants for n in each.needs))
+        stdout().print(*section_tables({"quickstart, by phase": phases}, explain), needs_table(largest))
         note(f"all: {sum(map(float, phases.values())) / 60:.1f} minutes on {speeds.machine}")
-        _print_needs(max(plans.values(), key=lambda each: sum(n.wants for n in each.needs)))
     for each in plans.values():
         if not each.fits:
-            raise _refusal(each, None)
+            raise refusal(each, None)
 
 
-def _print_sections(sections: Mapping[str, Mapping[str, Figure]], explain: bool) -> None:
+def section_tables(sections: Mapping[str, Mapping[str, Figure]], explain: bool) -> Iterator[Table]:
     for title, figures in sections.items():
         table = table_of(title, "")
         for name, each in figures.items():
             table.add_row(Text(name), Text(amount(each)))
             if explain:
                 table.add_row(Text(f"  {each.formula}\n  = {each.numbers}", style="dim"), Text(""))
-        stdout().print(table)
+        yield table
 
 
-def _print_needs(found: Plan) -> None:
+def needs_table(found: Plan) -> Table:
     table = table_of("has to fit", "wanted", "there", "")
     for need in found.needs:
         verdict = "fits" if need.fits else "does not fit"
         table.add_row(need.what, size(need.wants), size(need.has), verdict)
-    stdout().print(table)
+    return table
 
 
 def size(count: float) -> str:
@@ -360,7 +360,7 @@ def amount(each: Figure) -> str:
     if each.unit == "s":
         return f"{value / 3600:,.1f} h" if value >= 7200 else f"{value:,.1f} s"
     if each.unit == "kWh":
-        return f"{value:,.3g} kWh"
+        return f"{value:,.0f} kWh" if value >= 100 else f"{value:.3g} kWh"
     if each.unit == "FLOPs":
         return f"{value:.3g} FLOPs"
     return f"{value:,.0f} {each.unit}" if each.unit else f"{value:.3g}"

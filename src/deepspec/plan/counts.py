@@ -123,6 +123,8 @@ def _padding(lengths: NDArray[np.float64], recipe: Recipe) -> float:
 
 SAMPLED = 1000
 """Rows that are tokenised; of a longer file they are spread over it."""
+IN_TURN = 8
+"""Lines read at each place of a long file."""
 CHARACTERS = 4.0
 """Per token, where there is no tokenizer: an assumption."""
 
@@ -151,8 +153,8 @@ def count_file(path: Path, tokenizer: Any, *, thinking: bool = False, answer: fl
 
 
 def _spread_rows(path: Path) -> tuple[list[Conversation], float]:
-    """(at most SAMPLED rows, how many each of them stands for). A long file is read at places spread over it:
-    the line after each place, so that long lines are not met more often than short ones."""
+    """(some SAMPLED rows, how many each of them stands for). A long file is read at places spread over it:
+    several lines after each, so that long lines are not met more often than short ones."""
     try:
         size = path.stat().st_size
         if size < 4 * 2**20:
@@ -161,11 +163,12 @@ def _spread_rows(path: Path) -> tuple[list[Conversation], float]:
             return rows[::step], len(rows) / max(len(rows[::step]), 1)
         lines = {}
         with path.open("rb") as stream:
-            for i in range(SAMPLED):
-                stream.seek(size * i // SAMPLED)
+            for i in range(SAMPLED // IN_TURN):
+                stream.seek(size * i * IN_TURN // SAMPLED)
                 if i:
                     stream.readline()
-                lines[stream.tell()] = stream.readline()
+                for _ in range(IN_TURN):
+                    lines[stream.tell()] = stream.readline()
     except OSError as error:
         raise DataError(f"cannot read the rows: {error.strerror or error}", where=str(path)) from error
     found = [line for line in lines.values() if line.strip()]
