@@ -18,6 +18,7 @@ from deepspec.drafts.spec import read_spec, write_config
 from deepspec.errors import RecipeError
 from deepspec.families import default_target_layers
 from deepspec.inspection import parameters
+from deepspec.plan.costs import state_bytes_per_parameter
 from golden_case import FOLDER
 
 PUBLISHED = FOLDER.parent / "published"
@@ -193,7 +194,8 @@ def test_one_gpu_drafts_leave_room_beside_the_target_on_24_gb():
     for algorithm in ALGORITHMS:
         recipe: Recipe = load_recipe(f"{algorithm}/one-gpu")
         own = sum(math.prod(shape) for shape in draft_shapes(draft_spec(recipe, dims)).values())
-        assert 8.04 + 1e-9 * recipe_parameters.STATE_BYTES[recipe.optim.states] * own < 0.8 * 24
+        each = state_bytes_per_parameter(recipe.precision, recipe.optim.states)
+        assert 8.04 + 1e-9 * each * own < 0.8 * 24
         assert recipe.optim.micro_batch_size == 1
 
 
