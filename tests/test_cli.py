@@ -43,6 +43,7 @@ COMMANDS = (
     ["data", "download"],
     ["data", "split"],
     ["data", "cache"],
+    ["data", "features-server"],
     ["pocket", "build"],
     ["pocket", "drafts"],
     ["pocket", "check"],
