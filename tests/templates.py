@@ -60,8 +60,8 @@ QWEN3 = r"""
 {%- endif %}"""
 
 # Gemma-4's published rules: turns open with <|turn>ROLE and close with <turn|>; roles system, user, model;
-# texts lose outer white space; <|think|> in the system turn switches thinking on; thoughts stand in
-# a channel, which history drops; tools, calls and results have special tokens of their own, with <|"|> around
+# texts are stripped of outer white space; <|think|> in the system turn switches thinking on; thoughts have a
+# channel, which history drops; tools, calls and results have special tokens of their own, with <|"|> around
 # strings; calls and results stay inside one model turn, and <|tool_response>, one of the stop tokens, is what
 # the target writes after a call. The non-thinking generation prompt ends in an empty thought channel.
 # Assumptions: thoughts given as `reasoning_content` are written with tool calls after the last question only,

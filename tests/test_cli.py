@@ -32,6 +32,7 @@ from talking import recipe_tree, save_talking_llama, write_data, write_recipe, w
 ALGORITHMS = ("eagle3", "dflash", "dspark")
 COMMANDS = (
     ["quickstart"],
+    ["plan"],
     ["train"],
     ["eval"],
     ["compare"],
@@ -39,6 +40,7 @@ COMMANDS = (
     ["generate"],
     ["inspect"],
     ["export"],
+    ["data", "inspect"],
     ["data", "regenerate"],
     ["data", "download"],
     ["data", "split"],

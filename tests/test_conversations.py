@@ -17,12 +17,15 @@ from hypothesis import strategies as st
 from deepspec.data import messages as module
 from deepspec.data.conversations import (
     Conversation,
+    answer_ids,
+    answer_ids_by_turn,
     content_hash,
     holdout_bucket,
     normalise,
     opening_question,
     prompt_messages,
     read_conversations,
+    tools_of,
     write_conversations,
 )
 from deepspec.data.lines import Skipped
@@ -129,7 +132,53 @@ def test_published_evaluation_prompts_are_readable() -> None:
     assert counts == lines and counts
 
 
+def test_tool_calls_thoughts_names_and_tools_are_kept(tmp_path: Path) -> None:
+    tool = {"role": "tool", "content": "4", "tool_call_id": "c", "name": "add"}
+    messages = [{**USER, "name": "ada"}, {**calls(), "reasoning_content": "2 and 2"}, tool, ANSWER]
+    got = read_one(tmp_path, {"messages": messages, "tools": [{"name": "add"}]})
+    assert got.messages == (messages[0], {**messages[1], "content": ""}, tool, ANSWER)
+    assert got.meta == {"tools": [{"name": "add"}]} and tools_of(got) == [{"name": "add"}]
+    assert tools_of(read_one(tmp_path, {"prompt": "a", "tools": []})) is None
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 2}', "", {}])
+def test_arguments_may_be_the_json_text_of_an_object(tmp_path: Path, arguments: object) -> None:
+    got = read_one(tmp_path, {"messages": [USER, calls(arguments=arguments)]})
+    assert got.messages[1]["tool_calls"][0]["function"]["arguments"] == arguments
+
+
+def test_empty_fields_of_server_logs_say_nothing_and_go(tmp_path: Path) -> None:
+    empty = {"refusal": None, "annotations": [], "tool_calls": [], "reasoning_content": "", "audio": {}}
+    assert read_one(tmp_path, {"messages": [USER, {**ANSWER, **empty}]}).messages == (USER, ANSWER)
+
+
+def test_text_parts_become_one_text(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]
+    assert read_one(tmp_path, {"messages": [{"role": "user", "content": parts}]}).messages == (USER,)
+
+
+def test_answer_ids_are_for_the_last_turn_or_for_each(tmp_path: Path) -> None:
+    def by_turn(ids: object) -> tuple[object, object]:
+        row = read_one(tmp_path, {"messages": [USER, ANSWER, USER, ANSWER, USER], "answer_ids": ids})
+        return answer_ids_by_turn(row), answer_ids(row)
+
+    assert by_turn(None) == ([None, None], None)
+    assert by_turn([5, 6]) == ([None, [5, 6]], [5, 6])
+    assert by_turn([]) == ([None, []], [])
+    assert by_turn([[5], None]) == ([[5], None], None)
+    assert by_turn([None, [6]]) == ([None, [6]], [6])
+    assert answer_ids_by_turn(Conversation("a", None, (USER,), {"answer_ids": [5]})) == []
+
+
 # -- refused input: where, what was found, what was expected -----------------------------------------------
+
+
+def calls(**facts: Any) -> dict[str, Any]:
+    """An assistant message with one tool call; `facts` replace or add keys of the call or its function."""
+    function = {"name": "add", "arguments": facts.pop("arguments", {"a": 2})}
+    call = {"id": "c", "type": "function", "function": function, **facts}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
 
 BAD_ROWS: list[tuple[object, str]] = [
     ('{"messages": [', "malformed JSON: Expecting value at column 15"),
@@ -172,6 +221,48 @@ BAD_ROWS: list[tuple[object, str]] = [
     ({"prompt": "a", "answer_ids": [1, "2"]}, "'answer_ids' must be a list of non-negative integers"),
     ({"prompt": "a", "answer_ids": [1, -2]}, "'answer_ids' must be a list of non-negative integers"),
     ({"prompt": "a\ud800"}, "'prompt' holds half a surrogate pair ('\\ud800')"),
+    (
+        {"messages": [{**USER, "tool_calls": [{}]}]},
+        "unknown key 'tool_calls', a user message may have 'role', ",
+    ),
+    ({"messages": [{**USER, "content": []}]}, "message 1 (user): 'content' is an empty list, expected text"),
+    (
+        {"messages": [{**USER, "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]},
+        "part 2: expected a part of type 'text' with nothing but 'text', found one of type 'image_url'",
+    ),
+    (
+        {"messages": [{**USER, "content": [{"type": "text", "text": None}]}]},
+        "message 1 (user): 'content', part 1: 'text' must be a string, found null",
+    ),
+    ({"messages": [USER, {"role": "assistant", "content": None}]}, "'content' must be a string, found null"),
+    (
+        {"messages": [USER, {**ANSWER, "reasoning_content": 7}]},
+        "'reasoning_content' must be a string, found a",
+    ),
+    (
+        {"messages": [USER, {**ANSWER, "tool_calls": {"name": "f"}}]},
+        "'tool_calls' must be a list, found an obj",
+    ),
+    ({"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f"}]}]}, "tool call 1: expected {"),
+    ({"messages": [USER, calls(weight=1)]}, "tool call 1: unknown key 'weight', expected {"),
+    ({"messages": [USER, calls(type="custom")]}, "tool call 1: unknown type 'custom'"),
+    ({"messages": [USER, calls(arguments="{")]}, "tool call 1: 'arguments' is not JSON: "),
+    ({"messages": [USER, calls(arguments="[1]")]}, "'arguments' must be an object, or the JSON text of one"),
+    ({"messages": [USER, calls(arguments=None)]}, "'arguments' must be an object, or the JSON text of one"),
+    (
+        {"messages": [USER, calls(), {"role": "tool", "content": "4", "tool_call_id": "d"}]},
+        "message 3 (tool): 'tool_call_id' 'd' is no call of the assistant before it",
+    ),
+    ({"prompt": "a", "tools": "add"}, "'tools' must be a list of JSON schemas"),
+    ({"prompt": "a", "tools": [1]}, "'tools' must be a list of JSON schemas"),
+    (
+        {"messages": [USER, ANSWER], "answer_ids": [[1], 2]},
+        "'answer_ids' must be a list of non-negative integ",
+    ),
+    (
+        {"messages": [USER, ANSWER], "answer_ids": [[1], None]},
+        "has 2 entries, but there are 1 assistant turns",
+    ),
     (b'{"prompt": "caf\xe9"}', "not UTF-8: byte 0xe9 at byte 16 of the line"),
 ]
 
@@ -425,7 +516,13 @@ def any_conversation(draw: Any) -> Conversation:
     for _ in range(draw(st.integers(0, 4))):
         roles.append(draw(st.sampled_from(module._MAY_FOLLOW[roles[-1]])))
     messages = tuple({"role": role, "content": draw(TEXT)} for role in roles)
-    meta = draw(st.dictionaries(TEXT.filter(lambda key: key != "answer_ids"), JSON, max_size=3))
+    for message in messages:
+        if message["role"] == "assistant" and draw(st.booleans()):
+            message["reasoning_content"] = draw(TEXT.filter(bool))
+            function = {"name": draw(TEXT), "arguments": draw(st.dictionaries(TEXT, JSON, max_size=2))}
+            message["tool_calls"] = [{"type": "function", "function": function}]
+    checked = ("answer_ids", "tools")
+    meta = draw(st.dictionaries(TEXT.filter(lambda key: key not in checked), JSON, max_size=3))
     return Conversation(draw(TEXT), draw(st.none() | TEXT), messages, meta)
 
 
@@ -498,7 +595,11 @@ def test_default_id_tells_system_prompts_and_message_boundaries_apart(tmp_path: 
         return {"messages": [{"role": "system", "content": system}, {"role": "user", "content": user}]}
 
     rows = [row("a", "b c"), row("a b", "c"), row("x", "b c"), {"prompt": "a b c"}]
-    assert len({read_one(tmp_path, r).id for r in rows}) == 4
+    # Nor are two prompts one that differ in the tools offered, or in a call that was made before.
+    rows += [{"prompt": "a b c", "tools": [{"name": name}]} for name in ("add", "sub")]
+    loops = [[USER, calls(arguments={"a": n}), {"role": "tool", "content": "4"}, ANSWER] for n in (1, 2)]
+    rows += [{"messages": loop} for loop in loops]
+    assert len({read_one(tmp_path, r).id for r in rows}) == 8
 
 
 def test_opening_question_ignores_what_surrounds_it(tmp_path: Path) -> None:

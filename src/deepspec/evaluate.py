@@ -33,6 +33,8 @@ from deepspec.verify import Sampling
 
 BOOTSTRAP_SEED = 20
 TIE = 1e-3
+HELD_OUT_ROWS = 16
+"""Prompts that a held-out evaluation decodes together."""
 CONVENTIONS = {
     "accepted length τ": "tokens kept per verify round, bonus included, pooled over prompts (sum over sum); "
     "the first new token comes from the prefill and is in no round; a round cut at the budget or a stop "
@@ -140,7 +142,7 @@ def held_out_tau(
         draft,
         Sampling(temperature),
         stop_token_ids=target.stop_token_ids,
-        max_rows=min(16, len(prompts)),
+        max_rows=min(HELD_OUT_ROWS, len(prompts)),
     )
     requests = [Request(p.ids, max_new_tokens, seed=i, key=p.id) for i, p in enumerate(prompts)]
     return acceptance.tau([rounds_of(g)[2] for g in decoder.run(requests)]) or 1.0

@@ -38,6 +38,8 @@ from deepspec.verify import Sampling
 
 ALGORITHMS = ("eagle3", "dflash", "dspark")
 ANSWER_TOKENS = 224
+ANSWER_ROWS = 48
+"""Prompts that the pocket target answers together."""
 
 
 def data_file(name: str) -> Path:
@@ -57,7 +59,7 @@ def answered(name: str, target: Target, thinking: bool, beside: Path) -> Path:
         out,
         thinking=thinking,
         max_new_tokens=ANSWER_TOKENS,
-        max_rows=48,
+        max_rows=ANSWER_ROWS,
     )
     return out
 
@@ -326,51 +328,81 @@ def evaluate_to(
     return results
 
 
+class QuickstartSize(NamedTuple):
+    """Prompts answered, minutes of training per draft, held-out prompts in the evaluation."""
+
+    prompts: int
+    minutes: float
+    tasks: int
+
+
+QUICKSTART = {False: QuickstartSize(1200, 2.0, 24), True: QuickstartSize(150, 0.2, 6)}
+"""By `fast`."""
+EVALUATED_TOKENS = 96
+"""Budget of new tokens per prompt in the quickstart's evaluation."""
+EVALUATED_AT = (0.0, 1.0)
+
+
+def quickstart_recipes(fast: bool) -> dict[str, Recipe]:
+    """What the quickstart trains, by algorithm."""
+    changes: dict[str, Any] = {"trackers": ["none"]} if fast else {}
+    minutes = f"optim.max_minutes={QUICKSTART[fast].minutes}"
+    return {
+        algorithm: load_recipe(f"pocket-{algorithm}", [minutes]).model_copy(
+            update={"name": algorithm, **changes}
+        )
+        for algorithm in ALGORITHMS
+    }
+
+
 def quickstart(
     out: Path | str = "runs/quickstart", *, fast: bool = False
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Answers from the pocket target, three drafts, an evaluation on held-out prompts, a report.
 
     `fast` does all of it on little data, in about two minutes: enough to see that it works, not how well.
-    Returns the report's path and the results. Run again, it goes on where it stopped.
+    Returns the report's path and the results; `phases.json` beside them says how many seconds each phase
+    took. Run again, it goes on where it stopped.
     """
     out, began = Path(out), time.perf_counter()
-    prompts, minutes, tasks = (150, 0.2, 6) if fast else (1200, 2.0, 24)
+    size, seconds = QUICKSTART[fast], {}
     target = Target.from_pretrained("pocket")
-    rows: list[Conversation] = spread(list(read_conversations(data_file("pocket:train"))), prompts)
+    rows: list[Conversation] = spread(list(read_conversations(data_file("pocket:train"))), size.prompts)
+    seconds["loading"] = time.perf_counter() - began
     answers = out / "data" / "answers.jsonl"
     note(f"1/4  the pocket target answers {len(rows)} prompts")
-    regenerate(target, rows, answers, max_new_tokens=ANSWER_TOKENS, max_rows=48)
+    regenerate(target, rows, answers, max_new_tokens=ANSWER_TOKENS, max_rows=ANSWER_ROWS)
+    seconds["answers"] = time.perf_counter() - began - sum(seconds.values())
     drafts: dict[str, Draft] = {}
     training: dict[str, list[dict[str, Any]]] = {}
-    for algorithm in ALGORITHMS:
-        note(f"2/4  training {algorithm} for {60 * minutes:.0f} s")
-        recipe = load_recipe(f"pocket-{algorithm}", [f"optim.max_minutes={minutes}"])
-        recipe = recipe.model_copy(
-            update={"name": algorithm, "trackers": ["none"]} if fast else {"name": algorithm}
-        )
+    for algorithm, recipe in quickstart_recipes(fast).items():
+        note(f"2/4  training {algorithm} for {60 * size.minutes:.0f} s")
         outcome = train_draft(recipe, out, target=target, answers=answers)
         if outcome.interrupted:
             raise KeyboardInterrupt
         drafts[algorithm] = load_draft(outcome.best, target)
         drafts[algorithm].name = algorithm
         training[algorithm] = read_metrics(outcome.run)
-    note(f"3/4  evaluating on {tasks} held-out prompts")
+        seconds[f"training {algorithm}"] = time.perf_counter() - began - sum(seconds.values())
+    note(f"3/4  evaluating on {size.tasks} held-out prompts")
     results = evaluate_to(
         out,
         target,
         drafts,
-        temperatures=(0.0, 1.0),
+        temperatures=EVALUATED_AT,
         prompts=data_file("pocket:test"),
-        limit=tasks,
-        max_new_tokens=96,
+        limit=size.tasks,
+        max_new_tokens=EVALUATED_TOKENS,
     )
+    seconds["evaluation"] = time.perf_counter() - began - sum(seconds.values())
     note("4/4  writing the report")
     spent = time.perf_counter() - began
     notes = [f"Made by `deepspec quickstart{' --fast' if fast else ''}` in {spent / 60:.1f} minutes."]
     if fast:
         notes.append("The fast form trains for seconds: it shows that everything works, not how well.")
     path = write_report(out / "report.html", results, training, "deepspec quickstart", notes)
+    seconds["report"] = time.perf_counter() - began - sum(seconds.values())
+    write_json(out / "phases.json", {name: round(spent, 3) for name, spent in seconds.items()})
     return path, results
 
 
@@ -384,7 +416,7 @@ def train_pocket_drafts(
     prompts = list(read_conversations(data_file("pocket:train")))
     for k in range(samples):
         some = [replace(c, id=f"{c.id}.{k}") if k else c for c in prompts]
-        regenerate(target, some, answers, max_new_tokens=ANSWER_TOKENS, max_rows=48)
+        regenerate(target, some, answers, max_new_tokens=ANSWER_TOKENS, max_rows=ANSWER_ROWS)
     outcomes = {}
     for algorithm in ALGORITHMS:
         recipe = load_recipe(f"pocket-{algorithm}", [f"optim.max_minutes={minutes}", f"seed={seed}"])

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from deepspec import __version__
-from deepspec.cli import data, features, measure, pocket, serving, sources
+from deepspec.cli import data, features, measure, plan, pocket, serving, sources
 from deepspec.cli.common import SETTINGS, Json, print_json, print_results
 from deepspec.errors import UserError
 from deepspec.log import note, show_error
@@ -165,6 +165,7 @@ def train(
     typer.echo(f"next: {shlex.join(words)}")
 
 
+app.command()(plan.plan)
 app.command("eval")(measure.evaluate)
 app.command()(measure.compare)
 app.command()(measure.report)

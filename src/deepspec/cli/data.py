@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deepspec.cli import masks
 from deepspec.cli.common import (
     SETTINGS,
     MaxNew,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from deepspec.data.conversations import Conversation
 
 data_app = typer.Typer(help="Prepare conversations to train on.", no_args_is_help=True, **SETTINGS)
+data_app.command("inspect")(masks.inspect)
 
 
 @data_app.callback()

@@ -8,7 +8,7 @@ What is written::
   come first; then a user; an assistant answers a user or a tool; a tool follows an assistant or a tool.
   Beside ``role`` and ``content`` an assistant may have ``tool_calls`` (OpenAI's form, ``arguments`` an object
   or its JSON text) and ``reasoning_content``, a tool ``tool_call_id``, and everyone ``name``. Content may be
-  null where there are tool calls, and a list of text parts, joined by line ends: both are kept as text.
+  null where there are tool calls, and a list of text parts; both are kept as one text.
 * ``id`` (optional): defaults to the first 16 hex digits of the SHA-256 of the normalised prompt, so a prompt
   keeps its id when it is answered, or answered again.
 * ``domain`` (optional): the group that results are reported under.
@@ -144,7 +144,7 @@ def conversation_from_row(row: object, where: str | None = None) -> Conversation
         source=where,
     )
     if identity is None:
-        conversation = replace(conversation, id=prompt_hash(conversation))
+        conversation = replace(conversation, id=prompt_id(conversation))
     answer_ids_by_turn(conversation)
     tools_of(conversation)
     return conversation
@@ -248,7 +248,7 @@ def tools_of(conversation: Conversation) -> list[dict[str, Any]] | None:
     return tools
 
 
-def prompt_hash(conversation: Conversation) -> str:
+def prompt_id(conversation: Conversation) -> str:
     """16 hex digits of the SHA-256 of the normalised prompt (`prompt_messages`): the id of a row that brings
     none, the same for every spelling and every answer."""
     # "\0" cannot survive normalising as white space would, so message boundaries stay part of the hash; a

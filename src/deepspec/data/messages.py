@@ -100,7 +100,7 @@ def _message(item: object, i: int, form: str, where: str | None) -> Message:
 
 
 def _content(value: object, name: str, where: str | None) -> str:
-    """A message's text: a string, or OpenAI's list of text parts, which servers join by line ends."""
+    """A message's text: a string, or OpenAI's list of text parts, put together as they are."""
     if not isinstance(value, list):
         return text_of(value, name, where)
     if not value:
@@ -116,7 +116,7 @@ def _content(value: object, name: str, where: str | None) -> str:
                 "would have answered otherwise",
             )
         texts.append(text_of(part.get("text"), f"{name}, part {k}: 'text'", where))
-    return "\n".join(texts)
+    return "".join(texts)
 
 
 def _tool_calls(value: object, name: str, where: str | None) -> list[dict[str, Any]]:

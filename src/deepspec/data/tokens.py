@@ -179,6 +179,11 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode("utf-8")).hexdigest()
 
 
+def added_ids(tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> set[int]:
+    """Ids of tokens that are matched whole, before the text is split; ``special``: only those marked so."""
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special or not special}
+
+
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         raise TargetError(
@@ -234,11 +239,10 @@ class _Chat:
 
     def ids(self, text: str) -> list[int]:
         # The template has written every special token that belongs there: the tokenizer must add none.
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def special(self) -> set[int]:
-        added = self.tokenizer.added_tokens_decoder.items()
-        return {*self.tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+        return {*self.tokenizer.all_special_ids, *added_ids(self.tokenizer, special=True)}
 
 
 def _as_served(message: Message) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One id, one row; and which prompts came before. Kept in a temporary file, so memory stays flat.
 
-A row's own id may come once. A row without one has its prompt's hash for an id (`prompt_hash`), so a prompt
+A row's own id may come once. A row without one has its prompt's hash for an id (`prompt_id`), so a prompt
 that comes again would come under the same id: it is kept, as `<hash>-2`, `<hash>-3`, … (a benchmark may ask
 a question twice, a data set may answer one in several ways), or dropped where that is asked for.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from types import TracebackType
 
-from deepspec.data.conversations import Conversation, prompt_hash
+from deepspec.data.conversations import Conversation, prompt_id
 from deepspec.data.lines import Skipped, refuse
 from deepspec.errors import DataError
 
@@ -41,7 +41,7 @@ class Unique:
         """`rows` in their order, ids made unique. Raises DataError, with both places, for a row's own id that
         came before, or counts that row in `skipped`."""
         for row in rows:
-            prompt = prompt_hash(row)
+            prompt = prompt_id(row)
             times = self._times(prompt)
             self.repeats += times > 1
             if times > 1 and self._drop:
