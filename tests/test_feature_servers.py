@@ -35,9 +35,10 @@ from deepspec.data.features import announced, batches_from, online
 from deepspec.data.tokens import Encoded
 from deepspec.errors import ServerError
 from deepspec.target import Target
-from deepspec.train import Optimizer, train, train_step
+from deepspec.train import Optimizer, train_step
+from deepspec.workflow import train_draft
 from feature_standin import StandIn
-from talking import recipe_tree, write_recipe
+from talking import recipe_tree, save_talking_llama, write_data, write_recipe
 
 DFLASH, DSPARK, EAGLE3 = ("context",), ("context", "labels"), ("unroll",)
 """What their losses read: names of `blocks.READ_RULES`. DSpark's and Eagle-3's read the last hidden state."""
@@ -73,6 +74,12 @@ def start(target_dirs: dict[str, Path], tmp_path: Path) -> Iterator[Start]:
     yield begin
     for server in running:
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def talking_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny target that has a tokenizer."""
+    return save_talking_llama(tmp_path_factory.mktemp("talking"))
 
 
 def llama_source(
@@ -234,7 +241,7 @@ def test_missing_connector_prints_the_line_that_switches_it_on(targets, start):
 
 def test_context_shorter_than_the_rows_is_found_before_training(targets, start):
     server = start("llama", [1, 3, 4])
-    with pytest.raises(ServerError, match="takes 256 tokens, and rows have up to 256"):
+    with pytest.raises(ServerError, match=r"takes 256 tokens, and rows have up to 256 \(data.max_length\)"):
         llama_source(server, targets["llama"], max_length=256)
     assert server.asked == []
     llama_source(server, targets["llama"], max_length=255)
@@ -569,26 +576,47 @@ def test_a_loss_that_reads_the_targets_distribution_does_not_run_without_it(targ
         draft(batch, loss_settings(recipe), draft.plan(batch, 4, torch.Generator().manual_seed(0)))
 
 
-def test_a_run_reads_ahead_and_ends_with_the_same_draft(targets, start, tmp_path, monkeypatch):
-    target, recipe, rows = (
-        targets["llama"],
-        recipe_for("dspark"),
-        rows_of(targets["llama"], [9, 14, 11, 8, 12]),
-    )
+def run_losses(run: Path) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_run_from_a_server_is_the_run_from_online(talking_dir, start, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(train_room, "LOG_EVERY", 1)
-    train(recipe, target, rows, tmp_path / "online", {})
-    server = start("llama", [1, 2, 3, 4])
-    source = vllm_source(server.url, target, [0, 1, 2], DSPARK, access=FAST)
-    opens = "open_source" if hasattr(train_room, "open_source") else "online"
-    monkeypatch.setattr(train_room, opens, lambda *asked: source)
-    train(recipe, target, rows, tmp_path / "server", {})
-    losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        for run in ("online", "server")
-    ]
-    assert len(losses[0]) == 4
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert source._closed.is_set()
+    algorithm = "dspark" if kind == "vllm" else "dflash"
+    server = start(talking_dir, [1, 2, 3, 4] if kind == "vllm" else [1, 2, 3])
+    write_data(tmp_path)
+    tree = recipe_tree(talking_dir, tmp_path, algorithm, micro_batch_size=3)
+    target = Target.from_pretrained(talking_dir, dtype="float32", device="cpu")
+    for run, features in (("online", "online"), ("server", f"{kind}:{server.url}")):
+        recipe = Recipe.model_validate(
+            {**tree, "name": run, "data": {**tree["data"], "features": features, "max_length": 200}}
+        )
+        train_draft(recipe, tmp_path, target=target)
+    losses = run_losses(tmp_path / "online")
+    assert len(losses) == 4
+    assert run_losses(tmp_path / "server") == pytest.approx(losses, rel=1e-4)
+    # The probe, four steps of four rows (two in the shorter third batch), and no more than one batch ahead.
+    assert 1 + 14 <= len(server.asked) <= 1 + 18
+
+
+def test_loss_that_sglang_cannot_feed_is_refused_before_the_target_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(Target, "from_pretrained", lambda *a: pytest.fail("the target was loaded first"))
+    tree = recipe_tree(Path("unused"), tmp_path, "dspark")
+    tree["data"]["features"] = "sglang:http://127.0.0.1:9"
+    with pytest.raises(ServerError, match="never both"):
+        train_draft(Recipe.model_validate(tree), tmp_path)
+
+
+def test_wrong_server_is_found_before_rows_are_made(talking_dir, start, tmp_path):
+    tree = recipe_tree(talking_dir, tmp_path, "dspark")
+    tree["data"] |= {"features": f"vllm:{start(talking_dir, [1, 2, 4]).url}", "max_length": 200}
+    with pytest.raises(ServerError, match=r"after \[1, 2, 4\] layers"):
+        train_draft(Recipe.model_validate(tree), tmp_path)
+    tree["data"] |= {"features": f"vllm:{start(talking_dir, [1, 2, 3, 4]).url}", "max_length": 256}
+    with pytest.raises(ServerError, match=r"takes 256 tokens, and rows have up to 256 \(data.max_length\)"):
+        train_draft(Recipe.model_validate(tree), tmp_path)
 
 
 def test_announcing_changes_no_batch_and_looks_one_ahead(targets):

@@ -22,7 +22,8 @@ from deepspec.config import Recipe, dump_recipe, feature_source, load_recipe
 from deepspec.data.cache import SHARD_BYTES, Plan, Written, plan_cache, write_cache
 from deepspec.data.cached import cached, cached_rows, check_rows, open_cache
 from deepspec.data.conversations import Conversation, content_hash, read_conversations
-from deepspec.data.features import Source, load_rows
+from deepspec.data.feature_launch import refuse_sglang, with_last_hidden
+from deepspec.data.features import Source, load_rows, open_source
 from deepspec.data.regenerate import regenerate
 from deepspec.data.tokens import Encoded, system_hash, template_hash, tokenizer_hash
 from deepspec.drafts.base import Draft
@@ -71,8 +72,7 @@ def train_draft(
     `answers` stands in for the recipe's training file. Held-out τ on the recipe's select prompts picks the
     best checkpoint. Raises UserError for bad data, recipes or targets.
     """
-    if recipe.optim.states == "8bit":
-        eight_bit_adamw()  # before anything is loaded or answered
+    _check_before_loading(recipe)
     target = target or Target.from_pretrained(recipe.target)
     run = Path(runs) / recipe.name
     run.mkdir(parents=True, exist_ok=True)
@@ -91,6 +91,14 @@ def train_draft(
     return train(recipe, target, data.rows, run, facts, held_out, data.source)
 
 
+def _check_before_loading(recipe: Recipe) -> None:
+    """Raise UserError for what would stop a run once its target is loaded and its data tokenised."""
+    if recipe.optim.states == "8bit":
+        eight_bit_adamw()
+    if feature_source(recipe.data.features)[0] == "sglang":
+        refuse_sglang(recipe.draft.target_layer_ids or (), with_last_hidden(read_rules(recipe)))
+
+
 class TrainingData(NamedTuple):
     """name: for messages. about: `data_facts`. source: of features, where it comes with the rows."""
 
@@ -103,14 +111,17 @@ class TrainingData(NamedTuple):
 def training_data(recipe: Recipe, target: Target, run: Path, answers: Path | None) -> TrainingData:
     """The recipe's rows: tokenised from its answers, or as they lie in its feature cache.
 
-    A cache brings its own rows; where there is also a file of answers, it must be the one that the cache was
-    made from. Raises UserError.
+    A feature server is opened before there are rows, so that a wrong one is found first. A cache brings its
+    own rows; where there is also a file of answers, it must be the one that the cache was made from. Raises
+    UserError.
     """
     form, place = feature_source(recipe.data.features)
+    layers, reads = feature_layers(recipe, target.spec.config), read_rules(recipe)
     if form != "cache":
+        source = open_source(recipe.data.features, target, layers, reads, max_length=recipe.data.max_length)
         file = answers or answered(recipe.data.train, target, recipe.thinking, run / "data")
         rows = load_rows(file, target, **_row_settings(recipe))
-        return TrainingData(str(file), rows, data_facts(file), None)
+        return TrainingData(str(file), rows, data_facts(file), source)
     cache = open_cache(Path(place))
     words = ["deepspec", "data", "cache", run / "recipe.yaml", "--answers", answers or recipe.data.train]
     remedy = "make one that fits: " + shlex.join([*map(str, words), "--out", "DIR"])
@@ -119,7 +130,7 @@ def training_data(recipe: Recipe, target: Target, run: Path, answers: Path | Non
     if given.is_file():
         wanted["data_hash"] = data_facts(given, cache.facts["first_rows"])["data_hash"]
     check_rows(cache, wanted, remedy)
-    source = cached(cache, target, feature_layers(recipe, target.spec.config), read_rules(recipe), remedy)
+    source = cached(cache, target, layers, reads, remedy)
     return TrainingData(place, cached_rows(cache), cache.facts["about"], source)
 
 

@@ -183,11 +183,8 @@ def features_server(
 
     target = TargetSpec.from_pretrained(settings.target)
     layers = draft_spec(settings, target.config, settings.draft.mask_token_id or 0).target_layer_ids
-    model, last_hidden, length = (
-        packaged(settings.target),
-        with_last_hidden(read_rules(settings)),
-        settings.data.max_length,
-    )
+    model, length = packaged(settings.target), settings.data.max_length
+    last_hidden = with_last_hidden(read_rules(settings))
     if server is FeatureServer.sglang:
         command = sglang_command(model, layers, last_hidden=last_hidden, max_length=length)
     else:

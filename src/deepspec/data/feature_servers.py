@@ -283,7 +283,9 @@ def _ask_name(server: Server, max_length: int | None) -> None:
     except (KeyError, IndexError, TypeError) as error:
         raise server.wrong("lists no model at /v1/models") from error
     if longest is not None and max_length is not None and longest <= max_length:
-        raise server.wrong(f"takes {longest} tokens, and rows have up to {max_length}, with one to generate")
+        raise server.wrong(
+            f"takes {longest} tokens, and rows have up to {max_length} (data.max_length) and one to generate"
+        )
 
 
 def _unreachable(server: Server, error: Exception) -> ServerError:

@@ -151,12 +151,18 @@ def steps_per_epoch(rows: Sequence[Encoded], batch_size: int) -> int:
 
 
 def open_source(
-    features: str, target: Target, layers: Sequence[int], reads: Sequence[str], remedy: str = ""
+    features: str,
+    target: Target,
+    layers: Sequence[int],
+    reads: Sequence[str],
+    remedy: str = "",
+    max_length: int | None = None,
 ) -> Source:
     """The source that a recipe's `data.features` names (`config.feature_source`).
 
     reads: names of the `blocks.READ_RULES` whose positions it has to fill. remedy: the command that would
-    make a fitting cache, for the error where one does not fit. Raises UserError.
+    make a fitting cache, for the error where one does not fit. max_length: tokens of the longest row, which a
+    server's context must hold. Raises UserError.
     """
     form, place = feature_source(features)
     if form == "online":
@@ -167,7 +173,8 @@ def open_source(
         return cached(open_cache(Path(place)), target, layers, reads, remedy)
     from deepspec.data.feature_servers import sglang_source, vllm_source
 
-    return (vllm_source if form == "vllm" else sglang_source)(place, target, layers, reads)
+    opens = vllm_source if form == "vllm" else sglang_source
+    return opens(place, target, layers, reads, max_length=max_length)
 
 
 def online(target: Target, layers: Sequence[int]) -> Source:
