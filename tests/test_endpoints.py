@@ -234,6 +234,13 @@ def test_a_server_that_keeps_failing_rests_and_its_questions_go_to_the_other():
         assert pool.endpoints[0].failed == len(ill.asked)
 
 
+def test_a_question_that_failed_goes_to_another_server_next():
+    with StandIn(lambda n: "500") as ill, StandIn() as well:
+        pool = Pool([ill.url, well.url], hello, policy=Policy(attempts=5, first_wait=0.01, unwell_after=99))
+        assert texts_of(ask(pool, "a")) == ["echo a"]
+        assert (len(ill.asked), len(well.asked)) == (1, 1)
+
+
 def test_a_server_that_comes_back_is_greeted_and_asked_again():
     greeted: list[str] = []
 
@@ -349,6 +356,14 @@ def test_ids_go_to_the_route_that_takes_them():
         "seed": 5,
         "return_tokens": True,
     }
+
+
+def test_the_budget_is_cut_to_what_the_server_takes():
+    vllm = Endpoint("http://x", {"engine": "vllm", "model": "m", "max_length": 50})
+    assert completion(vllm, NOW, 5, [], [1] * 30).body["max_tokens"] == 20
+    with pytest.raises(Refused, match="the prompt is 50 tokens, and the server takes 50"):
+        completion(vllm, NOW, 5, [], [1] * 50)
+    assert completion(vllm, NOW, 5, [], None).body["max_tokens"] == 100  # nobody here knows its length
 
 
 def test_messages_go_to_chat_with_thinking_said_either_way():
