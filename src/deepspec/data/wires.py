@@ -43,9 +43,17 @@ def completion(
     prompt: Sequence[int] | None,
     tools: object = None,
 ) -> Call[Reply]:
-    """The request for one answer to this server, from the prompt's ids where given, else the messages."""
+    """The request for one answer to this server, from the prompt's ids where given, else the messages.
+
+    Raises Refused for a prompt that leaves no room for an answer, where the server has said how long a
+    sequence it takes (vLLM rejects what could become longer, llama-server stops there by itself).
+    """
     llama = endpoint.facts["engine"] == LLAMA_SERVER
-    s = now.sampling
+    s, limit, budget = now.sampling, endpoint.facts.get("max_length"), now.max_new_tokens
+    if prompt is not None and limit is not None:
+        budget = min(budget, limit - len(prompt))
+        if budget < 1:
+            raise Refused(f"the prompt is {len(prompt)} tokens, and the server takes {limit} with the answer")
     body: dict[str, Any] = {
         "model": endpoint.facts["model"],
         "temperature": s.temperature,
@@ -55,9 +63,9 @@ def completion(
         "seed": seed % SEEDS,
     }
     if llama:
-        body |= {"samplers": ["temperature", "top_k", "top_p"], "n_predict": now.max_new_tokens}
+        body |= {"samplers": ["temperature", "top_k", "top_p"], "n_predict": budget}
     else:
-        body |= {"repetition_penalty": 1.0, "return_token_ids": True, "max_tokens": now.max_new_tokens}
+        body |= {"repetition_penalty": 1.0, "return_token_ids": True, "max_tokens": budget}
     if prompt is not None and llama:
         return Call("/completion", body | {"prompt": list(prompt), "return_tokens": True}, read_llama)
     if prompt is not None:
@@ -121,7 +129,7 @@ def greeter(model: str | None, tokenizer: Any) -> Greeter:
             ) from error
         names = list(served)
         chosen = chosen or names[0]
-        alone = served[names[0]] == LLAMA_SERVER and len(names) == 1 and model is not None
+        alone = served[names[0]]["engine"] == LLAMA_SERVER and len(names) == 1 and model is not None
         if chosen not in served and not alone:  # llama-server answers with what it has, whatever it is called
             near = nearest(chosen, names)
             raise UserError(
@@ -130,7 +138,7 @@ def greeter(model: str | None, tokenizer: Any) -> Greeter:
                 next_step=f"give --model {near or names[0]}" if model else "give --model NAME",
             )
         name = chosen if chosen in served else names[0]
-        endpoint.facts = {"engine": served[name], "model": name}
+        endpoint.facts = {"model": name, **served[name]}
         if tokenizer is not None:
             await _same_tokens(pool, endpoint, tokenizer)
 
@@ -190,10 +198,13 @@ def _ids(value: Any) -> list[int] | None:
     return value
 
 
-def _served(found: Any) -> dict[str, str]:
-    """{model: engine} of /v1/models."""
-    models = _field(found, "data", list)
-    served = {m["id"]: str(m.get("owned_by")) for m in models if isinstance(m, dict) and "id" in m}
+def _served(found: Any) -> dict[str, dict[str, Any]]:
+    """{model: its engine and the longest sequence, where told} of /v1/models."""
+    served = {
+        m["id"]: {"engine": str(m.get("owned_by")), "max_length": m.get("max_model_len")}
+        for m in _field(found, "data", list)
+        if isinstance(m, dict) and "id" in m
+    }
     if not served:
         raise Garbled("no model is listed")
     return served
