@@ -27,7 +27,7 @@ from deepspec.files import aside_of, atomic_directory, write_json
 from deepspec.head import Head
 from deepspec.hub import fetch, may_be_hub_id, unavailable
 from deepspec.log import note, warn
-from deepspec.pocket import packaged
+from deepspec.pocket import DRAFTS, packaged
 from deepspec.shards import Shape, read_tensors
 from deepspec.target import Target, TargetSpec
 
@@ -36,7 +36,7 @@ PROVENANCE = "deepspec.json"
 PLAIN = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 FILES = ("*.json", "*.safetensors")
 """What is downloaded of a draft on the Hub."""
-FORMS = "a run directory such as runs/NAME, or a built-in draft (pocket-eagle3, pocket-dflash, pocket-dspark)"
+FORMS = f"a run directory such as runs/NAME, or a built-in draft ({', '.join(DRAFTS)})"
 EMBEDDING, HEAD = SHARED = ("embed_tokens.weight", "lm_head.weight")
 MAPS = ("d2t", "t2d")
 """Of a reduced vocabulary: offsets [K] from row i to target id i + d2t[i], and a membership mask [V]."""

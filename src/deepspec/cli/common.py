@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from deepspec.target import Target
     from deepspec.verify import Sampling
 
-BUILT_IN_DRAFTS = ("pocket-eagle3", "pocket-dflash", "pocket-dspark")
 POCKET_PROMPTS = ("pocket:train", "pocket:select", "pocket:test")
 SETTINGS: dict[str, Any] = {
     "rich_markup_mode": None,

@@ -11,7 +11,6 @@ import typer
 from rich.text import Text
 
 from deepspec.cli.common import (
-    BUILT_IN_DRAFTS,
     Dtype,
     Json,
     MaxNew,
@@ -31,6 +30,7 @@ from deepspec.cli.common import (
 )
 from deepspec.errors import DataError, UserError
 from deepspec.log import note, warn
+from deepspec.pocket import DRAFTS
 
 if TYPE_CHECKING:
     from deepspec.decode import Generation
@@ -80,7 +80,7 @@ def evaluate(
     if not names:
         raise UserError(
             "no draft to evaluate",
-            next_step=f"add --draft NAME: a run or checkpoint folder, or one of {', '.join(BUILT_IN_DRAFTS)}",
+            next_step=f"add --draft NAME: a run or checkpoint folder, or one of {', '.join(DRAFTS)}",
         )
     samplings = [sampling_of(t, top_k, top_p) for t in temperature or [0.0]]
     check_out(out)
