@@ -330,8 +330,9 @@ def test_messages_that_the_template_refuses_name_the_row(backend: Tokenizer) -> 
 
 def test_template_that_loses_the_answer_is_a_target_error(backend: Tokenizer) -> None:
     tokenizer = chat(backend, "{% for m in messages %}{{ m.role }}{% endfor %}")
-    with pytest.raises(TargetError, match="does not write the assistant's text"):
+    with pytest.raises(TargetError, match="does not write the assistant's text") as caught:
         encode(tokenizer, talk("q", "a"), True, 99)
+    assert "where: rows.jsonl:7" in str(caught.value)
 
 
 def test_tokenizer_without_chat_template_says_what_to_do(backend: Tokenizer) -> None:

@@ -268,6 +268,7 @@ def _answer(chat: _Chat, messages: Sequence[Message], prompt: str) -> list[int]:
     if not found:
         raise TargetError(
             "the target's chat template does not write the assistant's text as it is given",
+            where=chat.where,
             next_step="check the template: no answer can be placed in its prompt",
         )
     special, after = chat.special(), chat.ids(tail)
