@@ -40,16 +40,16 @@ from deepspec.data.cached import cached, open_cache
 from deepspec.data.features import Source, batch_order, load_rows, online
 from deepspec.data.quantise import FORMATS, vector_bytes
 from deepspec.data.tokens import Encoded
+from deepspec.families import PUBLISHED_TARGETS
+from deepspec.plan import MACHINES, make_plan, published_counts
 from deepspec.target import StepOutput, Target
 from deepspec.workflow import ALGORITHMS, cache_features, train_draft
 from draft_quality import measure
-from recipe_parameters import TARGETS
-from reproduce_cost import ROWS, TOKENS, cost
 
 PAGE = Path(__file__).parents[1] / "docs" / "features.md"
 FIGURES = Path(__file__).with_suffix(".json")
 SOURCES = ("online", *FORMATS)
-ANSWERS, ROW_TOKENS = 10_000, TOKENS / ROWS  # as long as the published training set's
+ANSWERS = 10_000
 SERVED = {"all three": ALGORITHMS, "DSpark": ("dspark",), "DFlash": ("dflash",), "Eagle-3": ("eagle3",)}
 TRAINING = [
     "optim.max_minutes=null",
@@ -322,7 +322,7 @@ def sizes_table(figures: Results) -> str:
 
 def qwen_table(figures: Results) -> str:
     """Qwen3-4B, by the formula: every position, and the shares of the pocket's answers."""
-    width = TARGETS["Qwen/Qwen3-4B"]["hidden_size"]
+    width = PUBLISHED_TARGETS["Qwen/Qwen3-4B"]["hidden_size"]
     rows = [
         ["every position, as published", "100.0%", "100.0%"]
         + [f"{bytes_per_token(width, 5, f) - TOKEN_BYTES:,.0f}" for f in FORMATS]
@@ -336,21 +336,21 @@ def qwen_table(figures: Results) -> str:
 
 
 def one_gpu_table(figures: Results) -> str:
-    """Ten epochs of Qwen3-4B drafts on one card: operations with and without a cache, and its disk."""
+    """Ten epochs of Qwen3-4B drafts on one card, as `deepspec plan` counts them: operations with and without
+    a cache, and its disk."""
     rows = []
-    for name, algorithm in (("DSpark", "dspark"), ("DFlash", "dflash"), ("Eagle-3", "eagle3")):
-        recipe, entry = load_recipe(f"{algorithm}/one-gpu"), figures["sizes"][name]
-        found, width = cost(f"{algorithm}/one-gpu"), TARGETS[recipe.target]["hidden_size"]
-        whole = found.features + found.training
-        once = found.features / (recipe.optim.epochs or 1) + found.training
+    for algorithm in ("dspark", "dflash", "eagle3"):
+        recipe, counts = load_recipe(f"{algorithm}/one-gpu"), published_counts()
+        found = make_plan(recipe, PUBLISHED_TARGETS[recipe.target], counts, MACHINES["rtx4090"]).sections
+        work = {key: entry.value for key, entry in found["operations"].items()}
+        features, training = work["features, an epoch"], work["training, an epoch"]
+        left = features / (recipe.optim.epochs or 1) + training
+        share = ANSWERS / found["data"]["rows"].value
         disk = (
-            ANSWERS * ROW_TOKENS * bytes_per_token(width, 5, f, entry["features"], entry["hidden"])
-            for f in ("bf16", "fp8")
+            share * found["disk"][f"cache in {f}, what the loss reads"].value for f in ("bfloat16", "fp8")
         )
-        rows.append(
-            [f"`{algorithm}/one-gpu`", f"{found.features / whole:.0%}", f"{once / whole:.0%}"]
-            + [f"{b / 1e9:,.0f} GB" for b in disk]
-        )
+        cells = [f"{part / (features + training):.0%}" for part in (features, left)]
+        rows.append([f"`{algorithm}/one-gpu`", *cells, *(f"{b / 1e9:,.0f} GB" for b in disk)])
     heads = "recipe", "operations spent on features online", "operations left with a cache"
     return table((*heads, f"disk of {ANSWERS:,} answers, bf16", "fp8"), rows)
 

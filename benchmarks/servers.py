@@ -145,23 +145,39 @@ def servable(target: Path, folder: Path) -> Path:
     return folder
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start(
+    found: Engine, target: Path, port: int, log: Path, words: Sequence[str] = (), parallel: int = 1
+) -> subprocess.Popen[bytes]:
+    """A llama-server with so many slots of 1,024 tokens, when it is ready; `words` add a draft."""
+    command = [str(found.binary), "-m", str(target), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--parallel", str(parallel), "--ctx-size", str(1024 * parallel), "--metrics", "--no-webui"]
+    command += ["--cache-type-k", "f32", "--cache-type-v", "f32", "--threads", str(torch.get_num_threads())]
+    with log.open("ab") as file:
+        server = subprocess.Popen([*command, *words], stdout=file, stderr=file)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            _wait(server, client, log)
+    except BaseException:
+        server.kill()
+        raise
+    return server
+
+
 @contextmanager
 def serving(found: Engine, target: Path, words: Sequence[str], log: Path) -> Iterator[httpx.Client]:
     """A running llama-server with one slot; `words` add a draft."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(found.binary), "-m", str(target), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--parallel", "1", "--ctx-size", "1024", "--metrics", "--no-webui"]
-    command += ["--cache-type-k", "f32", "--cache-type-v", "f32", "--threads", str(torch.get_num_threads())]
-    with (
-        log.open("wb") as file,
-        subprocess.Popen([*command, *words], stdout=file, stderr=file) as server,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client,
-    ):
+    port = free_port()
+    with start(found, target, port, log, words) as server:
         try:
-            _wait(server, client, log)
-            yield client
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
+                yield client
         finally:
             server.terminate()
 
@@ -243,7 +259,9 @@ def compare(
     target: Target, prompts: Sequence[Prompt], ours: Sequence[Answer], theirs: Sequence[Answer]
 ) -> dict[str, Any]:
     """Texts side by side, and both accepted lengths with 95% intervals over prompts."""
-    verdicts = [_same(target, p, a.tokens, b.tokens) for p, a, b in zip(prompts, ours, theirs, strict=True)]
+    verdicts = [
+        same(target, p.ids, a.tokens, b.tokens) for p, a, b in zip(prompts, ours, theirs, strict=True)
+    ]
     tau = {}
     for name, answers in (("ours", ours), ("theirs", theirs)):
         found = bootstrap_ratio(
@@ -260,16 +278,21 @@ def compare(
     }
 
 
-def _same(target: Target, prompt: Prompt, ours: list[int], theirs: list[int]) -> str:
-    """identical; near tie, where our target's logits of the two tokens at the parting are equal but for
-    rounding; or different. Stop tokens, which the server may leave out, don't count."""
+def same(target: Target, prompt: Sequence[int], ours: list[int], theirs: list[int]) -> str:
+    """`parting`, of answers without stop tokens, which the server may leave out."""
     ours, theirs = ([t for t in tokens if t not in target.stop_token_ids] for tokens in (ours, theirs))
+    return parting(target, prompt, ours, theirs)
+
+
+def parting(target: Target, prompt: Sequence[int], ours: list[int], theirs: list[int]) -> str:
+    """identical; near tie, where our target's logits of the two tokens at the parting are equal but for
+    rounding; or different."""
     if ours == theirs:
         return "identical"
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
     if at is None:
         return "different"
-    ids = torch.tensor([[*prompt.ids, *ours[:at]]])
+    ids = torch.tensor([[*prompt, *ours[:at]]])
     logits = target.logits(target.read(ids, ()).last_hidden[0, -1]).float()
     return "near tie" if abs(float(logits[ours[at]] - logits[theirs[at]])) < TIE else "different"
 
@@ -278,16 +301,21 @@ def rate(answers: Sequence[Answer]) -> float:
     return sum(len(a.tokens) for a in answers) / sum(a.seconds for a in answers)
 
 
+def served_target(found: Engine, work: Path) -> tuple[Path, Path]:
+    """The pocket target as the converter takes it, and as GGUF."""
+    work.mkdir(exist_ok=True)
+    model = servable(Path(packaged("pocket")), work / "target")
+    return model, convert(found, model, work / "target.gguf")
+
+
 def measure(names: Sequence[str] = DRAFTS, limit: int = PROMPTS, budget: int = BUDGET) -> dict[str, Any]:
     """Each draft exported, converted and served by llama-server, beside our own decoding."""
     folder = cache()
     found = engine(folder)
     work = folder / "pocket"
-    work.mkdir(exist_ok=True)
+    model, gguf = served_target(found, work)
     target = Target.from_pretrained("pocket", dtype="float32", device="cpu")
     prompts = load_prompts(prompt_file("test"), target, limit=limit)
-    model = servable(Path(packaged("pocket")), work / "target")
-    gguf = convert(found, model, work / "target.gguf")
     with serving(found, gguf, [], work / "plain.log") as client:
         ask(client, prompts[0], budget)  # first-call costs belong to nobody
         plain = [ask(client, p, budget) for p in prompts]

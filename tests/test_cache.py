@@ -188,7 +188,7 @@ def test_one_cache_serves_drafts_of_other_layers_and_positions(bfloat: Target, t
 
 def test_training_takes_its_rows_from_the_cache(bfloat: Target, tmp_path: Path) -> None:
     plan = written(bfloat, tmp_path)
-    assert cached_rows(open_cache(tmp_path)) == list(plan.rows)
+    assert list(cached_rows(open_cache(tmp_path))) == list(plan.rows)
 
 
 def test_rows_of_the_same_name_are_told_apart_by_their_tokens(bfloat: Target, tmp_path: Path) -> None:

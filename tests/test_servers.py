@@ -1,7 +1,7 @@
-"""Our drafts in llama-server: the same texts as ours, and the same accepted lengths by its own count.
+"""A real engine: our drafts in llama-server, and answers through it.
 
-Run by `make test-servers`; what is compared, and how the two conventions are brought together, is said in
-benchmarks/servers.py.
+Run by `make test-servers`; what is compared, and how, is said in benchmarks/servers.py and
+benchmarks/regenerate_share.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import regenerate_share
 import servers
 
 
@@ -51,3 +52,14 @@ def test_server_accepts_what_we_accept(row):
     ours, theirs = row["tau"]["ours"]["value"], row["tau"]["theirs"]["value"]
     assert ours > 1.3
     assert theirs == pytest.approx(ours, rel=0.05)
+
+
+@pytest.mark.servers
+def test_answers_through_two_servers_of_which_one_dies_and_comes_back():
+    found = regenerate_share.with_a_death()
+    print({k: v for k, v in found.items() if "ids" not in k})
+    assert found["ids"] == found["expected_ids"]
+    assert found["failed"] == 0
+    assert found["after_restart"] > 0
+    assert found["different"] == 0
+    assert found["identical"] >= 0.9 * found["prompts"]

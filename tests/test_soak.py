@@ -6,20 +6,35 @@ falls inside the work instead of into the imports.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
+import socket
+import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from deepspec.cli import app
-from talking import recipe_tree, save_talking_llama, write_data, write_recipe, write_rows
+from deepspec.data.answers import beside, last_mark
+from deepspec.data.conversations import Conversation, conversation_from_row
+from deepspec.data.dialogue import turns_of
+from deepspec.data.endpoints import Policy
+from deepspec.data.regenerate import regenerate
+from deepspec.data.served import regenerate_served
+from deepspec.errors import UserError
+from deepspec.target import Target
+from kills import disk_of, in_child, kill_at, killed_at
+from standin import PASSING, StandIn
+from talking import recipe_tree, save_talking_llama, write_data, write_recipe
 from test_train import metrics_of, same_state
 
 pytestmark = [
@@ -32,19 +47,6 @@ KILLS = 50
 def run_command(*words: object) -> None:
     result = CliRunner().invoke(app, [str(w) for w in words])
     assert result.exit_code == 0, result.output
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """The process id of a fork that does the work and exits 0."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return child
 
 
 def killed_often(work: Callable[[], None], seconds: float, where: Callable[[], str]) -> Counter[str]:
@@ -89,30 +91,154 @@ def test_training_killed_at_random_moments_equals_the_undisturbed_run(tmp_path: 
     print(f"killed: {dict(seen)}")
 
 
-def test_answers_killed_at_random_moments_are_each_there_once(tmp_path: Path) -> None:
-    target = save_talking_llama(tmp_path / "target")
-    prompts = write_rows(tmp_path / "prompts.jsonl", [(f"What is {i} and {i}?", None) for i in range(400)])
+# ── regenerate ────────────────────────────────────────────────────────────────────────────────────────
 
-    def regenerate(out: Path) -> None:
-        words = ["data", "regenerate", prompts, "--target", target, "--out", out, "--max-new-tokens", 24]
-        run_command(*words)
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    path = save_talking_llama(tmp_path_factory.mktemp("talking"))
+    return Target.from_pretrained(path, dtype="float32", device="cpu")
+
+
+def prompts(count: int) -> list[Conversation]:
+    """Every seventh asks twice."""
+    turns = [[f"What is {i} and {i}?", *(["Why?"] if i % 7 == 0 else [])] for i in range(count)]
+    return [conversation_from_row({"id": f"r{i}", "turns": t}) for i, t in enumerate(turns)]
+
+
+def where_killed(out: Path) -> str:
+    if not out.exists() or not out.stat().st_size:
+        return "before the first line"
+    if not out.read_bytes().endswith(b"\n"):
+        return "mid-line"
+    mark = last_mark(beside(out, "timings"))
+    return "between stretches" if mark == out.stat().st_size else "between lines of a stretch"
+
+
+def test_answers_killed_at_fifty_moments_come_out_the_same_to_the_byte(
+    target: Target, tmp_path: Path
+) -> None:
+    rows, cut = prompts(600), tmp_path / "cut.jsonl"
+
+    def work(out: Path) -> None:
+        regenerate(target, rows, out, max_new_tokens=8, max_rows=2)
 
     began = time.perf_counter()
-    regenerate(tmp_path / "whole.jsonl")
-    seconds = time.perf_counter() - began
-    cut = tmp_path / "cut.jsonl"
-
-    def where() -> str:
-        if not cut.exists() or not cut.stat().st_size:
-            return "before the first line"
-        return "between lines" if cut.read_bytes().endswith(b"\n") else "mid-line"
-
-    seen = killed_often(lambda: regenerate(cut), seconds / 12, where)
-    assert seen["between lines"], seen
-    whole, found = (
-        [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        for path in (tmp_path / "whole.jsonl", cut)
-    )
-    assert sorted(r["id"] for r in found) == sorted(r["id"] for r in whole)
-    assert {r["id"]: r for r in found} == {r["id"]: r for r in whole}
+    work(tmp_path / "whole.jsonl")
+    stretch = (time.perf_counter() - began) / (len(rows) / 16)
+    moments, seen = random.Random(7), Counter[str]()
+    while sum(seen.values()) < KILLS:
+        if sum(seen.values()) % 2:
+            # A stretch has sixteen lines, and three operations that close it.
+            assert killed_at(moments.randint(1, 30), lambda: work(cut))
+        else:
+            child = in_child(lambda: work(cut))
+            time.sleep(moments.uniform(0, 1.5 * stretch))
+            os.kill(child, signal.SIGKILL)
+            assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "it was done before the kill: give it more rows"
+        seen[where_killed(cut)] += 1
+    work(cut)
     print(f"killed: {dict(seen)}")
+    places = {"before the first line", "mid-line", "between lines of a stretch", "between stretches"}
+    assert set(seen) == places
+    assert seen["mid-line"] >= 10
+    assert cut.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_answers_survive_a_disk_that_is_full_again_and_again(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, cut = prompts(100), tmp_path / "cut.jsonl"
+
+    def work(out: Path) -> None:
+        regenerate(target, rows, out, max_new_tokens=8, max_rows=2)
+
+    work(tmp_path / "whole.jsonl")
+    sizes, full, torn = random.Random(3), 0, 0
+    while True:
+        try:
+            with disk_of(sizes.randint(1, 12_000), monkeypatch):
+                work(cut)
+            break
+        except UserError as error:
+            assert "No space left on device" in str(error)
+            full += 1
+            torn += cut.exists() and not cut.read_bytes().endswith(b"\n")
+    print(f"full {full} times, {torn} of them in the middle of a line")
+    assert torn >= 5
+    assert cut.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+# ── regenerate through servers ────────────────────────────────────────────────────────────────────────
+
+
+def misbehaving(port: int, seed: int) -> int:
+    """The process id of a stand-in server of its own: three answers of ten are some fault or other."""
+
+    def serve() -> None:
+        dice, lock = random.Random(seed), threading.Lock()
+
+        def fault(n: int) -> str | None:
+            with lock:
+                return dice.choice(PASSING) if dice.random() < 0.3 else None
+
+        StandIn(fault, port=port, answer=lambda said: (time.sleep(0.02), (f"echo {said}", None))[1])
+        time.sleep(600)
+
+    return in_child(serve)
+
+
+def stop(process: int) -> None:
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+
+
+def test_every_prompt_once_while_servers_and_the_run_itself_are_killed(tmp_path: Path) -> None:
+    """Two servers that die and come back at random, and a client that is killed at KILLS moments."""
+    ports = []
+    for _ in range(2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports.append(probe.getsockname()[1])
+    rows, out, dice = prompts(6000), tmp_path / "a.jsonl", random.Random(5)
+    policy = Policy(0.5, 30, 0.01, 0.1, 3, 60, 0.5)
+
+    def work() -> None:
+        regenerate_served(
+            [f"http://127.0.0.1:{port}" for port in ports], rows, out, concurrency=8, policy=policy
+        )
+
+    def work_until(operation: int) -> None:
+        kill_at(operation)
+        work()
+
+    alive = {port: misbehaving(port, port) for port in ports}
+    deaths, seen = 0, Counter[str]()
+    while sum(seen.values()) < KILLS:
+        last = dice.randint(1, 60) if sum(seen.values()) % 2 else sys.maxsize
+        client = in_child(partial(work_until, last))
+        for _ in range(dice.randint(1, 3)):
+            time.sleep(dice.uniform(0, 0.4))
+            port = dice.choice(ports)
+            if port in alive and len(alive) == 2:
+                stop(alive.pop(port))
+                deaths += 1
+            else:
+                alive |= {p: misbehaving(p, dice.randint(0, 10**6)) for p in ports if p not in alive}
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(client, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(client, 0)[1]), "it was done before the kill: give it more rows"
+        seen[where_killed(out)] += 1
+    work()
+    for process in alive.values():
+        stop(process)
+    print(f"killed: {dict(seen)}; {deaths} deaths of servers")
+    assert deaths >= 10
+    assert seen["mid-line"] >= 5
+    found = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert sorted(row["id"] for row in found) == sorted(row.id for row in rows)
+    assert not beside(out, "failures").exists()
+    asked = {row.id: [turn[0]["content"] for turn in turns_of(row)] for row in rows}
+    for row in found:
+        texts = [message["content"] for message in row["messages"]]
+        assert texts == [t for q in asked[row["id"]] for t in (q, f"echo {q}")]

@@ -13,7 +13,8 @@ import torch
 
 from deepspec.checkpoint import AnyDraft, load_draft, new_draft
 from deepspec.config import Recipe
-from deepspec.data.tokens import Encoded, frequent_ids, supervised_counts
+from deepspec.data.rows import frequent_ids, supervised_counts
+from deepspec.data.tokens import Encoded
 from deepspec.drafts.base import DraftSpec, LossSettings
 from deepspec.drafts.spec import SpecError, new_spec
 from deepspec.errors import RecipeError
@@ -42,8 +43,8 @@ def vocabulary_facts(draft: AnyDraft, rows: Sequence[Encoded]) -> dict[str, Any]
     kept = draft.head.kept
     if kept is None:
         return {}
-    ids, counts = kept.tolist(), supervised_counts(rows)
-    coverage = sum(counts[i] for i in ids) / max(counts.total(), 1)
+    ids, counts = kept.tolist(), supervised_counts(rows, draft.spec.vocab_size)
+    coverage = int(counts[ids].sum()) / max(int(counts.sum()), 1)
     digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
     return {"vocabulary": {"ids": len(ids), "ids_hash": digest, "coverage": coverage}}
 

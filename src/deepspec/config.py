@@ -107,6 +107,7 @@ class OptimConfig(Section):
     weight_decay: NotNegative = 0.0
     betas: tuple[Share, Share] = (0.9, 0.95)
     grad_clip: Positive = 1.0  # global gradient norm
+    states: Literal["float32", "8bit"] = "float32"  # AdamW's moments; 8bit needs bitsandbytes
     batch_size: Count = 16  # sequences per step, over all ranks
     micro_batch_size: Count | None = None  # of them, how many at a time; None: all. Memory, not the result
     epochs: Positive | None = None

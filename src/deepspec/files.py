@@ -18,10 +18,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from deepspec.errors import UserError
 from deepspec.log import warn
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: files cannot be claimed there
+    fcntl = None  # type: ignore[assignment]
 
 TAIL = 1 << 16
 """Bytes read at a time when the last line of a file is looked for from its end."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what a disk refuses inside the block into an error that says what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            todo = "make room there and run the same command again: what was finished is kept"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR):
+            todo = "give a path that can be written to"
+        else:
+            raise
+        raise UserError(f"cannot write: {error.strerror}", where=str(path), next_step=todo) from error
 
 
 # ── whole files and directories ───────────────────────────────────────────────────────────────────────
@@ -95,6 +116,15 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 def aside_of(path: Path) -> Path:
     """Where a directory steps while another takes its name; a kill between the two leaves it there."""
     return path.with_name(f".{path.name}.old")
+
+
+def count_lines(path: Path | str) -> int | None:
+    """Lines of a file, for a progress bar; None where that cannot be known. Reads at the disk's speed."""
+    try:
+        with Path(path).open("rb") as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    except OSError:
+        return None
 
 
 # ── one writer for a piece of work, and a disk that is full ────────────────────────────────────────────
@@ -183,27 +213,55 @@ class JsonlWriter:
 
     A killed process loses no line it had finished, and a torn last line from an earlier run is repaired on
     opening (`dropped_bytes` says how much of it went). `sync` has everything so far on the disk, as closing
-    does. Numbers that JSON does not know (nan, inf) are written as null.
+    does. Numbers that JSON does not know (nan, inf) are written as null. Raises UserError where the path
+    cannot be written to, where the disk is full, and, with `alone`, where another process is writing to the
+    file.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, alone: bool = False) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.dropped_bytes = repair_last_line(self.path)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = self.path.open("ab", buffering=0)
+            if alone:
+                self._claim()
+            self.dropped_bytes = repair_last_line(self.path)
         if self.dropped_bytes:
             warn(f"{self.path}: dropped a torn last line of {self.dropped_bytes} bytes")
-        self._file: BinaryIO = self.path.open("ab", buffering=0)
+
+    def _claim(self) -> None:
+        """Keep the file to this process until it is closed. Two would write every row twice."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(
+                "another process is writing to this file",
+                where=str(self.path),
+                next_step="wait until it is done, or give this one a path of its own",
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return os.fstat(self._file.fileno()).st_size
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one object as one line. Raises TypeError on a value that is not plain JSON data."""
         line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
         # One system call for text and newline together: a reader beside us never sees half of the pair. The
         # system may take less than all of it (a disk that fills up): the rest then goes, or raises, next.
-        while line:
-            line = line[os.write(self._file.fileno(), line) :]
+        with writing(self.path):
+            while line:
+                line = line[os.write(self._file.fileno(), line) :]
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if not self._file.closed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -32,11 +32,13 @@ from deepspec.files import plain, write_json
 from deepspec.log import note, warn
 from deepspec.report import write_report
 from deepspec.target import Target
-from deepspec.train import Outcome, latest_checkpoint, train
+from deepspec.train import Outcome, eight_bit_adamw, latest_checkpoint, train
 from deepspec.verify import Sampling
 
 ALGORITHMS = ("eagle3", "dflash", "dspark")
 ANSWER_TOKENS = 224
+ANSWER_ROWS = 48
+"""Prompts that the pocket target answers together."""
 
 
 def data_file(name: str) -> Path:
@@ -56,7 +58,7 @@ def answered(name: str, target: Target, thinking: bool, beside: Path) -> Path:
         out,
         thinking=thinking,
         max_new_tokens=ANSWER_TOKENS,
-        max_rows=48,
+        max_rows=ANSWER_ROWS,
     )
     return out
 
@@ -69,6 +71,8 @@ def train_draft(
     `answers` stands in for the recipe's training file. Held-out τ on the recipe's select prompts picks the
     best checkpoint. Raises UserError for bad data, recipes or targets.
     """
+    if recipe.optim.states == "8bit":
+        eight_bit_adamw()  # before anything is loaded or answered
     target = target or Target.from_pretrained(recipe.target)
     run = Path(runs) / recipe.name
     run.mkdir(parents=True, exist_ok=True)
@@ -91,7 +95,7 @@ class TrainingData(NamedTuple):
     """name: for messages. about: `data_facts`. source: of features, where it comes with the rows."""
 
     name: str
-    rows: list[Encoded]
+    rows: Sequence[Encoded]
     about: dict[str, Any]
     source: Source | None
 
@@ -189,11 +193,19 @@ def cache_features(
 def _keep_recipe(recipe: Recipe, run: Path) -> None:
     """Write the resolved recipe; say so when the run was started with another one.
 
-    Raises RecipeError where that run began from another draft: going on would not fine-tune this one.
+    Raises RecipeError, and leaves the run's own recipe as it is, where that run began from another draft or
+    trains a draft of another kind: going on would train neither.
     """
     path = run / "recipe.yaml"
-    before = load_recipe(path) if path.exists() else recipe
-    if before.start_from != recipe.start_from and latest_checkpoint(run) is not None:
+    going_on = path.exists() and latest_checkpoint(run) is not None
+    before = load_recipe(path) if going_on else recipe
+    other = _other_draft(before, recipe)
+    if other:
+        raise RecipeError(
+            f"{run} is a run that trains another draft: {'; '.join(other)}",
+            next_step="give this one a name of its own (name=NAME), or start anew with --fresh",
+        )
+    if before.start_from != recipe.start_from:
         raise RecipeError(
             f"{run} is a run that began from {before.start_from or 'fresh weights'}, "
             f"not from {recipe.start_from or 'fresh weights'}",
@@ -204,15 +216,35 @@ def _keep_recipe(recipe: Recipe, run: Path) -> None:
     dump_recipe(recipe, path)
 
 
+def _other_draft(before: Recipe, now: Recipe) -> list[str]:
+    """What makes the drafts of two recipes different ones, weights of equal shapes included."""
+    have, want = (
+        {"algorithm": r.algorithm} | {f"draft.{k}": v for k, v in r.draft.model_dump().items()}
+        for r in (before, now)
+    )
+    keys = (k for k in have if k != "draft.step_loss_decay" and have[k] != want[k])
+    return [f"its {key} is {have[key]}, the recipe's {want[key]}" for key in keys]
+
+
 def data_facts(source: Path, limit: int | None = None) -> dict[str, Any]:
     """What a checkpoint says of a file of answers. `data`: the conditions that they carry and share.
 
     limit: of its first rows.
     """
-    rows = list(islice(read_conversations(source), limit))
-    carried = {key: only_one([r.meta.get(key) for r in rows]) for key in ("target", *MODE, "sampling")}
-    carried["system_prompt"] = only_one([system_hash(r.messages) for r in rows])
-    return {"data_hash": content_hash(rows), "data_rows": len(rows), "data": carried}
+    carried: dict[str, Any] = {}
+    count = 0
+
+    def noting() -> Iterator[Conversation]:
+        nonlocal count
+        for row in islice(read_conversations(source), limit):
+            count += 1
+            facts = {key: row.meta.get(key) for key in ("target", *MODE, "sampling")}
+            facts["system_prompt"] = system_hash(row.messages)
+            for key, value in facts.items():
+                carried[key] = only_one(carried.get(key, value), value)
+            yield row
+
+    return {"data_hash": content_hash(noting()), "data_rows": count, "data": carried}
 
 
 def provenance(recipe: Recipe, target: Target, about: dict[str, Any]) -> dict[str, Any]:
@@ -233,9 +265,9 @@ def provenance(recipe: Recipe, target: Target, about: dict[str, Any]) -> dict[st
     }
 
 
-def only_one(values: Sequence[Any]) -> Any:
+def only_one(so_far: Any, value: Any) -> Any:
     """The value that all rows share, or "several"."""
-    return values[0] if all(v == values[0] for v in values) else "several"
+    return so_far if so_far == value else "several"
 
 
 def started_from(recipe: Recipe) -> dict[str, Any] | None:
@@ -285,51 +317,81 @@ def evaluate_to(
     return results
 
 
+class QuickstartSize(NamedTuple):
+    """Prompts answered, minutes of training per draft, held-out prompts in the evaluation."""
+
+    prompts: int
+    minutes: float
+    tasks: int
+
+
+QUICKSTART = {False: QuickstartSize(1200, 2.0, 24), True: QuickstartSize(150, 0.2, 6)}
+"""By `fast`."""
+EVALUATED_TOKENS = 96
+"""Budget of new tokens per prompt in the quickstart's evaluation."""
+EVALUATED_AT = (0.0, 1.0)
+
+
+def quickstart_recipes(fast: bool) -> dict[str, Recipe]:
+    """What the quickstart trains, by algorithm."""
+    changes: dict[str, Any] = {"trackers": ["none"]} if fast else {}
+    minutes = f"optim.max_minutes={QUICKSTART[fast].minutes}"
+    return {
+        algorithm: load_recipe(f"pocket-{algorithm}", [minutes]).model_copy(
+            update={"name": algorithm, **changes}
+        )
+        for algorithm in ALGORITHMS
+    }
+
+
 def quickstart(
     out: Path | str = "runs/quickstart", *, fast: bool = False
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Answers from the pocket target, three drafts, an evaluation on held-out prompts, a report.
 
     `fast` does all of it on little data, in about two minutes: enough to see that it works, not how well.
-    Returns the report's path and the results. Run again, it goes on where it stopped.
+    Returns the report's path and the results; `phases.json` beside them says how many seconds each phase
+    took. Run again, it goes on where it stopped.
     """
     out, began = Path(out), time.perf_counter()
-    prompts, minutes, tasks = (150, 0.2, 6) if fast else (1200, 2.0, 24)
+    size, seconds = QUICKSTART[fast], {}
     target = Target.from_pretrained("pocket")
-    rows: list[Conversation] = spread(list(read_conversations(data_file("pocket:train"))), prompts)
+    rows: list[Conversation] = spread(list(read_conversations(data_file("pocket:train"))), size.prompts)
+    seconds["loading"] = time.perf_counter() - began
     answers = out / "data" / "answers.jsonl"
     note(f"1/4  the pocket target answers {len(rows)} prompts")
-    regenerate(target, rows, answers, max_new_tokens=ANSWER_TOKENS, max_rows=48)
+    regenerate(target, rows, answers, max_new_tokens=ANSWER_TOKENS, max_rows=ANSWER_ROWS)
+    seconds["answers"] = time.perf_counter() - began - sum(seconds.values())
     drafts: dict[str, Draft] = {}
     training: dict[str, list[dict[str, Any]]] = {}
-    for algorithm in ALGORITHMS:
-        note(f"2/4  training {algorithm} for {60 * minutes:.0f} s")
-        recipe = load_recipe(f"pocket-{algorithm}", [f"optim.max_minutes={minutes}"])
-        recipe = recipe.model_copy(
-            update={"name": algorithm, "trackers": ["none"]} if fast else {"name": algorithm}
-        )
+    for algorithm, recipe in quickstart_recipes(fast).items():
+        note(f"2/4  training {algorithm} for {60 * size.minutes:.0f} s")
         outcome = train_draft(recipe, out, target=target, answers=answers)
         if outcome.interrupted:
             raise KeyboardInterrupt
         drafts[algorithm] = load_draft(outcome.best, target)
         drafts[algorithm].name = algorithm
         training[algorithm] = read_metrics(outcome.run)
-    note(f"3/4  evaluating on {tasks} held-out prompts")
+        seconds[f"training {algorithm}"] = time.perf_counter() - began - sum(seconds.values())
+    note(f"3/4  evaluating on {size.tasks} held-out prompts")
     results = evaluate_to(
         out,
         target,
         drafts,
-        temperatures=(0.0, 1.0),
+        temperatures=EVALUATED_AT,
         prompts=data_file("pocket:test"),
-        limit=tasks,
-        max_new_tokens=96,
+        limit=size.tasks,
+        max_new_tokens=EVALUATED_TOKENS,
     )
+    seconds["evaluation"] = time.perf_counter() - began - sum(seconds.values())
     note("4/4  writing the report")
     spent = time.perf_counter() - began
     notes = [f"Made by `deepspec quickstart{' --fast' if fast else ''}` in {spent / 60:.1f} minutes."]
     if fast:
         notes.append("The fast form trains for seconds: it shows that everything works, not how well.")
     path = write_report(out / "report.html", results, training, "deepspec quickstart", notes)
+    seconds["report"] = time.perf_counter() - began - sum(seconds.values())
+    write_json(out / "phases.json", {name: round(spent, 3) for name, spent in seconds.items()})
     return path, results
 
 
@@ -343,7 +405,7 @@ def train_pocket_drafts(
     prompts = list(read_conversations(data_file("pocket:train")))
     for k in range(samples):
         some = [replace(c, id=f"{c.id}.{k}") if k else c for c in prompts]
-        regenerate(target, some, answers, max_new_tokens=ANSWER_TOKENS, max_rows=48)
+        regenerate(target, some, answers, max_new_tokens=ANSWER_TOKENS, max_rows=ANSWER_ROWS)
     outcomes = {}
     for algorithm in ALGORITHMS:
         recipe = load_recipe(f"pocket-{algorithm}", [f"optim.max_minutes={minutes}", f"seed={seed}"])

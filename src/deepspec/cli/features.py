@@ -1,4 +1,4 @@
-"""data cache: the target's features on disk."""
+"""data cache, data features-server: where training takes the target's features from."""
 
 from __future__ import annotations
 
@@ -134,3 +134,79 @@ def _own_device(device: str) -> str:
     import torch
 
     return f"cuda:{int(local) % torch.cuda.device_count()}" if torch.cuda.is_available() else "auto"
+
+
+class FeatureServer(StrEnum):
+    vllm = "vllm"
+    sglang = "sglang"
+
+
+PORTS = {FeatureServer.vllm: 8000, FeatureServer.sglang: 30000}
+"""What each server listens on unless told otherwise."""
+
+
+def features_server(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or the path of a .yaml file.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as target=DIRECTORY.")
+    ] = None,
+    server: Annotated[FeatureServer, typer.Option("--server", help="Which server.")] = FeatureServer.vllm,
+    storage: Annotated[
+        Path | None,
+        typer.Option("--storage", help="vLLM: folder for features in transit, seen by both sides."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the command line of a vLLM or SGLang that gives a recipe its features.
+
+    Not verified on a real server: written from the released source of vLLM 0.33.0 and SGLang 0.5.23.
+
+    \b
+    Example:
+      deepspec data features-server dspark/qwen3-4b --server vllm
+    """
+    from deepspec.config import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+    from deepspec.build import draft_spec, read_rules
+    from deepspec.data.feature_launch import (
+        STORAGE,
+        sglang_command,
+        stream_ids,
+        vllm_command,
+        with_last_hidden,
+    )
+    from deepspec.pocket import packaged
+    from deepspec.target import TargetSpec
+
+    target = TargetSpec.from_pretrained(settings.target)
+    layers = draft_spec(settings, target.config, settings.draft.mask_token_id or 0).target_layer_ids
+    model, last_hidden, length = (
+        packaged(settings.target),
+        with_last_hidden(read_rules(settings)),
+        settings.data.max_length,
+    )
+    if server is FeatureServer.sglang:
+        command = sglang_command(model, layers, last_hidden=last_hidden, max_length=length)
+    else:
+        command = vllm_command(
+            model,
+            layers,
+            target.num_layers,
+            last_hidden=last_hidden,
+            max_length=length,
+            storage=str(storage or STORAGE),
+        )
+    words = ["deepspec", "train", recipe, *(overrides or [])]
+    words.append(f"data.features={server.value}:http://localhost:{PORTS[server]}")
+    if as_json:
+        streams = stream_ids(layers, target.num_layers, last_hidden)
+        print_json(
+            {"command": command, "layers": list(layers), "streams": streams, "train": shlex.join(words)}
+        )
+        return
+    typer.echo(command)
+    note("not verified on a real server. Where it listens, train with")
+    typer.echo(shlex.join(words))

@@ -20,6 +20,7 @@ from deepspec.cli.common import (
     Thinking,
     TopK,
     TopP,
+    check_out,
     load_target,
     print_json,
     print_results,
@@ -82,6 +83,8 @@ def evaluate(
             next_step=f"add --draft NAME: a run or checkpoint folder, or one of {', '.join(BUILT_IN_DRAFTS)}",
         )
     samplings = [sampling_of(t, top_k, top_p) for t in temperature or [0.0]]
+    check_out(out)
+    check_out(report)
     from deepspec.checkpoint import find_checkpoint, load_draft, load_provenance
     from deepspec.compare import mode_differences
     from deepspec.evaluate import evaluate_drafts, load_prompts, mode_of
@@ -178,6 +181,7 @@ def report(
     Example:
       deepspec report eval-t0.json eval-t1.json --metrics dspark=runs/pocket-dspark/metrics.jsonl
     """
+    check_out(out)
     results = [r for file in files for r in read_results(file)]
     training = dict(_read_curve(text) for text in metrics or [])
     from deepspec.report import write_report

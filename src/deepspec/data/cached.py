@@ -24,6 +24,7 @@ from deepspec.blocks import FeatureBatch
 from deepspec.data.cache import FORMAT, INDEX, RowCounts, differences, file_hash, stored_positions
 from deepspec.data.features import Source, online, padded
 from deepspec.data.quantise import Stored, dequantise
+from deepspec.data.rows import Rows
 from deepspec.data.tokens import Encoded
 from deepspec.errors import DataError
 from deepspec.files import write_json
@@ -87,13 +88,12 @@ def open_cache(path: Path, *, verify: bool = True) -> Cache:
     return Cache(path, facts, shards, places, tensors)
 
 
-def cached_rows(cache: Cache) -> list[Encoded]:
+def cached_rows(cache: Cache) -> Rows:
     """The cache's rows in their order: what training takes in place of tokenising."""
-    rows = []
-    for row_id, place in cache.places:
-        ids, mask = _tokens(cache, place)
-        rows.append(Encoded(ids=ids, loss_mask=mask, id=row_id))
-    return rows
+    shards = [cache.tensors(number) for number in range(len(cache.shards))]
+    lengths = torch.tensor([0, *(place.counts.tokens for _, place in cache.places)])
+    ids, mask = (torch.cat([shard[name] for shard in shards]) for name in ("ids", "loss_mask"))
+    return Rows(ids, mask, lengths.cumsum(0), [name for name, _ in cache.places])
 
 
 def _tokens(cache: Cache, place: Place) -> tuple[list[int], list[int]]:
