@@ -230,42 +230,50 @@ def _write_shard(plan: Plan, source: Source, out: Path, shard: int) -> int:
 
 
 def shard_tensors(rows: Sequence[Encoded], source: Source, facts: Mapping[str, Any]) -> dict[str, Tensor]:
-    """ids [T] int32, loss_mask [T] uint8, layer.K [F, d] for each layer, hidden [H, d], rows one after the
-    other; with scales `layer.K.scale` [F] and `hidden.scale` [H] where the format has them."""
+    """features [m, F, d], so that some layers can be read without the others; hidden [H, d]; with scales
+    `features.scale` [m, F] and `hidden.scale` [H] where the format has them; ids [T] int32 and loss_mask [T]
+    uint8. Rows lie one after the other."""
     parts: list[dict[str, Tensor]] = [{} for _ in rows]
     for picked in batch_rows(rows, facts["batch_tokens"]):
         batch = source([rows[i] for i in picked], len(rows[picked[0]].ids))
-        for i, vectors in zip(picked, _stored_vectors(batch, facts), strict=True):
-            for name, found in vectors.items():
-                stored = quantise(found, facts["dtype"])
-                parts[i][name] = stored.values.cpu()
-                if stored.scales is not None:
-                    parts[i][f"{name}.scale"] = stored.scales.cpu()
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        for name, (vectors, counts) in _stored_vectors(batch, facts).items():
+            stored = quantise(vectors, facts["dtype"])
+            for suffix, found, dim in (("", stored.values, -2), (".scale", stored.scales, -1)):
+                if found is not None:
+                    for i, part in zip(picked, found.cpu().split(counts, dim), strict=True):
+                        parts[i][name + suffix] = part
+    tensors = {
+        name: torch.cat([part[name] for part in parts], dim=1 if name.startswith("features") else 0)
+        for name in parts[0]
+    }
     tensors["ids"] = torch.tensor([t for row in rows for t in row.ids], dtype=torch.int32)
     tensors["loss_mask"] = torch.tensor([m for row in rows for m in row.loss_mask], dtype=torch.uint8)
     return tensors
 
 
-def _stored_vectors(batch: FeatureBatch, facts: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
-    """Of each row, by tensor name: the vectors at the positions that are stored."""
+def _stored_vectors(batch: FeatureBatch, facts: Mapping[str, Any]) -> dict[str, tuple[Tensor, list[int]]]:
+    """features [m, N, d] and hidden [N, d] of the batch's stored positions, row after row, and how many of
+    them are each row's."""
     reads = stored_positions(batch.loss_mask, batch.lengths, facts["reads"])
     assert batch.last_hidden is not None
-    for i, features in enumerate(batch.features):
-        # Of a row that is one document, a prefix is read.
-        prefix = features[: int(reads.features[i].sum())]
-        parts = prefix.split(facts["hidden_size"], dim=-1)
-        found = {f"layer.{layer}": part for layer, part in zip(facts["layers"], parts, strict=True)}
-        found["hidden"] = batch.last_hidden[i, reads.hidden[i]]
-        bad = next((name for name, part in found.items() if not bool(part.isfinite().all())), None)
-        if bad is not None:
+    layers = batch.features[reads.features].unflatten(-1, (-1, facts["hidden_size"])).transpose(0, 1)
+    found = {
+        "features": (layers, reads.features.sum(1).tolist()),
+        "hidden": (batch.last_hidden[reads.hidden], reads.hidden.sum(1).tolist()),
+    }
+    for vectors, counts in found.values():
+        finite = vectors.isfinite().all(-1)
+        if not bool(finite.all()):
+            *layer, at = (~finite).nonzero()[0].tolist()
+            row = next(r for r in range(len(counts)) if at < sum(counts[: r + 1]))
+            where = f"layer {facts['layers'][layer[0]]}" if layer else "its last hidden states"
             raise TargetError(
-                f"{facts['target']} gives infinities or NaN in {bad}, from which nothing can be learnt",
-                where=f"row {batch.row_ids[i]!r}",
+                f"{facts['target']} gives infinities or NaN in {where}, from which nothing can be learnt",
+                where=f"row {batch.row_ids[row]!r}",
                 next_step="load the target in bfloat16 or float32 (float16 overflows in some models), or "
                 "leave the row out",
             )
-        yield found
+    return found
 
 
 # ── what is there ─────────────────────────────────────────────────────────────────────────────────────

@@ -24,6 +24,7 @@ from deepspec.blocks import FeatureBatch
 from deepspec.data.cache import FORMAT, INDEX, RowCounts, differences, file_hash, stored_positions
 from deepspec.data.features import Source, online, padded
 from deepspec.data.quantise import Stored, dequantise
+from deepspec.data.rows import Rows
 from deepspec.data.tokens import Encoded
 from deepspec.errors import DataError
 from deepspec.files import write_json
@@ -87,13 +88,12 @@ def open_cache(path: Path, *, verify: bool = True) -> Cache:
     return Cache(path, facts, shards, places, tensors)
 
 
-def cached_rows(cache: Cache) -> list[Encoded]:
+def cached_rows(cache: Cache) -> Rows:
     """The cache's rows in their order: what training takes in place of tokenising."""
-    rows = []
-    for row_id, place in cache.places:
-        ids, mask = _tokens(cache, place)
-        rows.append(Encoded(ids=ids, loss_mask=mask, id=row_id))
-    return rows
+    shards = [cache.tensors(number) for number in range(len(cache.shards))]
+    lengths = torch.tensor([0, *(place.counts.tokens for _, place in cache.places)])
+    ids, mask = (torch.cat([shard[name] for shard in shards]) for name in ("ids", "loss_mask"))
+    return Rows(ids, mask, lengths.cumsum(0), [name for name, _ in cache.places])
 
 
 def _tokens(cache: Cache, place: Place) -> tuple[list[int], list[int]]:
@@ -118,6 +118,7 @@ def cached(
 
 
 def _reader(cache: Cache, target: Target, layers: Sequence[int], with_hidden: bool) -> Source:
+    picked = [cache.facts["layers"].index(layer) for layer in layers]
     places: dict[str, list[Place]] = defaultdict(list)
     for row_id, place in cache.places:
         places[row_id].append(place)
@@ -138,15 +139,13 @@ def _reader(cache: Cache, target: Target, layers: Sequence[int], with_hidden: bo
         features = torch.zeros(len(rows), width, len(layers) * d, dtype=target.dtype, device=device)
         hidden = torch.zeros(len(rows), width, d, dtype=target.dtype, device=device) if with_hidden else None
         for i, place in enumerate(map(find, rows)):
-            tensors = cache.tensors(place.shard)
-            count = place.counts.features
-            for k, layer in enumerate(layers):
-                part = _vectors(tensors, f"layer.{layer}", place.starts.features, count, target)
-                features[i, :count, k * d : (k + 1) * d] = part
+            tensors, count = cache.tensors(place.shard), place.counts.features
+            part = _vectors(tensors, "features", place.starts.features, count, target, picked)
+            # Of a row that is one document, a prefix is read.
+            features[i, :count].view(count, len(layers), d).copy_(part.transpose(0, 1))
             if hidden is not None:
-                hidden[i, stored[i]] = _vectors(
-                    tensors, "hidden", place.starts.hidden, place.counts.hidden, target
-                )
+                at = place.starts.hidden
+                hidden[i, stored[i]] = _vectors(tensors, "hidden", at, place.counts.hidden, target)
         return FeatureBatch(
             input_ids=ids.to(device),
             loss_mask=mask.to(device),
@@ -159,13 +158,23 @@ def _reader(cache: Cache, target: Target, layers: Sequence[int], with_hidden: bo
     return read
 
 
-def _vectors(tensors: Mapping[str, Tensor], name: str, start: int, count: int, target: Target) -> Tensor:
-    """[n, d] of one row, in the target's dtype. They cross to its device as they are stored."""
-    part = slice(start, start + count)
-    scales = tensors.get(f"{name}.scale")
-    stored = Stored(
-        tensors[name][part].to(target.device), None if scales is None else scales[part].to(target.device)
-    )
+def _vectors(
+    tensors: Mapping[str, Tensor],
+    name: str,
+    start: int,
+    count: int,
+    target: Target,
+    picked: Sequence[int] = (),
+) -> Tensor:
+    """[n, d] of one row, or [picked layers, n, d], in the target's dtype. They cross to its device as they
+    are stored."""
+    values, scales = tensors[name], tensors.get(f"{name}.scale")
+    values = values.narrow(-2, start, count)
+    scales = None if scales is None else scales.narrow(-1, start, count)
+    if picked:
+        values, scales = values[list(picked)], None if scales is None else scales[list(picked)]
+    device = target.device
+    stored = Stored(values.to(device), None if scales is None else scales.to(device))
     return dequantise(stored, target.dtype)
 
 
