@@ -30,13 +30,18 @@ TAIL = 1 << 16
 """Bytes read at a time when the last line of a file is looked for from its end."""
 
 
+def is_disk_full(error: OSError) -> bool:
+    """Whether a write failed for want of space, or of the user's share of it."""
+    return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn what a disk refuses inside the block into an error that says what to do about it."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             todo = "make room there and run the same command again: what was finished is kept"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR):
             todo = "give a path that can be written to"
@@ -127,7 +132,7 @@ def count_lines(path: Path | str) -> int | None:
         return None
 
 
-# ── one writer for a piece of work, and a disk that is full ────────────────────────────────────────────
+# ── one writer for a piece of work ────────────────────────────────────────────────────────────────────
 
 
 @contextmanager
@@ -138,9 +143,7 @@ def claimed(lock: Path, piece: int, *, wait: bool = False) -> Iterator[bool]:
     `wait` a piece that another process holds is given up at once. Where the system has no such locks, nobody
     is kept out.
     """
-    try:
-        import fcntl
-    except ImportError:
+    if fcntl is None:
         yield True
         return
     handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
@@ -154,11 +157,6 @@ def claimed(lock: Path, piece: int, *, wait: bool = False) -> Iterator[bool]:
         yield ours
     finally:
         os.close(handle)
-
-
-def is_disk_full(error: OSError) -> bool:
-    """Whether a write failed for want of space, or of the user's share of it."""
-    return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 # ── files that grow by whole lines ────────────────────────────────────────────────────────────────────
