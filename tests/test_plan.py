@@ -31,8 +31,9 @@ from typer.testing import CliRunner
 
 from deepspec import profile, workflow
 from deepspec.blocks import FeatureBatch
+from deepspec.build import draft_spec
 from deepspec.checkpoint import ALGORITHMS as DRAFTS
-from deepspec.checkpoint import AnyDraft
+from deepspec.checkpoint import AnyDraft, draft_shapes
 from deepspec.cli import app
 from deepspec.config import Recipe, load_recipe
 from deepspec.drafts.base import DraftSpec, Embedding, LossSettings
@@ -54,6 +55,7 @@ from deepspec.plan.costs import (
     ROW_BYTES,
     activation_bytes,
     draft_flops,
+    draft_parameters,
     figure,
     forward_flops,
     head_flops,
@@ -196,6 +198,18 @@ def test_parameters_are_those_of_the_model_built_without_weights(name: str):
         model = kind(config)
     total = sum(p.numel() for p in model.parameters())
     assert dimensions(config.to_dict()).total == pytest.approx(total, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "name", [f"{a}/{t}" for a in ALGORITHMS for t in ("qwen3-4b", "one-gpu", "qwen3-14b")]
+)
+def test_parameters_of_a_draft_are_those_of_its_tensors_but_for_norms_and_confidence(name: str):
+    recipe = load_recipe(name)
+    spec = draft_spec(recipe, PUBLISHED_TARGETS[recipe.target], 0)
+    own = sum(math.prod(shape) for shape in draft_shapes(spec).values())
+    found = draft_parameters(spec, own)
+    small = float(found.numbers.split(" + ")[-1].replace(",", ""))
+    assert found.value == own and 0 < small < 1e-3 * own
 
 
 def test_token_of_a_mixture_passes_its_experts_only():
@@ -419,7 +433,8 @@ def test_json_of_a_plan_has_every_figure_with_its_formula(tmp_path: Path):
         "recipe", "target", "machine", "features", "sections", "needs", "fits", "notes", "change",
     }  # fmt: skip
     assert list(found["sections"]) == [
-        "data", "disk", "memory of the accelerator", "memory of the host", "operations", "time", "energy",
+        "parameters", "data", "disk", "memory of the accelerator", "memory of the host",
+        "operations", "time", "energy",
     ]  # fmt: skip
     for figures in found["sections"].values():
         for each in figures.values():

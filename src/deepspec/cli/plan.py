@@ -117,18 +117,22 @@ def plan(
         free_disk=free_bytes(cache_dir),
     )
     if recipe == QUICKSTART:
-        if overrides or machine not in (None, "here"):
+        ignored = (overrides, data, rows, prompt_tokens, answer_tokens, share, batch)
+        if any(given is not None for given in ignored) or machine not in (None, "here"):
             raise UserError(
                 "the quickstart is planned as it is, on this machine",
-                next_step="give it no overrides, and no other --machine",
+                next_step="leave out overrides, counts and machines; --fast, --measure, --explain go with it",
             )
         _plan_quickstart(fast, choices, watts, measure, explain, as_json)
         return
     from deepspec.config import load_recipe
+    from deepspec.workflow import ANSWER_ROWS
 
     settings = load_recipe(recipe, overrides or [])
     config, tokenizer, notes = target_facts(settings.target)
     row, speeds = chosen_machine(settings, machine, measure, data)
+    if settings.data.train.startswith("pocket:") and data is None and batch is None:
+        choices = replace(choices, batch=ANSWER_ROWS)  # `train` answers these itself
     if speeds is not None and answer_tokens is None:
         answer_tokens = sum(speeds.answers) / len(speeds.answers)
     counts = training_counts(settings, tokenizer, data, rows, prompt_tokens, answer_tokens)

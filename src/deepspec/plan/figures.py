@@ -23,9 +23,11 @@ from deepspec.plan.costs import (
     Dimensions,
     Figure,
     activation_bytes,
+    body_weights,
     cache_bytes,
     dimensions,
     draft_flops,
+    draft_parameters,
     figure,
     forward_flops,
     head_bytes,
@@ -35,6 +37,7 @@ from deepspec.plan.costs import (
     read_share,
     slot_bytes,
     state_bytes_per_parameter,
+    target_parameters,
 )
 from deepspec.plan.counts import Counts, Totals, totals
 from deepspec.plan.machines import Machine
@@ -140,6 +143,11 @@ def make_plan(
     asked = Asked(recipe, dims, spec, own, size, machine, choices, speeds, tau)
     steps, seconds = time_figures(asked, work)
     sections = {
+        "parameters": {
+            "target": target_parameters(dims),
+            "of them, passed by a token": body_weights(dims, dims.chosen),
+            "draft's own": draft_parameters(spec, own),
+        },
         "data": _data_figures(recipe, size) | {"optimiser steps": steps},
         "disk": disk,
         "memory of the accelerator" if machine.memory else "memory for training": memory,
