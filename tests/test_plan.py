@@ -36,6 +36,8 @@ from deepspec.checkpoint import ALGORITHMS as DRAFTS
 from deepspec.checkpoint import AnyDraft, draft_shapes
 from deepspec.cli import app
 from deepspec.config import Recipe, load_recipe
+from deepspec.data.cache import plan_cache
+from deepspec.data.tokens import Encoded
 from deepspec.drafts.base import DraftSpec, Embedding, LossSettings
 from deepspec.drafts.spec import new_spec
 from deepspec.families import PUBLISHED_TARGETS
@@ -65,7 +67,7 @@ from deepspec.plan.costs import (
 from deepspec.plan.counts import count_file
 from deepspec.plan.phases import Speeds, TrainSpeed, rounds_needed, speed_key, speeds_from
 from deepspec.plan.quickstart import quickstart_phases, quickstart_plans
-from deepspec.target import TargetSpec
+from deepspec.target import Target, TargetSpec
 from deepspec.train import Optimizer
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe, write_rows
 
@@ -356,9 +358,30 @@ def test_plan_of_a_cache_that_the_disk_cannot_hold_is_refused_and_online_feature
     [(37e12, ("--positions read",)), (20e12, ("--store fp8",)), (18.5e12, ("--features online",))],
 )
 def test_cheaper_ways_of_storing_come_before_dearer_ones(disk: float, words: tuple[str, ...]):
-    plan = plan_of("dspark/qwen3-4b", "h100", disk=disk, features="cache")
+    plan = plan_of("dspark/qwen3-4b", "h100", disk=disk, features="cache", positions="all")
     change = cheapest_change(plan, QWEN3_4B, published_counts())
     assert change is not None and change.words == words and change.plan.fits
+
+
+@pytest.mark.parametrize("store", ["bf16", "fp8", "int8"])
+def test_planned_bytes_of_a_cache_are_those_that_writing_one_counts(targets: dict[str, Target], store: str):
+    """But for one byte a token: the published layout, whose figure is 30,726, keeps two masks, ours one."""
+    target = targets["qwen3"]
+    rows = [
+        Encoded([*range(n)], [*[0] * prompt, *[1] * (n - prompt)], f"r{n}")
+        for n, prompt in ((30, 7), (12, 3), (9, 8))
+    ]
+    cache = plan_cache(rows, target, (0, 1, 3), ["context", "labels"], dtype=store, about={})
+    tokens, features, hidden = (sum(column) for column in zip(*cache.counts, strict=True))
+    planned = cache_bytes(
+        tokens,
+        target.spec.hidden_size,
+        3,
+        store,
+        features_share=features / tokens,
+        last_share=hidden / tokens,
+    )
+    assert planned.value - tokens == pytest.approx(cache.payload)
 
 
 def test_single_change_that_fits_is_named_alone_and_really_plans():
@@ -439,14 +462,15 @@ def test_json_of_a_plan_has_every_figure_with_its_formula(tmp_path: Path):
     for figures in found["sections"].values():
         for each in figures.values():
             assert set(each) == {"value", "unit", "formula"} and " = " in each["formula"]
-    cache = found["sections"]["disk"]["cache in bfloat16, all positions"]
+    cache = found["sections"]["disk"]["cache in bf16, all positions"]
     assert cache["formula"].startswith("tokens × bytes_per_token = ") and "× 30,726" in cache["formula"]
     assert {n["what"] for n in found["needs"]} == {"disk", "accelerator memory", "host memory"}
     assert found["machine"]["name"] == "rtx4090" and found["change"] is None
 
 
 def test_what_cannot_fit_is_refused_with_exit_code_2_and_the_change_that_makes_it_fit(tmp_path: Path):
-    words = ("plan", "dspark/qwen3-4b", "--machine", "h100", "--features", "cache", "--cache-dir", tmp_path)
+    words = ("plan", "dspark/qwen3-4b", "--machine", "h100", "--cache-dir", tmp_path)
+    words += ("--features", "cache", "--positions", "all")
     result = call(*words)
     assert result.exit_code == 2
     assert "disk: 38 TB wanted" in result.stderr and "add --features online" in result.stderr

@@ -36,7 +36,7 @@ class Features(StrEnum):
 
 
 class Store(StrEnum):
-    bfloat16 = "bfloat16"
+    bf16 = "bf16"
     fp8 = "fp8"
     int8 = "int8"
 
@@ -78,12 +78,12 @@ def plan(
         float | None, typer.Option("--answer-tokens", min=1, help="Of an answer, on average.")
     ] = None,
     features: Annotated[
-        Features, typer.Option("--features", help="Where features come from.")
-    ] = Features.online,
-    store: Annotated[Store, typer.Option("--store", help="Number format of a cache.")] = Store.bfloat16,
+        Features | None, typer.Option("--features", help="Where from; by default as the recipe says.")
+    ] = None,
+    store: Annotated[Store, typer.Option("--store", help="Number format of a cache.")] = Store.bf16,
     positions: Annotated[
-        Positions, typer.Option("--positions", help="All in a cache, or those that the loss reads.")
-    ] = Positions.all,
+        Positions, typer.Option("--positions", help="In a cache: what the loss reads, or all as published.")
+    ] = Positions.read,
     cache_dir: Annotated[
         Path, typer.Option("--cache-dir", help="On the disk that has to hold it all.")
     ] = Path("."),
@@ -111,7 +111,7 @@ def plan(
     choices = Choices.answering(
         engine.value,
         batch,
-        features=features.value,
+        features="online" if features is None else features.value,
         store=store.value,
         positions=positions.value,
         free_disk=free_bytes(cache_dir),

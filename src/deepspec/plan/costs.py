@@ -19,7 +19,7 @@ from typing import Any
 
 from deepspec.drafts.base import DraftSpec
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "bf16": 2, "fp8": 1, "int8": 1}
 SCALE_BYTES = 4
 """Of one float32 scale, per token and vector, beside a vector in fp8 or int8."""
 ID_BYTES = 6
@@ -234,14 +234,14 @@ def _experts(config: Mapping[str, Any], d: int, depth: int) -> tuple[int, int, i
 def cache_bytes_per_token(
     hidden: int,
     layers: int,
-    dtype: str = "bfloat16",
+    dtype: str = "bf16",
     *,
     features_share: float = 1.0,
     last_share: float = 1.0,
 ) -> Figure:
     """Bytes that a feature cache takes for one token.
 
-    hidden: d. layers: m feature layers; the last hidden state is one vector more. dtype: bfloat16, or fp8 or
+    hidden: d. layers: m feature layers; the last hidden state is one vector more. dtype: bf16, or fp8 or
     int8 with a float32 scale per token and vector. features_share, last_share: of the positions whose feature
     vectors, and whose last hidden state, are stored.
     """
@@ -262,7 +262,7 @@ def cache_bytes(
     tokens: float,
     hidden: int,
     layers: int,
-    dtype: str = "bfloat16",
+    dtype: str = "bf16",
     *,
     features_share: float = 1.0,
     last_share: float = 1.0,

@@ -54,12 +54,13 @@ PROCESS_BYTES = 1.5e9
 
 @dataclass(frozen=True)
 class Choices:
-    """What a recipe leaves open. features: online, or cache. store: a cache's number format. positions: all,
-    or those the loss reads. engine: process, or server. batch: answers decoded together."""
+    """What a recipe leaves open. features: online, or cache. store: a cache's number format. positions: those
+    that the loss reads, as `deepspec data cache` stores them, or all, as the published caches do. engine:
+    process, or server. batch: answers decoded together."""
 
     features: str = "online"
-    store: str = "bfloat16"
-    positions: str = "all"
+    store: str = "bf16"
+    positions: str = "read"
     engine: str = "process"
     batch: int = 16
     free_disk: float | None = None
@@ -221,7 +222,7 @@ def disk_figures(
         )
     found["features online"] = figure("bytes", "nothing", nothing=0)
     for positions in ("all", "read"):
-        for store in ("bfloat16", "fp8", "int8"):
+        for store in ("bf16", "fp8", "int8"):
             found[cache_name(store, positions)] = recipe_cache(recipe, dims, spec, size, store, positions)
     found["checkpoints"] = figure(
         "bytes",
