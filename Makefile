@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install
 help:
 	@echo 'make quickstart   train three drafts, measure them, write a report (ARGS=--fast: about two minutes)'
 	@echo 'make test         lint, types and tests'
-	@echo 'make docs         rewrite the tables of docs/targets.md from the tests of target families'
+	@echo 'make docs         rewrite the tables of docs/targets.md and docs/data.md from their tests'
 	@echo 'make soak         the long fault tests'
 	@echo 'make test-servers the drafts in llama-server, built on the first run (11 minutes on two idle cores)'
 	@echo 'make lint         ruff and mypy only        make format   rewrite with ruff'
@@ -56,7 +56,7 @@ test: lint
 	$(BIN)/python -m pytest $(ARGS)
 
 docs: $(STAMP)
-	DEEPSPEC_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_families.py $(ARGS)
+	DEEPSPEC_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_families.py tests/test_named.py $(ARGS)
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak $(ARGS)

@@ -13,38 +13,13 @@ from typing import Any
 
 from deepspec.build import draft_spec
 from deepspec.config import load_recipe, recipe_names
+from deepspec.families import PUBLISHED_TARGETS as TARGETS
 from deepspec.inspection import parameters
+from deepspec.plan.costs import state_bytes_per_parameter
 from deepspec.target import TargetSpec
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
-QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
-TARGETS: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen3-4B": QWEN3
-    | {
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-    },
-    "Qwen/Qwen3-8B": QWEN3
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-    },
-    "Qwen/Qwen3-14B": QWEN3
-    | {
-        "hidden_size": 5120,
-        "intermediate_size": 17408,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-    },
-}
-"""Dimensions of the published targets that are known here."""
-STATE_BYTES = 20
-"""Per trained parameter: weight and gradient in bfloat16; master, its gradient, two moments in float32."""
 
 
 def row(recipe_name: str, name: str, config: dict[str, Any]) -> str:
@@ -56,8 +31,9 @@ def row(recipe_name: str, name: str, config: dict[str, Any]) -> str:
     own, shared = parameters(spec)
     cached = 2 * spec.num_layers * spec.shape.kv_heads * spec.shape.head_dim * 2
     layers = " ".join(map(str, spec.target_layer_ids))
+    state = state_bytes_per_parameter(recipe.precision, recipe.optim.states)
     cells = [f"`{recipe_name}`", layers, f"{own:,}", f"{own + shared:,}", f"{2 * own / 1e9:.2f}"]
-    return "| " + " | ".join([*cells, f"{STATE_BYTES * own / 1e9:.1f}", f"{cached:,}"]) + " |"
+    return "| " + " | ".join([*cells, f"{state * own / 1e9:.1f}", f"{cached:,}"]) + " |"
 
 
 def table(rows: list[str]) -> str:

@@ -425,7 +425,11 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=BUDGET)
     parser.add_argument("--drafts", nargs="+", default=list(DRAFTS))
     parser.add_argument(
-        "--write", metavar="RESULTS.json", help="no measuring: write a file's table to the page"
+        "--write",
+        nargs="?",
+        const=str(results_file()),
+        metavar="RESULTS.json",
+        help="no measuring: write a file's table (by default the latest results') to the page",
     )
     given = parser.parse_args()
     if given.write:

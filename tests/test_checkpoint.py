@@ -32,6 +32,7 @@ from deepspec.drafts.layers import inverse_frequencies
 from deepspec.drafts.spec import read_spec, write_config
 from deepspec.errors import CheckpointError, MismatchError
 from deepspec.files import atomic_directory
+from deepspec.inspection import inspect_draft
 from deepspec.target import Target
 from deepspec.verify import Sampling
 
@@ -396,6 +397,12 @@ def test_unknown_architecture_lists_those_that_are_known(saved: Path, qwen: Targ
         ({"target_layer_ids": [2, 1]}, "must rise strictly"),
         ({"target_layer_ids": [0, 4]}, "between -1 .* and 3"),
         ({"block_size": 0}, "proposes nothing"),
+        ({"block_size": "seven"}, "block_size is 'seven', not a whole number"),
+        ({"hidden_size": "48"}, "hidden_size is '48', not a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, not a whole number of at least 1"),
+        ({"num_target_layers": "5"}, "num_target_layers is '5', not a whole number"),
+        ({"target_layer_ids": 3}, "target_layer_ids is 3, not a list"),
+        ({"target_layer_ids": "13"}, "target_layer_ids is '13', not a list"),
         ({"mask_token_id": 96}, "outside the vocabulary of 96"),
         ({"markov_head_type": "gru"}, "'gru' is not vanilla, gated or rnn"),
         ({"hidden_act": "mish"}, "'mish' is not one of"),
@@ -410,12 +417,58 @@ def test_config_that_no_draft_can_have_says_why(
         load_draft(saved, qwen)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights_are_not_read_without_their_scales(
+    saved: Path, qwen: Target, dtype: torch.dtype
+) -> None:
+    """Cast to float they would load, propose badly, and say nothing."""
+    file = saved / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"fc.weight": tensors["fc.weight"].to(dtype)}, file)
+    with pytest.raises(CheckpointError, match=r"fc\.weight is stored as "):
+        load_draft(saved, qwen)
+    with pytest.raises(CheckpointError, match=r"fc\.weight is stored as "):
+        inspect_draft(saved)
+
+
+def test_weights_that_are_not_finite_are_refused(saved: Path, qwen: Target) -> None:
+    """Such a draft is lossless and useless: τ would be 1.00, without a word."""
+    file = saved / "model.safetensors"
+    tensors = load_file(file)
+    tensors["fc.weight"][0, 0] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"fc\.weight holds numbers that are not finite"):
+        load_draft(saved, qwen)
+
+
 def test_missing_draft_names_the_forms_a_name_can_have(qwen: Target, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no draft .*absent") as caught:
         load_draft(tmp_path / "absent", qwen)
     assert "pocket-dspark" in str(caught.value)
     with pytest.raises(CheckpointError, match=r"no config\.json here"):
         load_draft(tmp_path, qwen)
+
+
+def test_draft_on_the_hub_loads_by_its_id(
+    saved: Path, qwen: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistyped path whose folder is here is not looked for there."""
+    asked = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(saved)
+
+    monkeypatch.setattr("deepspec.hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    draft = load_draft("some-org/some-draft", qwen)
+    assert (draft.name, draft.spec) == ("some-draft", load_draft(saved, qwen).spec)
+    assert asked == [("some-org/some-draft", ["*.json", "*.safetensors"])]
+    for name in ("runs/mistyped", "pocket-dspak", "./some-org/some-draft"):
+        with pytest.raises(CheckpointError, match="no draft"):
+            find_checkpoint(name)
+    assert len(asked) == 1
 
 
 # ── drafts of another target ──────────────────────────────────────────────────────────────────────────

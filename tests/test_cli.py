@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from talking import recipe_tree, save_talking_llama, write_data, write_recipe, w
 ALGORITHMS = ("eagle3", "dflash", "dspark")
 COMMANDS = (
     ["quickstart"],
+    ["plan"],
     ["train"],
     ["eval"],
     ["compare"],
@@ -38,7 +40,12 @@ COMMANDS = (
     ["generate"],
     ["inspect"],
     ["export"],
+    ["data", "inspect"],
     ["data", "regenerate"],
+    ["data", "download"],
+    ["data", "split"],
+    ["data", "cache"],
+    ["data", "features-server"],
     ["pocket", "build"],
     ["pocket", "drafts"],
     ["pocket", "check"],
@@ -295,6 +302,16 @@ def test_prompt_given_twice_would_count_twice(scene, tmp_path):
         load_prompts(tmp_path / "twice.jsonl", Target.from_pretrained(scene / "target"))
 
 
+@pytest.mark.parametrize("change", ["draft.num_layers=1", "draft.block=3", "draft.target_layer_ids=[-1,1,2]"])
+def test_run_of_another_draft_is_not_gone_on_with_and_keeps_its_recipe(scene, change):
+    """Other layers leave the weights' shapes as they are: the run went on, on other features."""
+    kept = scene / "runs" / "tiny-dspark" / "recipe.yaml"
+    before = kept.read_bytes()
+    said = refused("train", scene / "dspark.yaml", change, "--runs", scene / "runs")
+    assert "is a run that trains another draft" in said and change.partition("=")[0] in said
+    assert kept.read_bytes() == before
+
+
 def test_fresh_keeps_the_earlier_run_aside(scene, tmp_path):
     words = ["train", scene / "dflash.yaml", "optim.max_steps=1", "--runs", tmp_path]
     good(*words)
@@ -435,6 +452,30 @@ def test_same_draft_twice_is_refused_and_namesakes_get_their_paths():
     assert draft_labels(["x/a", "y/a"]) == ["x/a", "y/a"]
     with pytest.raises(UserError, match="given twice"):
         draft_labels(["x/a", "x/a"])
+
+
+@pytest.mark.parametrize("option", ["--out", "--report"])
+def test_place_that_cannot_be_written_is_refused_before_the_measurement(
+    scene, results, tmp_path, monkeypatch, option
+):
+    """An hour of measuring ended in a traceback, and nothing was kept."""
+    monkeypatch.setattr("deepspec.cli.measure.load_target", lambda *a: pytest.fail("went to work"))
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file" / "r.json"):
+        assert "cannot be written" in refused(*eval_words(scene, "dspark"), option, place)
+        assert "cannot be written" in refused("report", results, "--out", place)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.parametrize("number, code", [(errno.EISDIR, 2), (errno.EACCES, 2), (errno.ENOSPC, 1)])
+def test_what_the_system_says_of_a_path_is_no_traceback(results, monkeypatch, number, code):
+    def fail(*args: Any) -> None:
+        raise OSError(number, os.strerror(number), "some/place")
+
+    monkeypatch.setattr("deepspec.compare.compare_results", fail)
+    result = call("compare", results)
+    assert result.exit_code == code
+    assert f"some/place: {os.strerror(number)}" in result.stderr
 
 
 # ── exit codes of what is nobody's input ──────────────────────────────────────────────────────────────

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deepspec.data import conversations as module
+from deepspec.data import messages as module
 from deepspec.data.conversations import (
     Conversation,
+    answer_ids,
+    answer_ids_by_turn,
     content_hash,
     holdout_bucket,
     normalise,
     opening_question,
     prompt_messages,
     read_conversations,
+    tools_of,
     write_conversations,
 )
+from deepspec.data.lines import Skipped
 from deepspec.errors import DataError
 
 EVAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "eval"
@@ -126,7 +132,53 @@ def test_published_evaluation_prompts_are_readable() -> None:
     assert counts == lines and counts
 
 
+def test_tool_calls_thoughts_names_and_tools_are_kept(tmp_path: Path) -> None:
+    tool = {"role": "tool", "content": "4", "tool_call_id": "c", "name": "add"}
+    messages = [{**USER, "name": "ada"}, {**calls(), "reasoning_content": "2 and 2"}, tool, ANSWER]
+    got = read_one(tmp_path, {"messages": messages, "tools": [{"name": "add"}]})
+    assert got.messages == (messages[0], {**messages[1], "content": ""}, tool, ANSWER)
+    assert got.meta == {"tools": [{"name": "add"}]} and tools_of(got) == [{"name": "add"}]
+    assert tools_of(read_one(tmp_path, {"prompt": "a", "tools": []})) is None
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 2}', "", {}])
+def test_arguments_may_be_the_json_text_of_an_object(tmp_path: Path, arguments: object) -> None:
+    got = read_one(tmp_path, {"messages": [USER, calls(arguments=arguments)]})
+    assert got.messages[1]["tool_calls"][0]["function"]["arguments"] == arguments
+
+
+def test_empty_fields_of_server_logs_say_nothing_and_go(tmp_path: Path) -> None:
+    empty = {"refusal": None, "annotations": [], "tool_calls": [], "reasoning_content": "", "audio": {}}
+    assert read_one(tmp_path, {"messages": [USER, {**ANSWER, **empty}]}).messages == (USER, ANSWER)
+
+
+def test_text_parts_become_one_text(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]
+    assert read_one(tmp_path, {"messages": [{"role": "user", "content": parts}]}).messages == (USER,)
+
+
+def test_answer_ids_are_for_the_last_turn_or_for_each(tmp_path: Path) -> None:
+    def by_turn(ids: object) -> tuple[object, object]:
+        row = read_one(tmp_path, {"messages": [USER, ANSWER, USER, ANSWER, USER], "answer_ids": ids})
+        return answer_ids_by_turn(row), answer_ids(row)
+
+    assert by_turn(None) == ([None, None], None)
+    assert by_turn([5, 6]) == ([None, [5, 6]], [5, 6])
+    assert by_turn([]) == ([None, []], [])
+    assert by_turn([[5], None]) == ([[5], None], None)
+    assert by_turn([None, [6]]) == ([None, [6]], [6])
+    assert answer_ids_by_turn(Conversation("a", None, (USER,), {"answer_ids": [5]})) == []
+
+
 # -- refused input: where, what was found, what was expected -----------------------------------------------
+
+
+def calls(**facts: Any) -> dict[str, Any]:
+    """An assistant message with one tool call; `facts` replace or add keys of the call or its function."""
+    function = {"name": "add", "arguments": facts.pop("arguments", {"a": 2})}
+    call = {"id": "c", "type": "function", "function": function, **facts}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
 
 BAD_ROWS: list[tuple[object, str]] = [
     ('{"messages": [', "malformed JSON: Expecting value at column 15"),
@@ -134,7 +186,7 @@ BAD_ROWS: list[tuple[object, str]] = [
     ("[" * 100_000, "malformed JSON: "),
     ([USER], "expected a JSON object, found an array"),
     ("3", "expected a JSON object, found a number"),
-    ({}, "no 'messages' (nor 'conversations', 'turns', 'prompt'); found an empty object"),
+    ({}, "no 'messages' (nor 'conversations', 'turns', 'prompt', 'request'); found an empty object"),
     ({"mesages": [USER]}, "found 'mesages': did you mean 'messages'?"),
     ({"xyz": 1}, "found 'xyz'"),
     ({"messages": []}, "'messages' is empty, expected at least one message"),
@@ -169,6 +221,48 @@ BAD_ROWS: list[tuple[object, str]] = [
     ({"prompt": "a", "answer_ids": [1, "2"]}, "'answer_ids' must be a list of non-negative integers"),
     ({"prompt": "a", "answer_ids": [1, -2]}, "'answer_ids' must be a list of non-negative integers"),
     ({"prompt": "a\ud800"}, "'prompt' holds half a surrogate pair ('\\ud800')"),
+    (
+        {"messages": [{**USER, "tool_calls": [{}]}]},
+        "unknown key 'tool_calls', a user message may have 'role', ",
+    ),
+    ({"messages": [{**USER, "content": []}]}, "message 1 (user): 'content' is an empty list, expected text"),
+    (
+        {"messages": [{**USER, "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]},
+        "part 2: expected a part of type 'text' with nothing but 'text', found one of type 'image_url'",
+    ),
+    (
+        {"messages": [{**USER, "content": [{"type": "text", "text": None}]}]},
+        "message 1 (user): 'content', part 1: 'text' must be a string, found null",
+    ),
+    ({"messages": [USER, {"role": "assistant", "content": None}]}, "'content' must be a string, found null"),
+    (
+        {"messages": [USER, {**ANSWER, "reasoning_content": 7}]},
+        "'reasoning_content' must be a string, found a",
+    ),
+    (
+        {"messages": [USER, {**ANSWER, "tool_calls": {"name": "f"}}]},
+        "'tool_calls' must be a list, found an obj",
+    ),
+    ({"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f"}]}]}, "tool call 1: expected {"),
+    ({"messages": [USER, calls(weight=1)]}, "tool call 1: unknown key 'weight', expected {"),
+    ({"messages": [USER, calls(type="custom")]}, "tool call 1: unknown type 'custom'"),
+    ({"messages": [USER, calls(arguments="{")]}, "tool call 1: 'arguments' is not JSON: "),
+    ({"messages": [USER, calls(arguments="[1]")]}, "'arguments' must be an object, or the JSON text of one"),
+    ({"messages": [USER, calls(arguments=None)]}, "'arguments' must be an object, or the JSON text of one"),
+    (
+        {"messages": [USER, calls(), {"role": "tool", "content": "4", "tool_call_id": "d"}]},
+        "message 3 (tool): 'tool_call_id' 'd' is no call of the assistant before it",
+    ),
+    ({"prompt": "a", "tools": "add"}, "'tools' must be a list of JSON schemas"),
+    ({"prompt": "a", "tools": [1]}, "'tools' must be a list of JSON schemas"),
+    (
+        {"messages": [USER, ANSWER], "answer_ids": [[1], 2]},
+        "'answer_ids' must be a list of non-negative integ",
+    ),
+    (
+        {"messages": [USER, ANSWER], "answer_ids": [[1], None]},
+        "has 2 entries, but there are 1 assistant turns",
+    ),
     (b'{"prompt": "caf\xe9"}', "not UTF-8: byte 0xe9 at byte 16 of the line"),
 ]
 
@@ -183,13 +277,200 @@ def test_bad_row_is_refused_with_its_line_and_what_was_expected(
     assert f"where: {path}:2" in message
 
 
-def test_byte_order_mark_and_utf16_are_named_not_called_malformed_json(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_dos_line_ends_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a"}\n', encoding="utf-8-sig")
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a\\r\\n"}\r\n\r\n{"prompt": "b"}\r\n')
+    assert [row.messages[0]["content"] for row in read_conversations(path)] == ["a\r\n", "b"]
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        ('{"prompt": "a"}'.encode("utf-16"), "the file is UTF-16, expected UTF-8 text"),
+        (b"\x1f\x8b\x08\x00", "the file is compressed (gzip)"),
+        (b"PAR1\x15\x04", "the file is Parquet"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_and_no_row_of_it_is_skipped(
+    tmp_path: Path, start: bytes, kind: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(start + b"\n")
     message = error_of(path)
-    assert "starts with a byte-order mark, expected plain UTF-8" in message and f"where: {path}:1" in message
-    path.write_text('{"prompt": "a"}\n', encoding="utf-16")
-    assert "the file is UTF-16, expected UTF-8" in error_of(path)
+    assert kind in message and f"where: {path}:1" in message
+    with pytest.raises(DataError, match=re.escape(kind)):
+        list(read_conversations(path, skipped=Skipped()))
+
+
+def test_one_array_of_all_rows_is_told_how_to_become_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"prompt": "a"}]))
+    assert "jq -c '.[]'" in error_of(path)
+    path.write_text(json.dumps([{"prompt": "a"}], indent=1))
+    assert "jq -c '.[]'" in error_of(path)
+
+
+def test_a_line_without_end_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSPEC_MAX_LINE_MB", "1")
+    path = tmp_path / "rows.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"prompt": "a"}\n')
+        file.write(b"x" * (30 << 20))
+        file.write(b'\n{"prompt": "b"}\n')
+    tracemalloc.start()
+    message = error_of(path)
+    skipped = Skipped()
+    rows = [row.messages[0]["content"] for row in read_conversations(path, skipped=skipped)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "the line is longer than 1 MiB" in message and f"where: {path}:2" in message
+    assert "DEEPSPEC_MAX_LINE_MB" in message
+    assert (rows, skipped.places) == (["a", "b"], [f"{path}:2: the line is longer than 1 MiB"])
+    assert peak < 8 << 20
+
+
+def test_a_line_of_exactly_the_limit_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSPEC_MAX_LINE_MB", str(32 / 2**20))
+    path = tmp_path / "rows.jsonl"
+    for length, end in ((32, b""), (32, b"\n"), (31, b"\r\n")):
+        path.write_bytes(json.dumps({"prompt": "x" * (length - 14)}).encode() + end)
+        assert len(list(read_conversations(path))) == 1
+    path.write_bytes(json.dumps({"prompt": "x" * (33 - 14)}).encode() + b"\n")
+    assert "the line is longer than" in error_of(path)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "nan"])
+def test_a_limit_that_is_no_length_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("DEEPSPEC_MAX_LINE_MB", value)
+    assert "DEEPSPEC_MAX_LINE_MB" in error_of(file_of(tmp_path, {"prompt": "a"}))
+
+
+def test_skipped_rows_are_counted_by_reason_with_the_first_places(tmp_path: Path) -> None:
+    user = [USER, ANSWER, USER]
+    bad = [
+        {"messages": [*user, USER]},
+        b'{"prompt": "caf\xe9"}',
+        {"messages": [USER, USER]},
+        "{",
+        {"messages": [{"role": "user", "content": None}]},
+    ]
+    path = file_of(tmp_path, {"prompt": "first"}, *bad, {"prompt": "last"})
+    skipped = Skipped(shown=2)
+    rows = list(read_conversations(path, skipped=skipped))
+    assert [row.messages[0]["content"] for row in rows] == ["first", "last"]
+    assert skipped.count == 5
+    assert skipped.reasons == {
+        "roles out of order: message N is user after user, expected assistant": 2,
+        "not UTF-8: byte 0xe9 at byte N of the line": 1,
+        "malformed JSON: Expecting property name enclosed in double quotes at column N": 1,
+        "message N (user): 'content' must be a string, found null": 1,
+    }
+    assert skipped.places == [
+        f"{path}:2: roles out of order: message 4 is user after user, expected assistant",
+        f"{path}:3: not UTF-8: byte 0xe9 at byte 16 of the line",
+    ]
+    assert skipped.lines()[0] == "skipped 5 bad rows:"
+
+
+def test_rows_without_an_answer_are_skipped_where_answers_are_needed(tmp_path: Path) -> None:
+    path, skipped = file_of(tmp_path, {"messages": [USER]}, {"messages": [USER, ANSWER]}), Skipped()
+    assert len(list(read_conversations(path, require_answer=True, skipped=skipped))) == 1
+    assert dict(skipped.reasons) == {"conversation without an assistant turn": 1}
+
+
+def test_a_file_of_rubbish_does_not_fill_the_memory_with_reasons(tmp_path: Path) -> None:
+    roles = ["".join(word) for word in itertools.product("abcdefgh", repeat=3)]
+    rows = [{"messages": [{"role": role, "content": ""}]} for role in roles]
+    skipped = Skipped()
+    assert list(read_conversations(file_of(tmp_path, *rows), skipped=skipped)) == []
+    assert (len(skipped.reasons), sum(skipped.reasons.values())) == (101, 512)
+    assert skipped.reasons["other reasons"] == 412
+
+
+def test_a_fault_of_ours_is_never_skipped(tmp_path: Path) -> None:
+    rows = read_conversations(file_of(tmp_path, {"prompt": "a"}, {"prompt": "b"}), skipped=Skipped())
+    next(rows)
+    with pytest.raises(ValueError, match="ours"):
+        rows.throw(ValueError("ours"))
+
+
+# -- request logs ------------------------------------------------------------------------------------------
+
+CHOICE = {"index": 0, "finish_reason": "stop", "message": {**ANSWER, "tool_calls": [], "refusal": None}}
+LOG = {
+    "request": {"model": "m", "messages": [USER], "temperature": 0.5},
+    "response": {"id": "chatcmpl-7", "choices": [CHOICE], "usage": {"total_tokens": 9}},
+}
+
+
+def test_a_logged_request_and_its_response_become_one_conversation(tmp_path: Path) -> None:
+    got = read_one(tmp_path, {**LOG, "domain": "support", "latency": 0.2})
+    assert got == Conversation(
+        "chatcmpl-7",
+        "support",
+        (USER, ANSWER),
+        {
+            "request": {"model": "m", "temperature": 0.5},
+            "response": {"id": "chatcmpl-7", "usage": {"total_tokens": 9}},
+            "finished": True,
+            "latency": 0.2,
+        },
+    )
+
+
+def test_a_batch_files_wrapped_request_and_response_are_found(tmp_path: Path) -> None:
+    row = {
+        "custom_id": "row-3",
+        "body": {"messages": [{"role": "developer", "content": "be brief"}, USER]},
+        "response": {"status_code": 200, "body": {"choices": [{**CHOICE, "finish_reason": "length"}]}},
+        "error": None,
+    }
+    got = read_one(tmp_path, row)
+    assert got.id == "row-3"
+    assert got.messages == ({"role": "system", "content": "be brief"}, USER, ANSWER)
+    assert got.meta == {"request": {}, "finished": False}
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        None,
+        {},
+        {"status_code": 500, "body": {"error": "overloaded"}},
+        {"status_code": 429, "body": {"detail": "slow down"}},
+        {"error": {"message": "too long"}},
+        {"choices": [{"message": {"role": "assistant", "content": None}}]},
+    ],
+)
+def test_a_request_that_got_no_answer_is_still_a_prompt(tmp_path: Path, response: object) -> None:
+    assert read_one(tmp_path, {"request": LOG["request"], "response": response}).messages == (USER,)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"request": {"prompt": "<|im_start|>"}}, "it holds the 'prompt' of a text completion"),
+        ({"request": {"model": "m"}}, "'request' has no list of 'messages'"),
+        ({"body": {"model": "m"}}, "'body' has no list of 'messages'"),
+        ({**LOG, "response": [{"choices": []}]}, "'response' must be an object with 'choices'"),
+        ({**LOG, "response": {"choices": []}}, "'response' has no 'choices' with a 'message'"),
+        ({**LOG, "response": {"choices": [{"delta": {}}]}}, "'response' has no 'choices' with a 'message'"),
+        ({**LOG, "meta": 3}, "'meta' must be an object, found a number"),
+        ({"request": "text"}, "no 'messages'"),
+        ({"request": None}, "'request' is null"),
+        ({"prompt": None}, "'prompt' is null"),
+    ],
+)
+def test_a_log_line_of_another_kind_is_refused_with_its_place(
+    tmp_path: Path, row: object, expected: str
+) -> None:
+    path = file_of(tmp_path, row)
+    message = error_of(path)
+    assert expected in message and f"where: {path}:1" in message
 
 
 def test_file_cut_in_the_middle_of_a_row_says_so(tmp_path: Path) -> None:
@@ -227,7 +508,13 @@ def any_conversation(draw: Any) -> Conversation:
     for _ in range(draw(st.integers(0, 4))):
         roles.append(draw(st.sampled_from(module._MAY_FOLLOW[roles[-1]])))
     messages = tuple({"role": role, "content": draw(TEXT)} for role in roles)
-    meta = draw(st.dictionaries(TEXT.filter(lambda key: key != "answer_ids"), JSON, max_size=3))
+    for message in messages:
+        if message["role"] == "assistant" and draw(st.booleans()):
+            message["reasoning_content"] = draw(TEXT.filter(bool))
+            function = {"name": draw(TEXT), "arguments": draw(st.dictionaries(TEXT, JSON, max_size=2))}
+            message["tool_calls"] = [{"type": "function", "function": function}]
+    checked = ("answer_ids", "tools")
+    meta = draw(st.dictionaries(TEXT.filter(lambda key: key not in checked), JSON, max_size=3))
     return Conversation(draw(TEXT), draw(st.none() | TEXT), messages, meta)
 
 
@@ -300,7 +587,11 @@ def test_default_id_tells_system_prompts_and_message_boundaries_apart(tmp_path: 
         return {"messages": [{"role": "system", "content": system}, {"role": "user", "content": user}]}
 
     rows = [row("a", "b c"), row("a b", "c"), row("x", "b c"), {"prompt": "a b c"}]
-    assert len({read_one(tmp_path, r).id for r in rows}) == 4
+    # Nor are two prompts one that differ in the tools offered, or in a call that was made before.
+    rows += [{"prompt": "a b c", "tools": [{"name": name}]} for name in ("add", "sub")]
+    loops = [[USER, calls(arguments={"a": n}), {"role": "tool", "content": "4"}, ANSWER] for n in (1, 2)]
+    rows += [{"messages": loop} for loop in loops]
+    assert len({read_one(tmp_path, r).id for r in rows}) == 8
 
 
 def test_opening_question_ignores_what_surrounds_it(tmp_path: Path) -> None:

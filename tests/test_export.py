@@ -4,6 +4,7 @@ is added changes an output. No server runs here; tests/test_servers.py starts on
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -440,6 +441,20 @@ def test_nothing_but_an_earlier_export_is_replaced(saved: Path, tmp_path: Path) 
 
 
 # ── commands and page ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_launch_commands_can_be_pasted(drafts: dict[str, AnyDraft]) -> None:
+    """Servers do not know our built-in names, and folders may hold spaces and quotes."""
+    place = Path("my drafts/it's")
+    spec = drafts["dspark"].spec
+    vllm = shlex.split(launch_commands("vllm", spec, "some target", place)[0])
+    assert vllm[:3] == ["vllm", "serve", "some target"]
+    assert json.loads(vllm[-1])["model"] == str(place)
+    for to in ("sglang", "llamacpp"):
+        words = [
+            word for line in launch_commands(to, spec, "some target", place) for word in shlex.split(line)
+        ]
+        assert {"some target", str(place)} <= set(words)
 
 
 @pytest.mark.parametrize(

@@ -443,7 +443,7 @@ def test_placed_models_are_not_moved_again(
 
     def from_pretrained(path: str, **options: Any) -> Any:
         asked.update(options)
-        return Dispatched(model)
+        return Dispatched(model), {"missing_keys": set()}
 
     monkeypatch.setattr(room.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     monkeypatch.setattr(room, "find_spec", lambda name: object())

@@ -6,11 +6,20 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoConfig,
@@ -25,7 +34,8 @@ from transformers import (
 )
 
 from conftest import FAMILIES, MODELS, SLIDING_WINDOW, prompts_of, save_tiny
-from deepspec.errors import TargetError
+from deepspec.checkpoint import find_checkpoint
+from deepspec.errors import CheckpointError, TargetError
 from deepspec.target import Target, TargetSpec
 from sequences import CLOSE, Sequences, scripted
 
@@ -263,13 +273,121 @@ def test_unreadable_config_is_a_clear_error(content: str, tmp_path: Path) -> Non
         Target.from_pretrained(tmp_path)
 
 
-def test_torn_weights_are_a_clear_error(target_dirs: dict[str, Path], tmp_path: Path) -> None:
+def test_torn_weights_are_named(target_dirs: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "torn"
     shutil.copytree(target_dirs["llama"], path)
     weights = path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(TargetError, match="is not a model that transformers can load"):
+    with pytest.raises(TargetError, match="cannot be loaded: the file is torn") as caught:
         load(path)
+    assert caught.value.where == str(weights)
+    assert "download it again" in str(caught.value)
+
+
+def test_torn_missing_and_unfetched_shards_are_named(target_dirs: dict[str, Path], tmp_path: Path) -> None:
+    """transformers' own message names no file, or none that a user could act on."""
+    path = tmp_path / "sharded"
+    model = AutoModelForCausalLM.from_pretrained(target_dirs["llama"], dtype=torch.float32)
+    model.save_pretrained(path, max_shard_size="20KB")
+    shard = sorted(path.glob("model-*.safetensors"))[1]
+    whole = shard.read_bytes()
+    for content, expected in [
+        (whole[:-8], "the file is torn"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        (None, "a shard named in the index is missing"),
+    ]:
+        shard.unlink() if content is None else shard.write_bytes(content)
+        with pytest.raises(TargetError, match=expected) as caught:
+            load(path)
+        assert caught.value.where == str(shard)
+    shard.write_bytes(whole)
+    assert load(path).spec.num_layers == model.config.num_hidden_layers
+
+
+def test_weights_that_are_not_there_are_not_made_up(target_dirs: dict[str, Path], tmp_path: Path) -> None:
+    """transformers fills them with random numbers and goes on: a target that nobody trained."""
+    path = tmp_path / "partial"
+    shutil.copytree(target_dirs["llama"], path)
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    lost = "model.layers.1.self_attn.q_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != lost}, file, metadata={"format": "pt"})
+    with pytest.raises(TargetError, match=f"lacks 1 of the tensors .*{lost}"):
+        load(path)
+
+
+def test_code_that_comes_with_a_model_is_not_run(
+    target_dirs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to itself transformers asks on the terminal whether to run it, in the middle of `--json`."""
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked on the terminal"))
+    path = tmp_path / "custom"
+    shutil.copytree(target_dirs["llama"], path)
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    config |= {"model_type": "no-such-model", "auto_map": {"AutoConfig": "code.Config"}}
+    (path / "config.json").write_text(json.dumps(config), "utf-8")
+    (path / "code.py").write_text("raise SystemExit('it was run')", "utf-8")
+    with pytest.raises(TargetError, match="modelling code of its own, which is not run"):
+        load(path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"added_tokens": [], "model": {}}'])
+def test_tokenizer_that_cannot_be_read_is_not_taken_for_none(
+    content: str, target_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "tokens"
+    shutil.copytree(target_dirs["llama"], path)
+    (path / "tokenizer.json").write_text(content, "utf-8")
+    with pytest.raises(TargetError, match="the tokenizer cannot be read") as caught:
+        load(path)
+    assert caught.value.where == str(path)
+
+
+def test_path_of_a_file_or_a_mistyped_path_does_not_wait_for_the_hub(
+    target_dirs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *a, **k: pytest.fail("asked the Hub"))
+    with pytest.raises(TargetError, match="is a file, and a target is the directory"):
+        load(target_dirs["llama"] / "config.json")
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("models/mistyped", "./mistyped", "/no/where", "a/b/c"):
+        with pytest.raises(TargetError, match="there is no such directory") as caught:
+            Target.from_pretrained(name)
+        assert "--local-dir" in str(caught.value)
+
+
+def hub_error(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+    """As the Hub's client raises it."""
+    request = httpx.Request("GET", "https://huggingface.co/org/model/resolve/main/config.json")
+    return kind(f"{status} Client Error.", response=httpx.Response(status, request=request))
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (hub_error(GatedRepoError, 403), "is gated on the Hub.*(?s:.*)accept its licence.*local directory"),
+        (hub_error(RepositoryNotFoundError, 401), "no such repository, or it is private(?s:.*)--local-dir"),
+        (LocalEntryNotFoundError("no"), "the Hub cannot be reached(?s:.*)--local-dir"),
+    ],
+)
+def test_hub_id_that_cannot_be_had_says_why_and_what_to_do(
+    error: Exception, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Targets come through transformers, which wraps the client's errors; drafts come straight."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        raise OSError("You are trying to access a repo.") from error
+
+    def straight(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", wrapped)
+    with pytest.raises(TargetError, match=expected):
+        Target.from_pretrained("gated-org/model")
+    monkeypatch.setattr("deepspec.hub.snapshot_download", straight)
+    with pytest.raises(CheckpointError, match=expected):
+        find_checkpoint("gated-org/draft")
 
 
 def test_hash_of_a_config_is_of_its_facts(target_dirs: dict[str, Path], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deepspec.data.conversations import Conversation
-from deepspec.data.tokens import _STAND_IN, Encoded, encode, prompt_ids, template_hash, tokenizer_hash
+from deepspec.data.tokens import _STAND_IN, Encoded, encode_turns, prompt_ids, template_hash, tokenizer_hash
 from deepspec.errors import DataError, TargetError
 
 # ChatML with a thinking switch: history is written exactly as it was said.
@@ -82,6 +82,14 @@ def talk(*contents: str, meta: dict[str, Any] | None = None) -> Conversation:
     roles = ("user", "assistant") * len(contents)
     messages = tuple({"role": role, "content": text} for role, text in zip(roles, contents, strict=False))
     return Conversation("row-7", None, messages, meta or {}, source="rows.jsonl:7")
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast, conversation: Conversation, thinking: bool, max_length: int
+) -> Encoded:
+    """The one sequence of a conversation that needs no more."""
+    (only,) = encode_turns(tokenizer, conversation, thinking, max_length)
+    return only
 
 
 def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -232,24 +240,34 @@ def test_every_turn_is_supervised_where_history_is_what_was_said(chatml: PreTrai
 
 
 @pytest.mark.parametrize("template", [CHATML, STRIPPING])
-def test_earlier_turn_whose_think_block_is_gone_from_history_is_context(
+def test_earlier_turn_whose_think_block_is_gone_from_history_gets_a_sequence_of_its_own(
     backend: Tokenizer, template: str
 ) -> None:
     tokenizer = chat(backend, template)
-    assert pieces(tokenizer, encode(tokenizer, talk("q", "is", "r", "four"), False, 99)) == [
+    first, second = encode_turns(tokenizer, talk("q", "is", "r", "four"), False, 99)
+    assert pieces(tokenizer, first) == [(0, context("q") + THINK), (1, "is<|im_end|>")]
+    assert pieces(tokenizer, second) == [
         (0, context("q") + "is<|im_end|>\n" + context("r") + THINK),
         (1, "four<|im_end|>"),
     ]
+    assert (first.id, second.id) == ("row-7#1", "row-7")
 
 
-def test_only_turns_whose_thoughts_survive_in_history_are_supervised(
+def test_turns_whose_thoughts_survive_in_history_share_the_last_ones_sequence(
     stripping: PreTrainedTokenizerFast,
 ) -> None:
     thought = "<think>\n4\n</think>\n\nfour"
-    assert pieces(stripping, encode(stripping, talk("q", "is", "r", thought, "s", thought), True, 99)) == [
+    rewritten, last = encode_turns(stripping, talk("q", "is", "r", thought, "s", thought), True, 99)
+    assert pieces(stripping, last) == [
         (0, context("q")),
         (1, "is<|im_end|>"),
         (0, "\n" + context("r") + "four<|im_end|>\n" + context("s")),
+        (1, thought + "<|im_end|>"),
+    ]
+    assert rewritten.id == "row-7#2"
+    # The first turn is there too, as context: it is supervised once.
+    assert pieces(stripping, rewritten) == [
+        (0, context("q") + "is<|im_end|>\n" + context("r")),
         (1, thought + "<|im_end|>"),
     ]
 
@@ -312,8 +330,9 @@ def test_messages_that_the_template_refuses_name_the_row(backend: Tokenizer) -> 
 
 def test_template_that_loses_the_answer_is_a_target_error(backend: Tokenizer) -> None:
     tokenizer = chat(backend, "{% for m in messages %}{{ m.role }}{% endfor %}")
-    with pytest.raises(TargetError, match="does not write the assistant's text"):
+    with pytest.raises(TargetError, match="does not write the assistant's text") as caught:
         encode(tokenizer, talk("q", "a"), True, 99)
+    assert "where: rows.jsonl:7" in str(caught.value)
 
 
 def test_tokenizer_without_chat_template_says_what_to_do(backend: Tokenizer) -> None:

@@ -28,7 +28,8 @@ from deepspec.checkpoint import load_draft
 from deepspec.cli import app
 from deepspec.config import Recipe
 from deepspec.data.features import batch_order, batches_from, online
-from deepspec.data.tokens import Encoded, frequent_ids
+from deepspec.data.rows import frequent_ids
+from deepspec.data.tokens import Encoded
 from deepspec.decode import generate
 from deepspec.errors import CheckpointError, RecipeError
 from deepspec.log import Tracker
@@ -383,6 +384,89 @@ def test_mask_token_can_be_chosen(targets, talking):
         build_draft(Recipe.model_validate(tree), talking).spec.mask_token_id
         == (tree["draft"]["mask_token_id"])
     )
+
+
+# ── optimiser states in 8 bits ────────────────────────────────────────────────────────────────────────
+
+
+def eight_bit_recipe(**optim: Any) -> Recipe:
+    """Its draft has matrices of 5,120 values: below 4,096, states stay in float32."""
+    tree = recipe_for("dspark").model_dump()
+    tree["draft"]["intermediate_size"] = 160
+    tree["optim"] |= {"states": "8bit", **optim}
+    return Recipe.model_validate(tree)
+
+
+NEEDS_BITSANDBYTES = "optim.states=8bit needs bitsandbytes, an optional extra"
+
+
+def test_8bit_run_resumes_bit_for_bit(targets, tmp_path):
+    pytest.importorskip("bitsandbytes", reason=NEEDS_BITSANDBYTES)
+    target, rows, recipe = targets["llama"], rows_for(targets["llama"]), eight_bit_recipe()
+    train(recipe, target, rows, tmp_path / "whole", {}, lambda draft: 1.5)
+    assert train(recipe, target, rows, tmp_path / "cut", {}, interrupting(1)).steps == 3
+    train(recipe, target, rows, tmp_path / "cut", {}, lambda draft: 1.5)
+    saved = []
+    for run in ("whole", "cut"):
+        path = tmp_path / run / "checkpoints" / "step_6"
+        state = torch.load(path / "optimizer.pt", weights_only=True)
+        moments = [s.get("__bnb_optimizer_quant_state__", s) for s in state["adamw"]["state"].values()]
+        saved.append([*load_file(path / "model.safetensors").values(), *state["masters"]])
+        saved[-1] += [value for m in moments for value in m.values() if isinstance(value, torch.Tensor)]
+    assert any(value.dtype == torch.uint8 for value in saved[0])
+    assert all(torch.equal(a, b) for a, b in zip(*saved, strict=True))
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "cut")
+
+
+def test_8bit_states_take_what_the_recipes_page_counts(targets):
+    pytest.importorskip("bitsandbytes", reason=NEEDS_BITSANDBYTES)
+    large, small = nn.Parameter(torch.randn(64, 128)), nn.Parameter(torch.randn(64))
+    adamw = room.adamw([large, small], eight_bit_recipe().optim)
+    (large.sum() + small.sum()).backward()
+    adamw.step()
+    shared = {"qmap1", "qmap2"}  # one table for all parameters
+    sizes = [
+        sum(v.nbytes for k, v in adamw.state[p].items() if isinstance(v, torch.Tensor) and k not in shared)
+        for p in (large, small)
+    ]
+    assert sizes == [2 * 8192 + 2 * 4 * 8192 // 256, 2 * 4 * 64]
+
+
+def test_8bit_training_learns_about_as_well(targets, tmp_path):
+    pytest.importorskip("bitsandbytes", reason=NEEDS_BITSANDBYTES)
+    target, last = targets["llama"], {}
+    for states in ("float32", "8bit"):
+        recipe = eight_bit_recipe(states=states, max_steps=40)
+        train(recipe, target, rows_for(target), tmp_path / states, {})
+        last[states] = [m["loss"] for m in metrics_of(tmp_path / states)]
+    assert last["8bit"] != last["float32"]
+    mean = {states: sum(losses[-8:]) / 8 for states, losses in last.items()}
+    assert mean["float32"] < 0.9 * last["float32"][0]
+    assert mean["8bit"] == pytest.approx(mean["float32"], rel=0.05)
+
+
+def test_missing_bitsandbytes_is_said_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setattr(Target, "from_pretrained", lambda *a: pytest.fail("the target was loaded first"))
+    with pytest.raises(RecipeError, match="pip install 'bitsandbytes") as caught:
+        deepspec.train_draft(eight_bit_recipe(), tmp_path)
+    assert "optim.states=float32" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_with_other_optimiser_states_does_not_go_on(targets, tmp_path):
+    target, recipe = targets["llama"], recipe_for("dflash")
+    train(recipe, target, rows_for(target), tmp_path, {})
+    path = tmp_path / "checkpoints/step_6/optimizer.pt"
+    state = torch.load(path, weights_only=True)
+    assert state["states"] == "float32"
+    torch.save({**state, "states": "8bit"}, path)
+    with pytest.raises(CheckpointError, match=r"(?s)in 8bit.*add optim.states=8bit") as caught:
+        train(recipe, target, rows_for(target), tmp_path, {})
+    del state["states"]  # as written before there was a choice
+    torch.save(state, path)
+    assert caught.value.where == str(path.parent)
+    assert train(recipe, target, rows_for(target), tmp_path, {}).steps == 6
 
 
 # ── schedule and order ────────────────────────────────────────────────────────────────────────────────

@@ -35,6 +35,11 @@ def find_decoder(model: Any, name: str) -> Any:
     )
 
 
+def final_norm(decoder: Any) -> Any:
+    """The module between the last layer and the head, of a decoder that `find_decoder` found."""
+    return next(getattr(decoder, name) for name in families.FINAL_NORMS if hasattr(decoder, name))
+
+
 def find_embedding(model: Any, config: Any, family: TargetFamily, name: str) -> Embedding:
     """The token embedding and the factor on its output. Raises TargetError."""
     module = model.get_input_embeddings()

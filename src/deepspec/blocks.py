@@ -6,6 +6,7 @@ Positions are 0-based token indices. "Supervised" means `loss_mask` is 1 there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,8 +19,9 @@ class FeatureBatch:
     """What every feature source hands to a draft's loss: right-padded rows.
 
     input_ids [B, S] int64; loss_mask [B, S] bool; features [B, S, m*d] (raw decoder-layer outputs,
-    concatenated in the order of the target layer ids); last_hidden [B, S, d] after the final norm;
-    lengths [B] int64, real tokens of each row; row_ids [B] names of the rows.
+    concatenated in the order of the target layer ids); last_hidden [B, S, d] after the final norm, or None
+    from a source that has none: losses without a teacher read none; lengths [B] int64, real tokens of each
+    row; row_ids [B] names of the rows. Places that no loss reads (`Reads`) may hold anything finite.
     position_ids [B, S] and segment_ids [B, S] say which packed document a token belongs to and where
     in it; None means one document per row, positions 0…S-1.
     """
@@ -27,7 +29,7 @@ class FeatureBatch:
     input_ids: Tensor
     loss_mask: Tensor
     features: Tensor
-    last_hidden: Tensor
+    last_hidden: Tensor | None
     lengths: Tensor
     row_ids: tuple[str, ...] = ()
     position_ids: Tensor | None = None
@@ -162,17 +164,91 @@ def unroll_ids(input_ids: Tensor, step: int) -> Tensor:
     return torch.nn.functional.pad(input_ids, (0, shift))[:, shift:]
 
 
-def unroll_masks(loss_mask: Tensor, lengths: Tensor, steps: int) -> Tensor:
+def unroll_masks(loss_mask: Tensor, lengths: Tensor, steps: int, segment_ids: Tensor | None = None) -> Tensor:
     """[K, B, S] bool: rows that count at each unroll step.
 
     The published recipe's mask: `loss_mask` with the last real token's entry zeroed, moved left by
-    the step, not the label token's own mask (method.md 4).
+    the step, not the label token's own mask (method.md 4). In a packed row, position i + step + 1, whose
+    distribution row i learns, must be in row i's document; it may be the last there, as it may in a document
+    that has a row of its own.
     """
     mask = loss_mask.bool().clone()
     mask[torch.arange(len(mask), device=mask.device), (lengths - 1).clamp(min=0)] = False
-    return torch.stack([torch.nn.functional.pad(mask, (0, k))[:, k:] for k in range(steps)])
+    counted = []
+    for step in range(steps):
+        moved = torch.nn.functional.pad(mask, (0, step))[:, step:]
+        if segment_ids is not None:
+            # Past the end of the row, the mask is zero already.
+            where = unroll_teacher_index(mask.shape[1], step, mask.device)
+            moved = moved & (segment_ids[:, where] == segment_ids)
+        counted.append(moved)
+    return torch.stack(counted)
 
 
 def unroll_teacher_index(length: int, step: int, device: torch.device | str = "cpu") -> Tensor:
     """[S] position whose last hidden state gives the soft label of row i: i + 1 + step (clamped)."""
     return (torch.arange(length, device=device) + step + 1).clamp(max=length - 1)
+
+
+# ── which positions a loss reads ──────────────────────────────────────────────────────────────────────
+
+
+class Reads(NamedTuple):
+    """Positions of the target's outputs that a loss can depend on, whatever anchors are drawn: [B, S] bool.
+
+    What a source gives elsewhere changes no loss and no gradient, as long as it is finite.
+    """
+
+    features: Tensor
+    hidden: Tensor
+
+    def union(self, other: Reads) -> Reads:
+        return Reads(self.features | other.features, self.hidden | other.hidden)
+
+
+def context_reads(loss_mask: Tensor, lengths: Tensor, segment_ids: Tensor | None = None) -> Reads:
+    """Of every block draft: features as context, at positions before a possible anchor of the document."""
+    candidates = torch.nn.functional.pad(anchor_candidates(loss_mask, segment_ids), (0, 1))
+    return Reads(_before_any(candidates, segment_ids, itself=False), torch.zeros_like(candidates))
+
+
+def label_reads(loss_mask: Tensor, lengths: Tensor, segment_ids: Tensor | None = None) -> Reads:
+    """Of a block draft whose loss has a teacher: last hidden states at p-1 of each label p.
+
+    A block's labels are an unbroken supervised run that starts behind its anchor, itself supervised. So p-1
+    and p are both supervised: p-1 is itself a possible anchor, and every possible anchor has a first label.
+    """
+    candidates = torch.nn.functional.pad(anchor_candidates(loss_mask, segment_ids), (0, 1))
+    return Reads(torch.zeros_like(candidates), candidates)
+
+
+def unroll_reads(loss_mask: Tensor, lengths: Tensor, segment_ids: Tensor | None = None) -> Reads:
+    """Of Eagle-3: features up to the last row that counts, last hidden states one behind each such row.
+
+    The first step says it all: row i of step s counts only where row i+s does at step 0, reads the features
+    that one reads or fewer, and learns the same distribution.
+    """
+    counted = unroll_masks(loss_mask, lengths, 1, segment_ids)[0]
+    return Reads(
+        _before_any(counted, segment_ids, itself=True), torch.nn.functional.pad(counted, (1, 0))[:, :-1]
+    )
+
+
+READ_RULES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Reads]] = {
+    "context": context_reads,
+    "labels": label_reads,
+    "unroll": unroll_reads,
+}
+"""(loss_mask [B, S], lengths [B], segment_ids [B, S] or None) -> Reads, by the name that a feature cache
+keeps: DFlash reads `context`, DSpark `context` and `labels`, Eagle-3 `unroll`."""
+
+
+def _before_any(marked: Tensor, segment_ids: Tensor | None, *, itself: bool) -> Tensor:
+    """[B, S] bool: a marked position of the same document comes later (or, with `itself`, is this one)."""
+    if segment_ids is None:
+        here_or_later = marked.flip(1).cumsum(1).flip(1) > 0
+        return here_or_later if itself else torch.nn.functional.pad(here_or_later, (0, 1))[:, 1:]
+    length = marked.shape[1]
+    later = torch.ones(length, length, dtype=torch.bool, device=marked.device).triu(0 if itself else 1)
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return (later & same & marked[:, None, :]).any(-1)

@@ -13,7 +13,8 @@ import torch
 
 from deepspec.checkpoint import AnyDraft, load_draft, new_draft
 from deepspec.config import Recipe
-from deepspec.data.tokens import Encoded, frequent_ids, supervised_counts
+from deepspec.data.rows import frequent_ids, supervised_counts
+from deepspec.data.tokens import Encoded
 from deepspec.drafts.base import DraftSpec, LossSettings
 from deepspec.drafts.spec import SpecError, new_spec
 from deepspec.errors import RecipeError
@@ -42,8 +43,8 @@ def vocabulary_facts(draft: AnyDraft, rows: Sequence[Encoded]) -> dict[str, Any]
     kept = draft.head.kept
     if kept is None:
         return {}
-    ids, counts = kept.tolist(), supervised_counts(rows)
-    coverage = sum(counts[i] for i in ids) / max(counts.total(), 1)
+    ids, counts = kept.tolist(), supervised_counts(rows, draft.spec.vocab_size)
+    coverage = int(counts[ids].sum()) / max(int(counts.sum()), 1)
     digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
     return {"vocabulary": {"ids": len(ids), "ids_hash": digest, "coverage": coverage}}
 
@@ -151,7 +152,19 @@ def unfit_for_mask(target: Target, token: int) -> str | None:
     return f"is {text!r}, which the chat template writes" if written else None
 
 
+def feature_layers(recipe: Recipe, target_config: dict[str, Any]) -> tuple[int, ...]:
+    """The target's layers that the recipe's draft reads; needs no weights. Raises RecipeError."""
+    return draft_spec(recipe, target_config).target_layer_ids
+
+
 def loss_settings(recipe: Recipe) -> LossSettings:
     """The recipe's loss weights in the form that drafts read."""
     loss = recipe.loss
     return LossSettings(loss.ce, loss.l1, loss.confidence, loss.decay_gamma, recipe.draft.step_loss_decay)
+
+
+def read_rules(recipe: Recipe) -> tuple[str, ...]:
+    """Names of the `blocks.READ_RULES` that say which of the target's outputs the recipe's loss reads."""
+    if recipe.algorithm == "eagle3":
+        return ("unroll",)
+    return ("context", "labels") if recipe.loss.l1 or recipe.loss.confidence else ("context",)

@@ -11,10 +11,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,17 +25,21 @@ from deepspec.drafts.spec import SpecError, read_spec, write_config
 from deepspec.errors import CheckpointError, MismatchError
 from deepspec.files import aside_of, atomic_directory, write_json
 from deepspec.head import Head
+from deepspec.hub import fetch, may_be_hub_id, unavailable
 from deepspec.log import note, warn
-from deepspec.pocket import packaged
+from deepspec.pocket import DRAFTS, packaged
+from deepspec.shards import Shape, read_tensors
 from deepspec.target import Target, TargetSpec
 
 AnyDraft = Eagle3Draft | DFlashDraft | DSparkDraft
 PROVENANCE = "deepspec.json"
+PLAIN = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
+FILES = ("*.json", "*.safetensors")
+"""What is downloaded of a draft on the Hub."""
+FORMS = f"a run directory such as runs/NAME, or a built-in draft ({', '.join(DRAFTS)})"
 EMBEDDING, HEAD = SHARED = ("embed_tokens.weight", "lm_head.weight")
 MAPS = ("d2t", "t2d")
 """Of a reduced vocabulary: offsets [K] from row i to target id i + d2t[i], and a membership mask [V]."""
-Shape = tuple[int, ...]
-T = TypeVar("T")
 
 
 def new_draft(
@@ -62,7 +65,7 @@ def draft_embedding(spec: DraftSpec, target: Target, weight: Tensor | None = Non
 def load_draft(name_or_path: str | Path, target: Target) -> AnyDraft:
     """Load a draft and bind it to its target.
 
-    name_or_path: a local checkpoint directory, a run directory (its best checkpoint), or a built-in
+    name_or_path: a local checkpoint directory, a run directory (its best checkpoint), a Hub id, or a built-in
     name (`pocket-dspark`, …). A head or embedding of the draft's own, and a tokenizer other than the one it
     was trained with, are said. Raises CheckpointError for a broken or foreign checkpoint and MismatchError
     for a draft of another target.
@@ -100,19 +103,23 @@ def _tiny(spec: DraftSpec) -> DraftSpec:
 
 
 def find_checkpoint(name_or_path: str | Path) -> Path:
-    """The directory that holds a draft's config.json: the one given, or a run's best checkpoint."""
-    path = Path(packaged(str(name_or_path)))
+    """The directory that holds a draft's config.json: the one given, a run's best checkpoint, or where a Hub
+    id's files were downloaded to. Raises CheckpointError."""
+    name = str(name_or_path)
+    path = Path(packaged(name))
+    if not path.exists() and "/" in name and may_be_hub_id(name):
+        try:
+            path = fetch(name, FILES)
+        except (OSError, ValueError) as error:
+            what, next_step = unavailable("draft", name, error, FORMS)
+            raise CheckpointError(what, next_step=next_step) from error
     best = path / "checkpoints" / "best"
     # A save that was killed between its two renames leaves the checkpoint under its aside name.
     for candidate in (path, aside_of(path), best, aside_of(best)):
         if (candidate / "config.json").is_file():
             return candidate
     if not path.exists():
-        raise CheckpointError(
-            f"no draft {str(name_or_path)!r}",
-            next_step="give a checkpoint directory, a run directory such as runs/NAME, or a built-in draft "
-            "(pocket-eagle3, pocket-dflash, pocket-dspark)",
-        )
+        raise CheckpointError(f"no draft {name!r}", next_step=f"give a checkpoint directory, {FORMS}")
     raise CheckpointError(
         "not a draft checkpoint: no config.json here, nor under checkpoints/best",
         where=str(path),
@@ -126,7 +133,9 @@ def load_config(path: Path) -> dict[str, Any]:
         config = json.loads((path / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"config.json cannot be read: {error}", where=str(path / "config.json")
+            f"config.json cannot be read: {error}",
+            where=str(path / "config.json"),
+            next_step="copy or download it again",
         ) from error
     if not isinstance(config, dict):
         raise CheckpointError("config.json is not an object", where=str(path / "config.json"))
@@ -154,7 +163,11 @@ def load_provenance(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{PROVENANCE} cannot be read: {error}", where=str(file)) from error
+        raise CheckpointError(
+            f"{PROVENANCE} cannot be read: {error}",
+            where=str(file),
+            next_step="copy it again, or remove it: the draft then loads without saying where it came from",
+        ) from error
     return found if isinstance(found, dict) else {}
 
 
@@ -171,6 +184,14 @@ def _read_parts(path: Path, spec: DraftSpec) -> tuple[dict[str, Tensor], dict[st
     tensors = read_tensors(path)
     copies = {name: tensors.pop(name) for name in (*SHARED, *MAPS) if name in tensors}
     check_names(path, spec, {name: tuple(t.shape) for name, t in (tensors | copies).items()})
+    check_formats(path, {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()})
+    broken = next((name for name, t in tensors.items() if not t.isfinite().all()), None)
+    if broken is not None:
+        raise CheckpointError(
+            f"{broken} holds numbers that are not finite, so the draft would propose nothing of use",
+            where=str(path),
+            next_step="use an earlier checkpoint, or copy or download this one again",
+        )
     return tensors, copies
 
 
@@ -209,69 +230,6 @@ def _warn_of_other_tokenizer(path: Path, target: Target, name: str) -> None:
             f"{name} was trained with tokenizer {theirs[:12]}, and {target.spec.name} has {ours[:12]}: "
             "few of its tokens will be accepted if the two really differ"
         )
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a single-file or sharded checkpoint. Raises CheckpointError."""
-    return _each(path, lambda opened, key: opened.get_tensor(key))
-
-
-def read_headers(path: Path) -> dict[str, tuple[Shape, str]]:
-    """(shape, number format) of every stored tensor, from the files' headers alone: nothing is loaded.
-
-    Formats are spelt as safetensors does: F32, BF16, … Raises CheckpointError.
-    """
-
-    def header(opened: Any, key: str) -> tuple[Shape, str]:
-        part = opened.get_slice(key)
-        return tuple(part.get_shape()), str(part.get_dtype())
-
-    return _each(path, header)
-
-
-def _each(path: Path, take: Callable[[Any, str], T]) -> dict[str, T]:
-    """What `take` makes of (open file, name) for every tensor, under our name. Raises CheckpointError."""
-    found: dict[str, T] = {}
-    for file in _files(path):
-        try:
-            with safe_open(file, "pt") as opened:
-                for key in opened.keys():  # noqa: SIM118 - a safetensors handle, not a dict
-                    found[key.removeprefix("_orig_mod.").removeprefix("model.")] = take(opened, key)
-        except SafetensorError as error:
-            pointer = file.read_bytes()[:40].startswith(b"version https://git-lfs")
-            raise CheckpointError(
-                "the file is a Git LFS pointer, not the weights"
-                if pointer
-                else f"the file is torn or not safetensors ({error})",
-                where=str(file),
-                next_step="run `git lfs pull` there" if pointer else "copy or download it again",
-            ) from error
-    return found
-
-
-def _files(path: Path) -> list[Path]:
-    """The one file, or the shards that the index names. Raises CheckpointError."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise CheckpointError(
-            "no model.safetensors", where=str(path), next_step="copy the weights beside config.json"
-        )
-    try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            "the index of shards cannot be read", where=str(index), next_step="copy or download it again"
-        ) from error
-    missing = [name for name in names if not (path / name).is_file()]
-    if missing:
-        raise CheckpointError(
-            "a shard named in the index is missing" + (f", and {len(missing) - 1} more" * (len(missing) > 1)),
-            where=str(path / missing[0]),
-            next_step=f"copy or download all {len(names)} shards into one directory",
-        )
-    return [path / name for name in names]
 
 
 def draft_shapes(spec: DraftSpec) -> dict[str, Shape]:
@@ -317,6 +275,18 @@ def check_names(path: Path, spec: DraftSpec, stored: Mapping[str, Shape]) -> Non
                 where=str(path),
                 next_step="check that config.json and the weights come from the same checkpoint",
             )
+
+
+def check_formats(path: Path, formats: Mapping[str, str]) -> None:
+    """Raise CheckpointError for weights stored otherwise than as plain floating point: cast without their
+    scales, quantised ones would load and propose badly."""
+    odd = next((name for name, form in formats.items() if form not in PLAIN), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"{odd} is stored as {formats[odd]}; a draft's weights are read as {', '.join(PLAIN[:4])} only",
+            where=str(path),
+            next_step="use the checkpoint that was not quantised",
+        )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -33,6 +33,26 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
+FEATURE_SOURCES = ("online", "cache", "vllm", "sglang")
+
+
+def feature_source(text: str) -> tuple[str, str]:
+    """A recipe's `data.features` as (form, directory or URL).
+
+    `online`, `cache:DIR`, `vllm:URL` or `sglang:URL`. Raises ValueError where it is none of them.
+    """
+    form, _, place = text.partition(":")
+    known = text == "online" or (form in FEATURE_SOURCES[1:] and bool(place))
+    if known and form in ("vllm", "sglang"):
+        known = place.startswith(("http://", "https://"))
+    if not known:
+        raise ValueError(
+            f"{text!r} is no feature source: write online, cache:DIRECTORY, vllm:http://HOST:PORT or "
+            "sglang:http://HOST:PORT"
+        )
+    return form, place
+
+
 class Section(BaseModel):
     """One mapping of the tree: unknown keys are errors, values do not change once read."""
 
@@ -74,6 +94,7 @@ class DataConfig(Section):
     select: str = (
         "pocket:select"  # held-out prompts that choose the best checkpoint; neither trained nor reported
     )
+    features: str = "online"  # or cache:DIR, vllm:URL, sglang:URL: where the target's features come from
     max_length: Count = 512  # tokens per sequence, longer ones are cut
     min_supervised: Count = 2  # sequences with fewer supervised tokens are left out; an anchor needs two
 
@@ -86,6 +107,7 @@ class OptimConfig(Section):
     weight_decay: NotNegative = 0.0
     betas: tuple[Share, Share] = (0.9, 0.95)
     grad_clip: Positive = 1.0  # global gradient norm
+    states: Literal["float32", "8bit"] = "float32"  # AdamW's moments; 8bit needs bitsandbytes
     batch_size: Count = 16  # sequences per step, over all ranks
     micro_batch_size: Count | None = None  # of them, how many at a time; None: all. Memory, not the result
     epochs: Positive | None = None
@@ -162,6 +184,10 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
     for key, source in (("train", data.train), ("select", data.select)):
         if source.startswith("pocket:") and source not in POCKET_SETS:
             yield f"`data.{key}` names no pocket set: {source!r} (there are {', '.join(POCKET_SETS)})"
+    try:
+        feature_source(data.features)
+    except ValueError as error:
+        yield f"`data.features`: {error}"
     if data.train == data.select:
         yield f"`data.train` and `data.select` are both {data.train!r}: what chooses must not be trained on"
     if data.min_supervised > data.max_length:

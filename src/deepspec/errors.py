@@ -6,6 +6,7 @@
         ├── DataError        a data file or record cannot be used as it stands
         ├── CheckpointError  a checkpoint is missing, torn, or of another kind
         ├── TargetError      a target model cannot be found, opened, or drafted for
+        ├── ServerError      a server cannot be reached, or answers otherwise than it was asked to
         └── MismatchError    a draft does not fit the target it is asked to run with
 
 Anything outside this tree is a bug in the program and keeps its traceback.
@@ -63,6 +64,10 @@ class CheckpointError(UserError):
 
 class TargetError(UserError):
     """A target model cannot be found, opened, or served by this program."""
+
+
+class ServerError(UserError):
+    """A server cannot be reached, or does not answer as it was asked to."""
 
 
 class MismatchError(UserError):

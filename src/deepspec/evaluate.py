@@ -20,7 +20,7 @@ import torch
 from deepspec import acceptance
 from deepspec.acceptance import Interval
 from deepspec.compare import FORMAT
-from deepspec.data.conversations import Conversation, prompt_messages, read_conversations
+from deepspec.data.conversations import Conversation, prompt_messages, read_conversations, tools_of
 from deepspec.data.tokens import prompt_ids, system_hash, template_hash
 from deepspec.decode import Decoder, Generation, Request, pieces_of
 from deepspec.drafts.base import Draft
@@ -33,6 +33,8 @@ from deepspec.verify import Sampling
 
 BOOTSTRAP_SEED = 20
 TIE = 1e-3
+HELD_OUT_ROWS = 16
+"""Prompts that a held-out evaluation decodes together."""
 CONVENTIONS = {
     "accepted length τ": "tokens kept per verify round, bonus included, pooled over prompts (sum over sum); "
     "the first new token comes from the prefill and is in no round; a round cut at the budget or a stop "
@@ -103,7 +105,9 @@ def load_prompts(
             c.id,
             c.domain or "all",
             c.messages[-1]["content"] if c.messages else "",
-            tuple(prompt_ids(target.tokenizer, prompt_messages(c), thinking, where=c.where)),
+            tuple(
+                prompt_ids(target.tokenizer, prompt_messages(c), thinking, tools=tools_of(c), where=c.where)
+            ),
             system_hash(c.messages),
         )
         for c in spread(rows, limit)
@@ -138,7 +142,7 @@ def held_out_tau(
         draft,
         Sampling(temperature),
         stop_token_ids=target.stop_token_ids,
-        max_rows=min(16, len(prompts)),
+        max_rows=min(HELD_OUT_ROWS, len(prompts)),
     )
     requests = [Request(p.ids, max_new_tokens, seed=i, key=p.id) for i, p in enumerate(prompts)]
     return acceptance.tau([rounds_of(g)[2] for g in decoder.run(requests)]) or 1.0

@@ -9,6 +9,8 @@ m captured layers, d hidden width, V vocabulary, r Markov rank, N proposals per 
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +35,7 @@ from deepspec.drafts.base import DraftSpec
 from deepspec.drafts.spec import proposals, write_config
 from deepspec.errors import CheckpointError, UserError
 from deepspec.files import atomic_directory, write_json
+from deepspec.pocket import packaged
 from deepspec.target import Target
 
 NATIVE = "deepspec"
@@ -269,6 +272,7 @@ def export_draft(
         check_tensors(config, tensors)
     config["dtype"] = str(tensors["fc.weight"].dtype).removeprefix("torch.")
     facts = {**load_provenance(path), "sample_from_anchor": spec.sample_from_anchor, "exported_to": to}
+    served = packaged(target.spec.name) if target else "TARGET"  # servers do not know our built-in names
     with atomic_directory(out) as part:
         save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
         write_json(part / "config.json", config)
@@ -280,7 +284,7 @@ def export_draft(
         proposals(spec),
         config["dtype"],
         sum(t.numel() for t in tensors.values()),
-        [] if to == NATIVE else launch_commands(to, spec, target.spec.name if target else "TARGET", out),
+        [] if to == NATIVE else launch_commands(to, spec, served, out),
         notes,
     )
 
@@ -466,9 +470,11 @@ def check_tensors(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 def launch_commands(to: str, spec: DraftSpec, target: str, draft: Path) -> list[str]:
     """The commands that serve an exported draft beside its target."""
     method, count = FORMS[kind_of(spec)].method, proposals(spec)
+    # vLLM's takes the draft inside JSON inside quotes; in the others it is a word of its own.
+    inside = json.dumps(str(draft))[1:-1].replace("'", "'\\''")
     words = {
-        "target": target,
-        "draft": str(draft),
+        "target": shlex.quote(target),
+        "draft": inside if to == "vllm" else shlex.quote(str(draft)),
         "method": method,
         "METHOD": method.upper(),
         "proposals": count,

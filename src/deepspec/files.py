@@ -30,13 +30,18 @@ TAIL = 1 << 16
 """Bytes read at a time when the last line of a file is looked for from its end."""
 
 
+def is_disk_full(error: OSError) -> bool:
+    """Whether a write failed for want of space, or of the user's share of it."""
+    return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn what a disk refuses inside the block into an error that says what to do about it."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             todo = "make room there and run the same command again: what was finished is kept"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR):
             todo = "give a path that can be written to"
@@ -118,10 +123,40 @@ def aside_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
-def count_lines(path: Path) -> int:
-    """Lines of a file, read in pieces."""
-    with path.open("rb") as stream:
-        return sum(piece.count(b"\n") for piece in iter(lambda: stream.read(1 << 20), b""))
+def count_lines(path: Path | str) -> int | None:
+    """Lines of a file, for a progress bar; None where that cannot be known. Reads at the disk's speed."""
+    try:
+        with Path(path).open("rb") as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    except OSError:
+        return None
+
+
+# ── one writer for a piece of work ────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def claimed(lock: Path, piece: int, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process, of all that share the lock file, holds piece number `piece` inside the block.
+
+    Piece n is byte n of the file, locked by the system, so that a killed process holds nothing. Without
+    `wait` a piece that another process holds is given up at once. Where the system has no such locks, nobody
+    is kept out.
+    """
+    if fcntl is None:
+        yield True
+        return
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, piece)
+            ours = True
+        except OSError as error:
+            # Some network file systems refuse all locks, and that is not somebody else's claim.
+            ours = error.errno not in (errno.EACCES, errno.EAGAIN)
+        yield ours
+    finally:
+        os.close(handle)
 
 
 # ── files that grow by whole lines ────────────────────────────────────────────────────────────────────

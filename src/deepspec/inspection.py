@@ -12,6 +12,7 @@ from typing import Any
 
 from deepspec.checkpoint import (
     SHARED,
+    check_formats,
     check_names,
     copy_shapes,
     draft_shapes,
@@ -20,12 +21,12 @@ from deepspec.checkpoint import (
     load_provenance,
     load_spec,
     misfits,
-    read_headers,
 )
 from deepspec.data.tokens import template_hash, tokenizer_hash
 from deepspec.drafts.base import DraftSpec
 from deepspec.drafts.layouts import layout_of
 from deepspec.drafts.spec import proposals
+from deepspec.shards import read_headers
 from deepspec.target import TargetSpec
 
 BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -43,6 +44,7 @@ def inspect_draft(name_or_path: str | Path, target: TargetSpec | None = None) ->
     spec = load_spec(path, None if target is None else target.num_layers)
     stored = read_headers(path)
     check_names(path, spec, {name: shape for name, (shape, _) in stored.items()})
+    check_formats(path, {name: form for name, (_, form) in stored.items() if name in draft_shapes(spec)})
     facts = load_provenance(path)
     formats = sorted({kind for name, (_, kind) in stored.items() if name in draft_shapes(spec)})
     dtype = (target and (target.config.get("dtype") or target.config.get("torch_dtype"))) or formats[0]

@@ -37,6 +37,7 @@ from deepspec.compare import (
     sampling_label,
     value_of,
 )
+from deepspec.files import atomic_file
 
 NOT_MEASURABLE = f"J/token {MISSING}: not measurable here."
 TABLE_CONVENTIONS = [
@@ -515,6 +516,6 @@ def write_report(
         margins={"left": LEFT, "right": RIGHT, "bottom": BOTTOM},
     )
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(page.encode("utf-8", errors="replace"))
+    with atomic_file(path) as stream:
+        stream.write(page.encode("utf-8", errors="replace"))
     return path

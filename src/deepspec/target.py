@@ -23,8 +23,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.utils import logging as hf_logging
 
 from deepspec import families
-from deepspec.anatomy import find_decoder, find_embedding, find_head, steady_length, text_config
+from deepspec.anatomy import final_norm, find_decoder, find_embedding, find_head, steady_length, text_config
 from deepspec.errors import TargetError
+from deepspec.hub import check_whole, first_line, locate, unreadable
 from deepspec.log import note
 from deepspec.pocket import packaged
 from deepspec.slots import Rows, SlotStore, causal_rows_mask
@@ -40,6 +41,7 @@ FACTS = (
     "head_dim",
     "final_logit_softcapping",
 )
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,12 @@ class TargetSpec:
     @classmethod
     def from_pretrained(cls, name_or_path: str) -> TargetSpec:
         """Read a local directory's or a Hub repository's config.json. Raises TargetError."""
-        path = packaged(name_or_path)
+        path = locate(name_or_path)
         try:
-            loaded = AutoConfig.from_pretrained(path)
+            loaded = AutoConfig.from_pretrained(path, trust_remote_code=False)
             raw, _ = AutoConfig.for_model("qwen3").get_config_dict(path)
         except (OSError, ValueError, KeyError) as error:
-            raise _unreadable(name_or_path, error) from error
+            raise unreadable(name_or_path, path, error) from error
         if getattr(loaded, "is_encoder_decoder", False):
             raise TargetError(
                 f"{name_or_path} is an encoder-decoder ({raw.get('model_type')}): its decoder also reads an "
@@ -124,32 +126,20 @@ def _default(config: Any, key: str) -> int | float | None:
     return value if isinstance(value, int | float) else None
 
 
-def _unreadable(name: str, error: Exception) -> TargetError:
-    if Path(name).is_dir():
-        return TargetError(
-            f"{name} is not a model that transformers can load: {str(error).splitlines()[0]}",
-            where=str(Path(name) / "config.json"),
-            next_step="check that the directory holds config.json and the weights of a Hugging Face decoder",
-        )
-    text = str(error)
-    if "gated" in text or "401" in text or "403" in text:
-        return TargetError(
-            f"{name} is gated or private on the Hub",
-            next_step="accept its licence on its Hub page and run `hf auth login`, or give a local directory",
-        )
-    return TargetError(
-        f"no model {name!r}: not a directory here, and not to be had from the Hub ({text.splitlines()[0]})",
-        next_step="give a local directory (download one where there is a network: `hf download ORG/NAME "
-        "--local-dir DIR`), a Hub id, or the built-in `pocket`",
-    )
-
-
 def _tokenizer(path: str) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, or None where it has none."""
+    """The model's tokenizer, or None where it has none. Raises TargetError for one that cannot be read."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError):
-        return None
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        # Readers of broken files raise all kinds; without a vocabulary there was nothing to read.
+        there = any((Path(path) / name).is_file() for name in VOCABULARIES)
+        if not (there or isinstance(error, ImportError)):
+            return None
+        raise TargetError(
+            f"the tokenizer cannot be read: {first_line(error)}",
+            where=path,
+            next_step="copy or download its files again, or install the package that the message names",
+        ) from error
     # Where the files are missing, some families get a tokenizer that knows its special tokens and no other.
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
@@ -249,17 +239,20 @@ class Target:
         shown = hf_logging.is_progress_bar_enabled()
         hf_logging.disable_progress_bar()
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, device_map=device_map)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=chosen, device_map=device_map, trust_remote_code=False, output_loading_info=True
+            )
         except ImportError as error:
             raise TargetError(
-                f"transformers needs another package to load {name}: {str(error).splitlines()[0]}",
+                f"transformers needs another package to load {name}: {first_line(error)}",
                 next_step="install what it names, or use a checkpoint that is not quantised",
             ) from error
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise _unreadable(name, error) from error
+            raise unreadable(name, path, error, weights=True) from error
         finally:
             if shown:
                 hf_logging.enable_progress_bar()
+        check_whole(name, path, info["missing_keys"])
         target = cls(spec, model if device_map is not None else model.to(device), _tokenizer(path))
         target.check_head()
         if not target.cached:
@@ -334,6 +327,16 @@ class Target:
         self._check_length(input_ids.shape[1])
         output = self.decoder(input_ids=input_ids.to(self.device), use_cache=False)
         return self._output(output)
+
+    @torch.no_grad()
+    def finish(self, stream: Tensor) -> Tensor:
+        """[..., d] residual stream after the last layer -> last hidden state, through the final norm.
+
+        Servers give the stream before it, where this program means what comes after (method.md 2).
+        """
+        norm = final_norm(self.decoder)
+        weight = next(norm.parameters(), self.embedding.weight)
+        return norm(stream.to(weight.device)).to(self.device)
 
     # ── cached steps over slots ───────────────────────────────────────────────────────────────────
 

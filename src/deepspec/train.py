@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.build import build_draft, loss_settings, vocabulary_facts
+from deepspec.build import build_draft, loss_settings, read_rules, vocabulary_facts
 from deepspec.checkpoint import AnyDraft, load_provenance, save_draft
-from deepspec.config import Recipe
-from deepspec.data.features import Source, batches_from, online, steps_per_epoch
+from deepspec.config import OptimConfig, Recipe
+from deepspec.data.features import Source, announced, batches_from, open_source, steps_per_epoch
 from deepspec.data.tokens import Encoded
-from deepspec.errors import CheckpointError
+from deepspec.errors import CheckpointError, RecipeError
 from deepspec.files import JsonlWriter, write_json, write_text
 from deepspec.log import note, open_trackers, progress
 from deepspec.target import Target
@@ -49,7 +49,8 @@ class Outcome:
 
 
 class Optimizer:
-    """AdamW with warm-up and cosine decay; float32 masters when the draft itself is narrower."""
+    """AdamW with warm-up and cosine decay; float32 masters when the draft itself is narrower. Raises
+    RecipeError where `optim.states` asks for a package that is not there."""
 
     def __init__(self, draft: AnyDraft, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -57,13 +58,7 @@ class Optimizer:
         self.masters = [
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters
         ]
-        self.adamw = torch.optim.AdamW(
-            self.masters,
-            lr=recipe.optim.lr,
-            betas=recipe.optim.betas,
-            weight_decay=recipe.optim.weight_decay,
-            fused=True,
-        )
+        self.adamw = adamw(self.masters, recipe.optim)
 
     def collect(self) -> None:
         """Add the draft's gradients to the masters' and clear them, so that a sum over many passes is a
@@ -96,7 +91,8 @@ class Optimizer:
         return lr, float(norm)
 
     def state(self) -> dict[str, Any]:
-        return {"adamw": self.adamw.state_dict(), "masters": [m.detach() for m in self.masters]}
+        masters = [m.detach() for m in self.masters]
+        return {"adamw": self.adamw.state_dict(), "masters": masters, "states": self.recipe.optim.states}
 
     def load(self, state: dict[str, Any]) -> None:
         self.adamw.load_state_dict(state["adamw"])
@@ -104,6 +100,31 @@ class Optimizer:
             for master, parameter, saved in zip(self.masters, self.parameters, state["masters"], strict=True):
                 master.copy_(saved)
                 parameter.copy_(saved)
+
+
+def adamw(parameters: list[Tensor], optim: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW with its two moments in float32, or in 8 bits where a parameter has 4,096 values or more.
+
+    8 bits: block-wise dynamic quantisation (Dettmers 2022), 256 values to a scale. Raises RecipeError.
+    """
+    if optim.states == "float32":
+        return torch.optim.AdamW(
+            parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
+        )
+    return eight_bit_adamw()(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+
+
+def eight_bit_adamw() -> Any:
+    """The class behind `optim.states: 8bit`. Raises RecipeError where its package is not installed."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise RecipeError(
+            f"optim.states=8bit needs the bitsandbytes package ({error})",
+            next_step="pip install 'bitsandbytes>=0.50', or train with optim.states=float32 (20 bytes a "
+            "parameter, not 14: a smaller draft.num_layers may be needed)",
+        ) from error
+    return AdamW8bit
 
 
 def schedule(done: float, warmup: float) -> float:
@@ -165,14 +186,19 @@ def train(
     run: Path,
     provenance: dict[str, Any],
     held_out: Callable[[AnyDraft], float] | None = None,
+    source: Source | None = None,
 ) -> Outcome:
-    """Train (or go on training) a draft in `run`; keeps the last checkpoints and the best by held-out τ."""
+    """Train (or go on training) a draft in `run`; keeps the last checkpoints and the best by held-out τ.
+
+    source: of the rows' features, where it is open already; else the recipe's `data.features` is opened.
+    """
     draft = build_draft(recipe, target, rows)
     provenance = {**provenance, **vocabulary_facts(draft, rows)}
     if "vocabulary" in provenance:
         share = provenance["vocabulary"]["coverage"]
         note(f"the draft's {recipe.draft.vocab_size} ids cover {share:.2%} of the supervised tokens")
-    source = online(target, draft.feature_layers)
+    if source is None:
+        source = open_source(recipe.data.features, target, draft.feature_layers, read_rules(recipe))
     optimizer = Optimizer(draft, recipe)
     at = Progress()
     found = latest_checkpoint(run)
@@ -183,11 +209,12 @@ def train(
     metrics_path = run / "metrics.jsonl"
     _forget_after(metrics_path, at.step)
     tracker = open_trackers(recipe.trackers, run / "trackers", recipe.name, recipe.model_dump())
-    batches = batches_from(rows, recipe.optim.batch_size, recipe.seed, at.step)
+    batches = announced(batches_from(rows, recipe.optim.batch_size, recipe.seed, at.step), source)
     draft.train()
     total = 1.0 if total_steps is None else float(total_steps)
     with (
         closing(tracker),
+        closing(batches),
         _stop_on_interrupt() as stop,
         JsonlWriter(metrics_path) as metrics,
         progress(f"training {recipe.name}", total, count=total_steps is not None) as bar,
@@ -332,6 +359,13 @@ def _load_state(
             "the run that is there trains a draft of another shape, so it cannot go on with this recipe",
             where=str(path),
             next_step="give the recipe another `name`, or start anew with `deepspec train --fresh`",
+        )
+    if (states := saved.get("states", "float32")) != optimizer.recipe.optim.states:
+        raise CheckpointError(
+            f"the run that is there keeps its optimiser states in {states}, so it cannot go on with "
+            f"optim.states={optimizer.recipe.optim.states}",
+            where=str(path),
+            next_step=f"add optim.states={states}, or start anew with `deepspec train --fresh`",
         )
     before, now = (facts.get("vocabulary") or {} for facts in (load_provenance(path), provenance))
     if before.get("ids_hash") != now.get("ids_hash"):

@@ -6,20 +6,26 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from deepspec import pocket
+from deepspec.build import feature_layers, read_rules
 from deepspec.checkpoint import AnyDraft, find_checkpoint, load_draft, load_provenance
 from deepspec.compare import MODE, mode_differences
-from deepspec.config import Recipe, dump_recipe, load_recipe
+from deepspec.config import Recipe, dump_recipe, feature_source, load_recipe
+from deepspec.data.cache import SHARD_BYTES, Plan, Written, plan_cache, write_cache
+from deepspec.data.cached import cached, cached_rows, check_rows, open_cache
 from deepspec.data.conversations import Conversation, content_hash, read_conversations
-from deepspec.data.features import load_rows
+from deepspec.data.feature_launch import refuse_sglang, with_last_hidden
+from deepspec.data.features import Source, load_rows, open_source
 from deepspec.data.regenerate import regenerate
-from deepspec.data.tokens import system_hash, template_hash, tokenizer_hash
+from deepspec.data.tokens import Encoded, system_hash, template_hash, tokenizer_hash
 from deepspec.drafts.base import Draft
 from deepspec.errors import RecipeError
 from deepspec.evaluate import evaluate_drafts, held_out_tau, load_prompts, spread
@@ -27,11 +33,13 @@ from deepspec.files import plain, write_json
 from deepspec.log import note, warn
 from deepspec.report import write_report
 from deepspec.target import Target
-from deepspec.train import Outcome, latest_checkpoint, train
+from deepspec.train import Outcome, eight_bit_adamw, latest_checkpoint, train
 from deepspec.verify import Sampling
 
 ALGORITHMS = ("eagle3", "dflash", "dspark")
 ANSWER_TOKENS = 224
+ANSWER_ROWS = 48
+"""Prompts that the pocket target answers together."""
 
 
 def data_file(name: str) -> Path:
@@ -51,7 +59,7 @@ def answered(name: str, target: Target, thinking: bool, beside: Path) -> Path:
         out,
         thinking=thinking,
         max_new_tokens=ANSWER_TOKENS,
-        max_rows=48,
+        max_rows=ANSWER_ROWS,
     )
     return out
 
@@ -64,18 +72,12 @@ def train_draft(
     `answers` stands in for the recipe's training file. Held-out τ on the recipe's select prompts picks the
     best checkpoint. Raises UserError for bad data, recipes or targets.
     """
+    _check_before_loading(recipe)
     target = target or Target.from_pretrained(recipe.target)
     run = Path(runs) / recipe.name
     run.mkdir(parents=True, exist_ok=True)
     _keep_recipe(recipe, run)
-    source = answers or answered(recipe.data.train, target, recipe.thinking, run / "data")
-    rows = load_rows(
-        source,
-        target,
-        thinking=recipe.thinking,
-        max_length=recipe.data.max_length,
-        min_supervised=recipe.data.min_supervised,
-    )
+    data = training_data(recipe, target, run, answers)
     prompts = load_prompts(
         data_file(recipe.data.select), target, thinking=recipe.thinking, limit=recipe.eval_prompts
     )
@@ -83,20 +85,138 @@ def train_draft(
     def held_out(draft: AnyDraft) -> float:
         return held_out_tau(target, draft, prompts, recipe.eval_max_new_tokens)
 
-    facts = provenance(recipe, target, source)
-    for sentence in mode_differences(f"{source} was answered", facts["data"], "the recipe trains", facts):
+    facts = provenance(recipe, target, data.about)
+    for sentence in mode_differences(f"{data.name} was answered", facts["data"], "the recipe trains", facts):
         warn(sentence)
-    return train(recipe, target, rows, run, facts, held_out)
+    return train(recipe, target, data.rows, run, facts, held_out, data.source)
+
+
+def _check_before_loading(recipe: Recipe) -> None:
+    """Raise UserError for what would stop a run once its target is loaded and its data tokenised."""
+    if recipe.optim.states == "8bit":
+        eight_bit_adamw()
+    if feature_source(recipe.data.features)[0] == "sglang":
+        refuse_sglang(recipe.draft.target_layer_ids or (), with_last_hidden(read_rules(recipe)))
+
+
+class TrainingData(NamedTuple):
+    """name: for messages. about: `data_facts`. source: of features, where it comes with the rows."""
+
+    name: str
+    rows: Sequence[Encoded]
+    about: dict[str, Any]
+    source: Source | None
+
+
+def training_data(recipe: Recipe, target: Target, run: Path, answers: Path | None) -> TrainingData:
+    """The recipe's rows: tokenised from its answers, or as they lie in its feature cache.
+
+    A feature server is opened before there are rows, so that a wrong one is found first. A cache brings its
+    own rows; where there is also a file of answers, it must be the one that the cache was made from. Raises
+    UserError.
+    """
+    form, place = feature_source(recipe.data.features)
+    layers, reads = feature_layers(recipe, target.spec.config), read_rules(recipe)
+    if form != "cache":
+        source = open_source(recipe.data.features, target, layers, reads, max_length=recipe.data.max_length)
+        file = answers or answered(recipe.data.train, target, recipe.thinking, run / "data")
+        rows = load_rows(file, target, **_row_settings(recipe))
+        return TrainingData(str(file), rows, data_facts(file), source)
+    cache = open_cache(Path(place))
+    words = ["deepspec", "data", "cache", run / "recipe.yaml", "--answers", answers or recipe.data.train]
+    remedy = "make one that fits: " + shlex.join([*map(str, words), "--out", "DIR"])
+    given = answers or Path(recipe.data.train)
+    wanted = row_facts(recipe, target)
+    if given.is_file():
+        wanted["data_hash"] = data_facts(given, cache.facts["first_rows"])["data_hash"]
+    check_rows(cache, wanted, remedy)
+    source = cached(cache, target, layers, reads, remedy)
+    return TrainingData(place, cached_rows(cache), cache.facts["about"], source)
+
+
+def _row_settings(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says of how its answers become rows."""
+    data = recipe.data
+    return {
+        "thinking": recipe.thinking,
+        "max_length": data.max_length,
+        "min_supervised": data.min_supervised,
+    }
+
+
+def row_facts(recipe: Recipe, target: Target) -> dict[str, Any]:
+    """Everything but the answers that decides a recipe's rows."""
+    assert target.tokenizer is not None
+    return {
+        "tokenizer_hash": tokenizer_hash(target.tokenizer),
+        "template_hash": template_hash(target.tokenizer),
+        **_row_settings(recipe),
+    }
+
+
+def cache_features(
+    recipes: Sequence[Recipe],
+    out: Path,
+    *,
+    target: Target,
+    answers: Path | None = None,
+    dtype: str = "bf16",
+    max_rows: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    verify: bool = False,
+    rank: int = 0,
+    world: int = 1,
+) -> tuple[Plan, Written]:
+    """Write, or go on writing, one feature cache that serves all the recipes: their layers and positions.
+
+    answers: instead of the recipes' data.train. max_rows: the first ones of that file. Raises RecipeError
+    where the recipes make different rows, and what `write_cache` raises.
+    """
+    first = recipes[0]
+    for other in recipes[1:]:
+        sides = [(key, getattr(first, key), getattr(other, key)) for key in ("target", "thinking")]
+        sides += [
+            (f"data.{key}", getattr(first.data, key), getattr(other.data, key))
+            for key in ("max_length", "min_supervised", "train")
+        ]
+        for key, one, two in sides:
+            if one != two and not (answers and key == "data.train"):
+                raise RecipeError(
+                    f"{first.name} and {other.name} do not share a cache: {key} is {one!r} and {two!r}",
+                    next_step=f"set it for both, such as {key}={one}, or write one cache for each",
+                )
+    file = answers or answered(first.data.train, target, first.thinking, out / "answers")
+    rows = load_rows(file, target, **_row_settings(first), limit=max_rows)
+    about = data_facts(file, max_rows)
+    plan = plan_cache(
+        rows,
+        target,
+        sorted({layer for r in recipes for layer in feature_layers(r, target.spec.config)}),
+        sorted({rule for r in recipes for rule in read_rules(r)}),
+        dtype=dtype,
+        about=row_facts(first, target)
+        | {"data_hash": about["data_hash"], "first_rows": max_rows, "about": about},
+        shard_bytes=shard_bytes,
+    )
+    return plan, write_cache(plan, target, out, rank=rank, world=world, verify=verify)
 
 
 def _keep_recipe(recipe: Recipe, run: Path) -> None:
     """Write the resolved recipe; say so when the run was started with another one.
 
-    Raises RecipeError where that run began from another draft: going on would not fine-tune this one.
+    Raises RecipeError, and leaves the run's own recipe as it is, where that run began from another draft or
+    trains a draft of another kind: going on would train neither.
     """
     path = run / "recipe.yaml"
-    before = load_recipe(path) if path.exists() else recipe
-    if before.start_from != recipe.start_from and latest_checkpoint(run) is not None:
+    going_on = path.exists() and latest_checkpoint(run) is not None
+    before = load_recipe(path) if going_on else recipe
+    other = _other_draft(before, recipe)
+    if other:
+        raise RecipeError(
+            f"{run} is a run that trains another draft: {'; '.join(other)}",
+            next_step="give this one a name of its own (name=NAME), or start anew with --fresh",
+        )
+    if before.start_from != recipe.start_from:
         raise RecipeError(
             f"{run} is a run that began from {before.start_from or 'fresh weights'}, "
             f"not from {recipe.start_from or 'fresh weights'}",
@@ -107,12 +227,41 @@ def _keep_recipe(recipe: Recipe, run: Path) -> None:
     dump_recipe(recipe, path)
 
 
-def provenance(recipe: Recipe, target: Target, source: Path) -> dict[str, Any]:
-    """What a checkpoint says of where it came from. `data`: the conditions that the answers carry."""
+def _other_draft(before: Recipe, now: Recipe) -> list[str]:
+    """What makes the drafts of two recipes different ones, weights of equal shapes included."""
+    have, want = (
+        {"algorithm": r.algorithm} | {f"draft.{k}": v for k, v in r.draft.model_dump().items()}
+        for r in (before, now)
+    )
+    keys = (k for k in have if k != "draft.step_loss_decay" and have[k] != want[k])
+    return [f"its {key} is {have[key]}, the recipe's {want[key]}" for key in keys]
+
+
+def data_facts(source: Path, limit: int | None = None) -> dict[str, Any]:
+    """What a checkpoint says of a file of answers. `data`: the conditions that they carry and share.
+
+    limit: of its first rows.
+    """
+    carried: dict[str, Any] = {}
+    count = 0
+
+    def noting() -> Iterator[Conversation]:
+        nonlocal count
+        for row in islice(read_conversations(source), limit):
+            count += 1
+            facts = {key: row.meta.get(key) for key in ("target", *MODE, "sampling")}
+            facts["system_prompt"] = system_hash(row.messages)
+            for key, value in facts.items():
+                carried[key] = only_one(carried.get(key, value), value)
+            yield row
+
+    return {"data_hash": content_hash(noting()), "data_rows": count, "data": carried}
+
+
+def provenance(recipe: Recipe, target: Target, about: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of where it came from. about: `data_facts` of its training data."""
     assert target.tokenizer is not None
-    rows = list(read_conversations(source))
-    carried = {key: only_one([r.meta.get(key) for r in rows]) for key in ("target", *MODE, "sampling")}
-    carried["system_prompt"] = only_one([system_hash(r.messages) for r in rows])
+    carried = about["data"]
     return {
         "target": target.spec.name,
         "target_config_hash": target.spec.config_hash,
@@ -121,17 +270,15 @@ def provenance(recipe: Recipe, target: Target, source: Path) -> dict[str, Any]:
         "thinking": recipe.thinking,
         "system_prompt": carried["system_prompt"],
         "sampling": carried["sampling"],
-        "data_hash": content_hash(rows),
-        "data_rows": len(rows),
-        "data": carried,
+        **about,
         "started_from": started_from(recipe),
         "recipe": recipe.model_dump(mode="json"),
     }
 
 
-def only_one(values: Sequence[Any]) -> Any:
+def only_one(so_far: Any, value: Any) -> Any:
     """The value that all rows share, or "several"."""
-    return values[0] if all(v == values[0] for v in values) else "several"
+    return so_far if so_far == value else "several"
 
 
 def started_from(recipe: Recipe) -> dict[str, Any] | None:
@@ -181,51 +328,81 @@ def evaluate_to(
     return results
 
 
+class QuickstartSize(NamedTuple):
+    """Prompts answered, minutes of training per draft, held-out prompts in the evaluation."""
+
+    prompts: int
+    minutes: float
+    tasks: int
+
+
+QUICKSTART = {False: QuickstartSize(1200, 2.0, 24), True: QuickstartSize(150, 0.2, 6)}
+"""By `fast`."""
+EVALUATED_TOKENS = 96
+"""Budget of new tokens per prompt in the quickstart's evaluation."""
+EVALUATED_AT = (0.0, 1.0)
+
+
+def quickstart_recipes(fast: bool) -> dict[str, Recipe]:
+    """What the quickstart trains, by algorithm."""
+    changes: dict[str, Any] = {"trackers": ["none"]} if fast else {}
+    minutes = f"optim.max_minutes={QUICKSTART[fast].minutes}"
+    return {
+        algorithm: load_recipe(f"pocket-{algorithm}", [minutes]).model_copy(
+            update={"name": algorithm, **changes}
+        )
+        for algorithm in ALGORITHMS
+    }
+
+
 def quickstart(
     out: Path | str = "runs/quickstart", *, fast: bool = False
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Answers from the pocket target, three drafts, an evaluation on held-out prompts, a report.
 
     `fast` does all of it on little data, in about two minutes: enough to see that it works, not how well.
-    Returns the report's path and the results. Run again, it goes on where it stopped.
+    Returns the report's path and the results; `phases.json` beside them says how many seconds each phase
+    took. Run again, it goes on where it stopped.
     """
     out, began = Path(out), time.perf_counter()
-    prompts, minutes, tasks = (150, 0.2, 6) if fast else (1200, 2.0, 24)
+    size, seconds = QUICKSTART[fast], {}
     target = Target.from_pretrained("pocket")
-    rows: list[Conversation] = spread(list(read_conversations(data_file("pocket:train"))), prompts)
+    rows: list[Conversation] = spread(list(read_conversations(data_file("pocket:train"))), size.prompts)
+    seconds["loading"] = time.perf_counter() - began
     answers = out / "data" / "answers.jsonl"
     note(f"1/4  the pocket target answers {len(rows)} prompts")
-    regenerate(target, rows, answers, max_new_tokens=ANSWER_TOKENS, max_rows=48)
+    regenerate(target, rows, answers, max_new_tokens=ANSWER_TOKENS, max_rows=ANSWER_ROWS)
+    seconds["answers"] = time.perf_counter() - began - sum(seconds.values())
     drafts: dict[str, Draft] = {}
     training: dict[str, list[dict[str, Any]]] = {}
-    for algorithm in ALGORITHMS:
-        note(f"2/4  training {algorithm} for {60 * minutes:.0f} s")
-        recipe = load_recipe(f"pocket-{algorithm}", [f"optim.max_minutes={minutes}"])
-        recipe = recipe.model_copy(
-            update={"name": algorithm, "trackers": ["none"]} if fast else {"name": algorithm}
-        )
+    for algorithm, recipe in quickstart_recipes(fast).items():
+        note(f"2/4  training {algorithm} for {60 * size.minutes:.0f} s")
         outcome = train_draft(recipe, out, target=target, answers=answers)
         if outcome.interrupted:
             raise KeyboardInterrupt
         drafts[algorithm] = load_draft(outcome.best, target)
         drafts[algorithm].name = algorithm
         training[algorithm] = read_metrics(outcome.run)
-    note(f"3/4  evaluating on {tasks} held-out prompts")
+        seconds[f"training {algorithm}"] = time.perf_counter() - began - sum(seconds.values())
+    note(f"3/4  evaluating on {size.tasks} held-out prompts")
     results = evaluate_to(
         out,
         target,
         drafts,
-        temperatures=(0.0, 1.0),
+        temperatures=EVALUATED_AT,
         prompts=data_file("pocket:test"),
-        limit=tasks,
-        max_new_tokens=96,
+        limit=size.tasks,
+        max_new_tokens=EVALUATED_TOKENS,
     )
+    seconds["evaluation"] = time.perf_counter() - began - sum(seconds.values())
     note("4/4  writing the report")
     spent = time.perf_counter() - began
     notes = [f"Made by `deepspec quickstart{' --fast' if fast else ''}` in {spent / 60:.1f} minutes."]
     if fast:
         notes.append("The fast form trains for seconds: it shows that everything works, not how well.")
     path = write_report(out / "report.html", results, training, "deepspec quickstart", notes)
+    seconds["report"] = time.perf_counter() - began - sum(seconds.values())
+    write_json(out / "phases.json", {name: round(spent, 3) for name, spent in seconds.items()})
     return path, results
 
 
@@ -239,7 +416,7 @@ def train_pocket_drafts(
     prompts = list(read_conversations(data_file("pocket:train")))
     for k in range(samples):
         some = [replace(c, id=f"{c.id}.{k}") if k else c for c in prompts]
-        regenerate(target, some, answers, max_new_tokens=ANSWER_TOKENS, max_rows=48)
+        regenerate(target, some, answers, max_new_tokens=ANSWER_TOKENS, max_rows=ANSWER_ROWS)
     outcomes = {}
     for algorithm in ALGORITHMS:
         recipe = load_recipe(f"pocket-{algorithm}", [f"optim.max_minutes={minutes}", f"seed={seed}"])

@@ -100,3 +100,42 @@ def naive_unroll_mask(loss_mask: Ints, length: int, step: int) -> list[bool]:
         i + step < len(loss_mask) and i + step != length - 1 and bool(loss_mask[i + step])
         for i in range(len(loss_mask))
     ]
+
+
+def naive_block_reads(
+    loss_mask: Ints, documents: Ints | None, block: int, sample_from_anchor: bool
+) -> tuple[set[int], set[int]]:
+    """Positions whose features, and whose last hidden state, some anchor's block depends on."""
+    features: set[int] = set()
+    hidden: set[int] = set()
+    ids = list(range(len(loss_mask)))
+    for anchor in naive_candidates(loss_mask, documents):
+        slots = naive_block(
+            ids,
+            loss_mask,
+            anchor,
+            block=block,
+            mask_token_id=0,
+            sample_from_anchor=sample_from_anchor,
+            documents=documents,
+        )
+        hidden |= {slot.label - 1 for slot in slots if slot.valid}  # a token's id is its position here
+        if any(slot.valid for slot in slots):
+            features |= {t for t in range(anchor) if documents is None or documents[t] == documents[anchor]}
+    return features, hidden
+
+
+def naive_unroll_reads(
+    loss_mask: Ints, documents: Ints | None, real: int, steps: int
+) -> tuple[set[int], set[int]]:
+    """Positions whose features, and whose last hidden state, some row of some unroll step depends on."""
+    features: set[int] = set()
+    hidden: set[int] = set()
+    for step in range(steps):
+        for row in range(len(loss_mask) - step - 1):
+            teacher = row + step + 1
+            together = documents is None or documents[row] == documents[teacher]
+            if loss_mask[row + step] and row + step != real - 1 and together:
+                hidden.add(teacher)
+                features |= {t for t in range(row + 1) if documents is None or documents[t] == documents[row]}
+    return features, hidden

@@ -7,6 +7,7 @@ that `deepspec --help` loads neither torch nor transformers.
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 from pathlib import Path
@@ -16,18 +17,27 @@ import typer
 from typer.core import TyperGroup
 
 from deepspec import __version__
-from deepspec.cli import data, measure, pocket, serving
+from deepspec.cli import data, features, measure, plan, pocket, serving, sources
 from deepspec.cli.common import SETTINGS, Json, print_json, print_results
 from deepspec.errors import UserError
 from deepspec.log import note, show_error
 
-BAD_INPUT, INTERRUPTED = 2, 130
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 KEPT = {
     "quickstart": "answers, checkpoints and metrics so far are kept; the same command goes on from there",
     "train": "answers, checkpoints and metrics so far are kept; the same command goes on from there",
-    "data": "the answers finished so far are kept; the same command goes on with the rest",
+    "data": "the shards and answers finished so far are kept; the same command goes on with the rest",
     "pocket": "what was built so far is kept; the same command goes on from its last checkpoint",
 }
+_ELSEWHERE = "name a place that you may write to"
+UNWRITABLE = {
+    errno.EACCES: _ELSEWHERE,
+    errno.EROFS: _ELSEWHERE,
+    errno.EISDIR: "name a file, not a folder",
+    errno.ENOTDIR: "a folder on that path is a file: name another place",
+    errno.ENOSPC: "make room on that disk; what was finished before is kept",
+}
+"""What the system may answer to a path that somebody named: no bug of ours."""
 
 
 class Commands(TyperGroup):
@@ -39,6 +49,12 @@ class Commands(TyperGroup):
         except UserError as error:
             show_error(error)
             raise typer.Exit(BAD_INPUT) from None
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            where = error.filename or "a file being written"
+            show_error(UserError(f"{where}: {error.strerror}", next_step=UNWRITABLE[error.errno]))
+            raise typer.Exit(FAILED if error.errno == errno.ENOSPC else BAD_INPUT) from None
         except KeyboardInterrupt:
             kept = KEPT.get(ctx.invoked_subcommand or "", "nothing was left half-written")
             note(f"interrupted: {kept}", style="yellow")
@@ -149,11 +165,16 @@ def train(
     typer.echo(f"next: {shlex.join(words)}")
 
 
+app.command()(plan.plan)
 app.command("eval")(measure.evaluate)
 app.command()(measure.compare)
 app.command()(measure.report)
 app.command()(measure.generate)
 app.command()(measure.inspect)
 app.command()(serving.export)
+data.data_app.command("download")(sources.download)
+data.data_app.command("split")(sources.split)
+data.data_app.command("cache")(features.cache)
+data.data_app.command("features-server")(features.features_server)
 app.add_typer(data.data_app, name="data")
 app.add_typer(pocket.pocket_app, name="pocket")

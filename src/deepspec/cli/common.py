@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -15,12 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from deepspec.errors import UserError
+from deepspec.log import note
 
 if TYPE_CHECKING:
+    from deepspec.data.lines import Skipped
     from deepspec.target import Target
     from deepspec.verify import Sampling
 
-BUILT_IN_DRAFTS = ("pocket-eagle3", "pocket-dflash", "pocket-dspark")
 POCKET_PROMPTS = ("pocket:train", "pocket:select", "pocket:test")
 SETTINGS: dict[str, Any] = {
     "rich_markup_mode": None,
@@ -34,6 +36,7 @@ Thinking = Annotated[bool, typer.Option("--thinking", help="Let the template swi
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="0: all tokens.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Above 0, up to 1.")]
 MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Budget of new tokens per prompt.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out and count them by reason.")]
 Seed = Annotated[int, typer.Option("--seed", min=0)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 
@@ -85,6 +88,36 @@ def prompt_file(name: str | None, target: str) -> Path:
     if name not in POCKET_PROMPTS:
         raise UserError(f"no packaged prompts {name!r}", next_step=f"there are {', '.join(POCKET_PROMPTS)}")
     return prompt_file(name.removeprefix("pocket:"))
+
+
+def skipping(skip_bad: bool) -> Skipped:
+    """What becomes of bad rows: counted, or refused with a word on --skip-bad."""
+    from deepspec.data.lines import SkipNothing, Skipped
+
+    return Skipped() if skip_bad else SkipNothing()
+
+
+def report_skipped(skipped: Skipped) -> None:
+    for line in skipped.lines():
+        note(line, style="yellow" if not line.startswith(" ") else "")
+
+
+def check_out(path: Path | None) -> None:
+    """Raise UserError where a file could not be written, before the work whose result it is to hold."""
+    if path is None:
+        return
+    nearest = next(p for p in path.absolute().parents if p.exists())
+    if path.is_dir():
+        why = "it is a folder"
+    elif not nearest.is_dir():
+        why = f"{nearest} is not a folder"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        why = f"{nearest} may not be written to"
+    else:
+        return
+    raise UserError(
+        f"{path} cannot be written: {why}", next_step="name a file in a folder that you may write to"
+    )
 
 
 def stdout() -> Console:

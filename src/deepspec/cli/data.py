@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deepspec.cli import masks
 from deepspec.cli.common import (
     SETTINGS,
     MaxNew,
     Seed,
+    SkipBad,
     Thinking,
     TopK,
     TopP,
     load_target,
     prompt_file,
+    report_skipped,
     sampling_of,
+    skipping,
 )
 from deepspec.errors import UserError
 
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from deepspec.data.conversations import Conversation
 
 data_app = typer.Typer(help="Prepare conversations to train on.", no_args_is_help=True, **SETTINGS)
+data_app.command("inspect")(masks.inspect)
 
 
 @data_app.callback()
@@ -75,6 +80,7 @@ def data_regenerate(
     api_key_env: Annotated[
         str, typer.Option("--api-key-env", metavar="NAME", help="Environment variable with the servers' key.")
     ] = "OPENAI_API_KEY",
+    skip_bad: SkipBad = False,
 ) -> None:
     """Have the target answer prompts, so that a draft learns what this target writes.
 
@@ -95,12 +101,13 @@ def data_regenerate(
     from deepspec.data.conversations import read_conversations
     from deepspec.files import count_lines
 
-    if next(read_conversations(source), None) is None:
+    skipped = skipping(skip_bad)
+    if next(read_conversations(source, skipped=skipping(skip_bad)), None) is None:
         raise UserError(
             f"{source} holds no prompts", next_step="give a JSONL file, one conversation per line"
         )
-    asked: Iterable[Conversation] = islice(read_conversations(source), limit)
-    total = min(count_lines(source), limit or sys.maxsize)
+    asked: Iterable[Conversation] = islice(read_conversations(source, skipped=skipped), limit)
+    total = min(count_lines(source) or 0, limit or sys.maxsize) or None
     settings: dict[str, Any] = {
         "thinking": thinking,
         "sampling": sampling,
@@ -129,6 +136,7 @@ def data_regenerate(
 
         target = target or "pocket"
         tally = regenerate(load_target(target), asked, out, max_rows=rows or 16, **settings)
+    report_skipped(skipped)
     _report(tally, out, target or "TARGET", thinking)
 
 

@@ -11,7 +11,6 @@ import typer
 from rich.text import Text
 
 from deepspec.cli.common import (
-    BUILT_IN_DRAFTS,
     Dtype,
     Json,
     MaxNew,
@@ -20,6 +19,7 @@ from deepspec.cli.common import (
     Thinking,
     TopK,
     TopP,
+    check_out,
     load_target,
     print_json,
     print_results,
@@ -30,6 +30,7 @@ from deepspec.cli.common import (
 )
 from deepspec.errors import DataError, UserError
 from deepspec.log import note, warn
+from deepspec.pocket import DRAFTS
 
 if TYPE_CHECKING:
     from deepspec.decode import Generation
@@ -79,9 +80,11 @@ def evaluate(
     if not names:
         raise UserError(
             "no draft to evaluate",
-            next_step=f"add --draft NAME: a run or checkpoint folder, or one of {', '.join(BUILT_IN_DRAFTS)}",
+            next_step=f"add --draft NAME: a run or checkpoint folder, or one of {', '.join(DRAFTS)}",
         )
     samplings = [sampling_of(t, top_k, top_p) for t in temperature or [0.0]]
+    check_out(out)
+    check_out(report)
     from deepspec.checkpoint import find_checkpoint, load_draft, load_provenance
     from deepspec.compare import mode_differences
     from deepspec.evaluate import evaluate_drafts, load_prompts, mode_of
@@ -178,6 +181,7 @@ def report(
     Example:
       deepspec report eval-t0.json eval-t1.json --metrics dspark=runs/pocket-dspark/metrics.jsonl
     """
+    check_out(out)
     results = [r for file in files for r in read_results(file)]
     training = dict(_read_curve(text) for text in metrics or [])
     from deepspec.report import write_report

@@ -49,6 +49,7 @@ def pocket_drafts(
     out: Annotated[Path, typer.Option("--out")] = Path("build/pocket-drafts"),
     minutes: Annotated[float, typer.Option("--minutes", min=0.01, help="Training time per draft.")] = 30.0,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Answers per training prompt.")] = 4,
+    as_json: Json = False,
 ) -> None:
     """Train the three ready-made drafts of the pocket target.
 
@@ -59,6 +60,19 @@ def pocket_drafts(
     from deepspec.workflow import train_pocket_drafts
 
     outcomes = train_pocket_drafts(out, minutes=minutes, samples=samples)
+    if as_json:
+        print_json(
+            {
+                algorithm: {
+                    "steps": outcome.steps,
+                    "tokens": outcome.tokens,
+                    "held_out_tau": outcome.held_out_tau,
+                    "best": str(outcome.best),
+                }
+                for algorithm, outcome in outcomes.items()
+            }
+        )
+        return
     table = table_of("draft", "steps", "tokens", "held-out τ", "best checkpoint")
     for algorithm, outcome in outcomes.items():
         tau = "–" if outcome.held_out_tau is None else f"{outcome.held_out_tau:.3f}"

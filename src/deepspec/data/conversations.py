@@ -6,19 +6,25 @@ What is written::
 
 * ``messages``: at least one; roles ``system``, ``user``, ``assistant``, ``tool``. A system message may only
   come first; then a user; an assistant answers a user or a tool; a tool follows an assistant or a tool.
+  Beside ``role`` and ``content`` an assistant may have ``tool_calls`` (OpenAI's form, ``arguments`` an object
+  or its JSON text) and ``reasoning_content``, a tool ``tool_call_id``, and everyone ``name``. Content may be
+  null where there are tool calls, and a list of text parts; both are kept as one text.
 * ``id`` (optional): defaults to the first 16 hex digits of the SHA-256 of the normalised prompt, so a prompt
   keeps its id when it is answered, or answered again.
 * ``domain`` (optional): the group that results are reported under.
-* ``meta`` (optional): anything else. Other top-level keys are gathered into it, so nothing is lost.
-  ``answer_ids`` (token ids that the target produced for the last assistant turn) is checked here and used by
-  ``data.tokens``; ``follow_ups`` holds the later questions of a ``turns`` row.
+* ``meta`` (optional): anything else. Other top-level keys are gathered into it, so nothing is lost. Checked
+  here and used by ``data.tokens``: ``tools`` (the JSON schemas that the chat template is given) and
+  ``answer_ids`` (token ids that the target produced: a list for the last assistant turn, or one list or null
+  for each turn). ``follow_ups`` holds the later questions of a ``turns`` row.
 
 Also accepted when reading (the first form present wins; the others' keys then go to ``meta``):
 
 * ``{"conversations": [{"from": "human" | "gpt" | "system", "value": "…"}]}`` (ShareGPT);
 * ``{"turns": ["first question", "follow-up", …]}``: the first question is the conversation, the others
   wait in ``meta["follow_ups"]``, because each makes sense only after an answer that does not exist yet;
-* ``{"prompt": "…", "response": "…"}``, response optional.
+* ``{"prompt": "…", "response": "…"}``, response optional;
+* ``{"request": {"messages": […], …}, "response": {"choices": […], …}}``: a line of a request log
+  (``data.forms``; ``body`` instead of ``request`` too).
 """
 
 from __future__ import annotations
@@ -27,17 +33,24 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
+from deepspec.data.forms import openai_row
+from deepspec.data.lines import Skipped, refuse, text_lines
+from deepspec.data.messages import (
+    Message,
+    check_order,
+    items_of,
+    kind_of,
+    messages_from,
+    names_of,
+    no_constant,
+    text_of,
+)
 from deepspec.errors import DataError, nearest
 from deepspec.files import atomic_file
-
-
-class Message(TypedDict):
-    role: str
-    content: str
 
 
 @dataclass(frozen=True)
@@ -56,55 +69,52 @@ class Conversation:
         return f"{self.source} (id {self.id})" if self.source else f"conversation {self.id}"
 
 
-ROLES = ("system", "user", "assistant", "tool")
 FORMS = ("messages", "conversations", "turns", "prompt")
 EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-_MAY_FOLLOW: dict[str | None, tuple[str, ...]] = {
-    None: ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
 
-
-def read_conversations(path: str | Path, *, require_answer: bool = False) -> Iterator[Conversation]:
+def read_conversations(
+    path: str | Path, *, require_answer: bool = False, skipped: Skipped | None = None
+) -> Iterator[Conversation]:
     """Yield the file's conversations one at a time; blank lines are skipped.
 
     Raises DataError, with ``file:line`` and what was expected, at the first row that breaks the schema, and
-    with ``require_answer`` also at a conversation without an assistant turn.
+    with ``require_answer`` also at a conversation without an assistant turn. With ``skipped`` such rows are
+    left out and counted there.
     """
-    path = Path(path)
-    try:
-        stream = path.open("rb")
-    except OSError as error:
-        raise DataError(
-            f"cannot read the conversations: {error.strerror or error}",
-            where=str(path),
-            next_step="give the path of a JSONL file, one conversation per line",
-        ) from error
-    with stream:
-        # Lines end at b"\n" only: splitting decoded text would also cut at U+2028 inside a message.
-        for number, raw in enumerate(stream, start=1):
-            where = f"{path}:{number}"
-            text = _decode(raw, where, first=number == 1)
-            if text.strip():
-                conversation = conversation_from_row(_parse(text, where), where)
-                if require_answer:
-                    last_answer(conversation)
-                yield conversation
+    for where, row in read_rows(path, skipped):
+        try:
+            conversation = conversation_from_row(row, where)
+            if require_answer:
+                last_answer(conversation)
+        except DataError as error:
+            refuse(error, skipped)
+            continue
+        yield conversation
+
+
+def read_rows(path: str | Path, skipped: Skipped | None = None) -> Iterator[tuple[str, object]]:
+    """("file:line", parsed JSON) of every line that is not blank, in whatever form. Errors as above."""
+    for where, text in text_lines(Path(path), skipped):
+        if not text.strip():
+            continue
+        try:
+            row = _parse(text, where)
+        except DataError as error:
+            refuse(error, skipped)
+            continue
+        yield where, row
 
 
 def conversation_from_row(row: object, where: str | None = None) -> Conversation:
     """Validate one parsed row (any accepted form). Raises DataError naming ``where``."""
     if not isinstance(row, dict):
         raise DataError(
-            f"expected a JSON object, found {_kind(row)}",
+            f"expected a JSON object, found {kind_of(row)}",
             where=where,
-            next_step=f"write one object per line: {EXAMPLE}",
+            next_step=_object_a_line(isinstance(row, list)),
         )
+    row = openai_row(row, where)
     form = next((name for name in FORMS if row.get(name) is not None), None)
     if form is None:
         raise _no_messages(row, where)
@@ -117,25 +127,26 @@ def conversation_from_row(row: object, where: str | None = None) -> Conversation
         messages, follow_ups = _from_turns(row["turns"], where)
         if follow_ups:
             rest["follow_ups"] = follow_ups
-    elif form == "conversations":
-        messages = _from_list(row[form], form, ("from", "value"), _SHAREGPT_ROLES, where)
     else:
-        messages = _from_list(row[form], form, ("role", "content"), {role: role for role in ROLES}, where)
-    _check_order(messages, where)
+        messages = messages_from(row[form], form, where)
+    check_order(messages, where)
     twice = sorted(set(rest) & set(meta or {}))
     if twice:
         raise DataError(
-            f"{_names(twice)} is both beside and inside 'meta'", where=where, next_step="keep one"
+            f"{names_of(twice)} is both beside and inside 'meta'", where=where, next_step="keep one"
         )
     identity = _optional(row, "id", str, "a string", where)
     conversation = Conversation(
-        id=_default_id(messages) if identity is None else identity,
+        id=identity or "",
         domain=_optional(row, "domain", str, "a string", where),
         messages=messages,
         meta={**(meta or {}), **rest},
         source=where,
     )
-    answer_ids(conversation)
+    if identity is None:
+        conversation = replace(conversation, id=prompt_id(conversation))
+    answer_ids_by_turn(conversation)
+    tools_of(conversation)
     return conversation
 
 
@@ -148,9 +159,14 @@ def write_conversations(path: str | Path, rows: Iterable[Conversation]) -> int:
     count = 0
     with atomic_file(Path(path)) as stream:
         for count, row in enumerate(rows, start=1):  # noqa: B007 (count is the result)
-            conversation_from_row(_row(row), row.where)
-            stream.write(_json(row).encode("utf-8") + b"\n")
+            stream.write(line_of(row))
     return count
+
+
+def line_of(row: Conversation) -> bytes:
+    """The row as a line of a file. Raises DataError as ``write_conversations`` does."""
+    conversation_from_row(_row(row), row.where)
+    return _json(row).encode("utf-8") + b"\n"
 
 
 def content_hash(rows: Iterable[Conversation]) -> str:
@@ -183,18 +199,65 @@ def last_answer(conversation: Conversation) -> int:
 def answer_ids(conversation: Conversation) -> list[int] | None:
     """The token ids that the target produced for the last assistant turn, where the row carries them.
 
-    Raises DataError when ``meta["answer_ids"]`` is not a list of non-negative integers.
+    Raises DataError as `answer_ids_by_turn` does.
     """
-    ids = conversation.meta.get("answer_ids")
-    if ids is None:
-        return None
-    if not isinstance(ids, list) or any(type(token) is not int or token < 0 for token in ids):
+    by_turn = answer_ids_by_turn(conversation)
+    return by_turn[-1] if by_turn else None
+
+
+def answer_ids_by_turn(conversation: Conversation) -> list[list[int] | None]:
+    """For each assistant turn the token ids that the target produced; None where the row does not carry them.
+
+    Raises DataError when ``meta["answer_ids"]`` is neither a list of non-negative integers, for the last
+    turn, nor a list of such lists and nulls, one for each turn.
+    """
+    turns = sum(message["role"] == "assistant" for message in conversation.messages)
+    given = conversation.meta.get("answer_ids")
+    if given is None or _are_ids(given):
+        return [*[None] * (turns - 1), given][-turns:] if turns else []
+    if not isinstance(given, list) or not all(entry is None or _are_ids(entry) for entry in given):
         raise DataError(
-            "'answer_ids' must be a list of non-negative integers",
+            "'answer_ids' must be a list of non-negative integers, or a list of such lists and nulls, one "
+            "for each assistant turn",
             where=conversation.where,
-            next_step="remove it to have the answer's text tokenised instead",
+            next_step="remove it to have the answers' text tokenised instead",
         )
-    return ids
+    if len(given) != turns:
+        raise DataError(
+            f"'answer_ids' has {len(given)} entries, but there are {turns} assistant turns",
+            where=conversation.where,
+            next_step="give one entry for each assistant turn, null where its ids are not known",
+        )
+    return given
+
+
+def tools_of(conversation: Conversation) -> list[dict[str, Any]] | None:
+    """The JSON schemas of the tools that the target was offered, for its chat template; None without any.
+
+    Raises DataError when ``meta["tools"]`` is not a list of objects.
+    """
+    tools = conversation.meta.get("tools")
+    if tools is None or tools == []:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool for tool in tools):
+        raise DataError(
+            "'tools' must be a list of JSON schemas, one object for each tool",
+            where=conversation.where,
+            next_step='for example [{"type": "function", "function": {"name": "…", "parameters": {…}}}]',
+        )
+    return tools
+
+
+def prompt_id(conversation: Conversation) -> str:
+    """16 hex digits of the SHA-256 of the normalised prompt (`prompt_messages`): the id of a row that brings
+    none, the same for every spelling and every answer."""
+    # "\0" cannot survive normalising as white space would, so message boundaries stay part of the hash; a
+    # single question is hashed as it stands.
+    parts = [
+        normalise(m["content"]) + _sorted_json(m.get("tool_calls")) for m in prompt_messages(conversation)
+    ]
+    prompt = "\0".join(parts) + _sorted_json(conversation.meta.get("tools"))
+    return hashlib.sha256(prompt.encode("utf-8")).hexdigest()[:16]
 
 
 def opening_question(conversation: Conversation) -> str:
@@ -221,160 +284,63 @@ def holdout_bucket(prompt_text: str) -> float:
 # -- reading -----------------------------------------------------------------------------------------------
 
 
-def _decode(raw: bytes, where: str, first: bool) -> str:
-    if first and raw.startswith(b"\xef\xbb\xbf"):
-        raise DataError(
-            "the file starts with a byte-order mark, expected plain UTF-8",
-            where=where,
-            next_step="save it as UTF-8 without BOM, for example: tail -c +4 in.jsonl > out.jsonl",
-        )
-    if first and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(
-            "the file is UTF-16, expected UTF-8",
-            where=where,
-            next_step="convert it: iconv -f utf-16 -t utf-8 in.jsonl > out.jsonl",
-        )
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line",
-            where=where,
-            next_step="convert the file, for example: iconv -f latin1 -t utf-8 in.jsonl > out.jsonl",
-        ) from error
-
-
 def _parse(text: str, where: str) -> object:
     try:
-        return json.loads(text.rstrip("\r\n"), parse_constant=_no_constant)
+        return json.loads(text.rstrip("\r\n"), parse_constant=no_constant)
     except json.JSONDecodeError as error:
         what = f"malformed JSON: {error.msg} at column {error.colno}"
         if not text.endswith("\n"):
             what += " (the line has no end: was the file cut while it was written?)"
-        raise DataError(what, where=where, next_step=f"expected one object per line: {EXAMPLE}") from error
+        raise DataError(what, where=where, next_step=_object_a_line(text.startswith("["))) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"malformed JSON: {error}", where=where, next_step=f"expected one object per line: {EXAMPLE}"
-        ) from error
+        raise DataError(f"malformed JSON: {error}", where=where, next_step=_object_a_line()) from error
 
 
-def _no_constant(name: str) -> object:
-    raise ValueError(f"{name} is not a JSON value")
+def _object_a_line(array: bool = False) -> str:
+    """What to do about a line that is no object; one JSON array of all rows is the usual reason."""
+    return (
+        "if the file is one array of rows: jq -c '.[]' in.json > out.jsonl"
+        if array
+        else f"write one object per line: {EXAMPLE}"
+    )
 
 
 def _no_messages(row: Mapping[str, object], where: str | None) -> DataError:
-    close = next((f"'{key}': did you mean '{near}'?" for key in row if (near := nearest(key, FORMS))), None)
-    found = close or (_names(list(row)[:8]) if row else "an empty object")
+    forms = (*FORMS, "request")
+    if null := next((name for name in forms if name in row and row[name] is None), None):
+        return DataError(f"'{null}' is null", where=where, next_step=f"expected: {EXAMPLE}")
+    close = next((f"'{key}': did you mean '{near}'?" for key in row if (near := nearest(key, forms))), None)
+    found = close or (names_of(list(row)[:8]) if row else "an empty object")
     return DataError(
-        f"no 'messages' (nor 'conversations', 'turns', 'prompt'); found {found}",
+        f"no 'messages' (nor 'conversations', 'turns', 'prompt', 'request'); found {found}",
         where=where,
         next_step=f"expected: {EXAMPLE}",
     )
 
 
 def _from_prompt(row: Mapping[str, object], where: str | None) -> tuple[Message, ...]:
-    messages = [Message(role="user", content=_text(row["prompt"], "'prompt'", where))]
+    messages = [Message(role="user", content=text_of(row["prompt"], "'prompt'", where))]
     if row.get("response") is not None:
-        messages.append(Message(role="assistant", content=_text(row["response"], "'response'", where)))
+        messages.append(Message(role="assistant", content=text_of(row["response"], "'response'", where)))
     return tuple(messages)
 
 
 def _from_turns(turns: object, where: str | None) -> tuple[tuple[Message, ...], list[str]]:
-    texts = [_text(turn, f"turn {i}", where) for i, turn in enumerate(_items(turns, "turns", where), start=1)]
+    texts = [
+        text_of(turn, f"turn {i}", where) for i, turn in enumerate(items_of(turns, "turns", where), start=1)
+    ]
     return (Message(role="user", content=texts[0]),), texts[1:]
-
-
-def _from_list(
-    value: object, form: str, keys: tuple[str, str], roles: Mapping[str, str], where: str | None
-) -> tuple[Message, ...]:
-    messages = []
-    for i, item in enumerate(_items(value, form, where), start=1):
-        if not isinstance(item, dict):
-            raise DataError(
-                f"message {i}: expected an object with '{keys[0]}' and '{keys[1]}', found {_kind(item)}",
-                where=where,
-            )
-        for key in keys:
-            if key not in item:
-                raise DataError(f"message {i}: no '{key}'; found {_names(item)}", where=where)
-        # A thought, a tool call or a weight left out silently would change what is trained on.
-        unknown = [key for key, content in item.items() if key not in keys and content is not None]
-        if unknown:
-            raise DataError(
-                f"message {i}: unknown key {_names(unknown)}, expected only '{keys[0]}' and '{keys[1]}'",
-                where=where,
-                next_step="write everything that the model reads or said into the text "
-                "(thoughts as '<think>…</think>'), or remove the key",
-            )
-        role = item[keys[0]]
-        if not isinstance(role, str) or role not in roles:
-            near = nearest(role, roles) if isinstance(role, str) else None
-            raise DataError(
-                f"message {i}: unknown role {role!r}, expected one of {', '.join(roles)}",
-                where=where,
-                next_step=f"did you mean '{near}'?" if near else None,
-            )
-        content = _text(item[keys[1]], f"message {i} ({role}): '{keys[1]}'", where)
-        messages.append(Message(role=roles[role], content=content))
-    return tuple(messages)
-
-
-def _check_order(messages: tuple[Message, ...], where: str | None) -> None:
-    before: str | None = None
-    for i, message in enumerate(messages, start=1):
-        role, allowed = message["role"], _MAY_FOLLOW[before]
-        if role not in allowed:
-            place = f"after {before}" if before else "at the start"
-            raise DataError(
-                f"roles out of order: message {i} is {role} {place}, expected {' or '.join(allowed)}",
-                where=where,
-            )
-        before = role
-    if before == "system":
-        raise DataError(
-            "roles out of order: a system message alone, expected a user message after it", where=where
-        )
-
-
-def _items(value: object, form: str, where: str | None) -> list[object]:
-    if not isinstance(value, list):
-        raise DataError(f"'{form}' must be a list, found {_kind(value)}", where=where)
-    if not value:
-        raise DataError(f"'{form}' is empty, expected at least one message", where=where)
-    return value
-
-
-def _text(value: object, name: str, where: str | None) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{name} must be a string, found {_kind(value)}", where=where)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{name} holds half a surrogate pair ({value[error.start]!r}), which is not text",
-            where=where,
-            next_step="repair the text where it was cut, or remove the row",
-        ) from error
-    return value
 
 
 def _optional(row: Mapping[str, Any], key: str, kind: type, expected: str, where: str | None) -> Any:
     value = row.get(key)
     if value is not None and not isinstance(value, kind):
-        raise DataError(f"'{key}' must be {expected}, found {_kind(value)}", where=where)
-    return _text(value, f"'{key}'", where) if isinstance(value, str) else value
+        raise DataError(f"'{key}' must be {expected}, found {kind_of(value)}", where=where)
+    return text_of(value, f"'{key}'", where) if isinstance(value, str) else value
 
 
-def _kind(value: object) -> str:
-    """JSON's name of a parsed value's type."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", str: "a string", int: "a number", float: "a number", list: "an array"}
-    return names.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)
-
-
-def _names(keys: Iterable[str]) -> str:
-    return ", ".join(f"'{key}'" for key in keys)
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
 
 
 # -- writing and hashing -----------------------------------------------------------------------------------
@@ -403,9 +369,6 @@ def _last_assistant(messages: tuple[Message, ...]) -> int | None:
     return next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "assistant"), None)
 
 
-def _default_id(messages: tuple[Message, ...]) -> str:
-    last = _last_assistant(messages)
-    # "\0" cannot survive normalising as white space would, so message boundaries stay part of the hash; a
-    # single question is hashed as it stands.
-    prompt = "\0".join(normalise(m["content"]) for m in (messages if last is None else messages[:last]))
-    return hashlib.sha256(prompt.encode("utf-8")).hexdigest()[:16]
+def _sorted_json(value: object) -> str:
+    """JSON with sorted keys; nothing at all for nothing."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False) if value else ""

@@ -6,16 +6,24 @@ target in the step, once per sequence; nothing on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from deepspec.blocks import FeatureBatch
+from deepspec.config import feature_source
 from deepspec.data.conversations import read_conversations
-from deepspec.data.tokens import Encoded, encode
+from deepspec.data.rows import Rows, distinct, pack, row_lengths
+from deepspec.data.tokens import Encoded, OverlongError, encode_turns
 from deepspec.errors import DataError, TargetError
+from deepspec.files import count_lines
+from deepspec.log import progress, warn
 from deepspec.target import Target
 
 Source = Callable[[Sequence[Encoded], int], FeatureBatch]
@@ -23,30 +31,67 @@ Source = Callable[[Sequence[Encoded], int], FeatureBatch]
 
 
 def load_rows(
-    path: str | Path, target: Target, *, thinking: bool, max_length: int, min_supervised: int = 2
-) -> list[Encoded]:
-    """Tokenise a file of answered conversations with the target's own template.
+    path: str | Path,
+    target: Target,
+    *,
+    thinking: bool,
+    max_length: int,
+    min_supervised: int = 2,
+    limit: int | None = None,
+) -> Rows:
+    """Tokenise a file of answered conversations, or its first `limit`, with the target's own template; every
+    row's id is unique.
 
-    Rows with fewer than `min_supervised` supervised tokens are left out. Raises DataError where a row
-    is broken or nothing is left, TargetError for a target without a tokenizer.
+    Sequences with fewer than `min_supervised` supervised tokens are left out, and counted in a warning where
+    `max_length` is the reason. Raises DataError where a row is broken or nothing is left, TargetError for a
+    target without a tokenizer.
     """
     if target.tokenizer is None:
         raise TargetError(
             f"{target.spec.name} has no tokenizer, so text cannot become tokens",
             next_step="put the target's tokenizer files beside its weights",
         )
-    rows = []
-    for conversation in read_conversations(path, require_answer=True):
-        row = encode(target.tokenizer, conversation, thinking, max_length)
-        if sum(row.loss_mask) >= min_supervised:
-            rows.append(row)
+    overlong: list[OverlongError] = []
+    rows = pack(_sequences(path, target, thinking, max_length, min_supervised, limit, overlong))
+    if not rows and overlong:
+        raise overlong[0]
     if not rows:
         raise DataError(
             f"no row with at least {min_supervised} supervised tokens",
             where=str(path),
             next_step="check that the rows hold answers, and that data.max_length leaves room for them",
         )
+    if overlong:
+        warn(
+            f"{len(overlong)} conversations are left out: their prompts alone take data.max_length, "
+            f"{max_length} tokens; the first is {overlong[0].where}"
+        )
     return rows
+
+
+def _sequences(
+    path: str | Path,
+    target: Target,
+    thinking: bool,
+    max_length: int,
+    min_supervised: int,
+    limit: int | None,
+    overlong: list[OverlongError],
+) -> Iterator[Encoded]:
+    """A file's training sequences, one at a time; what is too long goes to `overlong`."""
+    assert target.tokenizer is not None
+    seen: Counter[str] = Counter()
+    with progress("tokenising", limit or count_lines(path)) as bar:
+        for conversation in islice(read_conversations(path, require_answer=True), limit):
+            try:
+                found = encode_turns(target.tokenizer, conversation, thinking, max_length)
+            except OverlongError as error:
+                overlong.append(error)
+                found = []
+            for row in found:
+                if sum(row.loss_mask) >= min_supervised:
+                    yield replace(row, id=distinct(row.id, seen))
+            bar.update(1)
 
 
 def batch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -69,8 +114,8 @@ def batches_from(
     rows: Sequence[Encoded], batch_size: int, seed: int, first: int
 ) -> Iterator[tuple[int, list[Encoded]]]:
     """(epoch, rows) of batch `first` and all after it, forever."""
-    lengths = [len(r.ids) for r in rows]
-    per_epoch = len(batch_order(lengths, batch_size, seed, 0))
+    lengths = row_lengths(rows)
+    per_epoch = steps_per_epoch(rows, batch_size)
     epoch, skip = divmod(first, per_epoch)
     while True:
         for picked in batch_order(lengths, batch_size, seed, epoch)[skip:]:
@@ -78,9 +123,58 @@ def batches_from(
         epoch, skip = epoch + 1, 0
 
 
+def announced(
+    batches: Iterator[tuple[int, list[Encoded]]], source: Source
+) -> Generator[tuple[int, list[Encoded]], None, None]:
+    """The same endless batches; a source that works ahead is told of each one a step before it is read.
+
+    Closing them closes the source.
+    """
+    expect, close = (getattr(source, name, None) for name in ("expect", "close"))
+    try:
+        coming = next(batches)
+        if expect is not None:
+            expect(coming[1])
+        while True:
+            now, coming = coming, next(batches)
+            if expect is not None:
+                expect(coming[1])
+            yield now
+    finally:
+        if close is not None:
+            close()
+
+
 def steps_per_epoch(rows: Sequence[Encoded], batch_size: int) -> int:
     """Batches in one pass over the rows."""
-    return len(batch_order([len(r.ids) for r in rows], batch_size, 0, 0))
+    return math.ceil(len(rows) / batch_size)
+
+
+def open_source(
+    features: str,
+    target: Target,
+    layers: Sequence[int],
+    reads: Sequence[str],
+    remedy: str = "",
+    max_length: int | None = None,
+) -> Source:
+    """The source that a recipe's `data.features` names (`config.feature_source`).
+
+    reads: names of the `blocks.READ_RULES` whose positions it has to fill. remedy: the command that would
+    make a fitting cache, for the error where one does not fit. max_length: tokens of the longest row, which a
+    server's context must hold. Raises UserError.
+    """
+    form, place = feature_source(features)
+    if form == "online":
+        return online(target, layers)
+    if form == "cache":
+        from deepspec.data.cached import cached, open_cache
+
+        return cached(open_cache(Path(place)), target, layers, reads, remedy)
+    from deepspec.data.feature_servers import sglang_source, vllm_source
+
+    opens = vllm_source if form == "vllm" else sglang_source
+    return opens(place, target, layers, reads, max_length=max_length)
 
 
 def online(target: Target, layers: Sequence[int]) -> Source:

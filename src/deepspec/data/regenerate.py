@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from deepspec.data.answers import AnswerFile, Conditions, Tally
-from deepspec.data.conversations import Conversation
+from deepspec.data.conversations import Conversation, tools_of
 from deepspec.data.dialogue import Dialogue
 from deepspec.data.tokens import prompt_ids, template_hash
 from deepspec.decode import Decoder, Request
@@ -192,7 +192,13 @@ def _request(dialogue: Dialogue, key: str, target: Target, now: Conditions) -> R
     if dialogue.trouble is not None:
         return None
     try:
-        ids = prompt_ids(target.tokenizer, dialogue.prompt(), now.thinking, where=conversation.where)
+        ids = prompt_ids(
+            target.tokenizer,
+            dialogue.prompt(),
+            now.thinking,
+            tools=tools_of(conversation),
+            where=conversation.where,
+        )
     except DataError as error:
         dialogue.trouble = error.what
         return None

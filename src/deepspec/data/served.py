@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepspec.data.answers import AnswerFile, Conditions, Tally, beside
-from deepspec.data.conversations import Conversation
+from deepspec.data.conversations import Conversation, tools_of
 from deepspec.data.dialogue import Dialogue
 from deepspec.data.endpoints import Exhausted, Policy, Pool, Refused
 from deepspec.data.regenerate import row_seed
@@ -160,14 +160,20 @@ class _Run:
         while not dialogue.answered:
             said, prompt = dialogue.prompt(), None
             if self.tokenizer is not None:
-                prompt = prompt_ids(self.tokenizer, said, self.now.thinking, where=conversation.where)
+                prompt = prompt_ids(
+                    self.tokenizer,
+                    said,
+                    self.now.thinking,
+                    tools=tools_of(conversation),
+                    where=conversation.where,
+                )
             question = partial(
                 completion,
                 now=self.now,
                 seed=row_seed(self.now.seed, conversation.id, len(dialogue.ids)),
                 messages=said,
                 prompt=prompt,
-                tools=conversation.meta.get("tools"),
+                tools=tools_of(conversation),
             )
             reply, endpoint = await self.pool.ask(question)
             engine, text = endpoint.facts["engine"], reply.text

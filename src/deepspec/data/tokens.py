@@ -1,37 +1,44 @@
 """From conversations to token ids and loss masks, through the target's own chat template.
 
-A draft must learn what the target *saw and produced*, so the supervised tokens are built, never searched for:
+A draft must learn what the target *saw and produced*, so the supervised tokens are built, never searched for.
+For every assistant turn:
 
     sequence = generation prompt  +  answer  +  end of turn
     mask     = 0 …                   1 …        1 …
 
-* The generation prompt is the template over everything before the answer with ``add_generation_prompt=True``:
+* The generation prompt is the template over everything before the turn with ``add_generation_prompt=True``:
   the very ids a server would feed the target. Rendering the finished conversation instead would be wrong
   where the two differ; Qwen3's, for one, writes the empty think block of non-thinking mode into the
   generation prompt and leaves it out of the history.
-* The answer is its text, tokenised alone, or ``meta["answer_ids"]`` verbatim: the ids as the target produced
-  them, with its end-of-turn token if it wrote one, and without if it was cut. Tokenising the text again may
-  split it otherwise than the target did.
+* The answer is ``meta["answer_ids"]`` verbatim where the row has them: the ids as the target produced them,
+  with its end-of-turn token if it wrote one, and without if it was cut. Otherwise a plain answer is its text,
+  tokenised alone, whatever the template would strip from it. A turn with tool calls or ``reasoning_content``
+  is what the template writes for it.
 * The end of turn is what the template writes after an assistant's text up to and including the first special
-  token (``<|im_end|>``, not the newline after it, which the target never produces).
+  token (``<|im_end|>``, not the newline after it, which the target never produces). Where a template does not
+  end a turn after its tool calls, the last special token that it writes for them ends it (Gemma-4 leaves the
+  turn open for the result: ``<|tool_response>`` is where the target stops).
 
-Several assistant turns: the sequence is built for the last one. An earlier turn is supervised exactly if the
-last one's prompt begins, id for id, with the sequence that would be built for that earlier turn alone; where
-the template has rewritten it (thoughts or think blocks stripped), it is context only.
+Several turns: the last one's sequence also supervises every earlier turn that its prompt holds id for id.
+Where a template rewrites or strips a turn later on (thoughts, think blocks), that turn gets a sequence of its
+own, with the prompt that the target saw at the time.
+
+Refused, with the row and the reason, because the target could not have seen or produced what would be built:
+a template that leaves out messages or tools, and one that drops or alters parts of a rendered turn.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from deepspec.data.conversations import Conversation, Message, answer_ids, last_answer
+from deepspec.data.conversations import Conversation, answer_ids_by_turn, last_answer, tools_of
+from deepspec.data.messages import Message, call_arguments
 from deepspec.errors import DataError, TargetError
 
 if TYPE_CHECKING:
@@ -47,9 +54,8 @@ class Encoded:
     id: str
 
 
-# Rendered in an answer's place to see what the template writes after it: no white space that a template would
-# strip, no markup that it would interpret.
-_STAND_IN = "DEEPSPEC-ANSWER-ENDS-HERE"
+class OverlongError(DataError):
+    """Nothing supervised is left of a row within the length that was asked for."""
 
 
 def prompt_ids(
@@ -57,50 +63,90 @@ def prompt_ids(
     messages: Sequence[Message],
     thinking: bool,
     *,
+    tools: list[dict[str, Any]] | None = None,
     where: str | None = None,
 ) -> list[int]:
-    """The ids that the target is given before it answers ``messages``.
+    """The ids that the target is given before it answers ``messages``, offered ``tools``.
 
     ``thinking`` goes to the template as ``enable_thinking``, always: templates disagree on what leaving it
     out means. Raises TargetError without a chat template, DataError (naming ``where``) when the template
     refuses the messages.
     """
-    return _ids(tokenizer, _render(tokenizer, messages, thinking, where, add_generation_prompt=True))
+    chat = _Chat(tokenizer, thinking, tools, where)
+    return chat.ids(chat.write(messages, ask=True))
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, thinking: bool, max_length: int
-) -> Encoded:
-    """Ids and loss mask of one conversation (module docstring); the first ``max_length`` tokens are kept.
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
+    thinking: bool,
+    max_length: int | None = None,
+) -> list[Encoded]:
+    """The fewest sequences that supervise every assistant turn exactly once (module docstring), in order.
 
-    Messages after the last assistant turn are left out: nothing answers them. Raises DataError, naming the
-    row, when there is no assistant turn, when the last answer is empty, when one contains the end-of-turn
-    token, when the template refuses the messages, and when nothing supervised is left after the cut;
-    TargetError when the chat template is missing or loses the answers.
+    The last carries the row's id; one that an earlier turn needs for itself is called ``ID#TURN``, counted
+    from 1. Of each sequence the first ``max_length`` tokens are kept, and none without a supervised token.
+    Messages after the last assistant turn are left out: nothing answers them.
+
+    Raises DataError, naming the row, when there is no assistant turn, when an answer is empty or contains the
+    end-of-turn token, and when the template refuses, leaves out or alters what it is given; OverlongError
+    when nothing supervised is left after the cut; TargetError when the chat template is missing or loses
+    answers.
     """
-    last, where = last_answer(conversation), conversation.where
-    prompt = prompt_ids(tokenizer, conversation.messages[:last], thinking, where=where)
-    answer = answer_ids(conversation)
-    if answer is None:
-        answer = _answer(tokenizer, conversation, last, thinking)
-    if not answer:
-        raise _empty(where)
-    mask = [0] * len(prompt)
-    for i, message in enumerate(conversation.messages[:last]):
-        if message["role"] == "assistant" and message["content"]:
-            before = prompt_ids(tokenizer, conversation.messages[:i], thinking, where=where)
-            placed = before + _answer(tokenizer, conversation, i, thinking)
-            if prompt[: len(placed)] == placed:
-                mask[len(before) : len(placed)] = [1] * (len(placed) - len(before))
-    mask = (mask + [1] * len(answer))[:max_length]
-    if not any(mask):
-        raise DataError(
-            f"all-zero loss mask: truncated before the answer (the prompt is {len(prompt)} tokens, "
+    last = last_answer(conversation)
+    messages, given = conversation.messages[: last + 1], answer_ids_by_turn(conversation)
+    chat = _Chat(tokenizer, thinking, tools_of(conversation), conversation.where)
+    turns: list[tuple[list[int], list[int]]] = []
+    for index in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+        known = given[len(turns)]
+        prompt = chat.write(messages[:index], ask=True)
+        answer = _answer(chat, messages[: index + 1], prompt) if known is None else known
+        if not answer:
+            raise _empty(index, conversation.where)
+        turns.append((chat.ids(prompt), answer))
+    _check_kept(chat, messages)
+    rows = [
+        Encoded(ids, mask, conversation.id + ("" if turn == len(turns) else f"#{turn}"))
+        for turn, ids, mask in _sequences(turns)
+    ]
+    if max_length is None:
+        return rows
+    kept = [r for row in rows if any((r := cut(row, max_length)).loss_mask)]
+    if not kept:
+        shortest = min(row.loss_mask.index(1) for row in rows)
+        raise OverlongError(
+            f"all-zero loss mask: truncated before the answer (the prompt is {shortest} tokens, "
             f"max_length is {max_length})",
-            where=where,
-            next_step=f"raise max_length above {len(prompt)}, or remove the row",
+            where=conversation.where,
+            next_step=f"raise max_length above {shortest}, or remove the row",
         )
-    return Encoded(ids=(prompt + answer)[:max_length], loss_mask=mask, id=conversation.id)
+    return kept
+
+
+def cut(row: Encoded, max_length: int) -> Encoded:
+    """The first ``max_length`` tokens of a sequence."""
+    return replace(row, ids=row.ids[:max_length], loss_mask=row.loss_mask[:max_length])
+
+
+def _sequences(turns: Sequence[tuple[list[int], list[int]]]) -> list[tuple[int, list[int], list[int]]]:
+    """(number, ids, mask) of the turns that need a sequence; ``turns`` are (prompt, answer) in their order.
+
+    A turn is held by a later prompt or by none, and what one sequence holds, every sequence that holds its
+    turn holds too: taking the latest turn that is not yet supervised, again and again, needs the fewest.
+    """
+    found, waiting = [], list(range(len(turns)))
+    while waiting:
+        number = waiting.pop()
+        prompt, answer = turns[number]
+        mask = [0] * len(prompt) + [1] * len(answer)
+        for earlier in tuple(waiting):
+            before, said = turns[earlier]
+            end = len(before) + len(said)
+            if prompt[:end] == before + said:
+                mask[len(before) : end] = [1] * len(said)
+                waiting.remove(earlier)
+        found.append((number + 1, prompt + answer, mask))
+    return found[::-1]
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -133,6 +179,11 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode("utf-8")).hexdigest()
 
 
+def added_ids(tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> set[int]:
+    """Ids of tokens that are matched whole, before the text is split; ``special``: only those marked so."""
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special or not special}
+
+
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         raise TargetError(
@@ -145,94 +196,212 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     return text
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    thinking: bool,
-    where: str | None,
-    *,
-    add_generation_prompt: bool,
-) -> str:
-    _template(tokenizer)
-    try:
-        text: str = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            enable_thinking=thinking,
-        )
-    except TemplateError as error:
-        raise DataError(
-            f"the target's chat template refuses the messages: {error}",
-            where=where,
-            next_step="change the row to what the target accepts (some know no system or tool role), "
-            "or remove it",
-        ) from error
-    return text
+# -- what the template writes ------------------------------------------------------------------------------
+
+# Rendered in an answer's place to see what the template writes around it: no white space that a template
+# would strip, no markup that it would interpret.
+_STAND_IN = "DEEPSPEC-ANSWER-ENDS-HERE"
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # The template has written every special token that belongs there: the tokenizer must add none.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _stand_in(number: int) -> str:
+    """One for each of several texts; none is part of another, and no change of case leaves it as it is."""
+    return f"DeepSpec-text-{number}-here"
 
 
-def _answer(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, index: int, thinking: bool
-) -> list[int]:
-    """Ids of the assistant turn at ``index``, its end of turn included."""
-    text = conversation.messages[index]["content"]
-    if not text:
-        raise _empty(conversation.where)
-    end = _end_of_turn(tokenizer, conversation.messages[:index], thinking, conversation.where)
-    ids = _ids(tokenizer, text)
-    if end and end[-1] in ids:
-        raise DataError(
-            f"the answer contains the end-of-turn token {tokenizer.decode(end[-1:])!r}, where the target "
-            "would have stopped",
-            where=conversation.where,
-            next_step="cut the answer's text before it: the end of turn is added here",
-        )
-    return ids + end
+@dataclass(frozen=True)
+class _Chat:
+    """A chat template, with all that a row's rendering depends on beside its messages."""
+
+    tokenizer: PreTrainedTokenizerBase
+    thinking: bool
+    tools: list[dict[str, Any]] | None
+    where: str | None
+
+    def write(self, messages: Sequence[Message], *, ask: bool) -> str:
+        """The template over messages; ``ask``: with the generation prompt at its end."""
+        _template(self.tokenizer)
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                [_as_served(message) for message in messages],
+                tools=self.tools,
+                tokenize=False,
+                add_generation_prompt=ask,
+                enable_thinking=self.thinking,
+            )
+        except (TemplateError, TypeError) as error:
+            raise DataError(
+                f"the target's chat template refuses the messages: {error}",
+                where=self.where,
+                next_step="change the row to what the target accepts (some know no system or tool role), "
+                "or remove it",
+            ) from error
+        return text
+
+    def ids(self, text: str) -> list[int]:
+        # The template has written every special token that belongs there: the tokenizer must add none.
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def special(self) -> set[int]:
+        return {*self.tokenizer.all_special_ids, *added_ids(self.tokenizer, special=True)}
 
 
-def _end_of_turn(
-    tokenizer: PreTrainedTokenizerBase, before: Sequence[Message], thinking: bool, where: str
-) -> list[int]:
-    """What the template writes after an answer, up to and including the first special token; [] if none."""
-    stand_in = Message(role="assistant", content=_STAND_IN)
-    rendered = _render(tokenizer, [*before, stand_in], thinking, where, add_generation_prompt=False)
-    _, found, tail = rendered.rpartition(_STAND_IN)
+def _as_served(message: Message) -> dict[str, Any]:
+    """A message as servers hand it to the template: arguments as an object, not as its JSON text."""
+    served: dict[str, Any] = dict(message)
+    if "tool_calls" in message:
+        served["tool_calls"] = [
+            {
+                **call,
+                "function": {**call["function"], "arguments": call_arguments(call["function"]["arguments"])},
+            }
+            for call in message["tool_calls"]
+        ]
+    return served
+
+
+def _answer(chat: _Chat, messages: Sequence[Message], prompt: str) -> list[int]:
+    """Ids of the last of the messages, its end of turn included; ``prompt`` is what stands before it."""
+    *before, message = messages
+    if not message["content"] and "tool_calls" not in message:
+        return []
+    head, found, tail = chat.write([*before, _plain(_STAND_IN)], ask=False).rpartition(_STAND_IN)
     if not found:
         raise TargetError(
             "the target's chat template does not write the assistant's text as it is given",
+            where=chat.where,
             next_step="check the template: no answer can be placed in its prompt",
         )
-    special = set(tokenizer.all_special_ids)
-    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ids = _ids(tokenizer, tail)
-    first = next((i for i, token in enumerate(ids) if token in special), None)
-    return [] if first is None else ids[: first + 1]
+    special, after = chat.special(), chat.ids(tail)
+    first = next((i for i, token in enumerate(after) if token in special), None)
+    end = [] if first is None else after[: first + 1]
+    if "tool_calls" not in message and "reasoning_content" not in message:
+        body = chat.ids(message["content"])
+    else:
+        text = _rendered(chat, messages, prompt, head)
+        body = chat.ids(text.removesuffix(tail))
+        if not text.endswith(tail):
+            stop = next((i for i in reversed(range(len(body))) if body[i] in special), None)
+            if stop is None or "tool_calls" not in message:
+                raise _altered(chat, messages, "does not end the turn as it ends a plain answer")
+            body, end = body[:stop], body[stop : stop + 1]
+    if end and end[-1] in body:
+        raise DataError(
+            f"the answer contains the end-of-turn token {chat.tokenizer.decode(end[-1:])!r}, where the "
+            "target would have stopped",
+            where=chat.where,
+            next_step="cut the answer's text before it: the end of turn is added here",
+        )
+    return body + end
 
 
-def _empty(where: str) -> DataError:
+def _plain(text: str) -> Message:
+    return Message(role="assistant", content=text)
+
+
+def _rendered(chat: _Chat, messages: Sequence[Message], prompt: str, head: str) -> str:
+    """What the template writes for the last message, from where the target began to where the text ends.
+
+    ``prompt``: the generation prompt; ``head``: what the template writes before a plain answer in its place.
+    Either may go on past the other, with an empty think block that is not the target's. A turn without
+    thoughts begins where a plain answer does; one with thoughts begins where the generation prompt ends.
+    """
+    *before, message = messages
+    # Written at all, and in the order in which the target says it: seen by stand-ins for every part.
+    twin, marks = _marked(message)
+    written = chat.write([*before, twin], ask=False)
+    lost = next((what for mark, what in marks.items() if mark not in written), None)
+    if lost is not None:
+        raise _altered(chat, messages, f"leaves out or changes {lost}")
+    places = [written.index(mark) for mark, what in marks.items() if what != _ARGUMENT]
+    if places != sorted(places):
+        raise _altered(chat, messages, "does not write thoughts, text and tool calls in that order")
+
+    whole = chat.write(messages, ask=False)
+    start = prompt if "reasoning_content" in message else head
+    if not whole.startswith(start) or not (head.startswith(prompt) or prompt.startswith(head)):
+        if "reasoning_content" in message and not chat.thinking:
+            raise DataError(
+                f"message {len(messages)} (assistant) has thoughts, but thinking is off",
+                where=chat.where,
+                next_step="switch thinking on, or remove 'reasoning_content'",
+            )
+        raise _altered(chat, messages, "begins the turn otherwise than the generation prompt does")
+    text = whole[len(start) :]
+    # And as it is: outer white space is the template's to set, since servers cut it off or leave it on.
+    for given in (message.get("reasoning_content", ""), message["content"]):
+        if given.strip() not in text:
+            raise _altered(chat, messages, f"alters {given.strip()[:40]!r}")
+    return text
+
+
+_ARGUMENT = "an argument of a tool call"
+
+
+def _marked(message: Message) -> tuple[Message, dict[str, str]]:
+    """The message with stand-ins for its texts, names and arguments, and {stand-in: what it stands for}."""
+    marks: dict[str, str] = {}
+
+    def mark(value: Any, what: str) -> Any:
+        if isinstance(value, dict):
+            return {key: mark(item, what) for key, item in value.items()}
+        if isinstance(value, list):
+            return [mark(item, what) for item in value]
+        if value == "":
+            return value
+        marks[name := _stand_in(len(marks))] = what
+        return name
+
+    thoughts = mark(message.get("reasoning_content", ""), "'reasoning_content'")
+    twin = _plain(mark(message["content"], "the text"))
+    if thoughts:
+        twin["reasoning_content"] = thoughts
+    if "tool_calls" in message:
+        twin["tool_calls"] = []
+        for call in _as_served(message)["tool_calls"]:
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            function = {"name": mark(name, "a tool call"), "arguments": mark(arguments, _ARGUMENT)}
+            twin["tool_calls"].append({**call, "function": function})
+    return twin, marks
+
+
+def _check_kept(chat: _Chat, messages: Sequence[Message]) -> None:
+    """Raise DataError where the template leaves out a message that stands before the last, or the tools."""
+    *before, _ = messages
+    # A turn with tool calls may lose its text to them, and was checked when it was the last.
+    marks = {i: _stand_in(i) for i, m in enumerate(before) if m["content"].strip() and "tool_calls" not in m}
+    twins = [Message(**{**m, "content": marks.get(i, m["content"])}) for i, m in enumerate(before)]
+    written = chat.write([*twins, _plain(_STAND_IN)], ask=False)
+    lost = next((i for i, mark in marks.items() if mark not in written), None)
+    if lost is not None:
+        raise DataError(
+            f"the target's chat template leaves out message {lost + 1} ({before[lost]['role']})",
+            where=chat.where,
+            next_step="remove the message or the row: the target would never see it",
+        )
+    for k, tool in enumerate(chat.tools or []):
+        function = tool.get("function", tool)
+        twin = {**function, "name": _stand_in(k)}
+        offered = replace(chat, tools=[{**tool, "function": twin} if function is not tool else twin])
+        if _stand_in(k) not in offered.write([*before, _plain(_STAND_IN)], ask=False):
+            raise DataError(
+                f"the target's chat template leaves out tool {k + 1}",
+                where=chat.where,
+                next_step="remove 'tools' or the row: the target would never see them",
+            )
+
+
+def _altered(chat: _Chat, messages: Sequence[Message], how: str) -> DataError:
     return DataError(
-        "all-zero loss mask: empty answer, there is nothing to supervise",
-        where=where,
-        next_step="have the target answer the prompt again, or remove the row",
+        f"message {len(messages)} (assistant): the target's chat template {how}, so what the target produced "
+        "cannot be told",
+        where=chat.where,
+        next_step="give the turn's tokens as 'answer_ids', or all that the target wrote as plain 'content'",
     )
 
 
-def frequent_ids(rows: Sequence[Encoded], size: int, always: Iterable[int], vocab_size: int) -> list[int]:
-    """The `size` ids that the target produced most often in the rows, ascending; `always` are among them.
-
-    A pure function of the rows: ties, and what is left when the rows hold fewer ids, go to the lower id.
-    """
-    counts = supervised_counts(rows)
-    forced = set(always)
-    ranked = sorted(range(vocab_size), key=lambda i: (i not in forced, -counts[i], i))
-    return sorted(ranked[:size])
-
-
-def supervised_counts(rows: Sequence[Encoded]) -> Counter[int]:
-    """How often the target produced each id."""
-    return Counter(i for row in rows for i, produced in zip(row.ids, row.loss_mask, strict=True) if produced)
+def _empty(index: int, where: str | None) -> DataError:
+    return DataError(
+        f"all-zero loss mask: empty answer in message {index + 1}, there is nothing to supervise",
+        where=where,
+        next_step="have the target answer the prompt again, or remove the row",
+    )

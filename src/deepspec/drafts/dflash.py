@@ -91,7 +91,7 @@ class DFlashDraft(NeuralDraft):
         self, batch: FeatureBatch, loss: LossSettings, blocks: Blocks, measure: bool = True
     ) -> LossSums:
         """Loss sums over the valid slots. With `measure`, acceptance against the target's own
-        distribution is computed even where no loss term needs it."""
+        distribution is computed even where no loss term needs it, if the batch has last hidden states."""
         hidden = self.backbone(batch, blocks)
         # The older layout's slot 0 proposes nothing and is never valid: the first proposal is slot 1.
         valid = blocks.valid[..., self.spec.block - self.max_proposals :]
@@ -124,7 +124,11 @@ class DFlashDraft(NeuralDraft):
         valid = blocks.valid
         terms = {n: weights * a for n, a in (("ce", loss.ce), ("l1", loss.l1)) if a}
         teacher = None
-        if measure or loss.l1 or loss.confidence:
+        taught = bool(loss.l1 or loss.confidence)
+        assert not taught or batch.last_hidden is not None, (
+            "this loss learns from last hidden states: the source has none"
+        )
+        if batch.last_hidden is not None and (measure or taught):
             where = torch.arange(len(valid), device=valid.device)[:, None, None].expand(valid.shape)
             teacher = batch.last_hidden[where[valid], blocks.teacher_index[valid]]
         return head_loss(

@@ -96,9 +96,8 @@ class Eagle3Draft(NeuralDraft):
         """Soft cross-entropy of each step against the target's distribution, summed and divided by
         B*S, padding and prompt included: the published recipe's normalisation."""
         rows, length = batch.input_ids.shape
-        masks = unroll_masks(batch.loss_mask, batch.lengths, self.spec.block)
-        if batch.segment_ids is not None:
-            masks = masks & _teacher_in_document(batch.segment_ids, self.spec.block)
+        assert batch.last_hidden is not None, "this loss learns from last hidden states: the source has none"
+        masks = unroll_masks(batch.loss_mask, batch.lengths, self.spec.block, batch.segment_ids)
         device = batch.input_ids.device
         total = torch.zeros((), device=device)
         accept = torch.zeros(rows, length, self.spec.block, device=device)
@@ -195,15 +194,3 @@ def _attend_own_column(
     for column, value in enumerate(values[1:]):
         mixed = mixed + share[..., length + column, None] * value
     return mixed
-
-
-def _teacher_in_document(segment_ids: Tensor, steps: int) -> Tensor:
-    """[K, B, S] bool: position i + step + 1, whose distribution row i learns at each step, is in row i's
-    document. It may be the last there, as it may in a document that has a row of its own."""
-    length = segment_ids.shape[1]
-    inside = []
-    for step in range(steps):
-        where = unroll_teacher_index(length, step, segment_ids.device)
-        # Past the end of the row, the mask of the unpadded recipe is zero already.
-        inside.append(segment_ids[:, where] == segment_ids)
-    return torch.stack(inside)

@@ -26,10 +26,10 @@ def layer_shape(config: dict[str, Any], family_name: str, *, rope_rounded: bool 
     """Layer dimensions and family facts from a raw config dict. Raises SpecError."""
     family = families.DRAFT_FAMILIES[family_name]
     value_is_key = family_name == "gemma4" and bool(config.get("attention_k_eq_v", False))
-    heads = _need(config, "num_attention_heads")
+    heads = _count(config, "num_attention_heads")
     kv_key = family.kv_heads_key if value_is_key else "num_key_value_heads"
     head_dim = (
-        config.get(family.head_dim_key) or config.get("head_dim") or _need(config, "hidden_size") // heads
+        config.get(family.head_dim_key) or config.get("head_dim") or _count(config, "hidden_size") // heads
     )
     activation = config.get(family.activation_key) or family.activation
     if activation not in ACTIVATIONS:
@@ -40,8 +40,8 @@ def layer_shape(config: dict[str, Any], family_name: str, *, rope_rounded: bool 
             f"rope_type {rope['rope_type']!r} is not supported in a draft (default, proportional)"
         )
     return LayerShape(
-        hidden=_need(config, "hidden_size"),
-        intermediate=_need(config, "intermediate_size"),
+        hidden=_count(config, "hidden_size"),
+        intermediate=_count(config, "intermediate_size"),
         heads=heads,
         kv_heads=config.get(kv_key) or config.get("num_key_value_heads") or heads,
         head_dim=head_dim,
@@ -69,6 +69,20 @@ def _need(config: dict[str, Any], key: str) -> Any:
     return config[key]
 
 
+def _count(config: dict[str, Any], key: str, least: int = 1) -> int:
+    value = _need(config, key)
+    if type(value) is not int or value < least:
+        raise SpecError(f"{key} is {value!r}, not a whole number of at least {least}")
+    return value
+
+
+def _layer_ids(config: dict[str, Any]) -> tuple[int, ...]:
+    ids = _need(config, "target_layer_ids")
+    if not isinstance(ids, list | tuple) or any(type(i) is not int for i in ids):
+        raise SpecError(f"target_layer_ids is {ids!r}, not a list of whole numbers")
+    return tuple(ids)
+
+
 def read_spec(config: dict[str, Any], *, rope_rounded: bool = False) -> DraftSpec:
     """The spec of a released-layout config. Raises SpecError where it isn't a draft's."""
     architecture = (config.get("architectures") or ["(none)"])[0]
@@ -85,24 +99,26 @@ def read_spec(config: dict[str, Any], *, rope_rounded: bool = False) -> DraftSpe
     common: dict[str, Any] = {
         "family": family,
         "shape": layer_shape(config, family, rope_rounded=rope_rounded),
-        "num_layers": _need(config, "num_hidden_layers"),
-        "target_layer_ids": tuple(_need(config, "target_layer_ids")),
+        "num_layers": _count(config, "num_hidden_layers"),
+        "target_layer_ids": _layer_ids(config),
         # A null is another layout's, which does not say it.
-        "num_target_layers": config["num_target_layers"],
-        "vocab_size": _need(config, "vocab_size"),
+        "num_target_layers": None
+        if config["num_target_layers"] is None
+        else _count(config, "num_target_layers"),
+        "vocab_size": _count(config, "vocab_size"),
         "softcap": config.get("final_logit_softcapping"),
         "draft_vocab_size": config.get("draft_vocab_size"),
     }
     if kind == "eagle3":
         common |= {name: bool(config.get(name, False)) for name in EAGLE3_NORMS}
-        return _checked(DraftSpec(algorithm="eagle3", block=_need(config, "ttt_length"), **common))
+        return _checked(DraftSpec(algorithm="eagle3", block=_count(config, "ttt_length", least=0), **common))
     rank = int(config.get("markov_rank") or 0)
     confidence = bool(config.get("enable_confidence_head", False))
     return _checked(
         DraftSpec(
             algorithm="dspark" if rank or confidence else "dflash",
-            block=_need(config, "block_size"),
-            mask_token_id=_need(config, "mask_token_id"),
+            block=_count(config, "block_size", least=0),
+            mask_token_id=_count(config, "mask_token_id", least=0),
             # Released configs don't carry the field: absent means true (method.md 3, Alignment).
             sample_from_anchor=bool(config.get("sample_from_anchor", True)),
             markov_rank=rank,
@@ -179,7 +195,7 @@ def new_spec(
         facts["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"}
         facts["hidden_act"] = "silu"
         facts["attention_bias"] = False
-    depth = _need(facts, "num_hidden_layers")
+    depth = _count(facts, "num_hidden_layers")
     block_parallel = algorithm != "eagle3"
     return _checked(
         DraftSpec(
@@ -190,7 +206,7 @@ def new_spec(
             block=block,
             target_layer_ids=tuple(target_layer_ids or families.default_target_layers(depth)),
             num_target_layers=depth,
-            vocab_size=_need(facts, "vocab_size"),
+            vocab_size=_count(facts, "vocab_size"),
             draft_vocab_size=draft_vocab_size,
             mask_token_id=mask_token_id if block_parallel else None,
             markov_rank=markov_rank if algorithm == "dspark" else 0,

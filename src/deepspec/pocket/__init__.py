@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 DATA = Path(__file__).parent / "data"
-MODELS = ("pocket", "pocket-eagle3", "pocket-dflash", "pocket-dspark")
+DRAFTS = ("pocket-eagle3", "pocket-dflash", "pocket-dspark", "pocket-eagle3-portable")
+MODELS = ("pocket", *DRAFTS)
 
 
 def packaged(name: str) -> str:

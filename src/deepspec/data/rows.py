@@ -1,0 +1,104 @@
+"""Training sequences in flat arrays: five bytes a token, and a row's lists only when it is asked for.
+
+N tokens of all rows together, R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from deepspec.data.tokens import Encoded
+
+COUNTED = 1 << 24
+"""Tokens counted at a time, so that counting needs no second copy of the data."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Sequence[Encoded]):
+    """ids [N] int32, loss_mask [N] uint8, offsets [R+1] int64: row i is [offsets[i], offsets[i+1]); names."""
+
+    ids: Tensor
+    loss_mask: Tensor
+    offsets: Tensor
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        name = self.names[index]  # raises IndexError past the end, which is how iteration stops
+        start, end = self.offsets[index % len(self) :][:2].tolist()
+        return Encoded(self.ids[start:end].tolist(), self.loss_mask[start:end].tolist(), name)
+
+
+def pack(rows: Iterable[Encoded]) -> Rows:
+    """The rows in flat arrays, taken one at a time; rows that are packed already come back as they are."""
+    if isinstance(rows, Rows):
+        return rows
+    ids, mask, offsets, names = array("i"), array("B"), array("q", [0]), []
+    for row in rows:
+        ids.extend(row.ids)
+        mask.extend(row.loss_mask)
+        offsets.append(len(ids))
+        names.append(row.id)
+    if not names:
+        return Rows(
+            torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.uint8), torch.zeros(1).long(), []
+        )
+    return Rows(
+        torch.frombuffer(ids, dtype=torch.int32),
+        torch.frombuffer(mask, dtype=torch.uint8),
+        torch.frombuffer(offsets, dtype=torch.int64),
+        names,
+    )
+
+
+def distinct(name: str, seen: Counter[str]) -> str:
+    """`name`, or `name~2`, `name~3` and so on where it was seen before; what is returned counts as seen."""
+    seen[name] += 1
+    if seen[name] == 1:
+        return name
+    other = f"{name}~{seen[name]}"
+    if other in seen:
+        return distinct(name, seen)
+    seen[other] = 1
+    return other
+
+
+def row_lengths(rows: Sequence[Encoded]) -> list[int]:
+    """Tokens of each row."""
+    return rows.offsets.diff().tolist() if isinstance(rows, Rows) else [len(row.ids) for row in rows]
+
+
+def supervised_counts(rows: Sequence[Encoded], vocab_size: int) -> Tensor:
+    """How often the target produced each id: [V] int64."""
+    flat, counts = pack(rows), torch.zeros(vocab_size, dtype=torch.int64)
+    for ids, mask in zip(flat.ids.split(COUNTED), flat.loss_mask.split(COUNTED), strict=True):
+        counts += torch.bincount(ids[mask.bool()], minlength=vocab_size)
+    return counts
+
+
+def frequent_ids(rows: Sequence[Encoded], size: int, always: Iterable[int], vocab_size: int) -> list[int]:
+    """The `size` ids that the target produced most often in the rows, ascending; `always` are among them.
+
+    A pure function of the rows: ties, and what is left when the rows hold fewer ids, go to the lower id.
+    """
+    counts = supervised_counts(rows, vocab_size)
+    counts[[i for i in set(always) if i < vocab_size]] = torch.iinfo(torch.int64).max
+    ranked = counts.argsort(descending=True, stable=True)
+    return sorted(ranked[:size].tolist())

@@ -1,0 +1,74 @@
+"""Machines that a plan can be made for: one row of data each, nothing imported but the standard library.
+
+Peaks, bandwidths and watts are the vendors' figures for dense arithmetic. What a program reaches of them is
+an assumption of ours, named as one wherever it is used; `deepspec plan --machine here` measures instead.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+GB = 1e9
+
+
+class Machine(NamedTuple):
+    """One accelerator and its share of a host, or a processor alone.
+
+    memory: bytes of the accelerator, None for a processor, whose memory is the host's. host: bytes of host
+    memory, None where that is not known. watts: at full load; None where that is not known.
+    """
+
+    name: str
+    bfloat16: float
+    """Operations per second of dense matrix products, accumulated in float32."""
+    float32: float
+    bandwidth: float
+    """Bytes per second between memory and processor."""
+    memory: float | None
+    host: float | None
+    watts: float | None
+    share: float = 0.4
+    """Assumed: of the peak, in training and in passes over whole sequences."""
+    bandwidth_share: float = 0.6
+    """Assumed: of the bandwidth, in decoding."""
+    launch: float = 0.5e-3
+    """Assumed: seconds that Python and kernel launches add to a decoder layer of one decoding step, in
+    process. An inference engine with captured graphs has next to none."""
+
+    def peak(self, precision: str) -> float:
+        return self.float32 if precision == "float32" else self.bfloat16
+
+
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        Machine("rtx3090", 71e12, 35.6e12, 936e9, 24 * GB, 64 * GB, 350),
+        Machine("rtx4090", 165e12, 82.6e12, 1008e9, 24 * GB, 64 * GB, 450),
+        Machine("l40s", 362e12, 91.6e12, 864e9, 48 * GB, 128 * GB, 350),
+        Machine("a100", 312e12, 19.5e12, 2039e9, 80 * GB, 128 * GB, 400),
+        Machine("h100", 989e12, 67e12, 3350e9, 80 * GB, 192 * GB, 700),
+        Machine("h200", 989e12, 67e12, 4800e9, 141 * GB, 192 * GB, 700),
+        Machine("laptop-cpu", 0.3e12, 0.4e12, 60e9, None, 16 * GB, 45, 0.5, 0.5, 0.7e-3),
+        Machine("server-cpu", 4e12, 3e12, 300e9, None, 256 * GB, 350, 0.5, 0.5, 0.7e-3),
+    )
+}
+"""By name; accelerators from the smallest to the largest. The host memory beside one is an assumption."""
+
+
+def row_of_device(device: str) -> Machine | None:
+    """The row of an accelerator that calls itself `device`, such as "NVIDIA H100 80GB HBM3"; None if none."""
+    plain = device.lower().replace(" ", "").replace("geforce", "")
+    return next((row for name, row in MACHINES.items() if row.memory is not None and name in plain), None)
+
+
+def host_memory() -> float | None:
+    """Bytes of memory in this machine, or in the container that we run in; None where it does not say."""
+    found = []
+    with suppress(AttributeError, OSError, ValueError):
+        found.append(float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(OSError, ValueError):  # "max", or no such control group
+        found.append(float(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found, default=None)

@@ -1,0 +1,81 @@
+"""The quickstart's phases in seconds, from measured speeds: what `phases.json` of a run then holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from deepspec.config import Recipe
+from deepspec.plan import phases
+from deepspec.plan.costs import Figure, figure
+from deepspec.plan.counts import Counts
+from deepspec.plan.figures import Choices, Plan, make_plan
+from deepspec.plan.machines import Machine
+from deepspec.plan.phases import Speeds
+
+EARLY_TAU = 1.2
+"""Accepted length of a draft trained for seconds: an assumption."""
+LOOKUP_TAU = 1.2
+"""Of prompt lookup on short prompts: an assumption."""
+
+
+def quickstart_plans(
+    recipes: Mapping[str, Recipe],
+    config: dict[str, Any],
+    prompts: int,
+    machine: Machine,
+    choices: Choices,
+    speeds: Speeds,
+) -> dict[str, Plan]:
+    """The plan of each draft, on as many answers as the quickstart has written by then."""
+    counts = Counts(tuple(map(float, speeds.prompts)), tuple(map(float, speeds.answers))).of(prompts)
+    answered = replace(choices, answered=True)
+    return {
+        name: make_plan(recipe, config, counts, machine, answered, speeds, training_tau(recipe))
+        for name, recipe in recipes.items()
+    }
+
+
+def training_tau(recipe: Recipe) -> float:
+    """What a pocket draft accepts on the way, by its minutes of training."""
+    return EARLY_TAU if (recipe.optim.max_minutes or 1.0) < 1.0 else phases.ASSUMED_TAU
+
+
+def quickstart_phases(
+    plans: Mapping[str, Plan],
+    speeds: Speeds,
+    *,
+    prompts: int,
+    slots: int,
+    tasks: int,
+    new_tokens: int,
+    temperatures: Sequence[float],
+) -> dict[str, Figure]:
+    """Seconds by phase, by the names of `phases.json`."""
+    found = {
+        "loading": figure("s", "load", load=speeds.load),
+        "answers": phases.measured_answers(speeds, prompts, slots),
+    }
+    for name, plan in plans.items():
+        parts = plan.sections["time"]
+        found[f"training {name}"] = figure(
+            "s",
+            "training + held_out + setup",
+            training=parts["training"],
+            held_out=parts["held-out evaluation"],
+            setup=parts["setup and checkpoints"],
+        )
+    tau = {name: training_tau(plan.recipe) for name, plan in plans.items()} | {"prompt lookup": LOOKUP_TAU}
+    each = [min(length, new_tokens) for length in phases.stretched(speeds.answers, tasks)]
+    # One prompt's tokens by every method; each method answers the first prompt once more, to warm up.
+    found["evaluation"] = figure(
+        "s",
+        "temperatures * (tasks + 1) * tokens * methods",
+        temperatures=len(temperatures),
+        tasks=tasks,
+        tokens=sum(each) / tasks,
+        methods=sum(seconds / tau.get(name, 1.0) for name, seconds in speeds.methods.items()),
+    )
+    found["report"] = figure("s", "report", report=speeds.report)
+    return found

@@ -1,0 +1,307 @@
+"""What this machine does with a target: seconds of every part of a run, measured in less than a minute.
+
+Rounds of decoding are timed with as many rows as a run decodes together, at the context that a run reaches;
+steps of training on answers that the target has just written; a held-out evaluation and a checkpoint as
+training makes them. A record is kept by machine and target, so the next plan need not measure again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from deepspec.build import build_draft
+from deepspec.checkpoint import AnyDraft, load_draft
+from deepspec.config import Recipe
+from deepspec.data.conversations import Conversation, Message, prompt_messages
+from deepspec.data.features import batches_from, online
+from deepspec.data.regenerate import row_seed
+from deepspec.data.tokens import Encoded, encode_turns, prompt_ids
+from deepspec.decode import Decoder, Generation, Request
+from deepspec.drafts.base import Draft
+from deepspec.energy import read_joules
+from deepspec.errors import DataError
+from deepspec.evaluate import HELD_OUT_ROWS, Prompt, evaluate_drafts
+from deepspec.files import plain, write_json
+from deepspec.log import note, open_trackers, progress
+from deepspec.plan.machines import Machine, host_memory, row_of_device
+from deepspec.plan.phases import Speeds, TrainSpeed, rounds_needed, speed_key, speeds_from
+from deepspec.report import write_report
+from deepspec.target import Target
+from deepspec.train import LOG_EVERY, Optimizer, Progress, save_checkpoint, train_step
+from deepspec.verify import Sampling
+
+SAMPLES, ANSWER_SECONDS = (64, 48, 32, 24), 15.0
+"""Prompts that are answered to learn how long answers are: the most that take about so long."""
+WARM_UP, STEPS, STEP_SECONDS = 2, 40, 3.0
+"""Training steps before the clock starts; on it, at most so many, for about so long, but two at least."""
+ROUNDS = 8
+"""Rounds of decoding that are timed."""
+EVALUATED = 16
+"""New tokens per prompt when an evaluation's methods are timed."""
+
+
+# ── the record ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def this_machine() -> str:
+    """Processor or accelerator, threads, system and torch: what makes two measurements comparable."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    parts = [gpu or _processor(), f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads"]
+    return ", ".join([*parts, platform.system(), f"torch {torch.__version__}"])
+
+
+def _processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def here() -> Machine:
+    """This machine as a row: memory as it is, peaks of its kind, of which nothing follows once measured."""
+    known = None
+    memory = None
+    if torch.cuda.is_available():
+        known = row_of_device(torch.cuda.get_device_name())
+        memory = float(torch.cuda.get_device_properties(0).total_memory)
+    row = known or Machine("here", 0.3e12, 0.3e12, 30e9, None, None, None)
+    return row._replace(name="here", memory=memory, host=host_memory())
+
+
+def record_path(target: str) -> Path:
+    """Where this machine's speeds with a target are kept: under $DEEPSPEC_CACHE, or the user's cache."""
+    root = os.environ.get("DEEPSPEC_CACHE") or Path.home() / ".cache" / "deepspec"
+    digest = hashlib.sha256(f"{this_machine()}\n{target}".encode()).hexdigest()[:16]
+    return Path(root) / "speeds" / f"{digest}.json"
+
+
+def kept_speeds(target: str, recipes: Sequence[Recipe]) -> Speeds | None:
+    """What was measured here before, if it covers these recipes."""
+    try:
+        found = speeds_from(json.loads(record_path(target).read_text("utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # none yet, or a record of an older form
+    return found if all(speed_key(recipe) in found.train for recipe in recipes) else None
+
+
+# ── measuring ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def measure(
+    name: str,
+    recipes: Sequence[Recipe],
+    prompts: Sequence[Conversation],
+    *,
+    slots: int,
+    max_new_tokens: int,
+    ready_made: Mapping[str, str] | None = None,
+) -> Speeds:
+    """Load the target, measure, keep the record. prompts: some of the first are answered, in `slots`
+    slots, as `data regenerate` would. ready_made: drafts, by algorithm, to time an evaluation with.
+
+    Raises TargetError where the target cannot be loaded, DataError without a prompt.
+    """
+    if not prompts:
+        raise DataError("no prompts to measure with", next_step="add --prompts FILE.jsonl")
+    began = time.perf_counter()
+    target = Target.from_pretrained(name)
+    load = time.perf_counter() - began
+    with progress("measuring this machine", 3 + len(recipes)) as bar:
+        speeds, rows = _answers(target, prompts[: SAMPLES[0]], slots, max_new_tokens)
+        bar.update()
+        meter, before = read_joules(target.device), time.perf_counter()
+        trained = {}
+        for recipe in recipes:
+            trained[speed_key(recipe)] = _training(target, recipe, rows)
+            bar.update()
+        spent, after = time.perf_counter() - before, read_joules(target.device)
+        methods, report = _evaluation(target, ready_made, prompts) if ready_made else ({}, 0.0)
+        bar.update()
+    kept = kept_speeds(name, ())
+    found = replace(
+        speeds,
+        load=load,
+        train={**(kept.train if kept else {}), **trained},
+        methods=methods or (kept.methods if kept else {}),
+        report=report or (kept.report if kept else 0.0),
+        watts=None if meter is None or after is None else (after - meter) / spent,
+    )
+    write_json(record_path(name), found.plain())
+    note(f"measured this machine in {time.perf_counter() - began:.0f} s")
+    return found
+
+
+def _clock(target: Target) -> float:
+    """Now, once everything that was asked of the device is done."""
+    if target.device.type == "cuda":
+        torch.cuda.synchronize(target.device)
+    return time.perf_counter()
+
+
+def _decode(
+    target: Target, draft: Draft | None, requests: Sequence[Request], slots: int, *, stops: bool = False
+) -> tuple[list[Generation], float]:
+    """(answers at temperature 1, seconds)."""
+    ends = target.stop_token_ids if stops else frozenset()
+    decoder = Decoder(target, draft, Sampling(1.0), stop_token_ids=ends, max_rows=min(slots, len(requests)))
+    began = _clock(target)
+    found = list(decoder.run(requests))
+    return found, _clock(target) - began
+
+
+def _answers(
+    target: Target, prompts: Sequence[Conversation], slots: int, max_new_tokens: int
+) -> tuple[Speeds, list[Encoded]]:
+    """Speeds of decoding, and training rows of the answers.
+
+    Rounds are timed with all slots full and with few, at the context that long answers reach; both are then
+    scaled so that the answers just written take the time that they took.
+    """
+    assert target.tokenizer is not None
+    asked = {c.id: c for c in prompts}
+    ids = {c.id: prompt_ids(target.tokenizer, prompt_messages(c), False) for c in prompts}
+    requests = [Request(ids[key], max_new_tokens, row_seed(0, key), key) for key in ids]
+    _decode(target, None, [replace(r, max_new_tokens=2) for r in requests[:2]], 2)  # warm-up
+    first = [replace(r, max_new_tokens=1) for r in requests[:16]]
+    prompt = _decode(target, None, first, slots)[1] / len(first)
+    context = int(np.mean([len(r.input_ids) for r in requests]) + max_new_tokens / 2)
+    full, few = (_round(target, requests, rows, context) for rows in (slots, max(slots // 8, 1)))
+    row = max((full - few) / max(slots - max(slots // 8, 1), 1), 0.0)
+    base = max(full - slots * row, 1e-6)
+    count = next(
+        (n for n in SAMPLES if n * prompt + max_new_tokens * (base + n * row) < ANSWER_SECONDS), SAMPLES[-1]
+    )
+    requests = sorted(requests[:count], key=lambda r: (len(r.input_ids), r.key))
+    written, spent = _decode(target, None, requests, slots, stops=True)
+    lengths = {g.key: len(g.token_ids) for g in written}
+    answers = [lengths[r.key] for r in requests]
+    rounds, row_rounds = rounds_needed(answers, slots)
+    scale = max(spent - count * prompt, 0.0) / (rounds * base + row_rounds * row)
+    began = time.perf_counter()
+    rows = [
+        row
+        for g in written
+        for row in encode_turns(target.tokenizer, _answered(target, asked[g.key], g), False)
+    ]
+    speeds = Speeds(
+        machine=this_machine(),
+        load=0.0,
+        encode=(time.perf_counter() - began) / len(rows),
+        prompt=prompt,
+        round_base=scale * base,
+        round_row=scale * row,
+        prompts=[len(r.input_ids) for r in requests],
+        answers=answers,
+    )
+    return speeds, [row for row in rows if sum(row.loss_mask) >= 2]
+
+
+def _answered(target: Target, prompt: Conversation, answer: Generation) -> Conversation:
+    assert target.tokenizer is not None
+    text = target.tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip() or " "
+    messages = (*prompt_messages(prompt), Message(role="assistant", content=text))
+    return replace(prompt, messages=messages, meta={"answer_ids": answer.token_ids})
+
+
+def _round(target: Target, requests: Sequence[Request], rows: int, context: int) -> float:
+    """Seconds of one round of `rows` rows at a context."""
+    prompts = [requests[i % len(requests)].input_ids for i in range(rows)]
+    long = [(list(p) * (context // len(p) + 1))[:context] for p in prompts]
+    asked = [Request(p, 1 + ROUNDS, i, str(i)) for i, p in enumerate(long)]
+    some = [replace(r, max_new_tokens=1) for r in asked[:6]]
+    prefill = _decode(target, None, some, rows)[1] / len(some)
+    return max(_decode(target, None, asked, rows)[1] - rows * prefill, 0.0) / ROUNDS
+
+
+def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainSpeed:
+    """A fresh draft of the recipe: steps, a held-out evaluation, a checkpoint."""
+    length = recipe.data.max_length
+    cut = [replace(r, ids=r.ids[:length], loss_mask=r.loss_mask[:length]) for r in rows]
+    began = _clock(target)
+    draft = build_draft(recipe, target, cut)
+    optimizer = Optimizer(draft, recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        open_trackers(recipe.trackers, Path(folder), recipe.name, recipe.model_dump()).close()
+        setup = _clock(target) - began
+        step, tokens = _steps(target, draft, optimizer, recipe, cut)
+        began = _clock(target)
+        save_checkpoint(recipe, Path(folder), draft, optimizer, Progress(1), target, {})
+        checkpoint = _clock(target) - began
+    draft.eval()
+    slots = min(HELD_OUT_ROWS, recipe.eval_prompts)
+    asked = [Request(cut[i % len(cut)].ids[:64], 1, i, str(i)) for i in range(slots)]
+    _, few = _decode(target, draft, asked, slots)
+    longer = [replace(r, max_new_tokens=1 + ROUNDS) for r in asked]
+    answers, many = _decode(target, draft, longer, slots)
+    rounds = max(len(g.kept) for g in answers)
+    # A budget of one token is full after the prefill, yet one round may still run on it.
+    return TrainSpeed(
+        step=step,
+        tokens=tokens,
+        held_out_round=max(many - few, 0.0) / max(rounds - 1, 1),
+        held_out_prompt=max(few - max(many - few, 0.0) / max(rounds - 1, 1), 0.0) / slots,
+        checkpoint=checkpoint,
+        setup=setup,
+    )
+
+
+def _steps(
+    target: Target, draft: AnyDraft, optimizer: Optimizer, recipe: Recipe, rows: Sequence[Encoded]
+) -> tuple[float, float]:
+    """(seconds, tokens) of one optimiser step. The loop's own measurements come as often as in a run."""
+    source = online(target, draft.feature_layers)
+    batches = batches_from(rows, recipe.optim.batch_size, recipe.seed, 0)
+    draft.train()
+    done = tokens = 0
+    began = _clock(target)
+    while done < WARM_UP + 2 or (done < WARM_UP + STEPS and _clock(target) - began < STEP_SECONDS):
+        if done == WARM_UP:
+            began, tokens = _clock(target), 0
+        _, picked = next(batches)
+        measured = done % LOG_EVERY == 0
+        train_step(draft, source, picked, recipe, done, measure=measured, optimizer=optimizer)
+        optimizer.step(0.5)
+        done, tokens = done + 1, tokens + sum(len(r.ids) for r in picked)
+    spent, counted = _clock(target) - began, done - WARM_UP
+    return spent / counted, tokens / counted
+
+
+def _evaluation(
+    target: Target, ready_made: Mapping[str, str], prompts: Sequence[Conversation]
+) -> tuple[dict[str, float], float]:
+    """(seconds of a round of one prompt alone, by method; of a report)."""
+    assert target.tokenizer is not None
+    drafts: dict[str, Draft] = {name: load_draft(path, target) for name, path in ready_made.items()}
+    domains = list({c.domain: c for c in prompts}.values())[:2]
+    tasks = [
+        Prompt(
+            c.id,
+            c.domain or "all",
+            "",
+            tuple(prompt_ids(target.tokenizer, prompt_messages(c), False)),
+        )
+        for c in domains
+    ]
+    result = plain(evaluate_drafts(target, drafts, tasks, Sampling(1.0), max_new_tokens=EVALUATED))
+    found = {}
+    for row in result["rows"]:
+        rounds = sum(p["rounds"] or p["tokens"] for p in row["per_prompt"])
+        found[row["method"]] = sum(p["seconds"] for p in row["per_prompt"]) / rounds
+    curve = [{"step": i, "loss": 1.0, "tau_estimate": 1.0, "seconds": float(i)} for i in range(30)]
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        write_report(Path(folder) / "report.html", [result, result], dict.fromkeys(drafts, curve))
+        return found, time.perf_counter() - began

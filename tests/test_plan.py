@@ -1,0 +1,662 @@
+"""The cost of a recipe before anything runs: exact figures, oracles for operations and memory, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from typer.testing import CliRunner
+
+from deepspec import profile, workflow
+from deepspec.blocks import FeatureBatch
+from deepspec.build import draft_spec
+from deepspec.checkpoint import ALGORITHMS as DRAFTS
+from deepspec.checkpoint import AnyDraft, draft_shapes
+from deepspec.cli import app
+from deepspec.config import Recipe, load_recipe
+from deepspec.data.cache import plan_cache
+from deepspec.data.tokens import Encoded
+from deepspec.drafts.base import DraftSpec, Embedding, LossSettings
+from deepspec.drafts.spec import new_spec
+from deepspec.families import PUBLISHED_TARGETS
+from deepspec.head import Head
+from deepspec.plan import (
+    MACHINES,
+    Choices,
+    assumed_counts,
+    cache_bytes,
+    cache_bytes_per_token,
+    cheapest_change,
+    dimensions,
+    make_plan,
+    published_counts,
+)
+from deepspec.plan.costs import (
+    ROW_BYTES,
+    activation_bytes,
+    draft_flops,
+    draft_parameters,
+    figure,
+    forward_flops,
+    head_flops,
+    slots_that_count,
+    state_bytes_per_parameter,
+)
+from deepspec.plan.counts import count_file
+from deepspec.plan.phases import Speeds, TrainSpeed, rounds_needed, speed_key, speeds_from
+from deepspec.plan.quickstart import quickstart_phases, quickstart_plans
+from deepspec.target import Target, TargetSpec
+from deepspec.train import Optimizer
+from talking import recipe_tree, save_talking_llama, write_data, write_recipe, write_rows
+
+QWEN3_4B = PUBLISHED_TARGETS["Qwen/Qwen3-4B"]
+ALGORITHMS = ("eagle3", "dflash", "dspark")
+
+
+# ── figures ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_figure_is_what_its_formula_says_with_the_numbers_put_in():
+    found = figure("bytes", "width * hidden * (layers + 1) + ids", width=2, hidden=2560, layers=5, ids=6)
+    assert (found.value, found.numbers) == (30_726, "2 × 2,560 × (5 + 1) + 6")
+    assert figure("s", "max(a / 2, ceil(b))", a=3, b=1.2).value == 2
+
+
+def test_formula_with_a_name_that_was_not_given_is_an_error_not_a_zero():
+    with pytest.raises(KeyError):
+        figure("bytes", "rows * width", rows=3)
+
+
+# ── bytes ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_cache_of_qwen3_4b_is_30_7_kb_a_token_and_38_tb_for_the_published_set():
+    assert cache_bytes_per_token(2560, 5).value == 30_726
+    # One byte a number and a float32 scale for each of six vectors.
+    assert [cache_bytes_per_token(2560, 5, store).value for store in ("fp8", "int8")] == [15_390, 15_390]
+    assert cache_bytes_per_token(2560, 5, last_share=0.5).value == 2 * 2560 * 5.5 + 6
+    counts = published_counts()
+    tokens = counts.rows * (counts.prompts[0] + counts.answers[0])
+    assert cache_bytes(tokens, 2560, 5).value == pytest.approx(38e12)
+
+
+def test_state_of_a_draft_is_20_bytes_a_parameter_in_bfloat16_and_16_in_float32():
+    assert (state_bytes_per_parameter("bfloat16"), state_bytes_per_parameter("float32")) == (20, 16)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_state_bytes_are_those_of_a_real_optimiser(precision: str):
+    """Weight and gradient as they are after the backward pass, then masters and moments after a step."""
+    draft = tiny_draft(tiny_spec("dflash"), torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    recipe = load_recipe("pocket-dflash", [f"precision={precision}"])
+    optimizer = Optimizer(draft, recipe)
+    for parameter in draft.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    held = [t for p in draft.parameters() for t in (p, p.grad)]
+    optimizer.collect()
+    masters = [m for m in optimizer.masters if m.dtype != draft.dtype]
+    held += [t for m in masters for t in (m, m.grad)]
+    optimizer.step(0.5)
+    moments = [t for state in optimizer.adamw.state.values() for t in state.values() if t.dim()]
+    size = sum(t.numel() * t.element_size() for t in (*held, *moments) if t is not None)
+    own = sum(p.numel() for p in draft.parameters())
+    assert size == own * state_bytes_per_parameter(precision)
+
+
+# ── parameters ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_dimensions_that_ship_count_the_published_parameters():
+    counted = {name: dimensions(config).total for name, config in PUBLISHED_TARGETS.items()}
+    # 4.02, 8.19 and 14.77 billion, as their pages say; norms of queries and keys are left out here.
+    assert [round(c / 1e9, 2) for c in counted.values()] == [4.02, 8.19, 14.77]
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "tie_word_embeddings": False,
+}
+TARGETS: dict[str, tuple[Any, Any]] = {
+    "qwen3, tied": (
+        Qwen3ForCausalLM,
+        Qwen3Config(
+            **{**SMALL, "tie_word_embeddings": True},
+            intermediate_size=160,
+            num_key_value_heads=2,
+            head_dim=32,
+        ),
+    ),
+    "llama": (LlamaForCausalLM, LlamaConfig(**SMALL, intermediate_size=160, num_key_value_heads=2)),
+    "mixtral": (
+        MixtralForCausalLM,
+        MixtralConfig(
+            **SMALL, intermediate_size=96, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2
+        ),
+    ),
+    "qwen3 moe, one dense layer": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(
+            **SMALL,
+            intermediate_size=160,
+            moe_intermediate_size=32,
+            num_key_value_heads=2,
+            head_dim=16,
+            num_experts=16,
+            num_experts_per_tok=4,
+            mlp_only_layers=[0],
+        ),
+    ),
+    "deepseek": (
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config(
+            **SMALL,
+            intermediate_size=160,
+            moe_intermediate_size=32,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+            n_group=1,
+            topk_group=1,
+            kv_lora_rank=24,
+            q_lora_rank=32,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_parameters_are_those_of_the_model_built_without_weights(name: str):
+    kind, config = TARGETS[name]
+    with torch.device("meta"):
+        model = kind(config)
+    total = sum(p.numel() for p in model.parameters())
+    assert dimensions(config.to_dict()).total == pytest.approx(total, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "name", [f"{a}/{t}" for a in ALGORITHMS for t in ("qwen3-4b", "one-gpu", "qwen3-14b")]
+)
+def test_parameters_of_a_draft_are_those_of_its_tensors_but_for_norms_and_confidence(name: str):
+    recipe = load_recipe(name)
+    spec = draft_spec(recipe, PUBLISHED_TARGETS[recipe.target], 0)
+    own = sum(math.prod(shape) for shape in draft_shapes(spec).values())
+    found = draft_parameters(spec, own)
+    small = float(found.numbers.split(" + ")[-1].replace(",", ""))
+    assert found.value == own and 0 < small < 1e-3 * own
+
+
+def test_token_of_a_mixture_passes_its_experts_only():
+    """Mixtral's 2 of 8: the MLP that a token passes is a quarter of all, attention and router are whole."""
+    _, config = TARGETS["mixtral"]
+    dims = dimensions(config.to_dict())
+    attention, expert, router = 64 * 16 * (2 * 4 + 2 * 2), 3 * 64 * 96, 8 * 64
+    assert dims.body == 4 * (attention + router + 8 * expert)
+    assert dims.active == 4 * (attention + router + 2 * expert)
+
+
+# ── operations ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tiny_spec(algorithm: str, *, block: int = 4) -> DraftSpec:
+    config = {
+        "model_type": "qwen3",
+        "hidden_size": 64,
+        "intermediate_size": 448,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 256,
+        "num_hidden_layers": 12,
+    }
+    deep = algorithm != "eagle3"
+    return new_spec(
+        config,
+        algorithm=algorithm,
+        num_layers=2 if deep else 1,
+        block=block,
+        mask_token_id=3,
+        markov_rank=16,
+        confidence=True,
+    )
+
+
+def tiny_draft(spec: DraftSpec, dtype: torch.dtype = torch.float32) -> AnyDraft:
+    torch.manual_seed(0)
+    draft = DRAFTS[spec.algorithm](spec).to(dtype)
+    weight = torch.randn(spec.vocab_size, spec.shape.hidden).to(dtype)
+    draft.bind(Embedding(weight), Head(weight))
+    return draft
+
+
+def tiny_batch(spec: DraftSpec, rows: int, length: int, dtype: torch.dtype = torch.float32) -> FeatureBatch:
+    """The first third of every row is its prompt."""
+    torch.manual_seed(1)
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    mask[:, : length // 3] = False
+    width = spec.shape.hidden
+    return FeatureBatch(
+        torch.randint(5, spec.vocab_size, (rows, length)),
+        mask,
+        torch.randn(rows, length, len(spec.target_layer_ids) * width).to(dtype),
+        torch.randn(rows, length, width).to(dtype),
+        torch.full((rows,), length),
+    )
+
+
+def loss_of(algorithm: str) -> LossSettings:
+    return LossSettings(ce=1.0, l1=0.0 if algorithm == "eagle3" else 0.9, confidence=1.0)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(("rows", "length", "anchors", "block"), [(2, 96, 24, 4), (1, 150, 40, 7)])
+def test_operations_of_a_draft_are_those_that_torch_counts(algorithm, rows, length, anchors, block):
+    spec = tiny_spec(algorithm, block=block)
+    draft, batch = tiny_draft(spec), tiny_batch(spec, rows, length)
+    plan: Any = draft.plan(batch, anchors, torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        draft(batch, loss_of(algorithm), plan, False).total.backward()
+    supervised = length - length // 3
+    drawn = min(anchors, supervised - 1)
+    slots = block * supervised if algorithm == "eagle3" else drawn * slots_that_count(supervised, block)
+    ours = draft_flops(spec, rows, length, length, drawn).value + head_flops(spec, rows * slots, 1.0).value
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["qwen3, tied", "mixtral"])
+def test_operations_of_a_targets_pass_are_those_that_torch_counts(name: str):
+    kind, config = TARGETS[name]
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    if "mixtral" in name:
+        model.set_experts_implementation("eager")  # grouped products are not counted
+    ids = torch.randint(0, 512, (2, 48))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(input_ids=ids)
+    ours = forward_flops(dimensions(config.to_dict()), ids.numel(), 48, logits=ids.numel())
+    assert ours.value == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+# ── memory ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(("rows", "length", "anchors", "block"), [(2, 96, 24, 4), (1, 256, 16, 7)])
+def test_activations_are_what_autograd_keeps(algorithm, dtype, rows, length, anchors, block):
+    spec = tiny_spec(algorithm, block=block)
+    draft, batch = tiny_draft(spec, dtype), tiny_batch(spec, rows, length, dtype)
+    given = [*draft.parameters(), draft.head.weight, batch.features, batch.last_hidden]
+    known = {t.untyped_storage().data_ptr() for t in given}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    plan: Any = draft.plan(batch, anchors, torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        draft(batch, loss_of(algorithm), plan, False)
+    size = sum(t.untyped_storage().nbytes() for t in kept.values())
+    name = str(dtype).removeprefix("torch.")
+    assert activation_bytes(spec, name, rows, length, anchors).value == pytest.approx(size, rel=0.08)
+
+
+# ── plans ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def plan_of(name: str, machine: str, *overrides: str, disk: float | None = None, **choices: Any) -> Any:
+    recipe: Recipe = load_recipe(name, overrides)
+    return make_plan(
+        recipe,
+        PUBLISHED_TARGETS[recipe.target],
+        published_counts(),
+        MACHINES[machine],
+        Choices(free_disk=disk, **choices),
+    )
+
+
+def test_plan_of_a_cache_that_the_disk_cannot_hold_is_refused_and_online_features_are_the_cheapest_way_out():
+    plan = plan_of("dspark/qwen3-4b", "h100", disk=2e12, features="cache")
+    assert [n.what for n in plan.needs if not n.fits] == ["disk"]
+    change = cheapest_change(plan, QWEN3_4B, published_counts())
+    assert change is not None and change.words == ("--features online",)
+    assert change.plan.fits and plan_of("dspark/qwen3-4b", "h100", disk=2e12).fits
+
+
+@pytest.mark.parametrize(
+    ("disk", "words"),
+    [(37e12, ("--positions read",)), (20e12, ("--store fp8",)), (18.5e12, ("--features online",))],
+)
+def test_cheaper_ways_of_storing_come_before_dearer_ones(disk: float, words: tuple[str, ...]):
+    plan = plan_of("dspark/qwen3-4b", "h100", disk=disk, features="cache", positions="all")
+    change = cheapest_change(plan, QWEN3_4B, published_counts())
+    assert change is not None and change.words == words and change.plan.fits
+
+
+@pytest.mark.parametrize("store", ["bf16", "fp8", "int8"])
+def test_planned_bytes_of_a_cache_are_those_that_writing_one_counts(targets: dict[str, Target], store: str):
+    """But for one byte a token: the published layout, whose figure is 30,726, keeps two masks, ours one."""
+    target = targets["qwen3"]
+    rows = [
+        Encoded([*range(n)], [*[0] * prompt, *[1] * (n - prompt)], f"r{n}")
+        for n, prompt in ((30, 7), (12, 3), (9, 8))
+    ]
+    cache = plan_cache(rows, target, (0, 1, 3), ["context", "labels"], dtype=store, about={})
+    tokens, features, hidden = (sum(column) for column in zip(*cache.counts, strict=True))
+    planned = cache_bytes(
+        tokens,
+        target.spec.hidden_size,
+        3,
+        store,
+        features_share=features / tokens,
+        last_share=hidden / tokens,
+    )
+    assert planned.value - tokens == pytest.approx(cache.payload)
+
+
+def test_single_change_that_fits_is_named_alone_and_really_plans():
+    plan = plan_of("dspark/qwen3-4b", "rtx4090")
+    assert not plan.fits
+    change = cheapest_change(plan, QWEN3_4B, published_counts())
+    assert change is not None and len(change.words) == 1
+    key, _, value = change.words[0].partition("=")
+    again = plan_of("dspark/qwen3-4b", "rtx4090", f"{key}={value}")
+    assert again.fits and again.needs == change.plan.needs
+
+
+def test_several_changes_are_named_where_no_single_one_is_enough_and_none_that_is_not_needed():
+    plan = plan_of("eagle3/qwen3-4b", "rtx4090", "optim.micro_batch_size=8", disk=80e9, features="cache")
+    change = cheapest_change(plan, QWEN3_4B, published_counts(), machines=False)
+    assert change is not None and change.plan.fits and len(change.words) > 1
+    assert "--store fp8" not in change.words
+
+
+def test_nothing_is_promised_where_nothing_helps():
+    plan, config = plan_of("dspark/qwen3-14b", "rtx3090"), PUBLISHED_TARGETS["Qwen/Qwen3-14B"]
+    assert cheapest_change(plan, config, published_counts(), machines=False) is None
+    change = cheapest_change(plan, config, published_counts())
+    # 30 GB of target and 37 GB of draft state, and a sequence's activations.
+    assert change is not None and change.words == ("--machine h200",)
+
+
+def test_epochs_and_steps_are_the_recipes():
+    found = plan_of("dspark/qwen3-4b", "h100").sections
+    assert found["data"]["optimiser steps"].value == 10 * math.ceil(1.3e6 / 512)
+    assert found["time"]["features"].value == pytest.approx(
+        10 * found["operations"]["features, an epoch"].value / (989e12 * 0.4)
+    )
+    cached = plan_of("dspark/qwen3-4b", "h100", features="cache").sections["time"]
+    assert cached["features"].value == pytest.approx(found["time"]["features"].value / 10)
+
+
+def test_budget_of_minutes_is_the_time_of_training():
+    recipe = load_recipe("dspark/qwen3-4b", ["optim.max_minutes=60"])
+    found = make_plan(recipe, QWEN3_4B, assumed_counts(10_000, 100, 300), MACHINES["h100"]).sections["time"]
+    assert found["features"].value + found["training"].value == pytest.approx(3600, rel=0.05)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 12))
+def test_rounds_are_those_of_a_queue_played_through_round_by_round(lengths: list[int], slots: int):
+    waiting, rows, rounds, row_rounds = [n - 1 for n in lengths], [], 0, 0
+    while True:
+        while waiting and len(rows) < slots:
+            first = waiting.pop(0)
+            if first:  # an answer of one token is done with its prefill
+                rows.append(first)
+        if not rows:
+            break
+        rounds, row_rounds = rounds + 1, row_rounds + len(rows)
+        rows = [left - 1 for left in rows if left > 1]
+    assert rounds_needed(lengths, slots) == (rounds, row_rounds)
+
+
+# ── the command ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def call(*words: Any) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_json_of_a_plan_has_every_figure_with_its_formula(tmp_path: Path):
+    where = ("--machine", "rtx4090", "--cache-dir", tmp_path)
+    result = call("plan", "dspark/one-gpu", *where, "--rows", 1000, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert set(found) == {
+        "recipe", "target", "machine", "features", "sections", "needs", "fits", "notes", "change",
+    }  # fmt: skip
+    assert list(found["sections"]) == [
+        "parameters", "data", "disk", "memory of the accelerator", "memory of the host",
+        "operations", "time", "energy",
+    ]  # fmt: skip
+    for figures in found["sections"].values():
+        for each in figures.values():
+            assert set(each) == {"value", "unit", "formula"} and " = " in each["formula"]
+    cache = found["sections"]["disk"]["cache in bf16, all positions"]
+    assert cache["formula"].startswith("tokens × bytes_per_token = ") and "× 30,726" in cache["formula"]
+    assert {n["what"] for n in found["needs"]} == {"disk", "accelerator memory", "host memory"}
+    assert found["machine"]["name"] == "rtx4090" and found["change"] is None
+
+
+def test_what_cannot_fit_is_refused_with_exit_code_2_and_the_change_that_makes_it_fit(tmp_path: Path):
+    words = ("plan", "dspark/qwen3-4b", "--machine", "h100", "--cache-dir", tmp_path)
+    words += ("--features", "cache", "--positions", "all")
+    result = call(*words)
+    assert result.exit_code == 2
+    assert "disk: 38 TB wanted" in result.stderr and "add --features online" in result.stderr
+    as_json = call(*words, "--json")
+    assert as_json.exit_code == 2
+    assert json.loads(as_json.stdout)["change"]["add"] == ["--features online"]
+
+
+def test_machine_nobody_knows_is_told_the_nearest():
+    result = call("plan", "dspark/qwen3-4b", "--machine", "rtx409")
+    assert result.exit_code == 2 and "did you mean rtx4090" in result.stderr
+
+
+def test_every_published_recipe_plans_without_a_network():
+    for name in (f"{a}/{t}" for a in ALGORITHMS for t in ("qwen3-4b", "qwen3-8b", "qwen3-14b", "one-gpu")):
+        assert plan_of(name, "h200").sections["time"]["all"].value > 0
+
+
+# ── counting ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_talking_llama(tmp_path_factory.mktemp("plan") / "llama")
+
+
+def test_rows_of_an_answers_file_are_counted_token_by_token(llama_dir: Path, tmp_path: Path):
+    tokenizer = TargetSpec.from_pretrained(str(llama_dir)).tokenizer()
+    path = write_rows(tmp_path / "answers.jsonl", [("ab", "xyz"), ("abc", "x")])
+    counts = count_file(path, tokenizer)
+    # One token a byte, and the end of the turn; prompts: three markers, "user", two line ends, "assistant",
+    # another line end, and the empty think block.
+    frame = 3 + len("user\n\nassistant\n<think></think>")
+    assert counts.answers == (4.0, 2.0)
+    assert counts.prompts == (frame + 2, frame + 3)
+    assert (counts.rows, counts.answered, counts.notes) == (2, True, ())
+
+
+def test_prompts_without_answers_are_counted_and_their_answers_said_to_be_assumed(tmp_path: Path):
+    path = write_rows(tmp_path / "prompts.jsonl", [("x" * 40, None), ("y" * 80, None)])
+    counts = count_file(path, None, answer=300.0)
+    assert (counts.prompts, counts.answers, counts.answered) == ((10.0, 20.0), (300.0, 300.0), False)
+    assert "4 characters a token (assumed)" in counts.notes[0]
+    assert "answers of 300 tokens (assumed" in counts.notes[1]
+
+
+def test_long_file_is_sampled_over_all_of_it_and_long_lines_count_once(tmp_path: Path):
+    """Half the rows are ten times as long as the others: places in the file meet them ten times as often."""
+    path = tmp_path / "long.jsonl"
+    rows = [("q", "a" * (400 if i % 2 else 4000)) for i in range(4000)]
+    write_rows(path, rows)
+    counts = count_file(path, None)
+    assert counts.rows == pytest.approx(4000, rel=0.15)
+    assert len(counts.prompts) <= 1000
+    mean = sum(counts.answers) / len(counts.answers)
+    assert mean == pytest.approx(2200 / 4, rel=0.15)
+
+
+def test_rows_take_as_much_host_memory_as_is_said(llama_dir: Path, tmp_path: Path):
+    """Two list entries and, past the small integers that Python keeps, an object for each id."""
+    ids, mask = list(range(1000, 2000)), [1] * 1000
+    size = sum(map(sys.getsizeof, (ids, mask))) + sum(map(sys.getsizeof, ids))
+    assert size / 1000 == pytest.approx(ROW_BYTES, rel=0.12)
+
+
+# ── a whole step, measured ────────────────────────────────────────────────────────────────────────────
+
+STEP = """
+import ctypes, gc, json, sys
+from pathlib import Path
+from deepspec.build import build_draft
+from deepspec.config import load_recipe
+from deepspec.data.features import online
+from deepspec.data.tokens import Encoded
+from deepspec.target import Target
+from deepspec.train import Optimizer, train_step
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+target, peaks = Target.from_pretrained("pocket"), []
+for name, overrides, rows, length in json.loads(sys.argv[1]):
+    recipe = load_recipe(name, overrides)
+    draft = build_draft(recipe, target, [])
+    optimizer, source = Optimizer(draft, recipe), online(target, draft.feature_layers)
+    for width in (8, length):
+        ids, mask = [7 + i % 900 for i in range(width)], [0, 0] + [1] * (width - 2)
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, or a step would be served from it
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
+        before = peak()
+        train_step(
+            draft, source, [Encoded(ids, mask, str(row)) for row in range(rows)], recipe, 1,
+            measure=False, optimizer=optimizer,
+        )
+        optimizer.step(0.5)
+    peaks.append(peak() - before)
+print(json.dumps(peaks))
+"""
+STEPS_MEASURED = (("pocket-dspark", 12, 384), ("pocket-eagle3", 4, 384))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks cannot be read here")
+def test_step_takes_the_memory_that_its_plan_says():
+    """Beyond what is there after a small step: features, activations and the loss of a large one."""
+    asked, wanted = [], []
+    config = TargetSpec.from_pretrained("pocket").config
+    parts = (
+        "features of a micro-batch",
+        "activations of a micro-batch",
+        "scores in passing",
+        "head and loss",
+    )
+    for name, rows, length in STEPS_MEASURED:
+        overrides = [f"optim.batch_size={rows}", f"data.max_length={length}", "num_anchors=48"]
+        asked.append((name, overrides, rows, length))
+        counts = assumed_counts(100, 2, length - 2)
+        plan = make_plan(load_recipe(name, overrides), config, counts, MACHINES["laptop-cpu"])
+        wanted.append(sum(plan.sections["memory for training"][part].value for part in parts))
+    command = [sys.executable, "-c", STEP, json.dumps(asked)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    ratios = [took / want for took, want in zip(json.loads(result.stdout), wanted, strict=True)]
+    assert all(0.6 < ratio < 1.1 for ratio in ratios), ratios
+
+
+# ── this machine ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_measured_speeds_are_kept_by_machine_and_target_and_the_second_plan_measures_nothing(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("DEEPSPEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(profile, "STEPS", 2)
+    write_data(tmp_path)
+    recipe = write_recipe(tmp_path / "tiny.yaml", recipe_tree(llama_dir, tmp_path, "dspark"))
+    first = call("plan", recipe, "--json")
+    assert first.exit_code == 0, first.output
+    monkeypatch.setattr(profile, "measure", lambda *a, **k: pytest.fail("measured again"))
+    second = call("plan", recipe, "--json")
+    found = json.loads(second.stdout)
+    assert json.loads(first.stdout)["sections"] == found["sections"]
+    assert found["machine"]["name"] == "here"
+    assert found["sections"]["time"]["training"]["value"] > 0
+    assert any(note.startswith("speeds measured on") for note in found["notes"])
+    # Another micro-batch has another speed: that one has to be measured.
+    with pytest.raises(pytest.fail.Exception):
+        CliRunner().invoke(app, ["plan", str(recipe), "optim.batch_size=2"], catch_exceptions=False)
+
+
+def test_speeds_read_back_as_they_were_written():
+    train = {"a/b": TrainSpeed(0.1, 400.0, 0.01, 0.02, 0.3, 0.4)}
+    speeds = Speeds("here", 1.0, 0.001, 0.01, 0.02, 0.001, [3, 4], [5, 6], train, {"plain": 0.01}, 2.0, None)
+    assert speeds_from(json.loads(json.dumps(speeds.plain()))) == speeds
+
+
+def made_up_speeds(recipes: dict[str, Recipe]) -> Speeds:
+    train = {speed_key(r): TrainSpeed(0.05, 400.0, 0.01, 0.02, 0.3, 0.4) for r in recipes.values()}
+    methods = dict.fromkeys(("plain", "transformers generate", "prompt lookup", *recipes), 0.01)
+    return Speeds("here", 1.0, 0.001, 0.01, 0.02, 0.001, [50] * 8, [60] * 8, train, methods, 2.0)
+
+
+def test_quickstart_takes_its_phases_by_the_names_that_its_plan_gives_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A quickstart of seconds: its phases.json and the plan must not part."""
+    size = workflow.QuickstartSize(prompts=5, minutes=0.001, tasks=1)
+    monkeypatch.setattr(workflow, "ALGORITHMS", ("dspark",))
+    recipes = {
+        name: recipe.model_copy(update={"eval_prompts": 2, "eval_max_new_tokens": 4})
+        for name, recipe in workflow.quickstart_recipes(True).items()
+    }
+    monkeypatch.setattr(workflow, "QUICKSTART", {True: size})
+    monkeypatch.setattr(workflow, "quickstart_recipes", lambda fast: recipes)
+    monkeypatch.setattr(workflow, "ANSWER_TOKENS", 8)
+    monkeypatch.setattr(workflow, "EVALUATED_TOKENS", 4)
+    workflow.quickstart(tmp_path / "run", fast=True)
+    took = json.loads((tmp_path / "run" / "phases.json").read_text("utf-8"))
+    assert all(seconds > 0 for seconds in took.values())
+    speeds = made_up_speeds(recipes)
+    config = TargetSpec.from_pretrained("pocket").config
+    plans = quickstart_plans(recipes, config, size.prompts, MACHINES["laptop-cpu"], Choices(), speeds)
+    planned = quickstart_phases(
+        plans, speeds, prompts=5, slots=48, tasks=1, new_tokens=4, temperatures=workflow.EVALUATED_AT
+    )
+    assert set(planned) == set(took)
+    assert planned["answers"].value == pytest.approx(5 * 0.01 + 59 * 0.02 + 5 * 59 * 0.001)
+    # Twice, each method's four tokens for the prompt and for its warm-up; lookup and draft accept 1.2.
+    assert planned["evaluation"].value == pytest.approx(2 * 2 * 4 * 0.01 * (2 + 2 / 1.2))
