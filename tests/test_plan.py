@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -514,7 +515,7 @@ def test_prompts_without_answers_are_counted_and_their_answers_said_to_be_assume
     counts = count_file(path, None, answer=300.0)
     assert (counts.prompts, counts.answers, counts.answered) == ((10.0, 20.0), (300.0, 300.0), False)
     assert "4 characters a token (assumed)" in counts.notes[0]
-    assert "answers of 300 tokens (assumed" in counts.notes[1]
+    assert "answers of 300 tokens (expected" in counts.notes[1]
 
 
 def test_long_file_is_sampled_over_all_of_it_and_long_lines_count_once(tmp_path: Path):
@@ -625,6 +626,16 @@ def test_speeds_read_back_as_they_were_written():
     train = {"a/b": TrainSpeed(0.1, 400.0, 0.01, 0.02, 0.3, 0.4)}
     speeds = Speeds("here", 1.0, 0.001, 0.01, 0.02, 0.001, [3, 4], [5, 6], train, {"plain": 0.01}, 2.0, None)
     assert speeds_from(json.loads(json.dumps(speeds.plain()))) == speeds
+
+
+def test_plan_measured_on_a_busy_machine_says_so():
+    recipe = load_recipe("pocket-dspark")
+    config, counts = TargetSpec.from_pretrained("pocket").config, assumed_counts(100, 50, 60)
+    quiet = made_up_speeds({"dspark": recipe})
+    for share, said in ((0.95, False), (0.2, True)):
+        speeds = replace(quiet, share=share)
+        plan = make_plan(recipe, config, counts, MACHINES["laptop-cpu"], speeds=speeds)
+        assert any("20% of a core" in note for note in plan.notes) == said
 
 
 def made_up_speeds(recipes: dict[str, Recipe]) -> Speeds:

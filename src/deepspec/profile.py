@@ -116,7 +116,7 @@ def measure(
     """
     if not prompts:
         raise DataError("no prompts to measure with", next_step="add --prompts FILE.jsonl")
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     target = Target.from_pretrained(name)
     load = time.perf_counter() - began
     with progress("measuring this machine", 3 + len(recipes)) as bar:
@@ -138,6 +138,7 @@ def measure(
         methods=methods or (kept.methods if kept else {}),
         report=report or (kept.report if kept else 0.0),
         watts=None if meter is None or after is None else (after - meter) / spent,
+        share=(time.process_time() - worked) / (time.perf_counter() - began),
     )
     write_json(record_path(name), found.plain())
     note(f"measured this machine in {time.perf_counter() - began:.0f} s")

@@ -180,6 +180,11 @@ def _own_parameters(spec: DraftSpec) -> int:
 def _machine_notes(machine: Machine, speeds: Speeds | None) -> Iterator[str]:
     if speeds is not None:
         yield f"speeds measured on {speeds.machine}"
+        if machine.memory is None and speeds.share < phases.QUIET:
+            yield (
+                f"it was busy: the measurement got {speeds.share:.0%} of a core, so the hours are "
+                "a busy machine's; --measure again once it is quiet"
+            )
         return
     yield (
         f"{machine.name}: {number(machine.bfloat16)} bfloat16 operations/s, of which {machine.share:.0%} "
