@@ -128,7 +128,7 @@ def measure(
             trained[speed_key(recipe)] = _training(target, recipe, rows)
             bar.update()
         spent, after = time.perf_counter() - before, read_joules(target.device)
-        methods, report = _evaluation(target, ready_made, prompts) if ready_made else ({}, 0.0)
+        methods, report = _evaluation(target, ready_made, prompts, speeds.prompt) if ready_made else ({}, 0.0)
         bar.update()
     kept = kept_speeds(name, ())
     found = replace(
@@ -281,9 +281,9 @@ def _steps(
 
 
 def _evaluation(
-    target: Target, ready_made: Mapping[str, str], prompts: Sequence[Conversation]
+    target: Target, ready_made: Mapping[str, str], prompts: Sequence[Conversation], prefill: float
 ) -> tuple[dict[str, float], float]:
-    """(seconds of a round of one prompt alone, by method; of a report)."""
+    """(seconds of a round of one prompt alone, by method, its prefill left out; of a report)."""
     assert target.tokenizer is not None
     drafts: dict[str, Draft] = {name: load_draft(path, target) for name, path in ready_made.items()}
     domains = list({c.domain: c for c in prompts}.values())[:2]
@@ -300,7 +300,8 @@ def _evaluation(
     found = {}
     for row in result["rows"]:
         rounds = sum(p["rounds"] or p["tokens"] for p in row["per_prompt"])
-        found[row["method"]] = sum(p["seconds"] for p in row["per_prompt"]) / rounds
+        spent = sum(p["seconds"] - prefill for p in row["per_prompt"])
+        found[row["method"]] = max(spent, 0.0) / rounds
     curve = [{"step": i, "loss": 1.0, "tau_estimate": 1.0, "seconds": float(i)} for i in range(30)]
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()

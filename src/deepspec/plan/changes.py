@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from deepspec.config import Recipe
 from deepspec.errors import DataError
+from deepspec.plan.asked import Choices
 from deepspec.plan.costs import BYTES
 from deepspec.plan.counts import Counts
-from deepspec.plan.figures import Choices, Plan, make_plan
+from deepspec.plan.figures import Plan, make_plan
 from deepspec.plan.machines import MACHINES, Machine
 
 
@@ -115,6 +116,8 @@ def ladder(machines: bool = True) -> Iterator[Way]:
     yield Way("nothing: positions that no loss reads are left out", _stored("positions", "read"))
     yield Way("some precision of the features", _stored("store", "fp8"))
     yield Way("the target's forward pass in every epoch", _stored("features", "online"))
+    for batch in (8, 4, 2, 1):
+        yield Way("fewer answers written at a time", _batch(batch))
     yield Way("smaller matrix products", _key("optim.micro_batch_size", 1))
     yield Way("rounded moments of the optimiser, and the bitsandbytes package", _narrow_states)
     yield Way("a coarser choice of the best checkpoint", _key("eval_prompts", 4))
@@ -139,6 +142,19 @@ def _stored(key: str, value: str) -> Callable[[Setting], Setting | None]:
             return None
         choices = replace(old, **{key: value})  # type: ignore[arg-type]
         return replace(setting, choices=choices, words=(*setting.words, f"--{key} {value}"))
+
+    return step
+
+
+def _batch(rows: int) -> Callable[[Setting], Setting | None]:
+    """Fewer answers decoded together."""
+
+    def step(setting: Setting) -> Setting | None:
+        if setting.choices.batch <= rows:
+            return None
+        kept = [word for word in setting.words if not word.startswith("--batch ")]
+        choices = replace(setting.choices, batch=rows)
+        return replace(setting, choices=choices, words=(*kept, f"--batch {rows}"))
 
     return step
 

@@ -46,7 +46,7 @@ class Speeds:
 
     load: of the target. encode: a training row. prompt: a prefill. A round of plain decoding takes
     round_base + round_row × rows in flight. answers, prompts: token counts of answers sampled from training
-    prompts, in the order of decoding. methods: one prompt decoded alone, (prefill, each round) by method.
+    prompts, in the order of decoding. methods: a round of one prompt decoded alone, by method.
     watts: while training, None without a meter. share: of a core that the measurement got; well below one,
     other work was in its way.
     """
