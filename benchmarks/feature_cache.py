@@ -347,7 +347,7 @@ def one_gpu_table(figures: Results) -> str:
         left = features / (recipe.optim.epochs or 1) + training
         share = ANSWERS / found["data"]["rows"].value
         disk = (
-            share * found["disk"][f"cache in {f}, what the loss reads"].value for f in ("bfloat16", "fp8")
+            share * found["disk"][f"cache in {f}, what the loss reads"].value for f in ("bf16", "fp8")
         )
         cells = [f"{part / (features + training):.0%}" for part in (features, left)]
         rows.append([f"`{algorithm}/one-gpu`", *cells, *(f"{b / 1e9:,.0f} GB" for b in disk)])
