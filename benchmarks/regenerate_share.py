@@ -6,7 +6,8 @@
 *In process*: `regenerate` beside the decoder alone on the same requests, all of them in one run, ready as
 token ids, the answers thrown away. What it pays for is files, templates, tokenising, and the end of each
 stretch, where fewer rows are in flight. *Through llama-server*: beside the least client that keeps the same
-number of requests under way. Both take turns within one run, and the ratio of the medians is what counts.
+number of requests under way. Both take turns within one run, and the ratio of the medians is what counts: of
+processor time in process, which other programs on the machine disturb less, of wall-clock time with a server.
 
 `with_a_death` is the check behind `make test-servers`: two llama-servers, one of them killed and started
 again in the middle of the run.
@@ -51,20 +52,22 @@ REPEATS = 3
 
 
 def pocket_prompts(limit: int) -> list[Conversation]:
-    return list(read_conversations(prompt_file("test")))[:limit]
+    return list(read_conversations(prompt_file("train")))[:limit]
 
 
 # ── shares ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def in_turns(one: Callable[[], int], other: Callable[[], int], repeats: int) -> dict[str, Any]:
+def in_turns(
+    one: Callable[[], int], other: Callable[[], int], repeats: int, clock: Callable[[], float]
+) -> dict[str, Any]:
     """Tokens per second of two ways of doing the same, taking turns: medians, and their ratio."""
     rates: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
         for way, found in zip((one, other), rates, strict=True):
-            began = time.perf_counter()
+            began = clock()
             tokens = way()
-            found.append(tokens / (time.perf_counter() - began))
+            found.append(tokens / (clock() - began))
     ours, alone = map(statistics.median, rates)
     spread = sorted(a / b for a, b in zip(*rates, strict=True))
     return {"ours": ours, "alone": alone, "share": ours / alone, "low": spread[0], "high": spread[-1]}
@@ -87,7 +90,24 @@ def in_process(target: Target, rows: Sequence[Conversation], folder: Path, repea
         decoder = Decoder(target, None, sampling, stop_token_ids=target.stop_token_ids, max_rows=ROWS)
         return sum(len(answer.token_ids) for answer in decoder.run(requests))
 
-    return in_turns(ours, alone, repeats)
+    shares = in_turns(ours, alone, repeats, time.process_time)
+    return shares | {"rounds": rounds_of(ours, target), "rounds_alone": rounds_of(alone, target)}
+
+
+def rounds_of(way: Callable[[], int], target: Target) -> int:
+    """Decode steps that a way takes, without prefills: what counts where a step's cost hangs on no rows."""
+    step, taken = target.step, [0]
+
+    def counted(slots: Sequence[int], tokens: Sequence[Sequence[int]], *rest: Any) -> Any:
+        taken[0] += len(tokens[0]) == 1
+        return step(slots, tokens, *rest)
+
+    target.step = counted  # type: ignore[method-assign]
+    try:
+        way()
+    finally:
+        del target.step
+    return taken[0]
 
 
 def through_servers(
@@ -130,7 +150,7 @@ def through_servers(
             await asyncio.gather(*(work(client, url) for url in urls for _ in range(SLOTS)))
         return tokens
 
-    return in_turns(ours, lambda: asyncio.run(least()), repeats)
+    return in_turns(ours, lambda: asyncio.run(least()), repeats, time.perf_counter)
 
 
 def measure(limit: int, repeats: int) -> dict[str, Any]:
@@ -159,6 +179,14 @@ def table(results: dict[str, Any]) -> str:
             f"| {way} | {row['ours']:.0f} | {row['alone']:.0f} | "
             f"{row['share']:.1%} [{row['low']:.1%}, {row['high']:.1%}] |"
         )
+    process = results["in process"]
+    share = process["rounds_alone"] / process["rounds"]
+    lines += [
+        "",
+        f"{results['prompts']} prompts, at most {BUDGET} new tokens, {results['repeats']} repeats: medians, "
+        f"and the range of the ratio. Decode steps in process: {process['rounds']}, beside "
+        f"{process['rounds_alone']} of the decoder alone ({share:.1%}).",
+    ]
     return "\n".join(lines)
 
 
@@ -285,7 +313,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prompts", type=int, default=120)
+    parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=REPEATS)
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -33,7 +33,7 @@ def table() -> str:
             found = published_plan(name).sections
             spent = [found["time"][phase].value / 3600 for phase in ("features", "training")]
             figures = [f"{each:,.0f}" for each in (*spent, sum(spent))]
-            cache = found["disk"]["cache in bfloat16, all positions"].value
+            cache = found["disk"]["cache in bf16, all positions"].value
             lines.append("| " + " | ".join([f"`{name}`", *figures, "0", f"{cache / 1e12:.0f} TB"]) + " |")
     return "\n".join(lines) + "\n"
 

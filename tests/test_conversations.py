@@ -450,14 +450,6 @@ def test_a_request_that_got_no_answer_is_still_a_prompt(tmp_path: Path, response
     assert read_one(tmp_path, {"request": LOG["request"], "response": response}).messages == (USER,)
 
 
-def test_text_parts_are_joined_and_anything_but_text_is_refused(tmp_path: Path) -> None:
-    parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]
-    assert read_one(tmp_path, {"messages": [{"role": "user", "content": parts}]}).messages == (USER,)
-    image = {"type": "image_url", "image_url": {"url": "x"}}
-    path = file_of(tmp_path, {"messages": [{"role": "user", "content": [*parts, image]}]})
-    assert "a part of type 'image_url', expected 'text' only" in error_of(path)
-
-
 @pytest.mark.parametrize(
     ("row", "expected"),
     [

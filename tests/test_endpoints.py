@@ -253,7 +253,14 @@ def test_a_server_back_from_bad_answers_is_tried_with_one_question_at_a_time():
 
 def test_a_question_that_failed_goes_to_another_server_next():
     with StandIn(lambda n: "500") as ill, StandIn() as well:
-        pool = Pool([ill.url, well.url], hello, policy=Policy(attempts=5, first_wait=0.01, unwell_after=99))
+
+        async def ill_first(pool: Pool, endpoint: Endpoint) -> None:
+            while endpoint.url == well.url and not ill.asked:
+                await asyncio.sleep(0.005)
+
+        pool = Pool(
+            [ill.url, well.url], ill_first, policy=Policy(attempts=5, first_wait=0.4, unwell_after=99)
+        )
         assert texts_of(ask(pool, "a")) == ["echo a"]
         assert (len(ill.asked), len(well.asked)) == (1, 1)
 

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,13 @@ from typer.testing import CliRunner
 
 from deepspec import profile, workflow
 from deepspec.blocks import FeatureBatch
+from deepspec.build import draft_spec
 from deepspec.checkpoint import ALGORITHMS as DRAFTS
-from deepspec.checkpoint import AnyDraft
+from deepspec.checkpoint import AnyDraft, draft_shapes
 from deepspec.cli import app
 from deepspec.config import Recipe, load_recipe
+from deepspec.data.cache import plan_cache
+from deepspec.data.tokens import Encoded
 from deepspec.drafts.base import DraftSpec, Embedding, LossSettings
 from deepspec.drafts.spec import new_spec
 from deepspec.families import PUBLISHED_TARGETS
@@ -54,6 +58,7 @@ from deepspec.plan.costs import (
     ROW_BYTES,
     activation_bytes,
     draft_flops,
+    draft_parameters,
     figure,
     forward_flops,
     head_flops,
@@ -63,7 +68,7 @@ from deepspec.plan.costs import (
 from deepspec.plan.counts import count_file
 from deepspec.plan.phases import Speeds, TrainSpeed, rounds_needed, speed_key, speeds_from
 from deepspec.plan.quickstart import quickstart_phases, quickstart_plans
-from deepspec.target import TargetSpec
+from deepspec.target import Target, TargetSpec
 from deepspec.train import Optimizer
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe, write_rows
 
@@ -198,6 +203,18 @@ def test_parameters_are_those_of_the_model_built_without_weights(name: str):
     assert dimensions(config.to_dict()).total == pytest.approx(total, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "name", [f"{a}/{t}" for a in ALGORITHMS for t in ("qwen3-4b", "one-gpu", "qwen3-14b")]
+)
+def test_parameters_of_a_draft_are_those_of_its_tensors_but_for_norms_and_confidence(name: str):
+    recipe = load_recipe(name)
+    spec = draft_spec(recipe, PUBLISHED_TARGETS[recipe.target], 0)
+    own = sum(math.prod(shape) for shape in draft_shapes(spec).values())
+    found = draft_parameters(spec, own)
+    small = float(found.numbers.split(" + ")[-1].replace(",", ""))
+    assert found.value == own and 0 < small < 1e-3 * own
+
+
 def test_token_of_a_mixture_passes_its_experts_only():
     """Mixtral's 2 of 8: the MLP that a token passes is a quarter of all, attention and router are whole."""
     _, config = TARGETS["mixtral"]
@@ -214,7 +231,7 @@ def tiny_spec(algorithm: str, *, block: int = 4) -> DraftSpec:
     config = {
         "model_type": "qwen3",
         "hidden_size": 64,
-        "intermediate_size": 160,
+        "intermediate_size": 448,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
@@ -312,7 +329,7 @@ def test_activations_are_what_autograd_keeps(algorithm, dtype, rows, length, anc
         draft(batch, loss_of(algorithm), plan, False)
     size = sum(t.untyped_storage().nbytes() for t in kept.values())
     name = str(dtype).removeprefix("torch.")
-    assert activation_bytes(spec, name, rows, length, anchors).value == pytest.approx(size, rel=0.12)
+    assert activation_bytes(spec, name, rows, length, anchors).value == pytest.approx(size, rel=0.08)
 
 
 # ── plans ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -342,18 +359,39 @@ def test_plan_of_a_cache_that_the_disk_cannot_hold_is_refused_and_online_feature
     [(37e12, ("--positions read",)), (20e12, ("--store fp8",)), (18.5e12, ("--features online",))],
 )
 def test_cheaper_ways_of_storing_come_before_dearer_ones(disk: float, words: tuple[str, ...]):
-    plan = plan_of("dspark/qwen3-4b", "h100", disk=disk, features="cache")
+    plan = plan_of("dspark/qwen3-4b", "h100", disk=disk, features="cache", positions="all")
     change = cheapest_change(plan, QWEN3_4B, published_counts())
     assert change is not None and change.words == words and change.plan.fits
 
 
+@pytest.mark.parametrize("store", ["bf16", "fp8", "int8"])
+def test_planned_bytes_of_a_cache_are_those_that_writing_one_counts(targets: dict[str, Target], store: str):
+    """But for one byte a token: the published layout, whose figure is 30,726, keeps two masks, ours one."""
+    target = targets["qwen3"]
+    rows = [
+        Encoded([*range(n)], [*[0] * prompt, *[1] * (n - prompt)], f"r{n}")
+        for n, prompt in ((30, 7), (12, 3), (9, 8))
+    ]
+    cache = plan_cache(rows, target, (0, 1, 3), ["context", "labels"], dtype=store, about={})
+    tokens, features, hidden = (sum(column) for column in zip(*cache.counts, strict=True))
+    planned = cache_bytes(
+        tokens,
+        target.spec.hidden_size,
+        3,
+        store,
+        features_share=features / tokens,
+        last_share=hidden / tokens,
+    )
+    assert planned.value - tokens == pytest.approx(cache.payload)
+
+
 def test_single_change_that_fits_is_named_alone_and_really_plans():
-    plan = plan_of("dspark/qwen3-4b", "rtx4090")
-    assert not plan.fits
+    plan = plan_of("dspark/qwen3-4b", "rtx4090", engine="server")
+    assert [n.what for n in plan.needs if not n.fits] == ["accelerator memory, training"]
     change = cheapest_change(plan, QWEN3_4B, published_counts())
     assert change is not None and len(change.words) == 1
     key, _, value = change.words[0].partition("=")
-    again = plan_of("dspark/qwen3-4b", "rtx4090", f"{key}={value}")
+    again = plan_of("dspark/qwen3-4b", "rtx4090", f"{key}={value}", engine="server")
     assert again.fits and again.needs == change.plan.needs
 
 
@@ -362,6 +400,17 @@ def test_several_changes_are_named_where_no_single_one_is_enough_and_none_that_i
     change = cheapest_change(plan, QWEN3_4B, published_counts(), machines=False)
     assert change is not None and change.plan.fits and len(change.words) > 1
     assert "--store fp8" not in change.words
+
+
+def test_answers_that_do_not_fit_at_once_are_written_fewer_at_a_time():
+    """Sixteen answers of 4,096 tokens have 10 GB of keys and values, in a store that may be twice as big."""
+    plan = plan_of("eagle3/one-gpu", "rtx4090", "data.max_length=4096", "num_anchors=1", engine="process")
+    answering = plan.sections["memory of the accelerator"]["answering"]
+    assert answering.value == 2 * 4_022_458_880 + 2 * 16 * 4096 * 2 * 36 * 2048
+    again = plan_of("dspark/one-gpu", "rtx4090", "data.max_length=4096")
+    assert [n.what for n in again.needs if not n.fits] == ["accelerator memory, answering"]
+    change = cheapest_change(again, QWEN3_4B, published_counts())
+    assert change is not None and change.words == ("--batch 8",)
 
 
 def test_nothing_is_promised_where_nothing_helps():
@@ -419,19 +468,23 @@ def test_json_of_a_plan_has_every_figure_with_its_formula(tmp_path: Path):
         "recipe", "target", "machine", "features", "sections", "needs", "fits", "notes", "change",
     }  # fmt: skip
     assert list(found["sections"]) == [
-        "data", "disk", "memory of the accelerator", "memory of the host", "operations", "time", "energy",
+        "parameters", "data", "disk", "memory of the accelerator", "memory of the host",
+        "operations", "time", "energy",
     ]  # fmt: skip
     for figures in found["sections"].values():
         for each in figures.values():
             assert set(each) == {"value", "unit", "formula"} and " = " in each["formula"]
-    cache = found["sections"]["disk"]["cache in bfloat16, all positions"]
+    cache = found["sections"]["disk"]["cache in bf16, all positions"]
     assert cache["formula"].startswith("tokens × bytes_per_token = ") and "× 30,726" in cache["formula"]
-    assert {n["what"] for n in found["needs"]} == {"disk", "accelerator memory", "host memory"}
+    assert {n["what"] for n in found["needs"]} == {
+        "disk", "accelerator memory, training", "accelerator memory, answering", "host memory",
+    }  # fmt: skip
     assert found["machine"]["name"] == "rtx4090" and found["change"] is None
 
 
 def test_what_cannot_fit_is_refused_with_exit_code_2_and_the_change_that_makes_it_fit(tmp_path: Path):
-    words = ("plan", "dspark/qwen3-4b", "--machine", "h100", "--features", "cache", "--cache-dir", tmp_path)
+    words = ("plan", "dspark/qwen3-4b", "--machine", "h100", "--cache-dir", tmp_path)
+    words += ("--features", "cache", "--positions", "all")
     result = call(*words)
     assert result.exit_code == 2
     assert "disk: 38 TB wanted" in result.stderr and "add --features online" in result.stderr
@@ -475,7 +528,7 @@ def test_prompts_without_answers_are_counted_and_their_answers_said_to_be_assume
     counts = count_file(path, None, answer=300.0)
     assert (counts.prompts, counts.answers, counts.answered) == ((10.0, 20.0), (300.0, 300.0), False)
     assert "4 characters a token (assumed)" in counts.notes[0]
-    assert "answers of 300 tokens (assumed" in counts.notes[1]
+    assert "answers of 300 tokens (expected" in counts.notes[1]
 
 
 def test_long_file_is_sampled_over_all_of_it_and_long_lines_count_once(tmp_path: Path):
@@ -551,7 +604,7 @@ def test_step_takes_the_memory_that_its_plan_says():
         asked.append((name, overrides, rows, length))
         counts = assumed_counts(100, 2, length - 2)
         plan = make_plan(load_recipe(name, overrides), config, counts, MACHINES["laptop-cpu"])
-        wanted.append(sum(plan.sections["memory for training"][part].value for part in parts))
+        wanted.append(sum(plan.sections["memory of the model"][part].value for part in parts))
     command = [sys.executable, "-c", STEP, json.dumps(asked)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     ratios = [took / want for took, want in zip(json.loads(result.stdout), wanted, strict=True)]
@@ -588,6 +641,16 @@ def test_speeds_read_back_as_they_were_written():
     assert speeds_from(json.loads(json.dumps(speeds.plain()))) == speeds
 
 
+def test_plan_measured_on_a_busy_machine_says_so():
+    recipe = load_recipe("pocket-dspark")
+    config, counts = TargetSpec.from_pretrained("pocket").config, assumed_counts(100, 50, 60)
+    quiet = made_up_speeds({"dspark": recipe})
+    for share, said in ((0.95, False), (0.2, True)):
+        speeds = replace(quiet, share=share)
+        plan = make_plan(recipe, config, counts, MACHINES["laptop-cpu"], speeds=speeds)
+        assert any("20% of a core" in note for note in plan.notes) == said
+
+
 def made_up_speeds(recipes: dict[str, Recipe]) -> Speeds:
     train = {speed_key(r): TrainSpeed(0.05, 400.0, 0.01, 0.02, 0.3, 0.4) for r in recipes.values()}
     methods = dict.fromkeys(("plain", "transformers generate", "prompt lookup", *recipes), 0.01)
@@ -619,5 +682,7 @@ def test_quickstart_takes_its_phases_by_the_names_that_its_plan_gives_them(
     )
     assert set(planned) == set(took)
     assert planned["answers"].value == pytest.approx(5 * 0.01 + 59 * 0.02 + 5 * 59 * 0.001)
-    # Twice, each method's four tokens for the prompt and for its warm-up; lookup and draft accept 1.2.
-    assert planned["evaluation"].value == pytest.approx(2 * 2 * 4 * 0.01 * (2 + 2 / 1.2))
+    # Twice, four methods on the prompt and once more to warm up: a prefill and four tokens, of which lookup
+    # takes 1.4 a round and the draft 1.2.
+    tokens = 4 * 0.01 * (2 + 1 / 1.4 + 1 / 1.2)
+    assert planned["evaluation"].value == pytest.approx(2 * 2 * (4 * 0.01 + tokens))

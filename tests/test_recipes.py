@@ -204,7 +204,7 @@ def test_page_of_costs_is_what_the_script_computes():
     assert text.split(reproduce_cost.BEGIN)[1].split(reproduce_cost.END)[0] == reproduce_cost.table()
     # 38 TB at 30,726 bytes a token for Qwen3-4B is where the token count comes from: it must come back.
     plan = reproduce_cost.published_plan("dspark/qwen3-4b")
-    assert plan.sections["disk"]["cache in bfloat16, all positions"].value == pytest.approx(38e12)
+    assert plan.sections["disk"]["cache in bf16, all positions"].value == pytest.approx(38e12)
     server = {"process": "at 400, in process", "server": "at 25 GPU-hours for 4B"}
     for engine, words in server.items():
         hours = reproduce_cost.published_plan("dspark/qwen3-4b", engine).sections["time"]["regeneration"]

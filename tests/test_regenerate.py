@@ -19,7 +19,7 @@ from deepspec.data.answers import beside
 from deepspec.data.conversations import Conversation, conversation_from_row, read_conversations
 from deepspec.data.dialogue import Dialogue, turns_of
 from deepspec.data.regenerate import regenerate, row_seed
-from deepspec.data.tokens import prompt_ids
+from deepspec.data.tokens import encode_turns, prompt_ids
 from deepspec.decode import generate
 from deepspec.errors import DataError, UserError
 from deepspec.files import JsonlWriter
@@ -145,6 +145,24 @@ def test_several_turns_equal_asking_one_after_the_other(target, tmp_path):
         every = [*[None] * kept, *ids]
         assert found[conversation.id]["messages"] == history
         assert found[conversation.id]["answer_ids"] == (every[0] if len(every) == 1 else every)
+
+
+def test_training_supervises_the_very_tokens_that_were_generated(target, tmp_path):
+    """Each turn after the prompt that the target was given for it, id for id."""
+    row = conversation_from_row({"id": "x", "turns": ["say red", "and blue", "and green?"]})
+    regenerate(target, [row], tmp_path / "a.jsonl", max_new_tokens=9, seed=3)
+    (answered,) = read_conversations(tmp_path / "a.jsonl")
+    supervised, expected = [], []
+    for sequence in encode_turns(target.tokenizer, answered, False):
+        produced = zip(sequence.ids, sequence.loss_mask, strict=True)
+        supervised += [token for token, mask in produced if mask]
+    for turn, ids in enumerate(answered.meta["answer_ids"]):
+        prompt = prompt_ids(target.tokenizer, answered.messages[: 2 * turn + 1], False)
+        seed = row_seed(3, "x", turn)
+        stops = target.stop_token_ids
+        assert ids == generate(target, None, prompt, 9, 1.0, seed=seed, stop_token_ids=stops).token_ids
+        expected += ids
+    assert supervised == expected
 
 
 def test_a_seed_belongs_to_row_and_turn():

@@ -152,7 +152,7 @@ def test_provenance_streams_and_says_what_rows_share(
             assert sum(reference() is not None for reference in alive) <= 2, "rows pile up"
 
     monkeypatch.setattr(workflow, "read_conversations", watched)
-    found = workflow.provenance(recipe, target, path)
+    found = workflow.provenance(recipe, target, workflow.data_facts(path))
     assert (found["data_rows"], found["data_hash"]) == (2, whole)
     assert (found["sampling"], found["data"]["thinking"], found["system_prompt"]) == (
         {"t": 1},

@@ -36,7 +36,7 @@ class Features(StrEnum):
 
 
 class Store(StrEnum):
-    bfloat16 = "bfloat16"
+    bf16 = "bf16"
     fp8 = "fp8"
     int8 = "int8"
 
@@ -78,12 +78,12 @@ def plan(
         float | None, typer.Option("--answer-tokens", min=1, help="Of an answer, on average.")
     ] = None,
     features: Annotated[
-        Features, typer.Option("--features", help="Where features come from.")
-    ] = Features.online,
-    store: Annotated[Store, typer.Option("--store", help="Number format of a cache.")] = Store.bfloat16,
+        Features | None, typer.Option("--features", help="Where from; by default as the recipe says.")
+    ] = None,
+    store: Annotated[Store, typer.Option("--store", help="Number format of a cache.")] = Store.bf16,
     positions: Annotated[
-        Positions, typer.Option("--positions", help="All in a cache, or those that the loss reads.")
-    ] = Positions.all,
+        Positions, typer.Option("--positions", help="In a cache: what the loss reads, or all as published.")
+    ] = Positions.read,
     cache_dir: Annotated[
         Path, typer.Option("--cache-dir", help="On the disk that has to hold it all.")
     ] = Path("."),
@@ -111,24 +111,28 @@ def plan(
     choices = Choices.answering(
         engine.value,
         batch,
-        features=features.value,
+        features="online" if features is None else features.value,
         store=store.value,
         positions=positions.value,
         free_disk=free_bytes(cache_dir),
     )
     if recipe == QUICKSTART:
-        if overrides or machine not in (None, "here"):
+        ignored = (overrides, data, rows, prompt_tokens, answer_tokens, share, batch)
+        if any(given is not None for given in ignored) or machine not in (None, "here"):
             raise UserError(
                 "the quickstart is planned as it is, on this machine",
-                next_step="give it no overrides, and no other --machine",
+                next_step="leave out overrides, counts and machines; --fast, --measure, --explain go with it",
             )
         _plan_quickstart(fast, choices, watts, measure, explain, as_json)
         return
     from deepspec.config import load_recipe
+    from deepspec.workflow import ANSWER_ROWS
 
     settings = load_recipe(recipe, overrides or [])
     config, tokenizer, notes = target_facts(settings.target)
     row, speeds = chosen_machine(settings, machine, measure, data)
+    if settings.data.train.startswith("pocket:") and data is None and batch is None:
+        choices = replace(choices, batch=ANSWER_ROWS)  # `train` answers these itself
     if speeds is not None and answer_tokens is None:
         answer_tokens = sum(speeds.answers) / len(speeds.answers)
     counts = training_counts(settings, tokenizer, data, rows, prompt_tokens, answer_tokens)

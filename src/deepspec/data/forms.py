@@ -8,8 +8,7 @@ A request log pairs what was asked with what was answered::
 The first choice becomes the last message. A request that got no answer (no response, an error, a status other
 than 200) is a prompt: the target can answer it later. What else was asked and answered goes to ``meta``.
 
-Messages are taken as such clients write them: ``content`` as a list of text parts is joined, ``developer`` is
-``system``, and keys that hold nothing are left out. Anything else is for the schema to accept or refuse.
+A ``developer`` is a ``system``. Anything else is for the schema (`data.messages`) to accept or refuse.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def openai_row(row: Mapping[str, Any], where: str | None) -> Mapping[str, Any]:
     if key and not any(row.get(form) is not None for form in _PLAIN_FORMS):
         return _from_log(row, key, where)
     if isinstance(row.get("messages"), list):
-        return {**row, "messages": [_message(m, where) for m in row["messages"]]}
+        return {**row, "messages": [_message(m) for m in row["messages"]]}
     return row
 
 
@@ -51,7 +50,7 @@ def _from_log(row: Mapping[str, Any], key: str, where: str | None) -> dict[str, 
             next_step="log a streamed answer as the one whole response that its parts add up to",
         )
     response = _unwrapped(response or {}, "choices")
-    messages = [_message(m, where) for m in request["messages"]]
+    messages = [_message(m) for m in request["messages"]]
     answer, reason = _answer(row, response, where)
     meta: dict[str, Any] = {"request": {k: v for k, v in request.items() if k not in ("messages", "tools")}}
     if answer is not None:
@@ -93,31 +92,15 @@ def _answer(
             where=where,
             next_step="log a streamed answer as the one whole response that its parts add up to",
         )
-    message = _message({"role": "assistant", **first["message"]}, where)
+    message = _message({"role": "assistant", **first["message"]})
     if "reasoning" in message:  # newer servers' name of the same thing
         message.setdefault("reasoning_content", message.pop("reasoning"))
     says = message.get("content") or message.get("tool_calls")
     return (message if says else None), first.get("finish_reason")
 
 
-def _message(message: Any, where: str | None) -> Any:
-    """One message without empty keys, its text in one piece; what is not an object is left to the schema."""
-    if not isinstance(message, Mapping):
-        return message
-    plain = {k: v for k, v in message.items() if k in ("role", "content") or v not in (None, [], {})}
-    if plain.get("role") == "developer":
-        plain["role"] = "system"
-    if isinstance(plain.get("content"), list):
-        plain["content"] = "".join(_part(part, where) for part in plain["content"])
-    return plain
-
-
-def _part(part: Any, where: str | None) -> str:
-    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise DataError(
-        f"a message's content holds a part of type {kind!r}, expected 'text' only",
-        where=where,
-        next_step="drafts are trained on text: remove the row",
-    )
+def _message(message: Any) -> Any:
+    """One message with the roles of the schema, which does the rest; what is no object is left to it."""
+    if isinstance(message, Mapping) and message.get("role") == "developer":
+        return {**message, "role": "system"}
+    return message

@@ -19,7 +19,7 @@ from typing import Any
 
 from deepspec.drafts.base import DraftSpec
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "bf16": 2, "fp8": 1, "int8": 1}
 SCALE_BYTES = 4
 """Of one float32 scale, per token and vector, beside a vector in fp8 or int8."""
 ID_BYTES = 6
@@ -95,52 +95,108 @@ def number(value: float) -> str:
 class Dimensions:
     """A target's size, from its config alone.
 
-    total: all parameters. body: matrix weights of the layers. active: those of them that a token passes
-    (fewer in a mixture of experts). attention: query heads × head width.
-    kv: numbers kept by token and layer.
+    mixing, mlp, routed, chosen: matrix weights of a layer's attention, of a dense MLP, of a mixture of
+    experts, and of those experts that a token passes. sparse: layers with a mixture. queries: query heads ×
+    head width. kv: numbers kept by token and layer. copies: 1 where embedding and head are one.
     """
 
     hidden: int
-    intermediate: int
     layers: int
-    attention: int
-    kv: int
     vocab: int
-    total: int
-    body: int
-    active: int
+    queries: int
+    kv: int
+    mixing: int
+    mlp: int
+    sparse: int
+    routed: int
+    chosen: int
+    copies: int
     dtype: str
+
+    @property
+    def body(self) -> int:
+        """Matrix weights of the layers."""
+        return int(body_weights(self, self.routed).value)
+
+    @property
+    def active(self) -> int:
+        """Those that a token passes."""
+        return int(body_weights(self, self.chosen).value)
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return int(target_parameters(self).value)
+
+
+def body_weights(dims: Dimensions, experts: int) -> Figure:
+    """Matrix weights of the layers; experts: of a mixture, all of them or those that a token passes."""
+    return figure(
+        "parameters",
+        "layers * attention + (layers - sparse) * mlp + sparse * experts",
+        layers=dims.layers,
+        attention=dims.mixing,
+        sparse=dims.sparse,
+        mlp=dims.mlp,
+        experts=experts,
+    )
+
+
+def target_parameters(dims: Dimensions) -> Figure:
+    """Layers, two norms in each and one at the end, embedding and head."""
+    return figure(
+        "parameters",
+        "body + (2 * layers + 1) * hidden + copies * vocab * hidden",
+        body=body_weights(dims, dims.routed),
+        layers=dims.layers,
+        hidden=dims.hidden,
+        copies=dims.copies,
+        vocab=dims.vocab,
+    )
+
+
+def draft_parameters(spec: DraftSpec, own: int) -> Figure:
+    """The draft's own; `small`: its norms and its confidence head, what is left of `own`."""
+    rest, pair = layer_weights(spec)
+    fc = len(spec.target_layer_ids) * spec.shape.hidden**2
+    markov = spec.markov_rank * (spec.vocab_size + (spec.draft_vocab_size or spec.vocab_size))
+    return figure(
+        "parameters",
+        "fc + layers * weights + markov + small",
+        fc=fc,
+        layers=spec.num_layers,
+        weights=rest + pair,
+        markov=markov,
+        small=own - fc - spec.num_layers * (rest + pair) - markov,
+    )
 
 
 def dimensions(config: Mapping[str, Any]) -> Dimensions:
     """Of a target's raw text config. Layers are counted as softmax attention (or DeepSeek's latent attention)
     with a gated MLP or routed experts; what else a family has is small, or is not counted."""
-    d, depth, vocab = (int(config[k]) for k in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    d, depth = int(config["hidden_size"]), int(config["num_hidden_layers"])
     heads = int(config.get("num_attention_heads") or 1)
     kv_heads = int(config.get("num_key_value_heads") or heads)
     size = int(config.get("head_dim") or d // heads)
     weights, queries, kept = d * size * (2 * heads + 2 * kv_heads), heads * size, 2 * kv_heads * size
     if config.get("kv_lora_rank"):
         weights, queries, kept = _latent_attention(config, d, heads)
-    wide = int(config.get("intermediate_size") or 4 * d)
-    sparse, routed, active = _experts(config, d, depth)
-    dense = (depth - sparse) * 3 * d * wide
-    body = depth * weights + dense + sparse * routed
-    norms = depth * 2 * d + d
+    sparse, routed, chosen = _experts(config, d, depth)
     # Config files leave out what equals their class's default: tied in these families, not in the others.
     usual = str(config.get("model_type", "")).startswith(("gemma", "cohere"))
-    copies = 1 if config.get("tie_word_embeddings", usual) else 2
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     return Dimensions(
         hidden=d,
-        intermediate=wide,
         layers=depth,
-        attention=queries,
+        vocab=int(config["vocab_size"]),
+        queries=queries,
         kv=kept,
-        vocab=vocab,
-        total=body + norms + copies * vocab * d,
-        body=body,
-        active=depth * weights + dense + sparse * active,
+        mixing=weights,
+        mlp=3 * d * int(config.get("intermediate_size") or 4 * d),
+        sparse=sparse,
+        routed=routed,
+        chosen=chosen,
+        copies=1 if config.get("tie_word_embeddings", usual) else 2,
         dtype=dtype if dtype in BYTES else "bfloat16",
     )
 
@@ -178,14 +234,14 @@ def _experts(config: Mapping[str, Any], d: int, depth: int) -> tuple[int, int, i
 def cache_bytes_per_token(
     hidden: int,
     layers: int,
-    dtype: str = "bfloat16",
+    dtype: str = "bf16",
     *,
     features_share: float = 1.0,
     last_share: float = 1.0,
 ) -> Figure:
     """Bytes that a feature cache takes for one token.
 
-    hidden: d. layers: m feature layers; the last hidden state is one vector more. dtype: bfloat16, or fp8 or
+    hidden: d. layers: m feature layers; the last hidden state is one vector more. dtype: bf16, or fp8 or
     int8 with a float32 scale per token and vector. features_share, last_share: of the positions whose feature
     vectors, and whose last hidden state, are stored.
     """
@@ -206,7 +262,7 @@ def cache_bytes(
     tokens: float,
     hidden: int,
     layers: int,
-    dtype: str = "bfloat16",
+    dtype: str = "bf16",
     *,
     features_share: float = 1.0,
     last_share: float = 1.0,
@@ -338,7 +394,7 @@ def forward_flops(dims: Dimensions, tokens: float, reach: float, *, logits: floa
         tokens=tokens,
         active=dims.active,
         layers=dims.layers,
-        queries=dims.attention,
+        queries=dims.queries,
         keys=reach,
         logits=logits,
         vocab=dims.vocab,
