@@ -346,9 +346,7 @@ def one_gpu_table(figures: Results) -> str:
         features, training = work["features, an epoch"], work["training, an epoch"]
         left = features / (recipe.optim.epochs or 1) + training
         share = ANSWERS / found["data"]["rows"].value
-        disk = (
-            share * found["disk"][f"cache in {f}, what the loss reads"].value for f in ("bfloat16", "fp8")
-        )
+        disk = (share * found["disk"][f"cache in {f}, what the loss reads"].value for f in ("bf16", "fp8"))
         cells = [f"{part / (features + training):.0%}" for part in (features, left)]
         rows.append([f"`{algorithm}/one-gpu`", *cells, *(f"{b / 1e9:,.0f} GB" for b in disk)])
     heads = "recipe", "operations spent on features online", "operations left with a cache"

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from kills import in_child
+
 
 class _Counted(io.FileIO):
     """An unbuffered file whose writes are durable operations."""
@@ -61,19 +63,6 @@ def at_operation(act: Callable[[int, Callable[[], None]], None]) -> Iterator[Non
     opened, synced = patch.object(io, "open", opening), patch.object(os, "fsync", fsync)
     with opened, synced, patch.object(os, "replace", replace):
         yield
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """The process id of a fork that does the work and exits 0."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return child
 
 
 def ended(child: int) -> bool:

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -385,12 +386,12 @@ def test_planned_bytes_of_a_cache_are_those_that_writing_one_counts(targets: dic
 
 
 def test_single_change_that_fits_is_named_alone_and_really_plans():
-    plan = plan_of("dspark/qwen3-4b", "rtx4090")
-    assert not plan.fits
+    plan = plan_of("dspark/qwen3-4b", "rtx4090", engine="server")
+    assert [n.what for n in plan.needs if not n.fits] == ["accelerator memory, training"]
     change = cheapest_change(plan, QWEN3_4B, published_counts())
     assert change is not None and len(change.words) == 1
     key, _, value = change.words[0].partition("=")
-    again = plan_of("dspark/qwen3-4b", "rtx4090", f"{key}={value}")
+    again = plan_of("dspark/qwen3-4b", "rtx4090", f"{key}={value}", engine="server")
     assert again.fits and again.needs == change.plan.needs
 
 
@@ -399,6 +400,17 @@ def test_several_changes_are_named_where_no_single_one_is_enough_and_none_that_i
     change = cheapest_change(plan, QWEN3_4B, published_counts(), machines=False)
     assert change is not None and change.plan.fits and len(change.words) > 1
     assert "--store fp8" not in change.words
+
+
+def test_answers_that_do_not_fit_at_once_are_written_fewer_at_a_time():
+    """Sixteen answers of 4,096 tokens have 10 GB of keys and values, in a store that may be twice as big."""
+    plan = plan_of("eagle3/one-gpu", "rtx4090", "data.max_length=4096", "num_anchors=1", engine="process")
+    answering = plan.sections["memory of the accelerator"]["answering"]
+    assert answering.value == 2 * 4_022_458_880 + 2 * 16 * 4096 * 2 * 36 * 2048
+    again = plan_of("dspark/one-gpu", "rtx4090", "data.max_length=4096")
+    assert [n.what for n in again.needs if not n.fits] == ["accelerator memory, answering"]
+    change = cheapest_change(again, QWEN3_4B, published_counts())
+    assert change is not None and change.words == ("--batch 8",)
 
 
 def test_nothing_is_promised_where_nothing_helps():
@@ -464,7 +476,9 @@ def test_json_of_a_plan_has_every_figure_with_its_formula(tmp_path: Path):
             assert set(each) == {"value", "unit", "formula"} and " = " in each["formula"]
     cache = found["sections"]["disk"]["cache in bf16, all positions"]
     assert cache["formula"].startswith("tokens × bytes_per_token = ") and "× 30,726" in cache["formula"]
-    assert {n["what"] for n in found["needs"]} == {"disk", "accelerator memory", "host memory"}
+    assert {n["what"] for n in found["needs"]} == {
+        "disk", "accelerator memory, training", "accelerator memory, answering", "host memory",
+    }  # fmt: skip
     assert found["machine"]["name"] == "rtx4090" and found["change"] is None
 
 
@@ -514,7 +528,7 @@ def test_prompts_without_answers_are_counted_and_their_answers_said_to_be_assume
     counts = count_file(path, None, answer=300.0)
     assert (counts.prompts, counts.answers, counts.answered) == ((10.0, 20.0), (300.0, 300.0), False)
     assert "4 characters a token (assumed)" in counts.notes[0]
-    assert "answers of 300 tokens (assumed" in counts.notes[1]
+    assert "answers of 300 tokens (expected" in counts.notes[1]
 
 
 def test_long_file_is_sampled_over_all_of_it_and_long_lines_count_once(tmp_path: Path):
@@ -590,7 +604,7 @@ def test_step_takes_the_memory_that_its_plan_says():
         asked.append((name, overrides, rows, length))
         counts = assumed_counts(100, 2, length - 2)
         plan = make_plan(load_recipe(name, overrides), config, counts, MACHINES["laptop-cpu"])
-        wanted.append(sum(plan.sections["memory for training"][part].value for part in parts))
+        wanted.append(sum(plan.sections["memory of the model"][part].value for part in parts))
     command = [sys.executable, "-c", STEP, json.dumps(asked)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     ratios = [took / want for took, want in zip(json.loads(result.stdout), wanted, strict=True)]
@@ -627,6 +641,16 @@ def test_speeds_read_back_as_they_were_written():
     assert speeds_from(json.loads(json.dumps(speeds.plain()))) == speeds
 
 
+def test_plan_measured_on_a_busy_machine_says_so():
+    recipe = load_recipe("pocket-dspark")
+    config, counts = TargetSpec.from_pretrained("pocket").config, assumed_counts(100, 50, 60)
+    quiet = made_up_speeds({"dspark": recipe})
+    for share, said in ((0.95, False), (0.2, True)):
+        speeds = replace(quiet, share=share)
+        plan = make_plan(recipe, config, counts, MACHINES["laptop-cpu"], speeds=speeds)
+        assert any("20% of a core" in note for note in plan.notes) == said
+
+
 def made_up_speeds(recipes: dict[str, Recipe]) -> Speeds:
     train = {speed_key(r): TrainSpeed(0.05, 400.0, 0.01, 0.02, 0.3, 0.4) for r in recipes.values()}
     methods = dict.fromkeys(("plain", "transformers generate", "prompt lookup", *recipes), 0.01)
@@ -658,5 +682,7 @@ def test_quickstart_takes_its_phases_by_the_names_that_its_plan_gives_them(
     )
     assert set(planned) == set(took)
     assert planned["answers"].value == pytest.approx(5 * 0.01 + 59 * 0.02 + 5 * 59 * 0.001)
-    # Twice, each method's four tokens for the prompt and for its warm-up; lookup and draft accept 1.2.
-    assert planned["evaluation"].value == pytest.approx(2 * 2 * 4 * 0.01 * (2 + 2 / 1.2))
+    # Twice, four methods on the prompt and once more to warm up: a prefill and four tokens, of which lookup
+    # takes 1.4 a round and the draft 1.2.
+    tokens = 4 * 0.01 * (2 + 1 / 1.4 + 1 / 1.2)
+    assert planned["evaluation"].value == pytest.approx(2 * 2 * (4 * 0.01 + tokens))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepspec.data.quantise import FORMATS, dequantise, quantise, vector_bytes
+from deepspec.data.quantise import FORMATS, dequantise, largest_of, quantise, vector_bytes
 from reference.quantise import naive_fp8, naive_int8
 
 NAIVE = {"int8": naive_int8, "fp8": naive_fp8}
@@ -72,6 +72,14 @@ def test_a_loud_vector_does_not_drown_a_quiet_one(form: str) -> None:
     alone = dequantise(quantise(quiet[None], form), torch.float32)
     assert torch.equal(together[:1], alone)
     assert (together[0] - quiet).norm() / quiet.norm() < 0.04
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_the_largest_of_a_vector_shows_whether_all_of_it_is_finite(bad: float, dtype: torch.dtype) -> None:
+    vectors = torch.tensor([[1.0, -3.0], [-0.5, 0.25], [bad, 0.0], [0.0, bad]]).to(dtype)
+    assert largest_of(vectors)[:2].tolist() == [3.0, 0.5]
+    assert largest_of(vectors).isfinite().tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -6,7 +6,7 @@ Positions are 0-based token indices. "Supervised" means `loss_mask` is 1 there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -241,6 +241,11 @@ READ_RULES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Reads]] = {
 }
 """(loss_mask [B, S], lengths [B], segment_ids [B, S] or None) -> Reads, by the name that a feature cache
 keeps: DFlash reads `context`, DSpark `context` and `labels`, Eagle-3 `unroll`."""
+
+
+def with_last_hidden(rules: Collection[str]) -> bool:
+    """Whether some of these READ_RULES read last hidden states."""
+    return not {"labels", "unroll"}.isdisjoint(rules)
 
 
 def _before_any(marked: Tensor, segment_ids: Tensor | None, *, itself: bool) -> Tensor:

@@ -116,7 +116,7 @@ def measure(
     """
     if not prompts:
         raise DataError("no prompts to measure with", next_step="add --prompts FILE.jsonl")
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     target = Target.from_pretrained(name)
     load = time.perf_counter() - began
     with progress("measuring this machine", 3 + len(recipes)) as bar:
@@ -128,7 +128,7 @@ def measure(
             trained[speed_key(recipe)] = _training(target, recipe, rows)
             bar.update()
         spent, after = time.perf_counter() - before, read_joules(target.device)
-        methods, report = _evaluation(target, ready_made, prompts) if ready_made else ({}, 0.0)
+        methods, report = _evaluation(target, ready_made, prompts, speeds.prompt) if ready_made else ({}, 0.0)
         bar.update()
     kept = kept_speeds(name, ())
     found = replace(
@@ -138,6 +138,7 @@ def measure(
         methods=methods or (kept.methods if kept else {}),
         report=report or (kept.report if kept else 0.0),
         watts=None if meter is None or after is None else (after - meter) / spent,
+        share=(time.process_time() - worked) / (time.perf_counter() - began),
     )
     write_json(record_path(name), found.plain())
     note(f"measured this machine in {time.perf_counter() - began:.0f} s")
@@ -280,9 +281,9 @@ def _steps(
 
 
 def _evaluation(
-    target: Target, ready_made: Mapping[str, str], prompts: Sequence[Conversation]
+    target: Target, ready_made: Mapping[str, str], prompts: Sequence[Conversation], prefill: float
 ) -> tuple[dict[str, float], float]:
-    """(seconds of a round of one prompt alone, by method; of a report)."""
+    """(seconds of a round of one prompt alone, by method, its prefill left out; of a report)."""
     assert target.tokenizer is not None
     drafts: dict[str, Draft] = {name: load_draft(path, target) for name, path in ready_made.items()}
     domains = list({c.domain: c for c in prompts}.values())[:2]
@@ -299,7 +300,8 @@ def _evaluation(
     found = {}
     for row in result["rows"]:
         rounds = sum(p["rounds"] or p["tokens"] for p in row["per_prompt"])
-        found[row["method"]] = sum(p["seconds"] for p in row["per_prompt"]) / rounds
+        spent = sum(p["seconds"] - prefill for p in row["per_prompt"])
+        found[row["method"]] = max(spent, 0.0) / rounds
     curve = [{"step": i, "loss": 1.0, "tau_estimate": 1.0, "seconds": float(i)} for i in range(30)]
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deepspec import pocket
+from deepspec.blocks import with_last_hidden
 from deepspec.build import feature_layers, read_rules
 from deepspec.checkpoint import AnyDraft, find_checkpoint, load_draft, load_provenance
 from deepspec.compare import MODE, mode_differences
@@ -22,7 +23,7 @@ from deepspec.config import Recipe, dump_recipe, feature_source, load_recipe
 from deepspec.data.cache import SHARD_BYTES, Plan, Written, plan_cache, write_cache
 from deepspec.data.cached import cached, cached_rows, check_rows, open_cache
 from deepspec.data.conversations import Conversation, content_hash, read_conversations
-from deepspec.data.feature_launch import refuse_sglang, with_last_hidden
+from deepspec.data.feature_launch import refuse_sglang
 from deepspec.data.features import Source, load_rows, open_source
 from deepspec.data.regenerate import regenerate
 from deepspec.data.tokens import Encoded, system_hash, template_hash, tokenizer_hash

@@ -170,13 +170,13 @@ def features_server(
     from deepspec.config import load_recipe
 
     settings = load_recipe(recipe, overrides or [])
+    from deepspec.blocks import with_last_hidden
     from deepspec.build import draft_spec, read_rules
     from deepspec.data.feature_launch import (
         STORAGE,
         sglang_command,
         stream_ids,
         vllm_command,
-        with_last_hidden,
     )
     from deepspec.pocket import packaged
     from deepspec.target import TargetSpec

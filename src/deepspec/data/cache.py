@@ -29,7 +29,7 @@ from torch import Tensor
 
 from deepspec.blocks import READ_RULES, FeatureBatch, Reads
 from deepspec.data.features import Source, online, padded
-from deepspec.data.quantise import quantise, vector_bytes
+from deepspec.data.quantise import largest_of, quantise, vector_bytes
 from deepspec.data.tokens import Encoded
 from deepspec.errors import DataError, TargetError, UserError
 from deepspec.files import atomic_file, claimed, is_disk_full, write_json
@@ -238,33 +238,33 @@ def shard_tensors(rows: Sequence[Encoded], source: Source, facts: Mapping[str, A
         batch = source([rows[i] for i in picked], len(rows[picked[0]].ids))
         for name, (vectors, counts) in _stored_vectors(batch, facts).items():
             stored = quantise(vectors, facts["dtype"])
-            for suffix, found, dim in (("", stored.values, -2), (".scale", stored.scales, -1)):
+            for suffix, found in (("", stored.values), (".scale", stored.scales)):
                 if found is not None:
-                    for i, part in zip(picked, found.cpu().split(counts, dim), strict=True):
+                    for i, part in zip(picked, found.cpu().split(counts), strict=True):
                         parts[i][name + suffix] = part
-    tensors = {
-        name: torch.cat([part[name] for part in parts], dim=1 if name.startswith("features") else 0)
-        for name in parts[0]
-    }
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    for name in tensors:
+        if name.startswith("features"):
+            tensors[name] = tensors[name].transpose(0, 1).contiguous()
     tensors["ids"] = torch.tensor([t for row in rows for t in row.ids], dtype=torch.int32)
     tensors["loss_mask"] = torch.tensor([m for row in rows for m in row.loss_mask], dtype=torch.uint8)
     return tensors
 
 
 def _stored_vectors(batch: FeatureBatch, facts: Mapping[str, Any]) -> dict[str, tuple[Tensor, list[int]]]:
-    """features [m, N, d] and hidden [N, d] of the batch's stored positions, row after row, and how many of
-    them are each row's."""
+    """features [N, m, d] and hidden [N, d] of the batch's stored positions, row after row, and how many of
+    them are each row's. Raises TargetError where one of them is not finite."""
     reads = stored_positions(batch.loss_mask, batch.lengths, facts["reads"])
     assert batch.last_hidden is not None
-    layers = batch.features[reads.features].unflatten(-1, (-1, facts["hidden_size"])).transpose(0, 1)
+    layers = batch.features[reads.features].unflatten(-1, (-1, facts["hidden_size"]))
     found = {
         "features": (layers, reads.features.sum(1).tolist()),
         "hidden": (batch.last_hidden[reads.hidden], reads.hidden.sum(1).tolist()),
     }
     for vectors, counts in found.values():
-        finite = vectors.isfinite().all(-1)
+        finite = largest_of(vectors).isfinite()
         if not bool(finite.all()):
-            *layer, at = (~finite).nonzero()[0].tolist()
+            at, *layer = (~finite).nonzero()[0].tolist()
             row = next(r for r in range(len(counts)) if at < sum(counts[: r + 1]))
             where = f"layer {facts['layers'][layer[0]]}" if layer else "its last hidden states"
             raise TargetError(

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deepspec.blocks import FeatureBatch
+from deepspec.blocks import FeatureBatch, with_last_hidden
 from deepspec.data.cache import FORMAT, INDEX, RowCounts, differences, file_hash, stored_positions
 from deepspec.data.features import Source, online, padded
 from deepspec.data.quantise import Stored, dequantise
@@ -33,8 +33,6 @@ from deepspec.target import Target
 
 CHECKED = ".checked.json"
 """Size and time of the shards whose checksums were found right, so that they are read for it only once."""
-WITH_HIDDEN = {"labels", "unroll"}
-"""Rules that read last hidden states."""
 FAR = 0.2
 """Relative distance of features that are not the same target's. Another order of summation gives some 0.01 in
 bfloat16, fp8 0.03; other weights give more than 1."""
@@ -112,7 +110,7 @@ def cached(
     source does for rows that are not in it.
     """
     _check_fit(cache, target, layers, reads, remedy)
-    source = _reader(cache, target, layers, bool(WITH_HIDDEN & set(reads)))
+    source = _reader(cache, target, layers, with_last_hidden(reads))
     _check_numbers(cache, target, layers, source, remedy)
     return source
 

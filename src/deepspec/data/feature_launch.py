@@ -21,11 +21,6 @@ SPARE = 8
 """Tokens of context beyond the longest row: the servers generate one, and reserve a few."""
 
 
-def with_last_hidden(reads: Sequence[str]) -> bool:
-    """Whether some of these `blocks.READ_RULES` read last hidden states."""
-    return bool({"labels", "unroll"} & set(reads))
-
-
 def stream_ids(layers: Sequence[int], depth: int, last_hidden: bool) -> list[int]:
     """vLLM's numbers of these layers' outputs, in their order, and then the last layer's if asked for."""
     return [layer + 1 for layer in layers] + ([depth] if last_hidden else [])

@@ -25,8 +25,8 @@ import httpx
 import torch
 from torch import Tensor
 
-from deepspec.blocks import FeatureBatch
-from deepspec.data.feature_launch import sglang_command, stream_ids, vllm_command, with_last_hidden
+from deepspec.blocks import FeatureBatch, with_last_hidden
+from deepspec.data.feature_launch import sglang_command, stream_ids, vllm_command
 from deepspec.data.feature_wire import Access, Passing, Read, Server, read_sglang, read_vllm
 from deepspec.data.features import padded
 from deepspec.data.tokens import Encoded

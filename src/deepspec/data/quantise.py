@@ -39,8 +39,7 @@ def quantise(vectors: Tensor, form: str) -> Stored:
     if form == "bf16":
         return Stored(vectors.to(torch.bfloat16), None)
     # In place from here on: at these widths memory is what costs time.
-    x = vectors.to(torch.float32, copy=True)
-    largest = torch.linalg.vector_norm(x, float("inf"), dim=-1)
+    x, largest = vectors.to(torch.float32, copy=True), largest_of(vectors).float()
     if form == "int8":
         scales = (largest / INT8_MAX).clamp(min=SMALLEST)
         return Stored(x.div_(scales[..., None]).round_().to(torch.int8), scales)
@@ -49,6 +48,14 @@ def quantise(vectors: Tensor, form: str) -> Stored:
     exponent = exponent + (mantissa > E4M3_MAX / 512).to(exponent.dtype) - 9
     scales = torch.ldexp(torch.ones_like(largest), exponent).clamp(min=SMALLEST)
     return Stored(x.div_(scales[..., None]).to(torch.float8_e4m3fn), scales)
+
+
+def largest_of(vectors: Tensor) -> Tensor:
+    """[...] max|x| of vectors [..., d]; not finite exactly where one of a vector's elements is not.
+
+    Two reductions: on a CPU they take a tenth of the time of abs, isfinite or a norm.
+    """
+    return torch.maximum(vectors.amax(-1), -vectors.amin(-1))
 
 
 def dequantise(stored: Stored, dtype: torch.dtype) -> Tensor:

@@ -1,13 +1,15 @@
 """What a recipe takes, before anything runs: `deepspec plan`.
 
-`costs` holds every formula once, `machines` rows of data, `counts` how much data there is, `phases` the
-seconds of each phase, `figures` the plan itself, `changes` what makes it fit. `deepspec.profile` measures.
+`costs` holds every formula once, `machines` rows of data, `counts` how much data there is, `asked` all that a
+plan depends on, `room` bytes, `hours` operations and seconds (`phases`: of each part), `figures` the plan
+itself, `changes` what makes it fit. `deepspec.profile` measures.
 """
 
+from deepspec.plan.asked import Choices
 from deepspec.plan.changes import Change, cheapest_change
 from deepspec.plan.costs import cache_bytes, cache_bytes_per_token, dimensions
 from deepspec.plan.counts import Counts, assumed_counts, published_counts
-from deepspec.plan.figures import Choices, Plan, make_plan
+from deepspec.plan.figures import Plan, make_plan
 from deepspec.plan.machines import MACHINES, Machine
 
 __all__ = [

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from deepspec.config import Recipe
 from deepspec.errors import DataError
+from deepspec.plan.asked import Choices
 from deepspec.plan.costs import BYTES
 from deepspec.plan.counts import Counts
-from deepspec.plan.figures import Choices, Plan, make_plan
+from deepspec.plan.figures import Plan, make_plan
 from deepspec.plan.machines import MACHINES, Machine
 
 
@@ -49,12 +50,12 @@ class Way(NamedTuple):
 def cheapest_change(
     plan: Plan, config: dict[str, Any], counts: Counts, machines: bool = True
 ) -> Change | None:
-    """The first change that makes everything fit; where no single one does, the fewest that do, in order.
+    """The first change that makes everything fit; where no single one does, several, none of them needless.
 
-    machines: whether another machine may be named. None where nothing here would do.
+    machines: whether another machine may be named, where no change of the rest is enough. None where nothing
+    here would do.
     """
     start = Setting(plan.recipe, plan.choices, plan.machine, counts)
-    ways = [*ladder(machines)]
 
     def planned(taken: Sequence[Way]) -> Plan | None:
         setting = changed(start, taken)
@@ -65,26 +66,32 @@ def cheapest_change(
         except DataError:
             return None  # cut so short that no row is left
 
-    for way in ways:
-        found = planned([way])
+    own, others = [*ladder()], [*other_machines()]
+    for ways in [own, others, own + others] if machines else [own]:
+        taken = next(([way] for way in ways if _fits(planned([way]))), None) or _several(plan, ways, planned)
+        found = planned(taken)
         if found is not None and found.fits:
-            return _change(start, [way], found)
+            return _change(start, taken, found)
+    return None
+
+
+def _fits(plan: Plan | None) -> bool:
+    return plan is not None and plan.fits
+
+
+def _several(plan: Plan, ways: Sequence[Way], planned: Callable[[Sequence[Way]], Plan | None]) -> list[Way]:
+    """Changes taken in order, each only where it lowers what does not fit, less those made needless later."""
     taken: list[Way] = []
     for way in ways:
         found = planned([*taken, way])
-        if found is None or not _less_over(found, plan):
-            continue
-        taken, plan = [*taken, way], found
+        if found is not None and _less_over(found, plan):
+            taken, plan = [*taken, way], found
         if plan.fits:
             break
-    else:
-        return None
-    for way in [*taken]:  # what a later change made needless
+    for way in [*taken]:
         fewer = [other for other in taken if other is not way]
-        found = planned(fewer)
-        if found is not None and found.fits:
-            taken, plan = fewer, found
-    return _change(start, taken, plan)
+        taken = fewer if _fits(planned(fewer)) else taken
+    return taken
 
 
 def changed(start: Setting, taken: Sequence[Way]) -> Setting | None:
@@ -110,11 +117,13 @@ def _less_over(new: Plan, old: Plan) -> bool:
 # ── the ladder ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def ladder(machines: bool = True) -> Iterator[Way]:
-    """Ways to need less, cheapest first."""
+def ladder() -> Iterator[Way]:
+    """Ways to need less on the same machine, cheapest first."""
     yield Way("nothing: positions that no loss reads are left out", _stored("positions", "read"))
     yield Way("some precision of the features", _stored("store", "fp8"))
     yield Way("the target's forward pass in every epoch", _stored("features", "online"))
+    for batch in (8, 4, 2, 1):
+        yield Way("fewer answers written at a time", _batch(batch))
     yield Way("smaller matrix products", _key("optim.micro_batch_size", 1))
     yield Way("rounded moments of the optimiser, and the bitsandbytes package", _narrow_states)
     yield Way("a coarser choice of the best checkpoint", _key("eval_prompts", 4))
@@ -124,11 +133,14 @@ def ladder(machines: bool = True) -> Iterator[Way]:
         yield Way("longer answers are cut", _key("data.max_length", length))
     for layers in (3, 2, 1):
         yield Way("a smaller draft", _key("draft.num_layers", layers))
-    for share in (2, 4, 10, 100, 1000):
+    for share in (2, 4, 10):
         yield Way("fewer rows to learn from", _rows(share))
-    if machines:
-        for name in MACHINES:
-            yield Way("another machine", _machine(name))
+
+
+def other_machines() -> Iterator[Way]:
+    """Accelerators with more memory, the smallest first."""
+    for name in MACHINES:
+        yield Way("another machine", _machine(name))
 
 
 def _stored(key: str, value: str) -> Callable[[Setting], Setting | None]:
@@ -139,6 +151,19 @@ def _stored(key: str, value: str) -> Callable[[Setting], Setting | None]:
             return None
         choices = replace(old, **{key: value})  # type: ignore[arg-type]
         return replace(setting, choices=choices, words=(*setting.words, f"--{key} {value}"))
+
+    return step
+
+
+def _batch(rows: int) -> Callable[[Setting], Setting | None]:
+    """Fewer answers decoded together."""
+
+    def step(setting: Setting) -> Setting | None:
+        if setting.choices.batch <= rows:
+            return None
+        kept = [word for word in setting.words if not word.startswith("--batch ")]
+        choices = replace(setting.choices, batch=rows)
+        return replace(setting, choices=choices, words=(*kept, f"--batch {rows}"))
 
     return step
 

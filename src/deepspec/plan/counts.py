@@ -146,7 +146,7 @@ def count_file(path: Path, tokenizer: Any, *, thinking: bool = False, answer: fl
         notes.append(f"{path.name}: no tokenizer here, {CHARACTERS:g} characters a token (assumed)")
     missing = any(given is None for _, given in found)
     if missing:
-        notes.append(f"answers of {answer:,.0f} tokens (assumed: {path.name} holds prompts only)")
+        notes.append(f"answers of {answer:,.0f} tokens (expected: {path.name} holds prompts only)")
     prompts = tuple(float(prompt) for prompt, _ in found)
     answers = tuple(answer if given is None else float(given) for _, given in found)
     return Counts(prompts, answers, weight, not missing, tuple(notes))

@@ -18,6 +18,8 @@ from deepspec.evaluate import HELD_OUT_ROWS
 from deepspec.plan.costs import BYTES, Dimensions, Figure, figure
 from deepspec.plan.machines import Machine
 
+QUIET = 0.7
+"""A measurement on processors that got less of a core was disturbed."""
 ASSUMED_TAU = 2.0
 """Accepted length of a draft in training: what an evaluation takes depends on it."""
 
@@ -44,8 +46,9 @@ class Speeds:
 
     load: of the target. encode: a training row. prompt: a prefill. A round of plain decoding takes
     round_base + round_row × rows in flight. answers, prompts: token counts of answers sampled from training
-    prompts, in the order of decoding. methods: one prompt decoded alone, (prefill, each round) by method.
-    watts: while training, None without a meter.
+    prompts, in the order of decoding. methods: a round of one prompt decoded alone, by method.
+    watts: while training, None without a meter. share: of a core that the measurement got; well below one,
+    other work was in its way.
     """
 
     machine: str
@@ -60,6 +63,7 @@ class Speeds:
     methods: dict[str, float] = field(default_factory=dict)
     report: float = 0.0
     watts: float | None = None
+    share: float = 1.0
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)

@@ -8,15 +8,16 @@ from typing import Any
 
 from deepspec.config import Recipe
 from deepspec.plan import phases
+from deepspec.plan.asked import Choices
 from deepspec.plan.costs import Figure, figure
 from deepspec.plan.counts import Counts
-from deepspec.plan.figures import Choices, Plan, make_plan
+from deepspec.plan.figures import Plan, make_plan
 from deepspec.plan.machines import Machine
 from deepspec.plan.phases import Speeds
 
 EARLY_TAU = 1.2
 """Accepted length of a draft trained for seconds: an assumption."""
-LOOKUP_TAU = 1.2
+LOOKUP_TAU = 1.4
 """Of prompt lookup on short prompts: an assumption."""
 
 
@@ -68,14 +69,16 @@ def quickstart_phases(
         )
     tau = {name: training_tau(plan.recipe) for name, plan in plans.items()} | {"prompt lookup": LOOKUP_TAU}
     each = [min(length, new_tokens) for length in phases.stretched(speeds.answers, tasks)]
-    # One prompt's tokens by every method; each method answers the first prompt once more, to warm up.
+    # A prompt by every method in turn; each method answers the first prompt once more, to warm up.
     found["evaluation"] = figure(
         "s",
-        "temperatures * (tasks + 1) * tokens * methods",
+        "temperatures * (tasks + 1) * (methods * prefill + tokens * token)",
         temperatures=len(temperatures),
         tasks=tasks,
         tokens=sum(each) / tasks,
-        methods=sum(seconds / tau.get(name, 1.0) for name, seconds in speeds.methods.items()),
+        methods=len(speeds.methods),
+        prefill=speeds.prompt,
+        token=sum(seconds / tau.get(name, 1.0) for name, seconds in speeds.methods.items()),
     )
     found["report"] = figure("s", "report", report=speeds.report)
     return found
