@@ -13,7 +13,8 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' requirements.lock)
-PIP := $(BIN)/python -m pip --disable-pip-version-check install
+# Packages are compiled as they are first imported: compiling all of them took as long as installing them.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 
 .PHONY: help quickstart test test-servers docs lint format soak clean
 .DEFAULT_GOAL := help

@@ -6,6 +6,7 @@ Every expectation is spelt out: the decoded runs of each sequence, and for each 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -396,6 +397,26 @@ def test_answer_ids_of_every_turn_stand_verbatim_and_null_is_tokenised(qwen: Pre
     assert (own.id, supervised_ids(own)) == ("row#1", [*odd, end])
     # The last was cut at a budget: its end of turn was never produced.
     assert supervised_ids(last) == [*ids_of(qwen, "five"), end, *odd]
+
+
+def test_turn_of_weight_0_is_context_whatever_ids_it_brings(qwen: PreTrainedTokenizerFast) -> None:
+    foreign: dict[str, Any] = {**says("five"), "weight": 0}
+    end = qwen.convert_tokens_to_ids("<|im_end|>")
+    asked = talk(user("q"), foreign, user("r"), says("four"), user("s"), foreign)
+    (row,) = encode_turns(qwen, asked, True)
+    assert supervised_ids(row) == [*ids_of(qwen, "four"), end]
+    assert qwen.decode(row.ids).count("five") == 1, "the first is read, the last is after all that is learnt"
+    assert row == encode_turns(qwen, replace(asked, meta={"answer_ids": [[1], None, [2]]}), True)[0]
+    with pytest.raises(DataError, match="every assistant turn has weight 0"):
+        encode_turns(qwen, talk(user("q"), foreign), True)
+
+
+def test_turn_that_needs_a_sequence_of_its_own_keeps_its_number_after_one_of_weight_0(
+    qwen: PreTrainedTokenizerFast,
+) -> None:
+    foreign: dict[str, Any] = {**says("five"), "weight": 0}
+    asked = talk(user("q"), foreign, user("r"), says("four", "2 and 2"), user("s"), says("five"))
+    assert [row.id for row in encode_turns(qwen, asked, True)] == ["row#2", "row"]
 
 
 def test_answer_ids_free_a_turn_from_what_the_template_can_write(tiny: PreTrainedTokenizerFast) -> None:

@@ -99,7 +99,32 @@ def test_answered_row_has_one_list_of_ids_or_one_per_assistant_turn():
     tool = Dialogue.begin(asked("x", said(u="1", a1="call", t="result", a2="old")))
     tool.answer("new", [5, 2], True, 2)
     assert tool.row({})["answer_ids"] == [None, [5, 2]]
-    assert tool.row({})["messages"] == said(u="1", a1="call", t="result", a2="new")
+    asked_, call, result, new = said(u="1", a1="call", t="result", a2="new")
+    assert tool.row({})["messages"] == [asked_, {**call, "weight": 0}, result, new]
+
+
+def test_target_never_reads_a_weight_that_a_row_brought_along():
+    messages = said(u="1", a1="call", t="result", a2="old")
+    messages[1]["weight"] = 0
+    dialogue = Dialogue.begin(asked("x", messages))
+    assert dialogue.prompt() == said(u="1", a1="call", t="result")
+    dialogue.answer("new", None, True, 2)
+    assert [m.get("weight") for m in dialogue.row({})["messages"]] == [None, 0, None, None]
+
+
+def test_turns_that_were_kept_for_their_tool_results_are_not_trained_on(target):
+    dialogue = Dialogue.begin(asked("x", said(u="1", a1="call", t="result", a2="old", u2="2")))
+    ids = [target.tokenizer.encode(text) for text in ("blue", "red")]
+    for tokens in ids:
+        dialogue.answer(target.tokenizer.decode(tokens), tokens, True, len(tokens))
+    row = conversation_from_row(dialogue.row({}))
+    supervised = [
+        token
+        for sequence in encode_turns(target.tokenizer, row, thinking=False)
+        for token, on in zip(sequence.ids, sequence.loss_mask, strict=True)
+        if on
+    ]
+    assert supervised == [*ids[0], *ids[1]]
 
 
 def test_text_without_ids_claims_none():
@@ -143,6 +168,8 @@ def test_several_turns_equal_asking_one_after_the_other(target, tmp_path):
             ids.append(answer.token_ids)
         kept = sum(m["role"] == "assistant" for m in history) - len(ids)
         every = [*[None] * kept, *ids]
+        for message in [m for m in history if m["role"] == "assistant"][:kept]:
+            message["weight"] = 0
         assert found[conversation.id]["messages"] == history
         assert found[conversation.id]["answer_ids"] == (every[0] if len(every) == 1 else every)
 

@@ -7,8 +7,9 @@ What is written::
 * ``messages``: at least one; roles ``system``, ``user``, ``assistant``, ``tool``. A system message may only
   come first; then a user; an assistant answers a user or a tool; a tool follows an assistant or a tool.
   Beside ``role`` and ``content`` an assistant may have ``tool_calls`` (OpenAI's form, ``arguments`` an object
-  or its JSON text) and ``reasoning_content``, a tool ``tool_call_id``, and everyone ``name``. Content may be
-  null where there are tool calls, and a list of text parts; both are kept as one text.
+  or its JSON text), ``reasoning_content`` and ``weight`` (0: context only, not the target's own turn), a tool
+  ``tool_call_id``, and everyone ``name``. Content may be null where there are tool calls, and a list of text
+  parts; both are kept as one text.
 * ``id`` (optional): defaults to the first 16 hex digits of the SHA-256 of the normalised prompt, so a prompt
   keeps its id when it is answered, or answered again.
 * ``domain`` (optional): the group that results are reported under.
@@ -42,6 +43,7 @@ from deepspec.data.lines import Skipped, refuse, text_lines
 from deepspec.data.messages import (
     Message,
     check_order,
+    is_trained,
     items_of,
     kind_of,
     messages_from,
@@ -184,16 +186,22 @@ def prompt_messages(conversation: Conversation) -> tuple[Message, ...]:
 
 
 def last_answer(conversation: Conversation) -> int:
-    """Index of the last assistant turn. Raises DataError when there is none."""
-    index = _last_assistant(conversation.messages)
-    if index is None:
+    """Index of the last assistant turn that is trained on. Raises DataError when there is none."""
+    trained = [i for i, message in enumerate(conversation.messages) if is_trained(message)]
+    if not trained and _last_assistant(conversation.messages) is not None:
+        raise DataError(
+            "every assistant turn has weight 0: nothing is left to train on",
+            where=conversation.where,
+            next_step="remove the weights of the turns that the target wrote, or remove the row",
+        )
+    if not trained:
         raise DataError(
             "conversation without an assistant turn",
             where=conversation.where,
             next_step="training needs answers: have the target answer the prompts first "
             "(deepspec data regenerate), or remove the row",
         )
-    return index
+    return trained[-1]
 
 
 def answer_ids(conversation: Conversation) -> list[int] | None:

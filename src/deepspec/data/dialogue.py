@@ -3,14 +3,15 @@ answer.
 
 A target must answer its own history: where a row holds several questions, each is asked after the target's
 own answer to the one before, whatever the row's old answers were. Tool results are the exception. They belong
-to the calls that stand before them, so everything up to the last of them stays as it is.
+to the calls that stand before them, so everything up to the last of them stays as it is: as context, since
+nobody knows who wrote it (weight 0).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from deepspec.data.conversations import Conversation, Message
 from deepspec.errors import DataError
@@ -29,7 +30,7 @@ def turns_of(conversation: Conversation) -> list[list[Message]]:
     results = [i for i, message in enumerate(messages) if message["role"] == "tool"]
     kept = results[-1] + 1 if results else 0
     turns: list[list[Message]] = []
-    said = list(messages[:kept])
+    said = [_unweighted(message) for message in messages[:kept]]
     for message in messages[kept:]:
         if message["role"] == "assistant":
             turns.append(said)
@@ -82,22 +83,31 @@ class Dialogue:
     def row(self, facts: dict[str, Any]) -> dict[str, Any]:
         """The answered row: messages, the target's own ids where all are known, and the conditions.
 
-        `answer_ids` is the list of ids where there is one assistant turn, else one entry per assistant turn:
-        a list of ids, or null for a turn that is not this target's.
+        Assistant turns that are not this target's get weight 0. `answer_ids` is the list of ids where there
+        is one assistant turn, else one entry for each: a list of ids, or null for a turn of weight 0.
         """
         conversation = self.conversation
+        messages = [dict(message) for message in self.said]
+        assistants = [message for message in messages if message["role"] == "assistant"]
+        foreign = assistants[: len(assistants) - len(self.ids)]
+        for message in foreign:
+            message["weight"] = 0
         row: dict[str, Any] = {
             "id": conversation.id,
             "domain": conversation.domain,
-            "messages": [dict(message) for message in self.said],
+            "messages": messages,
         }
         if None not in self.ids:
-            assistants = sum(message["role"] == "assistant" for message in self.said)
-            every = [*[None] * (assistants - len(self.ids)), *self.ids]
+            every = [*[None] * len(foreign), *self.ids]
             row["answer_ids"] = every[0] if len(every) == 1 else every
         row |= {"finished": self.finished, **facts}
         rest = carried(conversation.meta, (*OURS, *facts))
         return row | ({"meta": rest} if rest else {})
+
+
+def _unweighted(message: Message) -> Message:
+    """Without the weight that it was given for training: no part of what a target reads."""
+    return cast(Message, {key: value for key, value in message.items() if key != "weight"})
 
 
 def carried(meta: dict[str, Any], ours: Collection[str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ class Message(TypedDict, total=False):
     tool_calls: list[dict[str, Any]]
     tool_call_id: str
     name: str
+    weight: int
 
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -32,7 +33,7 @@ _FORMS = {
 _ALSO = {
     "system": ("name",),
     "user": ("name",),
-    "assistant": ("reasoning_content", "tool_calls", "name"),
+    "assistant": ("reasoning_content", "tool_calls", "name", "weight"),
     "tool": ("tool_call_id", "name"),
 }
 """What a message of each role may carry beside its content, in the form 'messages'."""
@@ -94,6 +95,8 @@ def _message(item: object, i: int, form: str, where: str | None) -> Message:
         )
     if "tool_call_id" in item:
         message["tool_call_id"] = text_of(item["tool_call_id"], f"{name}: 'tool_call_id'", where)
+    if "weight" in item:
+        message["weight"] = _weight(item["weight"], name, where)
     if "name" in item:
         message["name"] = text_of(item["name"], f"{name}: 'name'", where)
     return message
@@ -117,6 +120,22 @@ def _content(value: object, name: str, where: str | None) -> str:
             )
         texts.append(text_of(part.get("text"), f"{name}, part {k}: 'text'", where))
     return "".join(texts)
+
+
+def _weight(value: object, name: str, where: str | None) -> int:
+    """OpenAI's switch of fine-tuning data: 0 for an assistant turn that is context only."""
+    if type(value) is not int or value not in (0, 1):
+        raise DataError(
+            f"{name}: 'weight' must be 0 or 1, found {value!r}",
+            where=where,
+            next_step="0 keeps a turn that the target did not write as context, 1 or none trains on it",
+        )
+    return value
+
+
+def is_trained(message: Message) -> bool:
+    """Whether the loss looks at this message: an assistant's, unless its weight is 0."""
+    return message["role"] == "assistant" and message.get("weight", 1) == 1
 
 
 def _tool_calls(value: object, name: str, where: str | None) -> list[dict[str, Any]]:

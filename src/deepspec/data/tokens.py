@@ -19,6 +19,8 @@ For every assistant turn:
   end a turn after its tool calls, the last special token that it writes for them ends it (Gemma-4 leaves the
   turn open for the result: ``<|tool_response>`` is where the target stops).
 
+A turn of weight 0 was not written by the target: it is context, whatever ids it brings.
+
 Several turns: the last one's sequence also supervises every earlier turn that its prompt holds id for id.
 Where a template rewrites or strips a turn later on (thoughts, think blocks), that turn gets a sequence of its
 own, with the prompt that the target saw at the time.
@@ -31,14 +33,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from deepspec.data.conversations import Conversation, answer_ids_by_turn, last_answer, tools_of
-from deepspec.data.messages import Message, call_arguments
+from deepspec.data.messages import Message, call_arguments, is_trained
 from deepspec.errors import DataError, TargetError
 
 if TYPE_CHECKING:
@@ -82,13 +84,13 @@ def encode_turns(
     thinking: bool,
     max_length: int | None = None,
 ) -> list[Encoded]:
-    """The fewest sequences that supervise every assistant turn exactly once (module docstring), in order.
+    """The fewest sequences that supervise every trained turn exactly once (module docstring), in order.
 
     The last carries the row's id; one that an earlier turn needs for itself is called ``ID#TURN``, counted
-    from 1. Of each sequence the first ``max_length`` tokens are kept, and none without a supervised token.
-    Messages after the last assistant turn are left out: nothing answers them.
+    from 1 over all assistant turns. Of each sequence the first ``max_length`` tokens are kept, and none
+    without a supervised token. Messages after the last trained turn are left out: nothing is learnt there.
 
-    Raises DataError, naming the row, when there is no assistant turn, when an answer is empty or contains the
+    Raises DataError, naming the row, when there is no trained turn, when an answer is empty or contains the
     end-of-turn token, and when the template refuses, leaves out or alters what it is given; OverlongError
     when nothing supervised is left after the cut; TargetError when the chat template is missing or loses
     answers.
@@ -96,17 +98,20 @@ def encode_turns(
     last = last_answer(conversation)
     messages, given = conversation.messages[: last + 1], answer_ids_by_turn(conversation)
     chat = _Chat(tokenizer, thinking, tools_of(conversation), conversation.where)
-    turns: list[tuple[list[int], list[int]]] = []
-    for index in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
-        known = given[len(turns)]
+    turns: dict[int, tuple[list[int], list[int]]] = {}
+    assistants = (i for i, message in enumerate(messages) if message["role"] == "assistant")
+    for number, index in enumerate(assistants, start=1):
+        if not is_trained(messages[index]):
+            continue
+        known = given[number - 1]
         prompt = chat.write(messages[:index], ask=True)
         answer = _answer(chat, messages[: index + 1], prompt) if known is None else known
         if not answer:
             raise _empty(index, conversation.where)
-        turns.append((chat.ids(prompt), answer))
+        turns[number] = (chat.ids(prompt), answer)
     _check_kept(chat, messages)
     rows = [
-        Encoded(ids, mask, conversation.id + ("" if turn == len(turns) else f"#{turn}"))
+        Encoded(ids, mask, conversation.id + ("" if turn == max(turns) else f"#{turn}"))
         for turn, ids, mask in _sequences(turns)
     ]
     if max_length is None:
@@ -128,13 +133,13 @@ def cut(row: Encoded, max_length: int) -> Encoded:
     return replace(row, ids=row.ids[:max_length], loss_mask=row.loss_mask[:max_length])
 
 
-def _sequences(turns: Sequence[tuple[list[int], list[int]]]) -> list[tuple[int, list[int], list[int]]]:
-    """(number, ids, mask) of the turns that need a sequence; ``turns`` are (prompt, answer) in their order.
+def _sequences(turns: Mapping[int, tuple[list[int], list[int]]]) -> list[tuple[int, list[int], list[int]]]:
+    """(number, ids, mask) of the turns that need a sequence; ``turns``: number -> (prompt, answer), in order.
 
     A turn is held by a later prompt or by none, and what one sequence holds, every sequence that holds its
     turn holds too: taking the latest turn that is not yet supervised, again and again, needs the fewest.
     """
-    found, waiting = [], list(range(len(turns)))
+    found, waiting = [], list(turns)
     while waiting:
         number = waiting.pop()
         prompt, answer = turns[number]
@@ -145,7 +150,7 @@ def _sequences(turns: Sequence[tuple[list[int], list[int]]]) -> list[tuple[int, 
             if prompt[:end] == before + said:
                 mask[len(before) : end] = [1] * len(said)
                 waiting.remove(earlier)
-        found.append((number + 1, prompt + answer, mask))
+        found.append((number, prompt + answer, mask))
     return found[::-1]
 
 
@@ -247,7 +252,7 @@ class _Chat:
 
 def _as_served(message: Message) -> dict[str, Any]:
     """A message as servers hand it to the template: arguments as an object, not as its JSON text."""
-    served: dict[str, Any] = dict(message)
+    served: dict[str, Any] = {key: value for key, value in message.items() if key != "weight"}
     if "tool_calls" in message:
         served["tool_calls"] = [
             {
