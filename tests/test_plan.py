@@ -635,8 +635,23 @@ def test_measured_speeds_are_kept_by_machine_and_target_and_the_second_plan_meas
         CliRunner().invoke(app, ["plan", str(recipe), "optim.batch_size=2"], catch_exceptions=False)
 
 
+def test_plan_of_a_recipe_that_trains_from_a_cache_has_one_unless_told_otherwise():
+    words = (
+        "plan",
+        "dspark/qwen3-4b",
+        "data.features=cache:there",
+        "--machine",
+        "h100",
+        "--rows",
+        1000,
+        "--json",
+    )
+    for more, features in (((), "cache"), (("--features", "online"), "online")):
+        assert json.loads(call(*words, *more).stdout)["features"] == features
+
+
 def test_speeds_read_back_as_they_were_written():
-    train = {"a/b": TrainSpeed(0.1, 400.0, 0.01, 0.02, 0.3, 0.4)}
+    train = {"a/b": TrainSpeed(0.1, 0.04, 400.0, 0.01, 0.02, 0.3, 0.4)}
     speeds = Speeds("here", 1.0, 0.001, 0.01, 0.02, 0.001, [3, 4], [5, 6], train, {"plain": 0.01}, 2.0, None)
     assert speeds_from(json.loads(json.dumps(speeds.plain()))) == speeds
 
@@ -651,8 +666,28 @@ def test_plan_measured_on_a_busy_machine_says_so():
         assert any("20% of a core" in note for note in plan.notes) == said
 
 
+def test_measured_plan_with_a_cache_runs_the_target_once_and_not_in_the_steps():
+    recipe = load_recipe("pocket-dspark", ["optim.max_minutes=null", "optim.epochs=3"])
+    config, counts = TargetSpec.from_pretrained("pocket").config, assumed_counts(100, 50, 60)
+    speeds = made_up_speeds({"dspark": recipe})
+    online, cached = (
+        make_plan(recipe, config, counts, MACHINES["laptop-cpu"], Choices(features=f), speeds).sections[
+            "time"
+        ]
+        for f in ("online", "cache")
+    )
+    steps = 3 * 100 / recipe.optim.batch_size
+    assert "features" not in online
+    assert online["training"].value == pytest.approx(steps * 0.05)
+    assert cached["training"].value == pytest.approx(steps * (0.05 - 0.02))
+    assert cached["features"].value == pytest.approx(steps / 3 * 0.02 + 100 * 0.001)
+    # Encoding moves from the training's beginning to the cache's.
+    before, after = (found["setup and checkpoints"].value for found in (online, cached))
+    assert before - after == pytest.approx(100 * 0.001)
+
+
 def made_up_speeds(recipes: dict[str, Recipe]) -> Speeds:
-    train = {speed_key(r): TrainSpeed(0.05, 400.0, 0.01, 0.02, 0.3, 0.4) for r in recipes.values()}
+    train = {speed_key(r): TrainSpeed(0.05, 0.02, 400.0, 0.01, 0.02, 0.3, 0.4) for r in recipes.values()}
     methods = dict.fromkeys(("plain", "transformers generate", "prompt lookup", *recipes), 0.01)
     return Speeds("here", 1.0, 0.001, 0.01, 0.02, 0.001, [50] * 8, [60] * 8, train, methods, 2.0)
 

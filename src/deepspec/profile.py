@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from deepspec.blocks import FeatureBatch
 from deepspec.build import build_draft
 from deepspec.checkpoint import AnyDraft, load_draft
 from deepspec.config import Recipe
@@ -237,7 +238,7 @@ def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainS
     with tempfile.TemporaryDirectory() as folder:
         open_trackers(recipe.trackers, Path(folder), recipe.name, recipe.model_dump()).close()
         setup = _clock(target) - began
-        step, tokens = _steps(target, draft, optimizer, recipe, cut)
+        step, features, tokens = _steps(target, draft, optimizer, recipe, cut)
         began = _clock(target)
         save_checkpoint(recipe, Path(folder), draft, optimizer, Progress(1), target, {})
         checkpoint = _clock(target) - began
@@ -251,6 +252,7 @@ def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainS
     # A budget of one token is full after the prefill, yet one round may still run on it.
     return TrainSpeed(
         step=step,
+        features=features,
         tokens=tokens,
         held_out_round=max(many - few, 0.0) / max(rounds - 1, 1),
         held_out_prompt=max(few - max(many - few, 0.0) / max(rounds - 1, 1), 0.0) / slots,
@@ -261,23 +263,33 @@ def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainS
 
 def _steps(
     target: Target, draft: AnyDraft, optimizer: Optimizer, recipe: Recipe, rows: Sequence[Encoded]
-) -> tuple[float, float]:
-    """(seconds, tokens) of one optimiser step. The loop's own measurements come as often as in a run."""
-    source = online(target, draft.feature_layers)
+) -> tuple[float, float, float]:
+    """(seconds, of which the target's pass, tokens) of one optimiser step. The loop's own measurements come
+    as often as in a run."""
+    reading = 0.0
+    online_source = online(target, draft.feature_layers)
+
+    def source(picked: Sequence[Encoded], width: int) -> FeatureBatch:
+        nonlocal reading
+        began = _clock(target)
+        batch = online_source(picked, width)
+        reading += _clock(target) - began
+        return batch
+
     batches = batches_from(rows, recipe.optim.batch_size, recipe.seed, 0)
     draft.train()
     done = tokens = 0
     began = _clock(target)
     while done < WARM_UP + 2 or (done < WARM_UP + STEPS and _clock(target) - began < STEP_SECONDS):
         if done == WARM_UP:
-            began, tokens = _clock(target), 0
+            began, reading, tokens = _clock(target), 0.0, 0
         _, picked = next(batches)
         measured = done % LOG_EVERY == 0
         train_step(draft, source, picked, recipe, done, measure=measured, optimizer=optimizer)
         optimizer.step(0.5)
         done, tokens = done + 1, tokens + sum(len(r.ids) for r in picked)
     spent, counted = _clock(target) - began, done - WARM_UP
-    return spent / counted, tokens / counted
+    return spent / counted, reading / counted, tokens / counted
 
 
 def _evaluation(

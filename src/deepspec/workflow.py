@@ -337,7 +337,7 @@ class QuickstartSize(NamedTuple):
     tasks: int
 
 
-QUICKSTART = {False: QuickstartSize(1200, 2.0, 24), True: QuickstartSize(150, 0.2, 6)}
+QUICKSTART = {False: QuickstartSize(1200, 1.5, 18), True: QuickstartSize(150, 0.2, 6)}
 """By `fast`."""
 EVALUATED_TOKENS = 96
 """Budget of new tokens per prompt in the quickstart's evaluation."""
@@ -359,7 +359,8 @@ def quickstart_recipes(fast: bool) -> dict[str, Recipe]:
 def quickstart(
     out: Path | str = "runs/quickstart", *, fast: bool = False
 ) -> tuple[Path, list[dict[str, Any]]]:
-    """Answers from the pocket target, three drafts, an evaluation on held-out prompts, a report.
+    """Answers from the pocket target and its features on them, three drafts, an evaluation on held-out
+    prompts, a report.
 
     `fast` does all of it on little data, in about two minutes: enough to see that it works, not how well.
     Returns the report's path and the results; `phases.json` beside them says how many seconds each phase
@@ -371,13 +372,19 @@ def quickstart(
     rows: list[Conversation] = spread(list(read_conversations(data_file("pocket:train"))), size.prompts)
     seconds["loading"] = time.perf_counter() - began
     answers = out / "data" / "answers.jsonl"
-    note(f"1/4  the pocket target answers {len(rows)} prompts")
+    note(f"1/5  the pocket target answers {len(rows)} prompts")
     regenerate(target, rows, answers, max_new_tokens=ANSWER_TOKENS, max_rows=ANSWER_ROWS)
     seconds["answers"] = time.perf_counter() - began - sum(seconds.values())
+    recipes, features = quickstart_recipes(fast), out / "features"
+    note("2/5  caching what the target computes on them: once, for three drafts")
+    cache_features([*recipes.values()], features, target=target, answers=answers)
+    seconds["features"] = time.perf_counter() - began - sum(seconds.values())
     drafts: dict[str, Draft] = {}
     training: dict[str, list[dict[str, Any]]] = {}
-    for algorithm, recipe in quickstart_recipes(fast).items():
-        note(f"2/4  training {algorithm} for {60 * size.minutes:.0f} s")
+    for algorithm, recipe in recipes.items():
+        data = recipe.data.model_copy(update={"features": f"cache:{features}"})
+        recipe = recipe.model_copy(update={"data": data})
+        note(f"3/5  training {algorithm} for {60 * size.minutes:.0f} s")
         outcome = train_draft(recipe, out, target=target, answers=answers)
         if outcome.interrupted:
             raise KeyboardInterrupt
@@ -385,7 +392,7 @@ def quickstart(
         drafts[algorithm].name = algorithm
         training[algorithm] = read_metrics(outcome.run)
         seconds[f"training {algorithm}"] = time.perf_counter() - began - sum(seconds.values())
-    note(f"3/4  evaluating on {size.tasks} held-out prompts")
+    note(f"4/5  evaluating on {size.tasks} held-out prompts")
     results = evaluate_to(
         out,
         target,
@@ -396,7 +403,7 @@ def quickstart(
         max_new_tokens=EVALUATED_TOKENS,
     )
     seconds["evaluation"] = time.perf_counter() - began - sum(seconds.values())
-    note("4/4  writing the report")
+    note("5/5  writing the report")
     spent = time.perf_counter() - began
     notes = [f"Made by `deepspec quickstart{' --fast' if fast else ''}` in {spent / 60:.1f} minutes."]
     if fast:

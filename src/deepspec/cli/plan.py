@@ -125,10 +125,12 @@ def plan(
             )
         _plan_quickstart(fast, choices, watts, measure, explain, as_json)
         return
-    from deepspec.config import load_recipe
+    from deepspec.config import feature_source, load_recipe
     from deepspec.workflow import ANSWER_ROWS
 
     settings = load_recipe(recipe, overrides or [])
+    if features is None and feature_source(settings.data.features)[0] == "cache":
+        choices = replace(choices, features="cache")
     config, tokenizer, notes = target_facts(settings.target)
     row, speeds = chosen_machine(settings, machine, measure, data)
     if settings.data.train.startswith("pocket:") and data is None and batch is None:

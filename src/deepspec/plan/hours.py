@@ -33,8 +33,8 @@ def work_figures(asked: Asked) -> dict[str, Figure]:
 
 
 def time_figures(asked: Asked, work: dict[str, Figure]) -> tuple[Figure, dict[str, Figure]]:
-    """(optimiser steps, seconds by phase). Measured steps have their online features in them; from operations
-    the two are shown apart."""
+    """(optimiser steps, seconds by phase). A measured step has its online features in it; from operations the
+    two are shown apart."""
     found: dict[str, Figure] = {}
     if asked.speeds is not None:
         found["loading"] = figure("s", "load", load=asked.speeds.load)
@@ -64,18 +64,34 @@ def _computed_steps(asked: Asked, work: dict[str, Figure]) -> tuple[Figure, dict
 
 
 def _measured_steps(asked: Asked, work: dict[str, Figure]) -> tuple[Figure, dict[str, Figure]]:
-    """Training as its steps were timed, and what is around them."""
+    """Training as its steps were timed, and what is around them. With a cache rows are encoded, and features
+    computed, once and before."""
     assert asked.speeds is not None
     recipe, speed = asked.recipe, asked.speeds.train[phases.speed_key(asked.recipe)]
-    steps = optimiser_steps(recipe, asked.per_epoch, speed.step)
-    return steps, {
-        "training": figure("s", "steps * step", steps=steps, step=speed.step),
+    encoding = figure("s", "rows * encode", rows=asked.size.rows, encode=asked.speeds.encode)
+    cached = asked.choices.features == "cache"
+    step = (
+        figure("s", "step - features", step=speed.step, features=speed.features)
+        if cached
+        else figure("s", "step", step=speed.step)
+    )
+    found: dict[str, Figure] = {}
+    if cached:
+        found["features"] = figure(
+            "s",
+            "encoding + per_epoch * features",
+            encoding=encoding,
+            per_epoch=asked.per_epoch,
+            features=speed.features,
+        )
+    steps = optimiser_steps(recipe, asked.per_epoch, float(step))
+    return steps, found | {
+        "training": figure("s", "steps * step", steps=steps, step=step),
         "setup and checkpoints": figure(
             "s",
-            "setup + rows * encode + saved * checkpoint",
+            "setup + encoding + saved * checkpoint",
             setup=speed.setup,
-            rows=asked.size.rows,
-            encode=asked.speeds.encode,
+            encoding=0.0 if cached else encoding,
             saved=math.floor(steps.value / recipe.checkpoint_every_steps) + 2,
             checkpoint=speed.checkpoint,
         ),

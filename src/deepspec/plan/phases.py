@@ -29,10 +29,12 @@ ASSUMED_TAU = 2.0
 
 @dataclass(frozen=True)
 class TrainSpeed:
-    """Seconds of one algorithm's parts. step: an optimiser step with its online features, of `tokens` tokens.
-    held_out_prompt, held_out_round: of a held-out evaluation. setup: from the call to the first step."""
+    """Seconds of one algorithm's parts. step: an optimiser step of `tokens` tokens, of which the target's own
+    pass over them takes `features`. held_out_prompt, held_out_round: of a held-out evaluation. setup: from
+    the call to the first step."""
 
     step: float
+    features: float
     tokens: float
     held_out_prompt: float
     held_out_round: float

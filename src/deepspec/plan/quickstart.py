@@ -29,9 +29,9 @@ def quickstart_plans(
     choices: Choices,
     speeds: Speeds,
 ) -> dict[str, Plan]:
-    """The plan of each draft, on as many answers as the quickstart has written by then."""
+    """The plan of each draft, on as many answers as the quickstart has written by then, from its cache."""
     counts = Counts(tuple(map(float, speeds.prompts)), tuple(map(float, speeds.answers))).of(prompts)
-    answered = replace(choices, answered=True)
+    answered = replace(choices, answered=True, features="cache")
     return {
         name: make_plan(recipe, config, counts, machine, answered, speeds, training_tau(recipe))
         for name, recipe in recipes.items()
@@ -58,6 +58,8 @@ def quickstart_phases(
         "loading": figure("s", "load", load=speeds.load),
         "answers": phases.measured_answers(speeds, prompts, slots),
     }
+    # One cache for all; each plan says what it takes to write.
+    found["features"] = next(iter(plans.values())).sections["time"]["features"]
     for name, plan in plans.items():
         parts = plan.sections["time"]
         found[f"training {name}"] = figure(
