@@ -514,7 +514,7 @@ def test_pauses_double_and_are_bounded(monkeypatch):
 
 
 def test_key_from_the_environment_is_sent(targets, start, monkeypatch):
-    monkeypatch.setenv("DEEPSPEC_API_KEY", "secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
     server = start("llama", [1, 3, 4])
     llama_source(server, targets["llama"])
     assert server.headers[0]["Authorization"] == "Bearer secret"

@@ -337,7 +337,7 @@ class QuickstartSize(NamedTuple):
     tasks: int
 
 
-QUICKSTART = {False: QuickstartSize(1200, 1.5, 18), True: QuickstartSize(150, 0.2, 6)}
+QUICKSTART = {False: QuickstartSize(1000, 1.5, 18), True: QuickstartSize(150, 0.2, 6)}
 """By `fast`."""
 EVALUATED_TOKENS = 96
 """Budget of new tokens per prompt in the quickstart's evaluation."""
@@ -347,9 +347,9 @@ EVALUATED_AT = (0.0, 1.0)
 def quickstart_recipes(fast: bool) -> dict[str, Recipe]:
     """What the quickstart trains, by algorithm."""
     changes: dict[str, Any] = {"trackers": ["none"]} if fast else {}
-    minutes = f"optim.max_minutes={QUICKSTART[fast].minutes}"
+    budget = [f"optim.max_minutes={QUICKSTART[fast].minutes}", "eval_every_steps=600"]
     return {
-        algorithm: load_recipe(f"pocket-{algorithm}", [minutes]).model_copy(
+        algorithm: load_recipe(f"pocket-{algorithm}", budget).model_copy(
             update={"name": algorithm, **changes}
         )
         for algorithm in ALGORITHMS

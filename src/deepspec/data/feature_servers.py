@@ -41,7 +41,7 @@ NOTED, REFUSED = 0.05, 0.25
 which they are not this target's. Chosen, not measured on a server: on the pocket target bfloat16 alone is
 0.013 away at most, and the next layer 0.22 at least."""
 LONGEST_PAUSE = 60.0
-API_KEY = "DEEPSPEC_API_KEY"
+API_KEY = "OPENAI_API_KEY"
 """Environment variable: what a server that was started with a key wants to hear."""
 
 
