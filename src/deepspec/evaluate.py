@@ -10,7 +10,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from deepspec.drafts.base import Draft
 from deepspec.drafts.lookup import PromptLookup
 from deepspec.energy import read_joules
 from deepspec.errors import DataError, TargetError
+from deepspec.files import plain
+from deepspec.journal import Journal
 from deepspec.log import progress
 from deepspec.target import Target
 from deepspec.verify import Sampling
@@ -71,6 +74,31 @@ class Trace:
     answers: dict[str, Generation] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     joules: float | None = 0.0
+
+    def add(self, group: Sequence[Prompt], taken: _Taken) -> None:
+        """Take in a group of prompts, whose time is shared out evenly."""
+        for prompt, answer in zip(group, taken.answers, strict=True):
+            self.answers[prompt.id] = answer
+            self.seconds[prompt.id] = taken.seconds / len(group)
+        if self.joules is None or taken.joules is None:
+            self.joules = None
+        else:
+            self.joules += taken.joules
+
+
+@dataclass
+class _Taken:
+    """What a method wrote for one group of prompts, and took. Joules are None without a meter."""
+
+    answers: list[Generation]
+    seconds: float
+    joules: float | None
+
+    @classmethod
+    def kept(cls, entry: Mapping[str, Any]) -> _Taken:
+        """The inverse of `asdict`."""
+        answers = [Generation(**answer) for answer in entry["answers"]]
+        return cls(answers, entry["seconds"], entry["joules"])
 
 
 Method = Callable[[Sequence[Prompt]], list[Generation]]
@@ -166,11 +194,14 @@ def evaluate_drafts(
     ignore_eos: bool = False,
     batch: int = 1,
     baselines: bool = True,
+    out: Path | None = None,
 ) -> dict[str, Any]:
-    """Run plain decoding, transformers' generate, prompt lookup and the drafts; a results file as a dict.
+    """Run plain decoding, transformers' generate, prompt lookup and the drafts; a results file as plain data.
 
     With `batch` > 1 prompts are decoded together in groups, and a group's time is shared out evenly;
-    transformers' generate is then left out, since it cannot hold ragged rows without padding.
+    transformers' generate is then left out, since it cannot hold ragged rows without padding. With `out` the
+    results are written there, and until then what is measured is kept beside it (`journal`): the same call
+    goes on after a kill. Raises DataError where `out` holds the beginning of another evaluation.
     """
     sampling = sampling or Sampling()
     stops = frozenset() if ignore_eos else target.stop_token_ids
@@ -198,17 +229,27 @@ def evaluate_drafts(
     for name, draft in drafts.items():
         algorithm = getattr(getattr(draft, "spec", None), "algorithm", None)
         methods[name] = Trace("draft", algorithm, draft.max_proposals), ours(draft)
-    _take_turns(target, methods, prompts, batch)
     traces = {name: trace for name, (trace, _) in methods.items()}
-    return {
-        "format": FORMAT,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "conventions": CONVENTIONS,
-        "conditions": _conditions(
-            target, prompts, sampling, thinking, max_new_tokens, ignore_eos, seed, batch
-        ),
-        "rows": _rows(target, traces, prompts, sampling),
-    }
+    conditions = _conditions(target, prompts, sampling, thinking, max_new_tokens, ignore_eos, seed, batch)
+    with ExitStack() as stack:
+        journal = None
+        if out is not None:
+            weights = {name: _weights_hash(draft) for name, draft in drafts.items()}
+            facts = conditions | {"methods": list(methods), "drafts": weights}
+            journal = stack.enter_context(Journal(out, facts))
+        _take_turns(target, methods, prompts, batch, journal)
+        results: dict[str, Any] = plain(
+            {
+                "format": FORMAT,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "conventions": CONVENTIONS,
+                "conditions": conditions,
+                "rows": _rows(target, traces, prompts, sampling),
+            }
+        )
+        if journal is not None:
+            journal.finish(results)
+    return results
 
 
 def evaluate_draft(target: Target, draft: Draft, prompts: Sequence[Prompt], **options: Any) -> dict[str, Any]:
@@ -219,6 +260,17 @@ def evaluate_draft(target: Target, draft: Draft, prompts: Sequence[Prompt], **op
 def row_seed(seed: int, key: str) -> int:
     """A prompt's own seed, whatever else is in the run."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big")
+
+
+def _weights_hash(draft: Draft) -> str | None:
+    """SHA-256 (hex) of a draft's weights; None where it has none."""
+    if not isinstance(draft, torch.nn.Module):
+        return None
+    digest = hashlib.sha256()
+    for name, tensor in draft.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _transformers(
@@ -234,28 +286,43 @@ def _transformers(
 
 
 def _take_turns(
-    target: Target, methods: Mapping[str, tuple[Trace, Method]], prompts: Sequence[Prompt], batch: int
+    target: Target,
+    methods: Mapping[str, tuple[Trace, Method]],
+    prompts: Sequence[Prompt],
+    batch: int,
+    journal: Journal | None,
 ) -> None:
-    """All methods on group after group of prompts; which method starts rotates."""
+    """All methods on group after group of prompts; which method starts rotates. Groups that the journal has
+    are taken from there."""
     groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
-    order = list(methods.values())
-    for _, run in order:
-        run(groups[0])  # warm-up: first-call costs belong to nobody
+    done = {} if journal is None else journal.done
+    order = list(methods.items())
+    if len(done) < len(groups):
+        for _, (_, run) in order:
+            run(groups[0])  # warm-up: first-call costs belong to nobody
     with progress("evaluating", len(groups) * len(order)) as bar:
         for i, group in enumerate(groups):
-            for j in range(len(order)):
-                trace, run = order[(i + j) % len(order)]
-                meter = read_joules(target.device)
-                began = time.perf_counter()
-                answers = run(group)
-                spent = time.perf_counter() - began
-                after = read_joules(target.device)
-                if trace.joules is not None:
-                    trace.joules = None if meter is None or after is None else trace.joules + after - meter
-                for prompt, answer in zip(group, answers, strict=True):
-                    trace.answers[prompt.id] = answer
-                    trace.seconds[prompt.id] = spent / len(group)
-                bar.update(1)
+            taken = {name: _Taken.kept(entry) for name, entry in done.get(i, {}).items()}
+            if not taken:
+                for name, (_, run) in order[i % len(order) :] + order[: i % len(order)]:
+                    taken[name] = _measured(target, run, group)
+                    bar.update(1)
+                if journal is not None:
+                    journal.write(i, {name: asdict(each) for name, each in taken.items()})
+            else:
+                bar.update(len(order))
+            for name, (trace, _) in order:
+                trace.add(group, taken[name])
+
+
+def _measured(target: Target, run: Method, group: Sequence[Prompt]) -> _Taken:
+    meter = read_joules(target.device)
+    began = time.perf_counter()
+    answers = run(group)
+    spent = time.perf_counter() - began
+    after = read_joules(target.device)
+    joules = None if meter is None or after is None else after - meter
+    return _Taken(answers, spent, joules)
 
 
 # ── from traces to rows ───────────────────────────────────────────────────────────────────────────────

@@ -33,7 +33,7 @@ from deepspec.drafts.base import Draft
 from deepspec.energy import read_joules
 from deepspec.errors import DataError
 from deepspec.evaluate import HELD_OUT_ROWS, Prompt, evaluate_drafts
-from deepspec.files import plain, write_json
+from deepspec.files import write_json
 from deepspec.log import note, open_trackers, progress
 from deepspec.plan.machines import Machine, host_memory, row_of_device
 from deepspec.plan.phases import Speeds, TrainSpeed, rounds_needed, speed_key, speeds_from
@@ -308,7 +308,7 @@ def _evaluation(
         )
         for c in domains
     ]
-    result = plain(evaluate_drafts(target, drafts, tasks, Sampling(1.0), max_new_tokens=EVALUATED))
+    result = evaluate_drafts(target, drafts, tasks, Sampling(1.0), max_new_tokens=EVALUATED)
     found = {}
     for row in result["rows"]:
         rounds = sum(p["rounds"] or p["tokens"] for p in row["per_prompt"])

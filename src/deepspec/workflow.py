@@ -30,7 +30,7 @@ from deepspec.data.tokens import Encoded, system_hash, template_hash, tokenizer_
 from deepspec.drafts.base import Draft
 from deepspec.errors import RecipeError
 from deepspec.evaluate import evaluate_drafts, held_out_tau, load_prompts, spread
-from deepspec.files import plain, write_json
+from deepspec.files import write_json
 from deepspec.log import note, warn
 from deepspec.report import write_report
 from deepspec.target import Target
@@ -311,22 +311,19 @@ def evaluate_to(
     """Evaluate at each temperature and write <folder>/eval-t<temperature>.json."""
     tasks = load_prompts(prompts, target, thinking=thinking, limit=limit)
     folder.mkdir(parents=True, exist_ok=True)
-    results = []
-    for temperature in temperatures:
-        result = plain(
-            evaluate_drafts(
-                target,
-                drafts,
-                tasks,
-                Sampling(temperature),
-                thinking=thinking,
-                max_new_tokens=max_new_tokens,
-                baselines=baselines,
-            )
+    return [
+        evaluate_drafts(
+            target,
+            drafts,
+            tasks,
+            Sampling(temperature),
+            thinking=thinking,
+            max_new_tokens=max_new_tokens,
+            baselines=baselines,
+            out=folder / f"eval-t{temperature:g}.json",
         )
-        write_json(folder / f"eval-t{temperature:g}.json", result)
-        results.append(result)
-    return results
+        for temperature in temperatures
+    ]
 
 
 class QuickstartSize(NamedTuple):

@@ -26,6 +26,7 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 KEPT = {
     "quickstart": "answers, checkpoints and metrics so far are kept; the same command goes on from there",
     "train": "answers, checkpoints and metrics so far are kept; the same command goes on from there",
+    "eval": "with --out, the prompts measured so far are kept; the same command goes on from there",
     "data": "the shards and answers finished so far are kept; the same command goes on with the rest",
     "pocket": "what was built so far is kept; the same command goes on from its last checkpoint",
 }

@@ -71,6 +71,8 @@ def evaluate(
 ) -> None:
     """Measure drafts beside plain decoding: accepted length, speed, and whether the output changed.
 
+    With --out what is measured is kept prompt by prompt: after Ctrl-C or a kill the same command goes on.
+
     \b
     Example:
       deepspec eval --target pocket --draft pocket-dspark --temperature 0 --temperature 1
@@ -88,7 +90,6 @@ def evaluate(
     from deepspec.checkpoint import find_checkpoint, load_draft, load_provenance
     from deepspec.compare import mode_differences
     from deepspec.evaluate import evaluate_drafts, load_prompts, mode_of
-    from deepspec.files import plain, write_json
     from deepspec.report import write_report
     from deepspec.workflow import read_metrics
 
@@ -105,7 +106,10 @@ def evaluate(
             warn(sentence)
     results = []
     for sampling in samplings:
-        result = plain(
+        path = out
+        if out is not None and len(samplings) > 1:
+            path = out.with_name(f"{out.stem}-t{sampling.temperature:g}{out.suffix}")
+        results.append(
             evaluate_drafts(
                 model,
                 drafts,
@@ -117,14 +121,10 @@ def evaluate(
                 ignore_eos=ignore_eos,
                 batch=batch,
                 baselines=not no_baselines,
+                out=path,
             )
         )
-        results.append(result)
-        if out is not None:
-            several = len(samplings) > 1
-            path = out.with_name(f"{out.stem}-t{sampling.temperature:g}{out.suffix}") if several else out
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, result)
+        if path is not None:
             note(f"results: {path}")
     if report is not None:
         curves = {label: rows for label, name in folders.items() if (rows := read_metrics(Path(name)))}
