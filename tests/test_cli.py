@@ -312,6 +312,15 @@ def test_run_of_another_draft_is_not_gone_on_with_and_keeps_its_recipe(scene, ch
     assert kept.read_bytes() == before
 
 
+@pytest.mark.parametrize("key", ["data.train", "data.select"])
+def test_data_that_is_not_there_is_refused_before_the_target_loads(scene, tmp_path, monkeypatch, key):
+    monkeypatch.setattr(Target, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    (tmp_path / "bad.jsonl").write_text('{"messages": 7}\n', "utf-8")
+    for name, said in (("missing.jsonl", "missing.jsonl"), ("bad.jsonl", "bad.jsonl:1")):
+        words = ("train", scene / "dspark.yaml", f"{key}={tmp_path / name}", "--runs", tmp_path / "runs")
+        assert said in refused(*words)
+
+
 def test_fresh_keeps_the_earlier_run_aside(scene, tmp_path):
     words = ["train", scene / "dflash.yaml", "optim.max_steps=1", "--runs", tmp_path]
     good(*words)

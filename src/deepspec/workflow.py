@@ -73,7 +73,7 @@ def train_draft(
     `answers` stands in for the recipe's training file. Held-out τ on the recipe's select prompts picks the
     best checkpoint. Raises UserError for bad data, recipes or targets.
     """
-    _check_before_loading(recipe)
+    _check_before_loading(recipe, answers)
     target = target or Target.from_pretrained(recipe.target)
     run = Path(runs) / recipe.name
     run.mkdir(parents=True, exist_ok=True)
@@ -92,11 +92,17 @@ def train_draft(
     return train(recipe, target, data.rows, run, facts, held_out, data.source)
 
 
-def _check_before_loading(recipe: Recipe) -> None:
+def _check_before_loading(recipe: Recipe, answers: Path | None) -> None:
     """Raise UserError for what would stop a run once its target is loaded and its data tokenised."""
     if recipe.optim.states == "8bit":
         eight_bit_adamw()
-    if feature_source(recipe.data.features)[0] == "sglang":
+    form, _ = feature_source(recipe.data.features)
+    next(read_conversations(data_file(recipe.data.select)), None)
+    if form != "cache":
+        asked_now = answers is None and recipe.data.train.startswith("pocket:")
+        file = answers or data_file(recipe.data.train)
+        next(read_conversations(file, require_answer=not asked_now), None)
+    if form == "sglang":
         refuse_sglang(recipe.draft.target_layer_ids or (), with_last_hidden(read_rules(recipe)))
 
 
