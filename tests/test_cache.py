@@ -38,7 +38,8 @@ from deepspec.data.cache import (
     write_cache,
 )
 from deepspec.data.cached import CHECKED, cached, cached_rows, open_cache
-from deepspec.data.features import Source, online, open_source, padded
+from deepspec.data.features import Source, online, padded
+from deepspec.data.opening import open_features
 from deepspec.data.quantise import FORMATS
 from deepspec.data.tokens import Encoded
 from deepspec.errors import DataError, TargetError, UserError
@@ -544,7 +545,7 @@ def test_the_recipes_word_opens_the_source(bfloat: Target, tmp_path: Path) -> No
     plan = written(bfloat, tmp_path)
     row = plan.rows[0]
     for word in ("online", f"cache:{tmp_path}"):
-        assert open_source(word, bfloat, LAYERS, ALL)([row], 40).features.shape == (1, 40, 96)
+        assert open_features(word, bfloat, LAYERS, ALL)([row], 40).features.shape == (1, 40, 96)
 
 
 # ── the command ───────────────────────────────────────────────────────────────────────────────────────

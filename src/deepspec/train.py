@@ -24,7 +24,8 @@ from torch import Tensor
 from deepspec.build import build_draft, loss_settings, read_rules, vocabulary_facts
 from deepspec.checkpoint import AnyDraft, load_provenance, save_draft
 from deepspec.config import OptimConfig, Recipe
-from deepspec.data.features import Source, announced, batches_from, open_source, steps_per_epoch
+from deepspec.data.features import Source, announced, batches_from, steps_per_epoch
+from deepspec.data.opening import open_features
 from deepspec.data.tokens import Encoded
 from deepspec.errors import CheckpointError, RecipeError
 from deepspec.files import JsonlWriter, write_json, write_text
@@ -198,7 +199,7 @@ def train(
         share = provenance["vocabulary"]["coverage"]
         note(f"the draft's {recipe.draft.vocab_size} ids cover {share:.2%} of the supervised tokens")
     if source is None:
-        source = open_source(recipe.data.features, target, draft.feature_layers, read_rules(recipe))
+        source = open_features(recipe.data.features, target, draft.feature_layers, read_rules(recipe))
     optimizer = Optimizer(draft, recipe)
     at = Progress()
     found = latest_checkpoint(run)

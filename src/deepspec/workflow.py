@@ -24,7 +24,8 @@ from deepspec.data.cache import SHARD_BYTES, Plan, Written, plan_cache, write_ca
 from deepspec.data.cached import cached, cached_rows, check_rows, open_cache
 from deepspec.data.conversations import Conversation, content_hash, read_conversations
 from deepspec.data.feature_launch import refuse_sglang
-from deepspec.data.features import Source, load_rows, open_source
+from deepspec.data.features import Source, load_rows
+from deepspec.data.opening import open_features
 from deepspec.data.regenerate import regenerate
 from deepspec.data.tokens import Encoded, system_hash, template_hash, tokenizer_hash
 from deepspec.drafts.base import Draft
@@ -125,7 +126,7 @@ def training_data(recipe: Recipe, target: Target, run: Path, answers: Path | Non
     form, place = feature_source(recipe.data.features)
     layers, reads = feature_layers(recipe, target.spec.config), read_rules(recipe)
     if form != "cache":
-        source = open_source(recipe.data.features, target, layers, reads, max_length=recipe.data.max_length)
+        source = open_features(recipe.data.features, target, layers, reads, max_length=recipe.data.max_length)
         file = answers or answered(recipe.data.train, target, recipe.thinking, run / "data")
         rows = load_rows(file, target, **_row_settings(recipe))
         return TrainingData(str(file), rows, data_facts(file), source)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from deepspec.blocks import FeatureBatch
-from deepspec.config import feature_source
 from deepspec.data.conversations import read_conversations
 from deepspec.data.rows import Rows, distinct, pack, row_lengths
 from deepspec.data.tokens import Encoded, OverlongError, encode_turns
@@ -148,33 +147,6 @@ def announced(
 def steps_per_epoch(rows: Sequence[Encoded], batch_size: int) -> int:
     """Batches in one pass over the rows."""
     return math.ceil(len(rows) / batch_size)
-
-
-def open_source(
-    features: str,
-    target: Target,
-    layers: Sequence[int],
-    reads: Sequence[str],
-    remedy: str = "",
-    max_length: int | None = None,
-) -> Source:
-    """The source that a recipe's `data.features` names (`config.feature_source`).
-
-    reads: names of the `blocks.READ_RULES` whose positions it has to fill. remedy: the command that would
-    make a fitting cache, for the error where one does not fit. max_length: tokens of the longest row, which a
-    server's context must hold. Raises UserError.
-    """
-    form, place = feature_source(features)
-    if form == "online":
-        return online(target, layers)
-    if form == "cache":
-        from deepspec.data.cached import cached, open_cache
-
-        return cached(open_cache(Path(place)), target, layers, reads, remedy)
-    from deepspec.data.feature_servers import sglang_source, vllm_source
-
-    opens = vllm_source if form == "vllm" else sglang_source
-    return opens(place, target, layers, reads, max_length=max_length)
 
 
 def online(target: Target, layers: Sequence[int]) -> Source:
