@@ -609,7 +609,9 @@ def test_loss_that_sglang_cannot_feed_is_refused_before_the_target_is_loaded(tmp
         train_draft(Recipe.model_validate(tree), tmp_path)
 
 
-def test_wrong_server_is_found_before_rows_are_made(talking_dir, start, tmp_path):
+def test_wrong_server_is_found_before_rows_are_made(talking_dir, start, tmp_path, monkeypatch):
+    write_data(tmp_path)
+    monkeypatch.setattr("deepspec.workflow.load_rows", lambda *a, **k: pytest.fail("made rows"))
     tree = recipe_tree(talking_dir, tmp_path, "dspark")
     tree["data"] |= {"features": f"vllm:{start(talking_dir, [1, 2, 4]).url}", "max_length": 200}
     with pytest.raises(ServerError, match=r"after \[1, 2, 4\] layers"):

@@ -39,6 +39,7 @@ from deepspec.cli import app
 from deepspec.config import Recipe, load_recipe
 from deepspec.data.cache import plan_cache
 from deepspec.data.tokens import Encoded
+from deepspec.decode import Decoder, Request
 from deepspec.drafts.base import DraftSpec, Embedding, LossSettings
 from deepspec.drafts.spec import new_spec
 from deepspec.families import PUBLISHED_TARGETS
@@ -70,6 +71,7 @@ from deepspec.plan.phases import Speeds, TrainSpeed, rounds_needed, speed_key, s
 from deepspec.plan.quickstart import quickstart_phases, quickstart_plans
 from deepspec.target import Target, TargetSpec
 from deepspec.train import Optimizer
+from deepspec.verify import Sampling
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe, write_rows
 
 QWEN3_4B = PUBLISHED_TARGETS["Qwen/Qwen3-4B"]
@@ -652,8 +654,43 @@ def test_plan_of_a_recipe_that_trains_from_a_cache_has_one_unless_told_otherwise
 
 def test_speeds_read_back_as_they_were_written():
     train = {"a/b": TrainSpeed(0.1, 0.04, 400.0, 0.01, 0.02, 0.3, 0.4)}
-    speeds = Speeds("here", 1.0, 0.001, 0.01, 0.02, 0.001, [3, 4], [5, 6], train, {"plain": 0.01}, 2.0, None)
+    speeds = Speeds(
+        "here", 1.0, 0.001, 0.0002, 0.01, 0.02, 0.001, [3, 4], [5, 6], train, {"plain": 0.01}, 2.0, None
+    )
     assert speeds_from(json.loads(json.dumps(speeds.plain()))) == speeds
+
+
+@pytest.mark.parametrize(
+    ("rounds", "line"),
+    [
+        ([(8, 0.05), (4, 0.03), (2, 0.02)], (0.01, 0.005)),
+        ([(8, 0.05)], (0.05, 0.0)),
+        ([(8, 0.04), (4, 0.02), (4, 0.02)], (0.0, 0.005)),
+        # More rows in flight are never cheaper, and no round is free: the mean, then.
+        ([(8, 0.02), (4, 0.04)], (0.03, 0.0)),
+        ([(8, 0.09), (4, 0.03)], (0.0, 0.01)),
+    ],
+)
+def test_line_through_rounds_is_the_least_squares_one_unless_a_part_of_it_is_below_zero(
+    rounds: list[tuple[int, float]], line: tuple[float, float]
+):
+    assert profile.line_through(rounds) == pytest.approx(line, abs=1e-12)
+
+
+def test_rounds_are_timed_from_a_drafts_place_without_the_prefills(llama_dir: Path, monkeypatch):
+    """A clock that ticks once at every look: rounds that prefills followed are left out."""
+    target = Target.from_pretrained(llama_dir, dtype="float32", device="cpu")
+    ticks = iter(range(1000))
+    monkeypatch.setattr(profile, "_clock", lambda target: float(next(ticks)))
+    clock = profile._Clock(target)
+    requests = [Request([5, 6, 7 + i], 6 + 2 * i, i, str(i)) for i in range(3)]
+    decoder = Decoder(target, clock, Sampling(1.0), max_rows=2)
+    assert sum(len(answer.token_ids) for answer in decoder.run(requests)) == 6 + 8 + 10
+    assert clock.prefill == 0.5  # two prompts between the first look and the next
+    # Five rounds of two rows until the first answer ends; the round that the third prompt's prefill followed
+    # is not counted, nor the last of all, which no look follows.
+    assert [rows for rows, _ in clock.rounds] == [2] * 4 + [2] * 2 + [1] * 6
+    assert {seconds for _, seconds in clock.rounds} == {1.0}
 
 
 def test_plan_measured_on_a_busy_machine_says_so():
@@ -680,7 +717,7 @@ def test_measured_plan_with_a_cache_runs_the_target_once_and_not_in_the_steps():
     assert "features" not in online
     assert online["training"].value == pytest.approx(steps * 0.05)
     assert cached["training"].value == pytest.approx(steps * (0.05 - 0.02))
-    assert cached["features"].value == pytest.approx(steps / 3 * 0.02 + 100 * 0.001)
+    assert cached["features"].value == pytest.approx(100 * (50 + 60) * 0.0002 + 100 * 0.001)
     # Encoding moves from the training's beginning to the cache's.
     before, after = (found["setup and checkpoints"].value for found in (online, cached))
     assert before - after == pytest.approx(100 * 0.001)
@@ -689,7 +726,7 @@ def test_measured_plan_with_a_cache_runs_the_target_once_and_not_in_the_steps():
 def made_up_speeds(recipes: dict[str, Recipe]) -> Speeds:
     train = {speed_key(r): TrainSpeed(0.05, 0.02, 400.0, 0.01, 0.02, 0.3, 0.4) for r in recipes.values()}
     methods = dict.fromkeys(("plain", "transformers generate", "prompt lookup", *recipes), 0.01)
-    return Speeds("here", 1.0, 0.001, 0.01, 0.02, 0.001, [50] * 8, [60] * 8, train, methods, 2.0)
+    return Speeds("here", 1.0, 0.001, 0.0002, 0.01, 0.02, 0.001, [50] * 8, [60] * 8, train, methods, 2.0)
 
 
 def test_quickstart_takes_its_phases_by_the_names_that_its_plan_gives_them(

@@ -19,31 +19,34 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from deepspec.blocks import FeatureBatch
-from deepspec.build import build_draft
+from deepspec.build import build_draft, feature_layers, read_rules
 from deepspec.checkpoint import AnyDraft, load_draft
 from deepspec.config import Recipe
+from deepspec.data.cache import plan_cache, shard_tensors
 from deepspec.data.conversations import Conversation, Message, prompt_messages
 from deepspec.data.features import batches_from, online
 from deepspec.data.regenerate import row_seed
 from deepspec.data.tokens import Encoded, encode_turns, prompt_ids
-from deepspec.decode import Decoder, Generation, Request
-from deepspec.drafts.base import Draft
+from deepspec.decode import Decoder, Generation, NoDraft, Request
+from deepspec.drafts.base import Draft, Proposal
 from deepspec.energy import read_joules
 from deepspec.errors import DataError
 from deepspec.evaluate import HELD_OUT_ROWS, Prompt, evaluate_drafts
 from deepspec.files import write_json
 from deepspec.log import note, open_trackers, progress
 from deepspec.plan.machines import Machine, host_memory, row_of_device
-from deepspec.plan.phases import Speeds, TrainSpeed, rounds_needed, speed_key, speeds_from
+from deepspec.plan.phases import Speeds, TrainSpeed, speed_key, speeds_from
 from deepspec.report import write_report
 from deepspec.target import Target
 from deepspec.train import LOG_EVERY, Optimizer, Progress, save_checkpoint, train_step
 from deepspec.verify import Sampling
 
-SAMPLES, ANSWER_SECONDS = (64, 48, 32, 24), 15.0
-"""Prompts that are answered to learn how long answers are: the most that take about so long."""
+SAMPLES, ANSWER_SECONDS = (64, 48, 32, 24), 30.0
+"""Prompts that are answered to learn how long answers are: the most that take so long at worst, when none
+ends by itself and rows in flight do not help each other."""
 WARM_UP, STEPS, STEP_SECONDS = 2, 40, 3.0
 """Training steps before the clock starts; on it, at most so many, for about so long, but two at least."""
 ROUNDS = 8
@@ -123,6 +126,7 @@ def measure(
     with progress("measuring this machine", 3 + len(recipes)) as bar:
         speeds, rows = _answers(target, prompts[: SAMPLES[0]], slots, max_new_tokens)
         bar.update()
+        cache_token = _caching(target, recipes, rows)
         meter, before = read_joules(target.device), time.perf_counter()
         trained = {}
         for recipe in recipes:
@@ -135,6 +139,7 @@ def measure(
     found = replace(
         speeds,
         load=load,
+        cache_token=cache_token,
         train={**(kept.train if kept else {}), **trained},
         methods=methods or (kept.methods if kept else {}),
         report=report or (kept.report if kept else 0.0),
@@ -164,34 +169,69 @@ def _decode(
     return found, _clock(target) - began
 
 
+class _Clock(NoDraft):
+    """Watches plain decoding from a draft's place: what prefills and rounds take."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.began = _clock(target)
+        self.prefill = 0.0
+        self.rounds: list[tuple[int, float]] = []
+        """(rows in flight, seconds) of every round that no prefill followed."""
+        self._opened = 0
+        self._last: tuple[int, float] | None = None
+
+    def open(self, slot: int) -> None:
+        self._opened += 1
+
+    def propose(
+        self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
+    ) -> Proposal:
+        now = _clock(self.target)
+        if self._last is None:
+            self.prefill = (now - self.began) / self._opened
+        elif not self._opened:
+            rows, before = self._last
+            self.rounds.append((rows, now - before))
+        self._opened, self._last = 0, (len(slots), now)
+        return super().propose(slots, anchors, sampling, uniforms)
+
+
+def line_through(rounds: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """(base, row) of seconds = base + row × rows in flight, by least squares; neither is below zero."""
+    rows, seconds = (np.array(each, dtype=float) for each in zip(*rounds, strict=True))
+    if len(set(rows)) > 1:
+        row, base = np.polyfit(rows, seconds, 1)
+        if row > 0 and base > 0:
+            return float(base), float(row)
+        if base <= 0:
+            return 0.0, float(seconds.sum() / rows.sum())
+    return float(seconds.mean()), 0.0
+
+
 def _answers(
     target: Target, prompts: Sequence[Conversation], slots: int, max_new_tokens: int
 ) -> tuple[Speeds, list[Encoded]]:
     """Speeds of decoding, and training rows of the answers.
 
-    Rounds are timed with all slots full and with few, at the context that long answers reach; both are then
-    scaled so that the answers just written take the time that they took.
+    Some prompts are answered as a run answers them. Their prefills and rounds are timed one by one, while
+    slots are full and while they run empty, so that the line through them holds for both.
     """
     assert target.tokenizer is not None
     asked = {c.id: c for c in prompts}
     ids = {c.id: prompt_ids(target.tokenizer, prompt_messages(c), False) for c in prompts}
     requests = [Request(ids[key], max_new_tokens, row_seed(0, key), key) for key in ids]
     _decode(target, None, [replace(r, max_new_tokens=2) for r in requests[:2]], 2)  # warm-up
-    first = [replace(r, max_new_tokens=1) for r in requests[:16]]
-    prompt = _decode(target, None, first, slots)[1] / len(first)
-    context = int(np.mean([len(r.input_ids) for r in requests]) + max_new_tokens / 2)
-    full, few = (_round(target, requests, rows, context) for rows in (slots, max(slots // 8, 1)))
-    row = max((full - few) / max(slots - max(slots // 8, 1), 1), 0.0)
-    base = max(full - slots * row, 1e-6)
-    count = next(
-        (n for n in SAMPLES if n * prompt + max_new_tokens * (base + n * row) < ANSWER_SECONDS), SAMPLES[-1]
-    )
+    few = _Clock(target)
+    _decode(target, few, [replace(r, max_new_tokens=ROUNDS) for r in requests[:8]], slots)
+    spent = few.prefill + max_new_tokens * sum(s for _, s in few.rounds) / sum(r for r, _ in few.rounds)
+    count = next((n for n in SAMPLES if n * spent < ANSWER_SECONDS), SAMPLES[-1])
     requests = sorted(requests[:count], key=lambda r: (len(r.input_ids), r.key))
-    written, spent = _decode(target, None, requests, slots, stops=True)
+    clock = _Clock(target)
+    written, _ = _decode(target, clock, requests, slots, stops=True)
     lengths = {g.key: len(g.token_ids) for g in written}
-    answers = [lengths[r.key] for r in requests]
-    rounds, row_rounds = rounds_needed(answers, slots)
-    scale = max(spent - count * prompt, 0.0) / (rounds * base + row_rounds * row)
+    # Answers of a token or two have no round to be timed.
+    base, row = line_through(clock.rounds or few.rounds)
     began = time.perf_counter()
     rows = [
         row
@@ -202,11 +242,12 @@ def _answers(
         machine=this_machine(),
         load=0.0,
         encode=(time.perf_counter() - began) / len(rows),
-        prompt=prompt,
-        round_base=scale * base,
-        round_row=scale * row,
+        cache_token=0.0,
+        prompt=clock.prefill or few.prefill,
+        round_base=base,
+        round_row=row,
         prompts=[len(r.input_ids) for r in requests],
-        answers=answers,
+        answers=[lengths[r.key] for r in requests],
     )
     return speeds, [row for row in rows if sum(row.loss_mask) >= 2]
 
@@ -218,14 +259,14 @@ def _answered(target: Target, prompt: Conversation, answer: Generation) -> Conve
     return replace(prompt, messages=messages, meta={"answer_ids": answer.token_ids})
 
 
-def _round(target: Target, requests: Sequence[Request], rows: int, context: int) -> float:
-    """Seconds of one round of `rows` rows at a context."""
-    prompts = [requests[i % len(requests)].input_ids for i in range(rows)]
-    long = [(list(p) * (context // len(p) + 1))[:context] for p in prompts]
-    asked = [Request(p, 1 + ROUNDS, i, str(i)) for i, p in enumerate(long)]
-    some = [replace(r, max_new_tokens=1) for r in asked[:6]]
-    prefill = _decode(target, None, some, rows)[1] / len(some)
-    return max(_decode(target, None, asked, rows)[1] - rows * prefill, 0.0) / ROUNDS
+def _caching(target: Target, recipes: Sequence[Recipe], rows: Sequence[Encoded]) -> float:
+    """Seconds per token of what one cache for the recipes holds: computed and rounded, not yet on disk."""
+    layers = {layer for recipe in recipes for layer in feature_layers(recipe, target.spec.config)}
+    reads = {rule for recipe in recipes for rule in read_rules(recipe)}
+    plan = plan_cache(rows, target, sorted(layers), sorted(reads), about={})
+    began = _clock(target)
+    shard_tensors(rows, online(target, plan.facts["layers"]), plan.facts)
+    return (_clock(target) - began) / sum(len(row.ids) for row in rows)
 
 
 def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainSpeed:

@@ -98,13 +98,13 @@ def _check_before_loading(recipe: Recipe, answers: Path | None) -> None:
     if recipe.optim.states == "8bit":
         eight_bit_adamw()
     form, _ = feature_source(recipe.data.features)
+    if form == "sglang":
+        refuse_sglang(recipe.draft.target_layer_ids or (), with_last_hidden(read_rules(recipe)))
     next(read_conversations(data_file(recipe.data.select)), None)
     if form != "cache":
         asked_now = answers is None and recipe.data.train.startswith("pocket:")
         file = answers or data_file(recipe.data.train)
         next(read_conversations(file, require_answer=not asked_now), None)
-    if form == "sglang":
-        refuse_sglang(recipe.draft.target_layer_ids or (), with_last_hidden(read_rules(recipe)))
 
 
 class TrainingData(NamedTuple):

@@ -79,10 +79,10 @@ def _measured_steps(asked: Asked, work: dict[str, Figure]) -> tuple[Figure, dict
     if cached:
         found["features"] = figure(
             "s",
-            "encoding + per_epoch * features",
+            "encoding + tokens * cache_token",
             encoding=encoding,
-            per_epoch=asked.per_epoch,
-            features=speed.features,
+            tokens=asked.size.tokens,
+            cache_token=asked.speeds.cache_token,
         )
     steps = optimiser_steps(recipe, asked.per_epoch, float(step))
     return steps, found | {

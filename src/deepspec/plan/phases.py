@@ -8,11 +8,13 @@ Measured speeds (`profile.py`) are seconds per step, round and prompt of this ma
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from deepspec.config import Recipe
+from deepspec.data.regenerate import FLIGHTS
 from deepspec.drafts.base import DraftSpec
 from deepspec.evaluate import HELD_OUT_ROWS
 from deepspec.plan.costs import BYTES, Dimensions, Figure, figure
@@ -46,16 +48,17 @@ class TrainSpeed:
 class Speeds:
     """What was measured on this machine. Seconds, unless said otherwise.
 
-    load: of the target. encode: a training row. prompt: a prefill. A round of plain decoding takes
-    round_base + round_row × rows in flight. answers, prompts: token counts of answers sampled from training
-    prompts, in the order of decoding. methods: a round of one prompt decoded alone, by method.
-    watts: while training, None without a meter. share: of a core that the measurement got; well below one,
-    other work was in its way.
+    load: of the target. encode: a training row. cache_token: a token into a feature cache. prompt: a prefill.
+    A round of plain decoding takes round_base + round_row × rows in flight. answers, prompts: token counts of
+    answers sampled from training prompts, in the order of decoding. methods: a round of one prompt decoded
+    alone, by method. watts: while training, None without a meter. share: of a core that the measurement got;
+    well below one, other work was in its way.
     """
 
     machine: str
     load: float
     encode: float
+    cache_token: float
     prompt: float
     round_base: float
     round_row: float
@@ -95,8 +98,12 @@ def stretched(sample: Sequence[int], count: int) -> list[int]:
 
 
 def measured_answers(speeds: Speeds, prompts: int, slots: int) -> Figure:
-    """Seconds that `prompts` answers take in process."""
-    rounds, row_rounds = rounds_needed(stretched(speeds.answers, prompts), slots)
+    """Seconds that `prompts` answers take in process, in stretches as `data regenerate` cuts them."""
+    lengths, size = stretched(speeds.answers, prompts), FLIGHTS * slots
+    # Which lengths share a stretch is decided by the prompts: here, every stretch has its share of all.
+    count = math.ceil(prompts / size)
+    parts = [rounds_needed(lengths[i::count], slots) for i in range(count)]
+    rounds, row_rounds = (sum(part[k] for part in parts) for k in (0, 1))
     return figure(
         "s",
         "prompts * prefill + rounds * base + row_rounds * row",
