@@ -20,7 +20,9 @@ from deepspec.data.conversations import (
     answer_ids,
     answer_ids_by_turn,
     content_hash,
+    conversation_from_row,
     holdout_bucket,
+    last_answer,
     normalise,
     opening_question,
     prompt_messages,
@@ -564,6 +566,17 @@ def test_a_row_that_could_not_be_read_back_is_not_written(
 
 
 # -- prompts, ids, hashes ----------------------------------------------------------------------------------
+
+
+def test_turn_of_weight_0_is_part_of_the_prompt_and_of_its_id() -> None:
+    foreign = {**ANSWER, "weight": 0}
+    asked = conversation_from_row({"messages": [USER, foreign, USER]})
+    assert prompt_messages(asked) == (USER, foreign, USER)
+    answered = conversation_from_row({"messages": [USER, foreign, USER, ANSWER]})
+    assert prompt_messages(answered) == (USER, foreign, USER)
+    assert asked.id == answered.id
+    with pytest.raises(DataError, match="every assistant turn has weight 0"):
+        last_answer(asked)
 
 
 def test_prompt_messages_stop_before_the_last_answer_only() -> None:

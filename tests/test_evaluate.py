@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from deepspec import evaluate as module
 from deepspec.drafts.lookup import PromptLookup
-from deepspec.errors import DataError
-from deepspec.evaluate import Prompt, evaluate_drafts
+from deepspec.evaluate import Prompt, evaluate_at, evaluate_drafts, fingerprint
 from deepspec.journal import beside
 from deepspec.target import Target
+from deepspec.verify import Sampling
 from kills import killed_at, needs_fork
 from talking import save_talking_llama
 
@@ -29,7 +31,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
 
 def measured(target: Target, out: Path | None, **options: Any) -> dict[str, Any]:
     drafts = {"mine": PromptLookup(target.vocab_size, block=3)}
-    return evaluate_drafts(target, drafts, PROMPTS, max_new_tokens=6, out=out, **options)
+    options = {"prompts": PROMPTS, "max_new_tokens": 6, "out": out} | options
+    return evaluate_drafts(target, drafts, **options)
 
 
 def untimed(results: Any) -> Any:
@@ -79,29 +82,58 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(target, tmp_path,
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"seed": 1}, "seed was 0, now it is 1"),
-        ({"baselines": False}, "methods was"),
+        ({"sampling": Sampling(0.5)}, "temperature"),
+        ({"seed": 1}, "seed"),
+        ({"baselines": False}, "methods"),
         ({"batch": 2}, "batch"),
+        # The same tokens under other ids are drawn with other seeds.
+        ({"prompts": [replace(p, id=p.id + "x") for p in PROMPTS]}, "prompt ids"),
     ],
 )
-def test_evaluation_begun_under_other_conditions_is_not_gone_on_with(
-    target, tmp_path, monkeypatch, changes, named
-):
+def test_beginning_of_another_evaluation_steps_aside(target, tmp_path, monkeypatch, capsys, changes, named):
     out = tmp_path / "eval.json"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, "_rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         measured(target, out)
     before = beside(out).read_bytes()
-    with pytest.raises(DataError, match=named) as error:
-        measured(target, out, **changes)
-    assert str(beside(out)) in str(error.value)
-    assert beside(out).read_bytes() == before
+    assert measured(target, out, **changes)["rows"]
+    assert (tmp_path / "eval.partial.old-1.jsonl").read_bytes() == before
+    assert not beside(out).exists()
+    assert f"an evaluation with another '{named}'" in " ".join(capsys.readouterr().err.split())
 
 
-def test_another_draft_of_the_same_name_is_another_evaluation():
-    """Weights are told apart by their content: a run's folder keeps its name while it trains on."""
-    import torch
+def test_kill_during_the_last_temperature_costs_the_first_one_nothing(target, tmp_path, monkeypatch):
+    out, run, groups = tmp_path / "eval.json", module._measured, []
 
+    def dying(target: Target, method: Any, group: Any) -> Any:
+        groups.append(group[0].id)
+        if len(groups) == 5:
+            raise KeyboardInterrupt
+        return run(target, method, group)
+
+    samplings = [Sampling(0.0), Sampling(1.0)]
+    drafts = {"mine": PromptLookup(target.vocab_size, block=3)}
+    monkeypatch.setattr(module, "_measured", dying)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_at(target, drafts, PROMPTS[:1], samplings, out=out, max_new_tokens=4)
+    first = json.loads((tmp_path / "eval-t0.json").read_text("utf-8"))
+    again = evaluate_at(target, drafts, PROMPTS[:1], samplings, out=out, max_new_tokens=4)
+    assert len(groups) == 5 + 4
+    assert again[0]["rows"] == first["rows"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["eval-t0.json", "eval-t1.json"]
+
+
+def test_line_separators_in_an_id_do_not_tear_the_journal(target, tmp_path, monkeypatch):
+    prompts = [replace(PROMPTS[0], id="one\u2028two\x85three")]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        measured(target, tmp_path / "eval.json", prompts=prompts)
+    monkeypatch.setattr(module, "_measured", lambda *_: pytest.fail("measured again"))
+    assert measured(target, tmp_path / "eval.json", prompts=prompts)["rows"]
+
+
+def test_models_of_one_name_are_told_apart_by_their_weights():
+    """A run's folder keeps its name while it trains on."""
     one, two = torch.nn.Linear(2, 2, dtype=torch.bfloat16), torch.nn.Linear(2, 2, dtype=torch.bfloat16)
-    assert module._weights_hash(one) == module._weights_hash(one) != module._weights_hash(two)
-    assert module._weights_hash(PromptLookup(9)) is None
+    assert fingerprint(one) == fingerprint(one) != fingerprint(two)
+    assert fingerprint(PromptLookup(9)) is None

@@ -411,6 +411,16 @@ def test_turn_of_weight_0_is_context_whatever_ids_it_brings(qwen: PreTrainedToke
         encode_turns(qwen, talk(user("q"), foreign), True)
 
 
+def test_template_that_loses_a_context_turns_call_is_refused_too(qwen: PreTrainedTokenizerFast) -> None:
+    """Its result would answer a call that the target never sees."""
+    foreign = {**says("", a=1), "weight": 0}
+    asked = talk(user("q"), foreign, result("2"), says("four"), tools=TOOLS)
+    assert len(encode_turns(qwen, asked, True)) == 1
+    deaf = changed("m.tool_calls or []", "m.no_calls or []")
+    with pytest.raises(DataError, match=r"message 2 \(assistant\): .* leaves out or changes a tool call"):
+        encode_turns(deaf, asked, True)
+
+
 def test_turn_that_needs_a_sequence_of_its_own_keeps_its_number_after_one_of_weight_0(
     qwen: PreTrainedTokenizerFast,
 ) -> None:

@@ -686,7 +686,7 @@ def test_rounds_are_timed_from_a_drafts_place_without_the_prefills(llama_dir: Pa
     requests = [Request([5, 6, 7 + i], 6 + 2 * i, i, str(i)) for i in range(3)]
     decoder = Decoder(target, clock, Sampling(1.0), max_rows=2)
     assert sum(len(answer.token_ids) for answer in decoder.run(requests)) == 6 + 8 + 10
-    assert clock.prefill == 0.5  # two prompts between the first look and the next
+    assert clock.prefills == [1.0] * 3
     # Five rounds of two rows until the first answer ends; the round that the third prompt's prefill followed
     # is not counted, nor the last of all, which no look follows.
     assert [rows for rows, _ in clock.rounds] == [2] * 4 + [2] * 2 + [1] * 6
@@ -744,6 +744,11 @@ def test_quickstart_takes_its_phases_by_the_names_that_its_plan_gives_them(
     monkeypatch.setattr(workflow, "ANSWER_TOKENS", 8)
     monkeypatch.setattr(workflow, "EVALUATED_TOKENS", 4)
     workflow.quickstart(tmp_path / "run", fast=True)
+    # More prompts in the same folder: its answers grow, and their features are another cache.
+    (tmp_path / "run" / "eval-t0.partial.jsonl").write_text('{"seed": 0}\n', "utf-8")
+    monkeypatch.setattr(workflow, "QUICKSTART", {True: size._replace(prompts=6)})
+    workflow.quickstart(tmp_path / "run", fast=True)
+    assert len(list((tmp_path / "run" / "features").iterdir())) == 2
     took = json.loads((tmp_path / "run" / "phases.json").read_text("utf-8"))
     assert all(seconds > 0 for seconds in took.values())
     speeds = made_up_speeds(recipes)

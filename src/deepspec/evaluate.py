@@ -28,9 +28,10 @@ from deepspec.drafts.base import Draft
 from deepspec.drafts.lookup import PromptLookup
 from deepspec.energy import read_joules
 from deepspec.errors import DataError, TargetError
-from deepspec.files import plain
-from deepspec.journal import Journal
-from deepspec.log import progress
+from deepspec.files import plain, write_json
+from deepspec.journal import Journal, forget
+from deepspec.log import note, progress
+from deepspec.machine import this_machine
 from deepspec.target import Target
 from deepspec.verify import Sampling
 
@@ -38,6 +39,8 @@ BOOTSTRAP_SEED = 20
 TIE = 1e-3
 HELD_OUT_ROWS = 16
 """Prompts that a held-out evaluation decodes together."""
+FINGERPRINTED = 1024
+"""Values of each tensor by which models are told apart."""
 CONVENTIONS = {
     "accepted length τ": "tokens kept per verify round, bonus included, pooled over prompts (sum over sum); "
     "the first new token comes from the prefill and is in no round; a round cut at the budget or a stop "
@@ -195,13 +198,14 @@ def evaluate_drafts(
     batch: int = 1,
     baselines: bool = True,
     out: Path | None = None,
+    keep_journal: bool = False,
 ) -> dict[str, Any]:
     """Run plain decoding, transformers' generate, prompt lookup and the drafts; a results file as plain data.
 
     With `batch` > 1 prompts are decoded together in groups, and a group's time is shared out evenly;
     transformers' generate is then left out, since it cannot hold ragged rows without padding. With `out` the
     results are written there, and until then what is measured is kept beside it (`journal`): the same call
-    goes on after a kill. Raises DataError where `out` holds the beginning of another evaluation.
+    goes on after a kill. `keep_journal` leaves that to a caller that has more to do (`evaluate_at`).
     """
     sampling = sampling or Sampling()
     stops = frozenset() if ignore_eos else target.stop_token_ids
@@ -234,8 +238,12 @@ def evaluate_drafts(
     with ExitStack() as stack:
         journal = None
         if out is not None:
-            weights = {name: _weights_hash(draft) for name, draft in drafts.items()}
-            facts = conditions | {"methods": list(methods), "drafts": weights}
+            facts = conditions | {
+                "methods": list(methods),
+                "weights": {name: fingerprint(model) for name, model in {"": target.model, **drafts}.items()},
+                "prompt ids": _short_hash([[p.id, p.domain] for p in prompts]),
+                "machine": this_machine(),
+            }
             journal = stack.enter_context(Journal(out, facts))
         _take_turns(target, methods, prompts, batch, journal)
         results: dict[str, Any] = plain(
@@ -247,9 +255,40 @@ def evaluate_drafts(
                 "rows": _rows(target, traces, prompts, sampling),
             }
         )
-        if journal is not None:
-            journal.finish(results)
+    if out is not None:
+        write_json(out, results)
+        if not keep_journal:
+            forget(out)
     return results
+
+
+def evaluate_at(
+    target: Target,
+    drafts: Mapping[str, Draft],
+    prompts: Sequence[Prompt],
+    samplings: Sequence[Sampling],
+    *,
+    out: Path | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """One evaluation for each sampling; options as for `evaluate_drafts`.
+
+    Results go to `out`, or, where there are several, to `out` with -t<temperature> in its name. What one has
+    measured is kept until the last is written, so that a kill during the last costs the first nothing.
+    """
+    several = len(samplings) > 1
+    outs = [
+        out.with_name(f"{out.stem}-t{s.temperature:g}{out.suffix}") if out is not None and several else out
+        for s in samplings
+    ]
+    found = [
+        evaluate_drafts(target, drafts, prompts, sampling, out=path, keep_journal=True, **options)
+        for sampling, path in zip(samplings, outs, strict=True)
+    ]
+    for path in filter(None, outs):
+        forget(path)
+        note(f"results: {path}")
+    return found
 
 
 def evaluate_draft(target: Target, draft: Draft, prompts: Sequence[Prompt], **options: Any) -> dict[str, Any]:
@@ -262,15 +301,21 @@ def row_seed(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big")
 
 
-def _weights_hash(draft: Draft) -> str | None:
-    """SHA-256 (hex) of a draft's weights; None where it has none."""
-    if not isinstance(draft, torch.nn.Module):
+def fingerprint(model: object) -> str | None:
+    """16 hex digits that tell models apart: shape, names, and the first values of every tensor; None for
+    what has no weights."""
+    if not isinstance(model, torch.nn.Module):
         return None
-    digest = hashlib.sha256()
-    for name, tensor in draft.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    digest = hashlib.sha256(repr(getattr(model, "spec", None)).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        some = tensor.detach().flatten()[:FINGERPRINTED].float().cpu()
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _short_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _transformers(
@@ -469,7 +514,6 @@ def _conditions(
     seed: int,
     batch: int,
 ) -> dict[str, Any]:
-    digest = hashlib.sha256(json.dumps([p.ids for p in prompts]).encode()).hexdigest()[:16]
     return {
         "target": target.spec.name,
         "target_hash": target.spec.config_hash,
@@ -477,7 +521,7 @@ def _conditions(
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
-        "prompts_hash": digest,
+        "prompts_hash": _short_hash([p.ids for p in prompts]),
         "prompts": len(prompts),
         "max_new_tokens": max_new_tokens,
         "acceptance_rule": "rejection sampling",

@@ -1,6 +1,6 @@
 """What this machine does with a target: seconds of every part of a run, measured in less than a minute.
 
-Rounds of decoding are timed with as many rows as a run decodes together, at the context that a run reaches;
+Prefills and rounds of decoding are timed one by one while some prompts are answered as a run answers them;
 steps of training on answers that the target has just written; a held-out evaluation and a checkpoint as
 training makes them. A record is kept by machine and target, so the next plan need not measure again.
 """
@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -38,6 +37,7 @@ from deepspec.errors import DataError
 from deepspec.evaluate import HELD_OUT_ROWS, Prompt, evaluate_drafts
 from deepspec.files import write_json
 from deepspec.log import note, open_trackers, progress
+from deepspec.machine import this_machine
 from deepspec.plan.machines import Machine, host_memory, row_of_device
 from deepspec.plan.phases import Speeds, TrainSpeed, speed_key, speeds_from
 from deepspec.report import write_report
@@ -57,22 +57,6 @@ EVALUATED = 16
 
 
 # ── the record ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def this_machine() -> str:
-    """Processor or accelerator, threads, system and torch: what makes two measurements comparable."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    parts = [gpu or _processor(), f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads"]
-    return ", ".join([*parts, platform.system(), f"torch {torch.__version__}"])
-
-
-def _processor() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration, IndexError):
-        return platform.processor() or platform.machine()
 
 
 def here() -> Machine:
@@ -175,26 +159,35 @@ class _Clock(NoDraft):
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self.began = _clock(target)
-        self.prefill = 0.0
+        self.prefills: list[float] = []
         self.rounds: list[tuple[int, float]] = []
         """(rows in flight, seconds) of every round that no prefill followed."""
-        self._opened = 0
+        self._opened: float | None = None
+        self._filled = False
         self._last: tuple[int, float] | None = None
 
     def open(self, slot: int) -> None:
-        self._opened += 1
+        self._opened = _clock(self.target)
+
+    def observe(
+        self,
+        slots: Sequence[int],
+        features: Tensor | None,
+        tokens: Sequence[Sequence[int]],
+        next_tokens: Sequence[Sequence[int]],
+    ) -> None:
+        if self._opened is not None:
+            self.prefills.append(_clock(self.target) - self._opened)
+            self._opened, self._filled = None, True
 
     def propose(
         self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
     ) -> Proposal:
         now = _clock(self.target)
-        if self._last is None:
-            self.prefill = (now - self.began) / self._opened
-        elif not self._opened:
+        if self._last is not None and not self._filled:
             rows, before = self._last
             self.rounds.append((rows, now - before))
-        self._opened, self._last = 0, (len(slots), now)
+        self._filled, self._last = False, (len(slots), now)
         return super().propose(slots, anchors, sampling, uniforms)
 
 
@@ -225,7 +218,8 @@ def _answers(
     _decode(target, None, [replace(r, max_new_tokens=2) for r in requests[:2]], 2)  # warm-up
     few = _Clock(target)
     _decode(target, few, [replace(r, max_new_tokens=ROUNDS) for r in requests[:8]], slots)
-    spent = few.prefill + max_new_tokens * sum(s for _, s in few.rounds) / sum(r for r, _ in few.rounds)
+    prefill = float(np.mean(few.prefills))
+    spent = prefill + max_new_tokens * sum(s for _, s in few.rounds) / sum(r for r, _ in few.rounds)
     count = next((n for n in SAMPLES if n * spent < ANSWER_SECONDS), SAMPLES[-1])
     requests = sorted(requests[:count], key=lambda r: (len(r.input_ids), r.key))
     clock = _Clock(target)
@@ -244,7 +238,7 @@ def _answers(
         load=0.0,
         encode=(time.perf_counter() - began) / len(rows),
         cache_token=0.0,
-        prompt=clock.prefill or few.prefill,
+        prompt=float(np.mean(clock.prefills)),
         round_base=base,
         round_row=row,
         prompts=[len(r.input_ids) for r in requests],

@@ -30,7 +30,7 @@ from deepspec.data.regenerate import regenerate
 from deepspec.data.tokens import Encoded, system_hash, template_hash, tokenizer_hash
 from deepspec.drafts.base import Draft
 from deepspec.errors import RecipeError
-from deepspec.evaluate import evaluate_drafts, held_out_tau, load_prompts, spread
+from deepspec.evaluate import evaluate_at, held_out_tau, load_prompts, spread
 from deepspec.files import write_json
 from deepspec.log import note, warn
 from deepspec.report import write_report
@@ -318,19 +318,16 @@ def evaluate_to(
     """Evaluate at each temperature and write <folder>/eval-t<temperature>.json."""
     tasks = load_prompts(prompts, target, thinking=thinking, limit=limit)
     folder.mkdir(parents=True, exist_ok=True)
-    return [
-        evaluate_drafts(
-            target,
-            drafts,
-            tasks,
-            Sampling(temperature),
-            thinking=thinking,
-            max_new_tokens=max_new_tokens,
-            baselines=baselines,
-            out=folder / f"eval-t{temperature:g}.json",
-        )
-        for temperature in temperatures
-    ]
+    return evaluate_at(
+        target,
+        drafts,
+        tasks,
+        [Sampling(temperature) for temperature in temperatures],
+        thinking=thinking,
+        max_new_tokens=max_new_tokens,
+        baselines=baselines,
+        out=folder / "eval.json",
+    )
 
 
 class QuickstartSize(NamedTuple):
@@ -379,7 +376,9 @@ def quickstart(
     note(f"1/5  the pocket target answers {len(rows)} prompts")
     regenerate(target, rows, answers, max_new_tokens=ANSWER_TOKENS, max_rows=ANSWER_ROWS)
     seconds["answers"] = time.perf_counter() - began - sum(seconds.values())
-    recipes, features = quickstart_recipes(fast), out / "features"
+    # By its content: the fast form and the full one may share a folder, and their answers.
+    features = out / "features" / data_facts(answers)["data_hash"][:12]
+    recipes = quickstart_recipes(fast)
     note("2/5  caching what the target computes on them: once, for three drafts")
     cache_features([*recipes.values()], features, target=target, answers=answers)
     seconds["features"] = time.perf_counter() - began - sum(seconds.values())

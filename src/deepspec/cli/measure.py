@@ -89,7 +89,7 @@ def evaluate(
     check_out(report)
     from deepspec.checkpoint import find_checkpoint, load_draft, load_provenance
     from deepspec.compare import mode_differences
-    from deepspec.evaluate import evaluate_drafts, load_prompts, mode_of
+    from deepspec.evaluate import evaluate_at, load_prompts, mode_of
     from deepspec.report import write_report
     from deepspec.workflow import read_metrics
 
@@ -104,28 +104,19 @@ def evaluate(
         facts = load_provenance(find_checkpoint(name))
         for sentence in mode_differences(f"{label} was trained", facts, "is measured", now):
             warn(sentence)
-    results = []
-    for sampling in samplings:
-        path = out
-        if out is not None and len(samplings) > 1:
-            path = out.with_name(f"{out.stem}-t{sampling.temperature:g}{out.suffix}")
-        results.append(
-            evaluate_drafts(
-                model,
-                drafts,
-                tasks,
-                sampling,
-                thinking=thinking,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                ignore_eos=ignore_eos,
-                batch=batch,
-                baselines=not no_baselines,
-                out=path,
-            )
-        )
-        if path is not None:
-            note(f"results: {path}")
+    results = evaluate_at(
+        model,
+        drafts,
+        tasks,
+        samplings,
+        thinking=thinking,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        ignore_eos=ignore_eos,
+        batch=batch,
+        baselines=not no_baselines,
+        out=out,
+    )
     if report is not None:
         curves = {label: rows for label, name in folders.items() if (rows := read_metrics(Path(name)))}
         note(f"report: {write_report(report, results, curves)}")

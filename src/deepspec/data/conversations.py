@@ -180,28 +180,28 @@ def content_hash(rows: Iterable[Conversation]) -> str:
 
 
 def prompt_messages(conversation: Conversation) -> tuple[Message, ...]:
-    """Everything before the last assistant turn; all messages where there is none."""
-    index = _last_assistant(conversation.messages)
+    """Everything before the last trained turn; all messages where there is none."""
+    index = _last_trained(conversation.messages)
     return conversation.messages if index is None else conversation.messages[:index]
 
 
 def last_answer(conversation: Conversation) -> int:
     """Index of the last assistant turn that is trained on. Raises DataError when there is none."""
-    trained = [i for i, message in enumerate(conversation.messages) if is_trained(message)]
-    if not trained and _last_assistant(conversation.messages) is not None:
+    index = _last_trained(conversation.messages)
+    if index is None and any(message["role"] == "assistant" for message in conversation.messages):
         raise DataError(
             "every assistant turn has weight 0: nothing is left to train on",
             where=conversation.where,
             next_step="remove the weights of the turns that the target wrote, or remove the row",
         )
-    if not trained:
+    if index is None:
         raise DataError(
             "conversation without an assistant turn",
             where=conversation.where,
             next_step="training needs answers: have the target answer the prompts first "
             "(deepspec data regenerate), or remove the row",
         )
-    return trained[-1]
+    return index
 
 
 def answer_ids(conversation: Conversation) -> list[int] | None:
@@ -373,8 +373,8 @@ def _json(conversation: Conversation, sort_keys: bool = False) -> str:
         raise DataError(f"'meta' cannot be written as JSON: {error}", where=conversation.where) from error
 
 
-def _last_assistant(messages: tuple[Message, ...]) -> int | None:
-    return next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "assistant"), None)
+def _last_trained(messages: tuple[Message, ...]) -> int | None:
+    return next((i for i in reversed(range(len(messages))) if is_trained(messages[i])), None)
 
 
 def _sorted_json(value: object) -> str:

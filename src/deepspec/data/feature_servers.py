@@ -41,8 +41,6 @@ NOTED, REFUSED = 0.05, 0.25
 which they are not this target's. Chosen, not measured on a server: on the pocket target bfloat16 alone is
 0.013 away at most, and the next layer 0.22 at least."""
 LONGEST_PAUSE = 60.0
-API_KEY = "OPENAI_API_KEY"
-"""Environment variable: what a server that was started with a key wants to hear."""
 
 
 @dataclass
@@ -232,7 +230,7 @@ def _open(
 def _servers(urls: str, access: Access | None, command: str, target: Target) -> list[Server]:
     addresses, _, query = urls.partition("?")
     settings = _settings(access or Access(), query)
-    key = os.environ.get(API_KEY)
+    key = os.environ.get(settings.api_key_env)
     client = httpx.Client(
         timeout=httpx.Timeout(settings.timeout, connect=min(settings.timeout, 10.0)),
         limits=httpx.Limits(max_connections=settings.in_flight + 1),

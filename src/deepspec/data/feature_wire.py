@@ -36,7 +36,8 @@ class Access:
     change (429, 5xx, no connection, time-outs). backoff: the first pause between them; it doubles.
     in_flight: requests at a time, over all servers. ahead: rows fetched before a step asks for them; they
     wait in memory. keep_files: leave vLLM's files where they are. storage: where vLLM's
-    `shared_storage_path` is seen from here, if not under the same path.
+    `shared_storage_path` is seen from here, if not under the same path. api_key_env: the environment variable
+    with the key of a server that was started with one.
     """
 
     timeout: float = 120.0
@@ -46,6 +47,7 @@ class Access:
     ahead: int = 32
     keep_files: bool = False
     storage: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
 
 
 class Passing(Exception):

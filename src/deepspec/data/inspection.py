@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from deepspec.data.conversations import Conversation, prompt_id, prompt_messages, tools_of
+from deepspec.data.messages import is_trained
 from deepspec.data.tokens import Encoded, added_ids, encode_turns, prompt_ids
 from deepspec.errors import DataError
 from deepspec.log import Bar
@@ -212,7 +213,7 @@ def find_row(rows: Iterable[Conversation], wanted: str) -> Conversation:
 
 
 def is_answered(conversation: Conversation) -> bool:
-    return any(message["role"] == "assistant" for message in conversation.messages)
+    return any(map(is_trained, conversation.messages))
 
 
 def row_sequences(

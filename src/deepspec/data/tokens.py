@@ -102,6 +102,8 @@ def encode_turns(
     assistants = (i for i, message in enumerate(messages) if message["role"] == "assistant")
     for number, index in enumerate(assistants, start=1):
         if not is_trained(messages[index]):
+            if "tool_calls" in messages[index]:
+                _check_calls(chat, messages[: index + 1])
             continue
         known = given[number - 1]
         prompt = chat.write(messages[:index], ask=True)
@@ -339,7 +341,7 @@ def _rendered(chat: _Chat, messages: Sequence[Message], prompt: str, head: str) 
     return text
 
 
-_ARGUMENT = "an argument of a tool call"
+_CALL, _ARGUMENT = "a tool call", "an argument of a tool call"
 
 
 def _marked(message: Message) -> tuple[Message, dict[str, str]]:
@@ -364,15 +366,29 @@ def _marked(message: Message) -> tuple[Message, dict[str, str]]:
         twin["tool_calls"] = []
         for call in _as_served(message)["tool_calls"]:
             name, arguments = call["function"]["name"], call["function"]["arguments"]
-            function = {"name": mark(name, "a tool call"), "arguments": mark(arguments, _ARGUMENT)}
+            function = {"name": mark(name, _CALL), "arguments": mark(arguments, _ARGUMENT)}
             twin["tool_calls"].append({**call, "function": function})
     return twin, marks
+
+
+def _check_calls(chat: _Chat, messages: Sequence[Message]) -> None:
+    """Raise DataError where the template leaves out a tool call of the last message, or a part of it."""
+    *before, message = messages
+    twin, marks = _marked(message)
+    written = chat.write([*before, twin], ask=False)
+    lost = next((w for mark, w in marks.items() if w in (_CALL, _ARGUMENT) and mark not in written), None)
+    if lost is not None:
+        raise DataError(
+            f"message {len(messages)} (assistant): the target's chat template leaves out or changes {lost}",
+            where=chat.where,
+            next_step="remove the row: the target would never see the call that the result answers",
+        )
 
 
 def _check_kept(chat: _Chat, messages: Sequence[Message]) -> None:
     """Raise DataError where the template leaves out a message that stands before the last, or the tools."""
     *before, _ = messages
-    # A turn with tool calls may lose its text to them, and was checked when it was the last.
+    # A turn with tool calls may lose its text to them, and was checked when it was its turn.
     marks = {i: _stand_in(i) for i, m in enumerate(before) if m["content"].strip() and "tool_calls" not in m}
     twins = [Message(**{**m, "content": marks.get(i, m["content"])}) for i, m in enumerate(before)]
     written = chat.write([*twins, _plain(_STAND_IN)], ask=False)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from deepspec.config import Recipe
 from deepspec.data.conversations import Conversation, conversation_from_row, read_conversations
 from deepspec.data.features import batch_order
+from deepspec.data.messages import is_trained
 from deepspec.data.tokens import encode_turns, prompt_ids
 from deepspec.errors import DataError
 from deepspec.plan.costs import slots_that_count
@@ -185,7 +186,7 @@ def _row(line: bytes, path: Path) -> object:
 
 def _tokens(row: Conversation, tokenizer: Any, thinking: bool) -> tuple[float, float | None]:
     """(tokens of the prompt, of the answer or None without one)."""
-    last = next((i for i in range(len(row.messages))[::-1] if row.messages[i]["role"] == "assistant"), None)
+    last = next((i for i in range(len(row.messages))[::-1] if is_trained(row.messages[i])), None)
     if tokenizer is None:
         before = row.messages if last is None else row.messages[:last]
         prompt = sum(len(m["content"]) for m in before) / CHARACTERS

@@ -1,0 +1,25 @@
+"""The machine's name in words: what makes two measurements comparable."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+
+def this_machine() -> str:
+    """Processor or accelerator, threads, system and torch."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    parts = [gpu or _processor(), f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads"]
+    return ", ".join([*parts, platform.system(), f"torch {torch.__version__}"])
+
+
+def _processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, IndexError):
+        return platform.processor() or platform.machine()
