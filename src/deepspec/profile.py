@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import tempfile
 import time
@@ -25,7 +24,7 @@ from deepspec.blocks import FeatureBatch
 from deepspec.build import build_draft, feature_layers, read_rules
 from deepspec.checkpoint import AnyDraft, load_draft
 from deepspec.config import Recipe
-from deepspec.data.cache import BATCH_TOKENS, plan_cache, shard_tensors
+from deepspec.data.cache import batch_rows, plan_cache, shard_tensors
 from deepspec.data.conversations import Conversation, Message, prompt_messages
 from deepspec.data.features import batches_from, online
 from deepspec.data.regenerate import row_seed
@@ -257,17 +256,16 @@ def _answered(target: Target, prompt: Conversation, answer: Generation) -> Conve
 def _caching(target: Target, recipes: Sequence[Recipe], rows: Sequence[Encoded]) -> float:
     """Seconds per token of what one cache for the recipes holds: computed and rounded, not yet on disk.
 
-    About two forward passes of the sample: with fewer tokens, rows of unlike lengths would share a pass, and
-    padding would be counted that a cache of many rows does not have.
+    The few rows of a sample share passes with rows of other lengths, so padding is counted among the tokens;
+    a cache of many rows has next to none.
     """
-    tokens = sum(len(row.ids) for row in rows)
-    rows = [*rows[:: max(tokens // (2 * BATCH_TOKENS), 1)]] * math.ceil(2 * BATCH_TOKENS / tokens)
     layers = {layer for recipe in recipes for layer in feature_layers(recipe, target.spec.config)}
     reads = {rule for recipe in recipes for rule in read_rules(recipe)}
     plan = plan_cache(rows, target, sorted(layers), sorted(reads), about={})
     began = _clock(target)
     shard_tensors(rows, online(target, plan.facts["layers"]), plan.facts)
-    return (_clock(target) - began) / sum(len(row.ids) for row in rows)
+    spent = _clock(target) - began
+    return spent / sum(len(b) * len(rows[b[0]].ids) for b in batch_rows(rows, plan.facts["batch_tokens"]))
 
 
 def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainSpeed:
