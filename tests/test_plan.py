@@ -655,7 +655,7 @@ def test_plan_of_a_recipe_that_trains_from_a_cache_has_one_unless_told_otherwise
 def test_speeds_read_back_as_they_were_written():
     train = {"a/b": TrainSpeed(0.1, 0.04, 400.0, 0.01, 0.02, 0.3, 0.4)}
     speeds = Speeds(
-        "here", 1.0, 0.001, 0.0002, 0.01, 0.02, 0.001, [3, 4], [5, 6], train, {"plain": 0.01}, 2.0, None
+        "here", 1.0, 0.001, 0.0002, 0.01, 0.02, 0.001, [3, 4], [5, 6], train, {"plain": 0.01}, None
     )
     assert speeds_from(json.loads(json.dumps(speeds.plain()))) == speeds
 
@@ -726,7 +726,7 @@ def test_measured_plan_with_a_cache_runs_the_target_once_and_not_in_the_steps():
 def made_up_speeds(recipes: dict[str, Recipe]) -> Speeds:
     train = {speed_key(r): TrainSpeed(0.05, 0.02, 400.0, 0.01, 0.02, 0.3, 0.4) for r in recipes.values()}
     methods = dict.fromkeys(("plain", "transformers generate", "prompt lookup", *recipes), 0.01)
-    return Speeds("here", 1.0, 0.001, 0.0002, 0.01, 0.02, 0.001, [50] * 8, [60] * 8, train, methods, 2.0)
+    return Speeds("here", 1.0, 0.001, 0.0002, 0.01, 0.02, 0.001, [50] * 8, [60] * 8, train, methods)
 
 
 def test_quickstart_takes_its_phases_by_the_names_that_its_plan_gives_them(

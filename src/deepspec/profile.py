@@ -39,7 +39,6 @@ from deepspec.log import note, open_trackers, progress
 from deepspec.machine import this_machine
 from deepspec.plan.machines import Machine, host_memory, row_of_device
 from deepspec.plan.phases import Speeds, TrainSpeed, speed_key, speeds_from
-from deepspec.report import write_report
 from deepspec.target import Target
 from deepspec.train import LOG_EVERY, Optimizer, Progress, save_checkpoint, train_step
 from deepspec.verify import Sampling
@@ -117,7 +116,7 @@ def measure(
             trained[speed_key(recipe)] = _training(target, recipe, rows)
             bar.update()
         spent, after = time.perf_counter() - before, read_joules(target.device)
-        methods, report = _evaluation(target, ready_made, prompts, speeds.prompt) if ready_made else ({}, 0.0)
+        methods = _evaluation(target, ready_made, prompts, speeds.prompt) if ready_made else {}
         bar.update()
     kept = kept_speeds(name, ())
     found = replace(
@@ -126,7 +125,6 @@ def measure(
         cache_token=cache_token,
         train={**(kept.train if kept else {}), **trained},
         methods=methods or (kept.methods if kept else {}),
-        report=report or (kept.report if kept else 0.0),
         watts=None if meter is None or after is None else (after - meter) / spent,
         share=(time.process_time() - worked) / (time.perf_counter() - began),
     )
@@ -334,8 +332,8 @@ def _steps(
 
 def _evaluation(
     target: Target, ready_made: Mapping[str, str], prompts: Sequence[Conversation], prefill: float
-) -> tuple[dict[str, float], float]:
-    """(seconds of a round of one prompt alone, by method, its prefill left out; of a report)."""
+) -> dict[str, float]:
+    """Seconds of a round of one prompt decoded alone, by method, its prefill left out."""
     assert target.tokenizer is not None
     drafts: dict[str, Draft] = {name: load_draft(path, target) for name, path in ready_made.items()}
     domains = list({c.domain: c for c in prompts}.values())[:2]
@@ -354,8 +352,4 @@ def _evaluation(
         rounds = sum(p["rounds"] or p["tokens"] for p in row["per_prompt"])
         spent = sum(p["seconds"] - prefill for p in row["per_prompt"])
         found[row["method"]] = max(spent, 0.0) / rounds
-    curve = [{"step": i, "loss": 1.0, "tau_estimate": 1.0, "seconds": float(i)} for i in range(30)]
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        write_report(Path(folder) / "report.html", [result, result], dict.fromkeys(drafts, curve))
-        return found, time.perf_counter() - began
+    return found

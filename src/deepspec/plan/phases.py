@@ -66,7 +66,6 @@ class Speeds:
     answers: list[int]
     train: dict[str, TrainSpeed] = field(default_factory=dict)
     methods: dict[str, float] = field(default_factory=dict)
-    report: float = 0.0
     watts: float | None = None
     share: float = 1.0
 

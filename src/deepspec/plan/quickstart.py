@@ -82,5 +82,4 @@ def quickstart_phases(
         prefill=speeds.prompt,
         token=sum(seconds / tau.get(name, 1.0) for name, seconds in speeds.methods.items()),
     )
-    found["report"] = figure("s", "report", report=speeds.report)
     return found
