@@ -260,9 +260,11 @@ def _caching(target: Target, recipes: Sequence[Recipe], rows: Sequence[Encoded])
     layers = {layer for recipe in recipes for layer in feature_layers(recipe, target.spec.config)}
     reads = {rule for recipe in recipes for rule in read_rules(recipe)}
     plan = plan_cache(rows, target, sorted(layers), sorted(reads), about={})
-    began = _clock(target)
-    shard_tensors(rows, online(target, plan.facts["layers"]), plan.facts)
-    spent = _clock(target) - began
+    spent = 0.0
+    for _ in range(2):  # the first finds memory that has not been touched yet
+        began = _clock(target)
+        shard_tensors(rows, online(target, plan.facts["layers"]), plan.facts)
+        spent = _clock(target) - began
     return spent / sum(len(b) * len(rows[b[0]].ids) for b in batch_rows(rows, plan.facts["batch_tokens"]))
 
 
