@@ -16,9 +16,12 @@ from deepspec.config import Recipe
 from deepspec.data.rows import frequent_ids, supervised_counts
 from deepspec.data.tokens import Encoded
 from deepspec.drafts.base import DraftSpec, LossSettings
+from deepspec.drafts.layers import DraftLayer
 from deepspec.drafts.spec import SpecError, new_spec
 from deepspec.errors import RecipeError
 from deepspec.target import Target
+
+READ_INPUT = tuple(f"self_attn.{name}_proj.weight" for name in "qkv")
 
 
 def build_draft(recipe: Recipe, target: Target, rows: Sequence[Encoded] = ()) -> AnyDraft:
@@ -33,9 +36,42 @@ def build_draft(recipe: Recipe, target: Target, rows: Sequence[Encoded] = ()) ->
         size = spec.draft_vocab_size
         kept = size and frequent_ids(rows, size, target.stop_token_ids, spec.vocab_size)
         draft = new_draft(spec, target, seed=recipe.seed, kept=kept or None)
+        if recipe.draft.init == "target":
+            copy_last_layers(draft, target)
     else:
         draft = trained_draft(recipe.start_from, spec, target)
     return draft.to(torch.bfloat16) if recipe.precision == "bfloat16" else draft.float()
+
+
+@torch.no_grad()
+def copy_last_layers(draft: AnyDraft, target: Target) -> None:
+    """Begin a draft as the target's end: its layers get the matrices of the target's last ones, and its
+    projection passes the deepest feature layer on.
+
+    A fresh draft spends its first minutes learning what the target's last layers do already: turn a late
+    hidden state into one that the head reads. Norms keep their ones (families scale them differently).
+    Eagle-3's attention reads twice the width: the half of its hidden state gets the target's. Raises
+    RecipeError where a matrix has no counterpart of its shape.
+    """
+    width = draft.spec.shape.hidden
+    layers = [part for part in draft.modules() if isinstance(part, DraftLayer)]
+    for layer, last in zip(layers, target.decoder.layers[-len(layers) :], strict=True):
+        theirs = dict(last.named_parameters())
+        for name, matrix in layer.named_parameters():
+            if matrix.dim() < 2:
+                continue
+            place = matrix[:, -width:] if name in READ_INPUT else matrix
+            found = theirs.get(name)
+            if found is None or found.shape != place.shape:
+                shape = "none" if found is None else list(found.shape)
+                raise RecipeError(
+                    f"draft.init=target: the draft's layers need a {name} of {list(place.shape)}, "
+                    f"the last layers of {target.spec.name} have {shape}",
+                    next_step="train it from drawn weights: draft.init=random",
+                )
+            place.copy_(found)
+    draft.fc.weight.zero_()
+    draft.fc.weight[:, -width:].fill_diagonal_(1.0)
 
 
 def vocabulary_facts(draft: AnyDraft, rows: Sequence[Encoded]) -> dict[str, Any]:

@@ -75,6 +75,7 @@ class DraftConfig(Section):
     intermediate_size: Count | None = None  # None: the target's
     vocab_size: Count | None = None  # ids the draft can propose: the data's most frequent; None: all
     qk_norm: bool = True  # per-head norms of queries and keys; SGLang's and llama.cpp's Eagle-3 has none
+    init: Literal["random", "target"] = "random"  # first weights: drawn, or the target's last layers'
     step_loss_decay: Annotated[float, Field(gt=0, le=1)] = 0.8  # eagle3: unroll step s weighs decay^s
 
 
