@@ -21,8 +21,9 @@ from deepspec.acceptance import bootstrap_ratio, paired_bootstrap_difference
 from deepspec.checkpoint import load_draft
 from deepspec.config import load_recipe
 from deepspec.decode import Decoder, Request
-from deepspec.evaluate import load_prompts, rounds_of
+from deepspec.evaluate import load_prompts
 from deepspec.target import Target
+from deepspec.traces import rounds_of
 from deepspec.verify import Sampling
 from deepspec.workflow import ALGORITHMS, answered, data_file, train_draft
 

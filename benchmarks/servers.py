@@ -41,12 +41,13 @@ import torch
 from deepspec.acceptance import bootstrap_ratio
 from deepspec.checkpoint import AnyDraft, load_draft
 from deepspec.decode import Decoder, Generation, Request
-from deepspec.evaluate import TIE, Prompt, load_prompts
+from deepspec.evaluate import load_prompts
 from deepspec.export import FORMS, Exported, export_draft, kind_of
 from deepspec.files import write_json
 from deepspec.log import note
 from deepspec.pocket import packaged, prompt_file
 from deepspec.target import Target
+from deepspec.traces import TIE, Prompt
 from deepspec.verify import Sampling
 
 PACKAGE = "llama-cpp-python==0.3.36"

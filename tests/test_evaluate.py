@@ -13,9 +13,10 @@ import torch
 
 from deepspec import evaluate as module
 from deepspec.drafts.lookup import PromptLookup
-from deepspec.evaluate import Prompt, evaluate_at, evaluate_drafts, fingerprint
+from deepspec.evaluate import evaluate_at, evaluate_drafts, fingerprint
 from deepspec.journal import beside
 from deepspec.target import Target
+from deepspec.traces import Prompt
 from deepspec.verify import Sampling
 from kills import killed_at, needs_fork
 from talking import save_talking_llama
@@ -93,7 +94,7 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(target, tmp_path,
 def test_beginning_of_another_evaluation_steps_aside(target, tmp_path, monkeypatch, capsys, changes, named):
     out = tmp_path / "eval.json"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "_rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(module, "rows_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         measured(target, out)
     before = beside(out).read_bytes()
     assert measured(target, out, **changes)["rows"]
@@ -126,7 +127,7 @@ def test_kill_during_the_last_temperature_costs_the_first_one_nothing(target, tm
 def test_line_separators_in_an_id_do_not_tear_the_journal(target, tmp_path, monkeypatch):
     prompts = [replace(PROMPTS[0], id="one\u2028two\x85three")]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "_rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(module, "rows_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         measured(target, tmp_path / "eval.json", prompts=prompts)
     monkeypatch.setattr(module, "_measured", lambda *_: pytest.fail("measured again"))
     assert measured(target, tmp_path / "eval.json", prompts=prompts)["rows"]

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,10 @@ from typing import Any
 import torch
 
 from deepspec import acceptance
-from deepspec.acceptance import Interval
 from deepspec.compare import FORMAT
 from deepspec.data.conversations import Conversation, prompt_messages, read_conversations, tools_of
 from deepspec.data.tokens import prompt_ids, system_hash, template_hash
-from deepspec.decode import Decoder, Generation, Request, pieces_of
+from deepspec.decode import Decoder, Generation, Request
 from deepspec.drafts.base import Draft
 from deepspec.drafts.lookup import PromptLookup
 from deepspec.energy import read_joules
@@ -33,10 +32,9 @@ from deepspec.journal import Journal, forget
 from deepspec.log import note, progress
 from deepspec.machine import this_machine
 from deepspec.target import Target
+from deepspec.traces import Prompt, Taken, Trace, rounds_of, rows_of
 from deepspec.verify import Sampling
 
-BOOTSTRAP_SEED = 20
-TIE = 1e-3
 HELD_OUT_ROWS = 16
 """Prompts that a held-out evaluation decodes together."""
 FINGERPRINTED = 1024
@@ -53,55 +51,6 @@ CONVENTIONS = {
     "intervals": "95%, bootstrap over prompts, paired where two methods are compared",
     "distinct-4, repeated-8": "share of distinct 4-grams, and of 8-grams seen before in the same answer",
 }
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One task: token ids in the target's own template."""
-
-    id: str
-    domain: str
-    text: str
-    ids: tuple[int, ...]
-    system: str | None = None
-    """Hash of its system prompt."""
-
-
-@dataclass(eq=False)
-class Trace:
-    """One method on all prompts: what it wrote, in how many seconds, for how many joules."""
-
-    kind: str
-    algorithm: str | None
-    block: int | None
-    answers: dict[str, Generation] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    joules: float | None = 0.0
-
-    def add(self, group: Sequence[Prompt], taken: _Taken) -> None:
-        """Take in a group of prompts, whose time is shared out evenly."""
-        for prompt, answer in zip(group, taken.answers, strict=True):
-            self.answers[prompt.id] = answer
-            self.seconds[prompt.id] = taken.seconds / len(group)
-        if self.joules is None or taken.joules is None:
-            self.joules = None
-        else:
-            self.joules += taken.joules
-
-
-@dataclass
-class _Taken:
-    """What a method wrote for one group of prompts, and took. Joules are None without a meter."""
-
-    answers: list[Generation]
-    seconds: float
-    joules: float | None
-
-    @classmethod
-    def kept(cls, entry: Mapping[str, Any]) -> _Taken:
-        """The inverse of `asdict`."""
-        answers = [Generation(**answer) for answer in entry["answers"]]
-        return cls(answers, entry["seconds"], entry["joules"])
 
 
 Method = Callable[[Sequence[Prompt]], list[Generation]]
@@ -179,12 +128,6 @@ def held_out_tau(
     return acceptance.tau([rounds_of(g)[2] for g in decoder.run(requests)]) or 1.0
 
 
-def rounds_of(answer: Generation) -> tuple[list[int], list[int], list[int]]:
-    """(proposed, accepted, kept) of the rounds that kept something: one past a full budget did not."""
-    rounds = [r for r in zip(answer.proposed, answer.accepted, answer.kept, strict=True) if r[2] > 0]
-    return [r[0] for r in rounds], [r[1] for r in rounds], [r[2] for r in rounds]
-
-
 def evaluate_drafts(
     target: Target,
     drafts: Mapping[str, Draft],
@@ -252,7 +195,7 @@ def evaluate_drafts(
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "conventions": CONVENTIONS,
                 "conditions": conditions,
-                "rows": _rows(target, traces, prompts, sampling),
+                "rows": rows_of(target, traces, prompts, sampling),
             }
         )
     if out is not None:
@@ -347,7 +290,7 @@ def _take_turns(
             run(groups[0])  # warm-up: first-call costs belong to nobody
     with progress("evaluating", len(groups) * len(order)) as bar:
         for i, group in enumerate(groups):
-            taken = {name: _Taken.kept(entry) for name, entry in done.get(i, {}).items()}
+            taken = {name: Taken.kept(entry) for name, entry in done.get(i, {}).items()}
             if not taken:
                 for name, (_, run) in order[i % len(order) :] + order[: i % len(order)]:
                     taken[name] = _measured(target, run, group)
@@ -360,148 +303,14 @@ def _take_turns(
                 trace.add(group, taken[name])
 
 
-def _measured(target: Target, run: Method, group: Sequence[Prompt]) -> _Taken:
+def _measured(target: Target, run: Method, group: Sequence[Prompt]) -> Taken:
     meter = read_joules(target.device)
     began = time.perf_counter()
     answers = run(group)
     spent = time.perf_counter() - began
     after = read_joules(target.device)
     joules = None if meter is None or after is None else after - meter
-    return _Taken(answers, spent, joules)
-
-
-# ── from traces to rows ───────────────────────────────────────────────────────────────────────────────
-
-
-def _rows(
-    target: Target, traces: Mapping[str, Trace], prompts: Sequence[Prompt], sampling: Sampling
-) -> list[dict[str, Any]]:
-    plains = [t for t in traces.values() if t.kind in ("plain", "generate")]
-    base = max(plains, key=lambda t: _rate(t, prompts))
-    domains = list(dict.fromkeys(p.domain for p in prompts))
-    rows = []
-    for name, trace in traces.items():
-        overall = _summary(trace, base, prompts)
-        by_domain = {d: [p for p in prompts if p.domain == d] for d in domains}
-        groups = [(_speed(trace, some), _speed(base, some)) for some in by_domain.values()]
-        if trace is not base:
-            mean = acceptance.mean_ratio_over_groups(groups, BOOTSTRAP_SEED)
-            overall["speedup_mean_of_domains"] = _interval(mean)
-        lossless = None
-        if sampling.greedy and trace is not traces["plain"]:
-            lossless = _lossless(target, trace, traces["plain"], prompts)
-        rows.append(
-            {
-                "method": name,
-                "kind": trace.kind,
-                "algorithm": trace.algorithm,
-                "block": trace.block,
-                "baseline": trace is base,
-                "overall": overall,
-                "domains": {d: _summary(trace, base, some) for d, some in by_domain.items()},
-                "lossless": lossless,
-                "samples": _samples(target, trace, prompts),
-                "per_prompt": [
-                    {
-                        "id": p.id,
-                        "domain": p.domain,
-                        "tokens": len(trace.answers[p.id].token_ids),
-                        "rounds": len(rounds_of(trace.answers[p.id])[2]),
-                        "kept": sum(rounds_of(trace.answers[p.id])[2]),
-                        "seconds": trace.seconds[p.id],
-                    }
-                    for p in prompts
-                ],
-            }
-        )
-    return rows
-
-
-def _speed(trace: Trace, prompts: Sequence[Prompt]) -> tuple[list[float], list[float]]:
-    tokens = [float(len(trace.answers[p.id].token_ids)) for p in prompts]
-    return tokens, [trace.seconds[p.id] for p in prompts]
-
-
-def _rate(trace: Trace, prompts: Sequence[Prompt]) -> float:
-    tokens, seconds = _speed(trace, prompts)
-    return sum(tokens) / max(sum(seconds), 1e-9)
-
-
-def _summary(trace: Trace, base: Trace, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    answers = [trace.answers[p.id] for p in prompts]
-    rounds = [rounds_of(a) for a in answers]
-    proposed, accepted, kept = ([r[i] for r in rounds] for i in range(3))
-    speculative = trace.block is not None
-    written = [a.token_ids for a in answers]
-    tokens = sum(map(len, written))
-    speedup = None
-    if trace is not base:
-        speedup = acceptance.paired_bootstrap_ratio(
-            _speed(trace, prompts), _speed(base, prompts), BOOTSTRAP_SEED
-        )
-    tau = None
-    if speculative:
-        tau = acceptance.bootstrap_ratio(
-            [float(sum(k)) for k in kept], [float(len(k)) for k in kept], BOOTSTRAP_SEED
-        )
-    block = trace.block or 0
-    return {
-        "prompts": len(prompts),
-        "tokens": tokens,
-        "rounds": sum(map(len, kept)) if speculative else None,
-        "seconds": sum(trace.seconds[p.id] for p in prompts),
-        "tau": _interval(tau),
-        "tau_per_prompt": [sum(k) / len(k) if k else None for k in kept] if speculative else [],
-        "survival": acceptance.survival(accepted, proposed, block) if speculative else [],
-        "conditional": acceptance.conditional(accepted, proposed, block) if speculative else [],
-        "verify_rate": acceptance.verify_rate(accepted, proposed) if speculative else None,
-        "tokens_per_s": _rate(trace, prompts),
-        "speedup": _interval(speedup),
-        "distinct_4": acceptance.distinct_share(written, 4),
-        "repeated_8": acceptance.repeated_share(written, 8),
-        "joules_per_token": None if not trace.joules else trace.joules / max(1, _all_tokens(trace)),
-    }
-
-
-def _all_tokens(trace: Trace) -> int:
-    return sum(len(a.token_ids) for a in trace.answers.values())
-
-
-def _interval(found: Interval | None) -> dict[str, float] | None:
-    return None if found is None else {"value": found.value, "low": found.low, "high": found.high}
-
-
-def _lossless(target: Target, trace: Trace, plain: Trace, prompts: Sequence[Prompt]) -> dict[str, int]:
-    """Prompts whose greedy answer equals plain decoding's, and those that part at a tie within rounding."""
-    identical = ties = 0
-    for prompt in prompts:
-        ours, theirs = trace.answers[prompt.id].token_ids, plain.answers[prompt.id].token_ids
-        if ours == theirs:
-            identical += 1
-            continue
-        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-        if at is None:
-            continue
-        ids = torch.tensor([[*prompt.ids, *theirs[:at]]])
-        logits = target.logits(target.read(ids, ()).last_hidden[0, -1]).float()
-        ties += abs(float(logits[ours[at]] - logits[theirs[at]])) < TIE
-    return {"identical": identical, "prompts": len(prompts), "near_ties": ties}
-
-
-def _samples(target: Target, trace: Trace, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """The first prompt of each domain, its answer cut into runs of tokens by who produced them."""
-    if target.tokenizer is None:
-        return []
-    samples = []
-    for domain in dict.fromkeys(p.domain for p in prompts):
-        prompt = next(p for p in prompts if p.domain == domain)
-        answer = trace.answers[prompt.id]
-        pieces = [
-            {"text": text, "by": "draft" if drafted else "target"}
-            for text, drafted in pieces_of(target.tokenizer, answer)
-        ]
-        samples.append({"domain": domain, "prompt": prompt.text, "pieces": pieces})
-    return samples
+    return Taken(answers, spent, joules)
 
 
 def _conditions(

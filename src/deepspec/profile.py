@@ -33,13 +33,14 @@ from deepspec.decode import Decoder, Generation, NoDraft, Request
 from deepspec.drafts.base import Draft, Proposal
 from deepspec.energy import read_joules
 from deepspec.errors import DataError
-from deepspec.evaluate import HELD_OUT_ROWS, Prompt, evaluate_drafts
+from deepspec.evaluate import HELD_OUT_ROWS, evaluate_drafts
 from deepspec.files import write_json
 from deepspec.log import note, open_trackers, progress
 from deepspec.machine import this_machine
 from deepspec.plan.machines import Machine, host_memory, row_of_device
 from deepspec.plan.phases import Speeds, TrainSpeed, speed_key, speeds_from
 from deepspec.target import Target
+from deepspec.traces import Prompt
 from deepspec.train import LOG_EVERY, Optimizer, Progress, save_checkpoint, train_step
 from deepspec.verify import Sampling
 

@@ -338,7 +338,7 @@ class QuickstartSize(NamedTuple):
     tasks: int
 
 
-QUICKSTART = {False: QuickstartSize(1000, 1.5, 18), True: QuickstartSize(150, 0.2, 6)}
+QUICKSTART = {False: QuickstartSize(1000, 1.5, 15), True: QuickstartSize(150, 0.2, 6)}
 """By `fast`."""
 FOR_MINUTES = ("draft.init=target", "optim.lr=2.0e-3", "eval_every_steps=600")
 """What suits the quickstart's minutes of training better than the recipes' half an hour (docs/log.md)."""
