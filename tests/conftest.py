@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 
+# Tensors here are tiny, so that a second thread only waits; and a forked child would wait for it for ever.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Before anything imports the Hub client: no test may reach a network.
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors here are tiny: a second thread only waits
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,11 @@
-"""The machine's name in words: what makes two measurements comparable."""
+"""What makes two measurements comparable: the machine's name in words, and how many threads are at work."""
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +16,17 @@ def this_machine() -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     parts = [gpu or _processor(), f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads"]
     return ", ".join([*parts, platform.system(), f"torch {torch.__version__}"])
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tensor operations on one CPU thread, for steps too small to be shared out."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 def _processor() -> str:

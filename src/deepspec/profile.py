@@ -36,7 +36,7 @@ from deepspec.errors import DataError
 from deepspec.evaluate import HELD_OUT_ROWS, evaluate_drafts
 from deepspec.files import write_json
 from deepspec.log import note, open_trackers, progress
-from deepspec.machine import this_machine
+from deepspec.machine import one_thread, this_machine
 from deepspec.plan.machines import Machine, host_memory, row_of_device
 from deepspec.plan.phases import Speeds, TrainSpeed, speed_key, speeds_from
 from deepspec.target import Target
@@ -349,7 +349,8 @@ def _evaluation(
         )
         for c in domains
     ]
-    result = evaluate_drafts(target, drafts, tasks, Sampling(1.0), max_new_tokens=EVALUATED)
+    with one_thread():  # as the quickstart does
+        result = evaluate_drafts(target, drafts, tasks, Sampling(1.0), max_new_tokens=EVALUATED)
     found = {}
     for row in result["rows"]:
         rounds = sum(p["rounds"] or p["tokens"] for p in row["per_prompt"])
