@@ -1,4 +1,4 @@
-"""What this machine does with a target: seconds of every part of a run, measured in less than a minute.
+"""What this machine does with a target: seconds of every part of a run, measured in about a minute.
 
 Prefills and rounds of decoding are timed one by one while some prompts are answered as a run answers them;
 steps of training on answers that the target has just written; a held-out evaluation and a checkpoint as
@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ from deepspec.traces import Prompt
 from deepspec.train import LOG_EVERY, Optimizer, Progress, save_checkpoint, train_step
 from deepspec.verify import Sampling
 
-SAMPLES, ANSWER_SECONDS = (64, 48, 32, 24), 30.0
+SAMPLES, ANSWER_SECONDS = (96, 64, 48, 32, 24), 120.0
 """Prompts that are answered to learn how long answers are: the most that take so long at worst, when none
 ends by itself and rows in flight do not help each other."""
 WARM_UP, STEPS, STEP_SECONDS = 2, 40, 3.0
@@ -52,7 +53,7 @@ WARM_UP, STEPS, STEP_SECONDS = 2, 40, 3.0
 ROUNDS = 8
 """Rounds of decoding that are timed."""
 EVALUATED = 16
-"""New tokens per prompt when an evaluation's methods are timed."""
+"""New tokens when an evaluation's methods are timed."""
 
 
 # ── the record ────────────────────────────────────────────────────────────────────────────────────────
@@ -107,25 +108,29 @@ def measure(
     began, worked = time.perf_counter(), time.process_time()
     target = Target.from_pretrained(name)
     load = time.perf_counter() - began
-    with progress("measuring this machine", 3 + len(recipes)) as bar:
+    with progress("measuring this machine", 1 + len(recipes)) as bar:
         speeds, rows = _answers(target, prompts[: SAMPLES[0]], slots, max_new_tokens)
         bar.update()
-        cache_token = _caching(target, recipes, rows)
+        drafts = {draft: load_draft(path, target) for draft, path in (ready_made or {}).items()}
         meter, before = read_joules(target.device), time.perf_counter()
-        trained = {}
-        for recipe in recipes:
+        trained, cache_tokens, rounds = {}, [], []
+        for k, recipe in enumerate(recipes):
             trained[speed_key(recipe)] = _training(target, recipe, rows)
+            # In parts, between trainings: a shared machine is slow for seconds at a time.
+            cache_tokens.append(_caching(target, recipes, rows[k :: len(recipes)] or rows))
+            if drafts:
+                rounds.append(_evaluation(target, drafts, prompts[k % len(prompts)], speeds.prompt))
             bar.update()
         spent, after = time.perf_counter() - before, read_joules(target.device)
-        methods = _evaluation(target, ready_made, prompts, speeds.prompt) if ready_made else {}
-        bar.update()
     kept = kept_speeds(name, ())
     found = replace(
         speeds,
         load=load,
-        cache_token=cache_token,
+        cache_token=fmean(cache_tokens),
         train={**(kept.train if kept else {}), **trained},
-        methods=methods or (kept.methods if kept else {}),
+        methods={method: fmean(each[method] for each in rounds) for method in rounds[0]}
+        if rounds
+        else (kept.methods if kept else {}),
         watts=None if meter is None or after is None else (after - meter) / spent,
         share=(time.process_time() - worked) / (time.perf_counter() - began),
     )
@@ -261,11 +266,9 @@ def _caching(target: Target, recipes: Sequence[Recipe], rows: Sequence[Encoded])
     layers = {layer for recipe in recipes for layer in feature_layers(recipe, target.spec.config)}
     reads = {rule for recipe in recipes for rule in read_rules(recipe)}
     plan = plan_cache(rows, target, sorted(layers), sorted(reads), about={})
-    spent = 0.0
-    for _ in range(2):  # the first finds memory that has not been touched yet
-        began = _clock(target)
-        shard_tensors(rows, online(target, plan.facts["layers"]), plan.facts)
-        spent = _clock(target) - began
+    began = _clock(target)
+    shard_tensors(rows, online(target, plan.facts["layers"]), plan.facts)
+    spent = _clock(target) - began
     return spent / sum(len(b) * len(rows[b[0]].ids) for b in batch_rows(rows, plan.facts["batch_tokens"]))
 
 
@@ -334,26 +337,16 @@ def _steps(
 
 
 def _evaluation(
-    target: Target, ready_made: Mapping[str, str], prompts: Sequence[Conversation], prefill: float
+    target: Target, drafts: Mapping[str, Draft], prompt: Conversation, prefill: float
 ) -> dict[str, float]:
     """Seconds of a round of one prompt decoded alone, by method, its prefill left out."""
     assert target.tokenizer is not None
-    drafts: dict[str, Draft] = {name: load_draft(path, target) for name, path in ready_made.items()}
-    domains = list({c.domain: c for c in prompts}.values())[:2]
-    tasks = [
-        Prompt(
-            c.id,
-            c.domain or "all",
-            "",
-            tuple(prompt_ids(target.tokenizer, prompt_messages(c), False)),
-        )
-        for c in domains
-    ]
+    ids = tuple(prompt_ids(target.tokenizer, prompt_messages(prompt), False))
+    task = Prompt(prompt.id, prompt.domain or "all", "", ids)
     with one_thread():  # as the quickstart does
-        result = evaluate_drafts(target, drafts, tasks, Sampling(1.0), max_new_tokens=EVALUATED)
+        result = evaluate_drafts(target, drafts, [task], Sampling(1.0), max_new_tokens=EVALUATED)
     found = {}
     for row in result["rows"]:
-        rounds = sum(p["rounds"] or p["tokens"] for p in row["per_prompt"])
-        spent = sum(p["seconds"] - prefill for p in row["per_prompt"])
-        found[row["method"]] = max(spent, 0.0) / rounds
+        (seen,) = row["per_prompt"]
+        found[row["method"]] = max(seen["seconds"] - prefill, 0.0) / (seen["rounds"] or seen["tokens"])
     return found

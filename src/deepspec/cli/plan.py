@@ -245,7 +245,7 @@ def measured(
     kept = None if again else kept_speeds(name, recipes)
     if kept is not None and (kept.methods or not ready_made):
         return kept
-    note("measuring this machine with this target; less than a minute unless it is busy")
+    note("measuring this machine with this target; about a minute unless it is busy")
     some = spread(list(islice(read_conversations(prompts), 4000)), SAMPLES[0])
     return measure(name, recipes, some, slots=slots, max_new_tokens=max_new_tokens, ready_made=ready_made)
 
