@@ -108,7 +108,7 @@ def test_kill_during_the_last_temperature_costs_the_first_one_nothing(target, tm
 
     def dying(target: Target, method: Any, group: Any) -> Any:
         groups.append(group[0].id)
-        if len(groups) == 5:
+        if len(groups) == 9:
             raise KeyboardInterrupt
         return run(target, method, group)
 
@@ -116,11 +116,12 @@ def test_kill_during_the_last_temperature_costs_the_first_one_nothing(target, tm
     drafts = {"mine": PromptLookup(target.vocab_size, block=3)}
     monkeypatch.setattr(module, "_measured", dying)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_at(target, drafts, PROMPTS[:1], samplings, out=out, max_new_tokens=4)
+        evaluate_at(target, drafts, PROMPTS[:2], samplings, limits=[2, 1], out=out, max_new_tokens=4)
     first = json.loads((tmp_path / "eval-t0.json").read_text("utf-8"))
-    again = evaluate_at(target, drafts, PROMPTS[:1], samplings, out=out, max_new_tokens=4)
-    assert len(groups) == 5 + 4
+    again = evaluate_at(target, drafts, PROMPTS[:2], samplings, limits=[2, 1], out=out, max_new_tokens=4)
+    assert len(groups) == 9 + 4
     assert again[0]["rows"] == first["rows"]
+    assert [len(result["rows"][0]["per_prompt"]) for result in again] == [2, 1]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["eval-t0.json", "eval-t1.json"]
 
 

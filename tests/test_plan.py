@@ -733,7 +733,7 @@ def test_quickstart_takes_its_phases_by_the_names_that_its_plan_gives_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A quickstart of seconds: its phases.json and the plan must not part."""
-    size = workflow.QuickstartSize(prompts=5, minutes=0.001, tasks=1)
+    size = workflow.QuickstartSize(prompts=5, minutes=0.001, tasks={0.0: 2, 1.0: 1})
     monkeypatch.setattr(workflow, "ALGORITHMS", ("dspark",))
     recipes = {
         name: recipe.model_copy(update={"eval_prompts": 2, "eval_max_new_tokens": 4})
@@ -754,12 +754,10 @@ def test_quickstart_takes_its_phases_by_the_names_that_its_plan_gives_them(
     speeds = made_up_speeds(recipes)
     config = TargetSpec.from_pretrained("pocket").config
     plans = quickstart_plans(recipes, config, size.prompts, MACHINES["laptop-cpu"], Choices(), speeds)
-    planned = quickstart_phases(
-        plans, speeds, prompts=5, slots=48, tasks=1, new_tokens=4, temperatures=workflow.EVALUATED_AT
-    )
+    planned = quickstart_phases(plans, speeds, prompts=5, slots=48, tasks=[2, 1], new_tokens=4)
     assert set(planned) == set(took)
     assert planned["answers"].value == pytest.approx(5 * 0.01 + 59 * 0.02 + 5 * 59 * 0.001)
-    # Twice, four methods on the prompt and once more to warm up: a prefill and four tokens, of which lookup
-    # takes 1.4 a round and the draft 1.2.
+    # Four methods on two prompts and on one, and each time once more to warm up: a prefill and four tokens,
+    # of which lookup takes 1.4 a round and the draft 1.2.
     tokens = 4 * 0.01 * (2 + 1 / 1.4 + 1 / 1.2)
-    assert planned["evaluation"].value == pytest.approx(2 * 2 * (4 * 0.01 + tokens))
+    assert planned["evaluation"].value == pytest.approx((3 + 2) * (4 * 0.01 + tokens))

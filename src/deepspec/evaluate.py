@@ -211,10 +211,12 @@ def evaluate_at(
     prompts: Sequence[Prompt],
     samplings: Sequence[Sampling],
     *,
+    limits: Sequence[int | None] | None = None,
     out: Path | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """One evaluation for each sampling; options as for `evaluate_drafts`.
+    """One evaluation for each sampling, on the first of the prompts where `limits` says how many; options as
+    for `evaluate_drafts`.
 
     Results go to `out`, or, where there are several, to `out` with -t<temperature> in its name. What one has
     measured is kept until the last is written, so that a kill during the last costs the first nothing.
@@ -225,8 +227,8 @@ def evaluate_at(
         for s in samplings
     ]
     found = [
-        evaluate_drafts(target, drafts, prompts, sampling, out=path, keep_journal=True, **options)
-        for sampling, path in zip(samplings, outs, strict=True)
+        evaluate_drafts(target, drafts, prompts[:limit], sampling, out=path, keep_journal=True, **options)
+        for sampling, limit, path in zip(samplings, limits or [None] * len(samplings), outs, strict=True)
     ]
     for path in filter(None, outs):
         forget(path)

@@ -311,9 +311,8 @@ def _plan_quickstart(
         speeds,
         prompts=sizes.prompts,
         slots=w.ANSWER_ROWS,
-        tasks=sizes.tasks,
+        tasks=[*sizes.tasks.values()],
         new_tokens=w.EVALUATED_TOKENS,
-        temperatures=w.EVALUATED_AT,
     )
     if as_json:
         print_json(

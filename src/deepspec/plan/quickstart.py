@@ -49,11 +49,10 @@ def quickstart_phases(
     *,
     prompts: int,
     slots: int,
-    tasks: int,
+    tasks: Sequence[int],
     new_tokens: int,
-    temperatures: Sequence[float],
 ) -> dict[str, Figure]:
-    """Seconds by phase, by the names of `phases.json`."""
+    """Seconds by phase, by the names of `phases.json`. tasks: prompts evaluated at each temperature."""
     found = {
         "loading": figure("s", "load", load=speeds.load),
         "answers": phases.measured_answers(speeds, prompts, slots),
@@ -70,14 +69,14 @@ def quickstart_phases(
             setup=parts["setup and checkpoints"],
         )
     tau = {name: training_tau(plan.recipe) for name, plan in plans.items()} | {"prompt lookup": LOOKUP_TAU}
-    each = [min(length, new_tokens) for length in phases.stretched(speeds.answers, tasks)]
+    each = [min(length, new_tokens) for length in phases.stretched(speeds.answers, max(tasks))]
     # A prompt by every method in turn; each method answers the first prompt once more, to warm up.
     found["evaluation"] = figure(
         "s",
-        "temperatures * (tasks + 1) * (methods * prefill + tokens * token)",
-        temperatures=len(temperatures),
-        tasks=tasks,
-        tokens=sum(each) / tasks,
+        "(tasks + temperatures) * (methods * prefill + tokens * token)",
+        tasks=sum(tasks),
+        temperatures=len(tasks),
+        tokens=sum(each) / len(each),
         methods=len(speeds.methods),
         prefill=speeds.prompt,
         token=sum(seconds / tau.get(name, 1.0) for name, seconds in speeds.methods.items()),
