@@ -348,5 +348,6 @@ def _evaluation(
     found = {}
     for row in result["rows"]:
         (seen,) = row["per_prompt"]
-        found[row["method"]] = max(seen["seconds"] - prefill, 0.0) / (seen["rounds"] or seen["tokens"])
+        rounds = max(seen["rounds"] or seen["tokens"], 1)
+        found[row["method"]] = max(seen["seconds"] - prefill, 0.0) / rounds
     return found

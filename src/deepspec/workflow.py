@@ -314,7 +314,7 @@ class QuickstartSize(NamedTuple):
 
 QUICKSTART = {
     False: QuickstartSize(900, 1.5, {0.0: 15, 1.0: 6}),
-    True: QuickstartSize(150, 0.2, {0.0: 6, 1.0: 3}),
+    True: QuickstartSize(150, 0.2, {0.0: 3, 1.0: 3}),
 }
 """By `fast`."""
 FOR_MINUTES = ("draft.init=target", "eval_every_steps=600")
