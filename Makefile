@@ -14,7 +14,9 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' requirements.lock)
 # Packages are compiled as they are first imported: compiling all of them took as long as installing them.
+# Where the environment forbids to keep what was compiled, each process would do so anew: ten seconds at a time.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help quickstart test test-servers docs lint format soak clean
 .DEFAULT_GOAL := help
@@ -41,8 +43,9 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),--constraint requirements.lock) $(TORCH)
 	@echo '[3/4] everything else in requirements.lock'
 	@$(PIP) --quiet --requirement requirements.lock
-	@echo '[4/4] deepspec itself'
+	@echo '[4/4] deepspec itself, and an answer from it'
 	@$(PIP) --quiet --no-deps --no-build-isolation --editable .
+	@$(BIN)/deepspec generate 'Ada has 12 apples. Ada buys 5 more apples. How many apples does Ada have now?'
 	@touch $@
 
 quickstart: $(STAMP)

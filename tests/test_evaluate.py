@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from deepspec import evaluate as module
+from deepspec.decode import Decoder, Request
 from deepspec.drafts.lookup import PromptLookup
-from deepspec.evaluate import evaluate_at, evaluate_drafts, fingerprint
+from deepspec.evaluate import WARM_UP_TOKENS, evaluate_at, evaluate_drafts, fingerprint
 from deepspec.journal import beside
 from deepspec.target import Target
 from deepspec.traces import Prompt
@@ -62,11 +63,11 @@ def test_evaluation_killed_at_any_durable_operation_goes_on_to_the_same_results(
 def test_what_was_measured_before_a_kill_is_not_measured_again(target, tmp_path, monkeypatch):
     out, run, groups = tmp_path / "eval.json", module._measured, []
 
-    def dying(target: Target, method: Any, group: Any) -> Any:
+    def dying(target: Target, method: Any, group: Any, budget: int) -> Any:
         groups.append(group[0].id)
         if len(groups) == 6:  # the second of four methods on the second prompt
             raise KeyboardInterrupt
-        return run(target, method, group)
+        return run(target, method, group, budget)
 
     monkeypatch.setattr(module, "_measured", dying)
     with pytest.raises(KeyboardInterrupt):
@@ -78,6 +79,20 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(target, tmp_path,
     assert groups[6:] == ["p1"] * 4 + ["p2"] * 4
     kept = {name: entry["seconds"] for name, entry in lines[1]["methods"].items()}
     assert {row["method"]: row["per_prompt"][0]["seconds"] for row in resumed["rows"]} == kept
+
+
+def test_warm_up_answers_are_short_and_enter_no_figure(target, monkeypatch):
+    budgets, started = [], Decoder._start
+
+    def start(decoder: Decoder, request: Request) -> Any:
+        budgets.append(request.max_new_tokens)
+        return started(decoder, request)
+
+    monkeypatch.setattr(Decoder, "_start", start)
+    result = measured(target, None, max_new_tokens=40)
+    ours = 3  # plain, prompt lookup and the draft; transformers' generate is not decoded here
+    assert budgets == [WARM_UP_TOKENS] * ours + [40] * ours * len(PROMPTS)
+    assert {len(row["per_prompt"]) for row in result["rows"]} == {len(PROMPTS)}
 
 
 @pytest.mark.parametrize(
@@ -106,11 +121,11 @@ def test_beginning_of_another_evaluation_steps_aside(target, tmp_path, monkeypat
 def test_kill_during_the_last_temperature_costs_the_first_one_nothing(target, tmp_path, monkeypatch):
     out, run, groups = tmp_path / "eval.json", module._measured, []
 
-    def dying(target: Target, method: Any, group: Any) -> Any:
+    def dying(target: Target, method: Any, group: Any, budget: int) -> Any:
         groups.append(group[0].id)
         if len(groups) == 9:
             raise KeyboardInterrupt
-        return run(target, method, group)
+        return run(target, method, group, budget)
 
     samplings = [Sampling(0.0), Sampling(1.0)]
     drafts = {"mine": PromptLookup(target.vocab_size, block=3)}

@@ -37,6 +37,8 @@ from deepspec.verify import Sampling
 
 HELD_OUT_ROWS = 16
 """Prompts that a held-out evaluation decodes together."""
+WARM_UP_TOKENS = 16
+"""Each method's answer before its first measured one, so that first-call costs belong to nobody."""
 FINGERPRINTED = 1024
 """Values of each tensor by which models are told apart."""
 CONVENTIONS = {
@@ -53,7 +55,8 @@ CONVENTIONS = {
 }
 
 
-Method = Callable[[Sequence[Prompt]], list[Generation]]
+Method = Callable[[Sequence[Prompt], int], list[Generation]]
+"""Answers to a group of prompts, each of at most so many new tokens."""
 
 
 def load_prompts(
@@ -155,10 +158,10 @@ def evaluate_drafts(
     methods: dict[str, tuple[Trace, Method]] = {}
 
     def ours(draft: Draft | None) -> Method:
-        def run(group: Sequence[Prompt]) -> list[Generation]:
+        def run(group: Sequence[Prompt], budget: int) -> list[Generation]:
             decoder = Decoder(target, draft, sampling, stop_token_ids=stops, max_rows=len(group))
             seeds = {p.id: row_seed(seed, p.id) for p in group}
-            requests = [Request(p.ids, max_new_tokens, seeds[p.id], p.id) for p in group]
+            requests = [Request(p.ids, budget, seeds[p.id], p.id) for p in group]
             found = {g.key: g for g in decoder.run(requests)}
             return [found[p.id] for p in group]
 
@@ -169,7 +172,7 @@ def evaluate_drafts(
         if batch == 1 and not sampling.top_k and sampling.top_p == 1:
             methods["transformers generate"] = (
                 Trace("generate", None, None),
-                _transformers(target, sampling, max_new_tokens, stops, seed),
+                _transformers(target, sampling, stops, seed),
             )
         lookup = PromptLookup(target.vocab_size)
         methods["prompt lookup"] = Trace("lookup", None, lookup.max_proposals), ours(lookup)
@@ -188,7 +191,7 @@ def evaluate_drafts(
                 "machine": this_machine(),
             }
             journal = stack.enter_context(Journal(out, facts))
-        _take_turns(target, methods, prompts, batch, journal)
+        _take_turns(target, methods, prompts, max_new_tokens, batch, journal)
         results: dict[str, Any] = plain(
             {
                 "format": FORMAT,
@@ -263,13 +266,11 @@ def _short_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _transformers(
-    target: Target, sampling: Sampling, max_new_tokens: int, stops: frozenset[int], seed: int
-) -> Method:
-    def run(group: Sequence[Prompt]) -> list[Generation]:
+def _transformers(target: Target, sampling: Sampling, stops: frozenset[int], seed: int) -> Method:
+    def run(group: Sequence[Prompt], budget: int) -> list[Generation]:
         (prompt,) = group
         torch.manual_seed(row_seed(seed, prompt.id))
-        tokens = target.transformers_generate(prompt.ids, max_new_tokens, sampling.temperature, sorted(stops))
+        tokens = target.transformers_generate(prompt.ids, budget, sampling.temperature, sorted(stops))
         return [Generation(prompt.id, tokens, from_draft=[False] * len(tokens))]
 
     return run
@@ -279,6 +280,7 @@ def _take_turns(
     target: Target,
     methods: Mapping[str, tuple[Trace, Method]],
     prompts: Sequence[Prompt],
+    max_new_tokens: int,
     batch: int,
     journal: Journal | None,
 ) -> None:
@@ -289,13 +291,13 @@ def _take_turns(
     order = list(methods.items())
     if len(done) < len(groups):
         for _, (_, run) in order:
-            run(groups[0])  # warm-up: first-call costs belong to nobody
+            run(groups[0], min(WARM_UP_TOKENS, max_new_tokens))
     with progress("evaluating", len(groups) * len(order)) as bar:
         for i, group in enumerate(groups):
             taken = {name: Taken.kept(entry) for name, entry in done.get(i, {}).items()}
             if not taken:
                 for name, (_, run) in order[i % len(order) :] + order[: i % len(order)]:
-                    taken[name] = _measured(target, run, group)
+                    taken[name] = _measured(target, run, group, max_new_tokens)
                     bar.update(1)
                 if journal is not None:
                     journal.write(i, {name: asdict(each) for name, each in taken.items()})
@@ -305,10 +307,10 @@ def _take_turns(
                 trace.add(group, taken[name])
 
 
-def _measured(target: Target, run: Method, group: Sequence[Prompt]) -> Taken:
+def _measured(target: Target, run: Method, group: Sequence[Prompt], budget: int) -> Taken:
     meter = read_joules(target.device)
     began = time.perf_counter()
-    answers = run(group)
+    answers = run(group, budget)
     spent = time.perf_counter() - began
     after = read_joules(target.device)
     joules = None if meter is None or after is None else after - meter

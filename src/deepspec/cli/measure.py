@@ -46,7 +46,7 @@ def evaluate(
     prompts: Annotated[
         str | None, typer.Option("--prompts", help="JSONL file, pocket:test or pocket:select.")
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=0, help="Prompts, domains in turns. 0: all.")] = 18,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="Prompts, domains in turns. 0: all.")] = 12,
     temperature: Annotated[
         list[float] | None, typer.Option("--temperature", min=0, help="0 is greedy; may be repeated.")
     ] = None,
