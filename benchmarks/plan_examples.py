@@ -42,10 +42,12 @@ def example(name: str, machine: str, features: str) -> str:
     plan = make_plan(recipe, config, counts, MACHINES[machine], choices)
     shown = io.StringIO()
     console = Console(file=shown, width=100, highlight=False)
-    console.print(*section_tables(plan.sections, False), needs_table(plan))
+    console.print(*section_tables(plan.sections, False), needs_table(plan.needs))
     lines = [*shown.getvalue().splitlines(), *(f"note: {each}" for each in plan.notes)]
     if not plan.fits:
-        lines += f"error: {refusal(plan, cheapest_change(plan, config, counts))}".splitlines()
+        change = cheapest_change(plan, config, counts)
+        refused = refusal(f"{plan.recipe.name} on {plan.machine.name}", plan.needs, change)
+        lines += f"error: {refused}".splitlines()
     words = f"deepspec plan {name} --machine {machine}" + (" --features cache" if features == "cache" else "")
     text = "\n".join(line.rstrip() for line in [f"$ {words}", *lines])
     while "\n\n\n" in text:

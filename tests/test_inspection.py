@@ -45,7 +45,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(checkpoint, "read_tensors", refuse)
     monkeypatch.setattr(Target, "from_pretrained", refuse)
-    monkeypatch.setattr("deepspec.target.AutoModelForCausalLM.from_pretrained", refuse)
+    monkeypatch.setattr("deepspec.target.model.AutoModelForCausalLM.from_pretrained", refuse)
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")

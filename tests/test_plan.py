@@ -68,7 +68,7 @@ from deepspec.plan.costs import (
 )
 from deepspec.plan.counts import count_file
 from deepspec.plan.phases import Speeds, TrainSpeed, rounds_needed, speed_key, speeds_from
-from deepspec.plan.quickstart import quickstart_phases, quickstart_plans
+from deepspec.plan.quickstart import quickstart_needs, quickstart_phases, quickstart_plans
 from deepspec.target import Target, TargetSpec
 from deepspec.train import Optimizer
 from deepspec.verify import Sampling
@@ -693,6 +693,20 @@ def test_rounds_are_timed_from_a_drafts_place_without_the_prefills(llama_dir: Pa
     assert {seconds for _, seconds in clock.rounds} == {1.0}
 
 
+@pytest.mark.parametrize(("load", "said"), [(0.4, False), (7.9, False), (8.0, True)])
+def test_machine_that_was_busy_is_said_to_be_before_it_is_measured(
+    load: float, said: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr(profile, "kept_speeds", lambda *_: None)
+    speeds = made_up_speeds(workflow.quickstart_recipes(True))
+    monkeypatch.setattr(profile, "measure", lambda *_, **__: speeds)
+    found = call("plan", "quickstart", "--fast")
+    assert found.exit_code == 0, found.output
+    assert ("--measure measures again" in " ".join(found.stderr.split())) == said
+
+
 def test_plan_measured_on_a_busy_machine_says_so():
     recipe = load_recipe("pocket-dspark")
     config, counts = TargetSpec.from_pretrained("pocket").config, assumed_counts(100, 50, 60)
@@ -757,7 +771,21 @@ def test_quickstart_takes_its_phases_by_the_names_that_its_plan_gives_them(
     planned = quickstart_phases(plans, speeds, prompts=5, slots=48, tasks=[2, 1], new_tokens=4)
     assert set(planned) == set(took)
     assert planned["answers"].value == pytest.approx(5 * 0.01 + 59 * 0.02 + 5 * 59 * 0.001)
-    # Four methods on two prompts and on one, and each time once more to warm up: a prefill and four tokens,
-    # of which lookup takes 1.4 a round and the draft 1.2.
+    # Four methods on two prompts and on one, and each time once more to warm up: a prefill and four tokens
+    # (fewer than a warm-up has), of which lookup takes 1.4 a round and the draft 1.2.
     tokens = 4 * 0.01 * (2 + 1 / 1.4 + 1 / 1.2)
     assert planned["evaluation"].value == pytest.approx((3 + 2) * (4 * 0.01 + tokens))
+
+
+def test_quickstart_has_room_for_one_cache_and_every_drafts_checkpoints():
+    recipes = workflow.quickstart_recipes(True)
+    config = TargetSpec.from_pretrained("pocket").config
+    machine = MACHINES["laptop-cpu"]
+    made = quickstart_plans(recipes, config, 50, machine, Choices(free_disk=1e12), made_up_speeds(recipes))
+    wanted = {name: {n.what: n.wants for n in plan.needs} for name, plan in made.items()}
+    found = {n.what: n.wants for n in quickstart_needs(made)}
+    checkpoints = {name: plan.sections["disk"]["checkpoints"].value for name, plan in made.items()}
+    caches = [wanted[name]["disk"] - checkpoints[name] for name in made]
+    assert found["disk"] == pytest.approx(sum(checkpoints.values()) + max(caches))
+    assert found["host memory"] == max(each["host memory"] for each in wanted.values())
+    assert set(found) == {"disk", "host memory"}

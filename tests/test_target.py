@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as hf_logging
 
 from conftest import FAMILIES, MODELS, SLIDING_WINDOW, prompts_of, save_tiny
 from deepspec.checkpoint import find_checkpoint
@@ -396,3 +398,31 @@ def test_hash_of_a_config_is_of_its_facts(target_dirs: dict[str, Path], tmp_path
     other = TargetSpec(spec.name, {**spec.config, "hidden_size": 1})
     assert spec.config_hash == same.config_hash != other.config_hash
     assert (spec.num_layers, spec.hidden_size, spec.vocab_size, spec.softcap) == (5, 48, 96, None)
+
+
+@pytest.mark.parametrize(
+    ("terminal", "gigabytes", "shown"), [(True, 2, True), (True, 0, False), (False, 2, False)]
+)
+def test_bars_are_for_those_who_wait_at_a_terminal(
+    terminal: bool,
+    gigabytes: int,
+    shown: bool,
+    target_dirs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "large"
+    shutil.copytree(target_dirs["qwen3"], path)
+    with (path / "more.bin").open("wb") as file:
+        file.truncate(gigabytes * 10**9)  # takes no room
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    seen, usual, loaded = [], hf_logging.is_progress_bar_enabled(), AutoModelForCausalLM.from_pretrained
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(hf_logging.is_progress_bar_enabled())
+        return loaded(*args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    load(path)
+    assert seen == [shown]
+    assert hf_logging.is_progress_bar_enabled() == usual

@@ -18,6 +18,16 @@ def this_machine() -> str:
     return ", ".join([*parts, platform.system(), f"torch {torch.__version__}"])
 
 
+def busy() -> float | None:
+    """The last minute's load where other work takes half of the processors or more; None where it does not,
+    or where the system does not say."""
+    try:
+        load = os.getloadavg()[0]
+    except (OSError, AttributeError):
+        return None
+    return load if load >= max((os.cpu_count() or 1) / 2, 1.5) else None
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Tensor operations on one CPU thread, for steps too small to be shared out."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from enum import StrEnum
 from itertools import islice
@@ -16,13 +17,14 @@ from rich.text import Text
 
 from deepspec.cli.common import Json, print_json, stdout, table_of
 from deepspec.errors import UserError, nearest
-from deepspec.log import note
+from deepspec.log import note, warn
 
 if TYPE_CHECKING:
     from deepspec.config import Recipe
     from deepspec.plan import Change, Choices, Counts, Machine, Plan
     from deepspec.plan.costs import Figure
     from deepspec.plan.phases import Speeds
+    from deepspec.plan.room import Need
 
 QUICKSTART = "quickstart"
 DEFAULT_MACHINE = "h100"
@@ -239,13 +241,20 @@ def measured(
     """What was measured here before, or now."""
     from deepspec.data.conversations import read_conversations
     from deepspec.evaluate import spread
+    from deepspec.machine import busy
     from deepspec.profile import SAMPLES, kept_speeds, measure
 
     name = recipes[0].target
     kept = None if again else kept_speeds(name, recipes)
     if kept is not None and (kept.methods or not ready_made):
         return kept
-    note("measuring this machine with this target; about a minute unless it is busy")
+    note("measuring this machine with this target; about a minute")
+    if (load := busy()) is not None:
+        cores = os.cpu_count()
+        warn(
+            f"the machine was busy in the last minute (load {load:.1f} on {cores} cores): if it still is, "
+            "what is measured now is too slow, and kept; --measure measures again"
+        )
     some = spread(list(islice(read_conversations(prompts), 4000)), SAMPLES[0])
     return measure(name, recipes, some, slots=slots, max_new_tokens=max_new_tokens, ready_made=ready_made)
 
@@ -262,16 +271,15 @@ def show_plan(found: Plan, config: dict[str, Any], counts: Counts, explain: bool
         words = None if change is None else {"add": list(change.words), "costs": change.cost}
         print_json(found.plain() | {"change": words})
     else:
-        stdout().print(*section_tables(found.sections, explain), needs_table(found))
+        stdout().print(*section_tables(found.sections, explain), needs_table(found.needs))
         for sentence in found.notes:
             note(f"note: {sentence}")
     if not found.fits:
-        raise refusal(found, change)
+        raise refusal(f"{found.recipe.name} on {found.machine.name}", found.needs, change)
 
 
-def refusal(found: Plan, change: Change | None) -> UserError:
-    over = [f"{n.what}: {size(n.wants)} wanted, {size(n.has)} there" for n in found.needs if not n.fits]
-    where = f"{found.recipe.name} on {found.machine.name}"
+def refusal(where: str, needs: Iterable[Need], change: Change | None) -> UserError:
+    over = [f"{n.what}: {size(n.wants)} wanted, {size(n.has)} there" for n in needs if not n.fits]
     if change is None:
         return UserError(
             f"this does not fit: {'; '.join(over)}",
@@ -291,7 +299,7 @@ def _plan_quickstart(
 ) -> None:
     """The quickstart's own phases, on this machine."""
     from deepspec import workflow as w
-    from deepspec.plan.quickstart import quickstart_phases, quickstart_plans
+    from deepspec.plan.quickstart import quickstart_needs, quickstart_phases, quickstart_plans
     from deepspec.profile import here
 
     recipes, sizes = w.quickstart_recipes(fast), w.QUICKSTART[fast]
@@ -314,21 +322,21 @@ def _plan_quickstart(
         tasks=[*sizes.tasks.values()],
         new_tokens=w.EVALUATED_TOKENS,
     )
+    needs = quickstart_needs(plans)
     if as_json:
         print_json(
             {
                 "phases": {name: each.plain() for name, each in phases.items()},
                 "plans": {name: each.plain() for name, each in plans.items()},
-                "fits": all(each.fits for each in plans.values()),
+                "needs": [each.plain() for each in needs],
+                "fits": all(each.fits for each in needs),
             }
         )
     else:
-        largest = max(plans.values(), key=lambda each: sum(n.wants for n in each.needs))
-        stdout().print(*section_tables({"quickstart, by phase": phases}, explain), needs_table(largest))
+        stdout().print(*section_tables({"quickstart, by phase": phases}, explain), needs_table(needs))
         note(f"all: {sum(map(float, phases.values())) / 60:.1f} minutes on {speeds.machine}")
-    for each in plans.values():
-        if not each.fits:
-            raise refusal(each, None)
+    if not all(each.fits for each in needs):
+        raise refusal(f"the quickstart on {row.name}", needs, None)
 
 
 def section_tables(sections: Mapping[str, Mapping[str, Figure]], explain: bool) -> Iterator[Table]:
@@ -341,9 +349,9 @@ def section_tables(sections: Mapping[str, Mapping[str, Figure]], explain: bool) 
         yield table
 
 
-def needs_table(found: Plan) -> Table:
+def needs_table(needs: Iterable[Need]) -> Table:
     table = table_of("has to fit", "wanted", "there", "")
-    for need in found.needs:
+    for need in needs:
         verdict = "fits" if need.fits else "does not fit"
         table.add_row(need.what, size(need.wants), size(need.has), verdict)
     return table

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from deepspec.config import Recipe
+from deepspec.evaluate import WARM_UP_TOKENS
 from deepspec.plan import phases
 from deepspec.plan.asked import Choices
 from deepspec.plan.costs import Figure, figure
@@ -14,6 +15,7 @@ from deepspec.plan.counts import Counts
 from deepspec.plan.figures import Plan, make_plan
 from deepspec.plan.machines import Machine
 from deepspec.plan.phases import Speeds
+from deepspec.plan.room import Need
 
 EARLY_TAU = 1.2
 """Accepted length of a draft trained for seconds: an assumption."""
@@ -36,6 +38,20 @@ def quickstart_plans(
         name: make_plan(recipe, config, counts, machine, answered, speeds, training_tau(recipe))
         for name, recipe in recipes.items()
     }
+
+
+def quickstart_needs(plans: Mapping[str, Plan]) -> tuple[Need, ...]:
+    """What has to fit: one cache and every draft's checkpoints on the disk; of the rest, the most that any
+    draft takes, since they are trained one after another."""
+    checkpoints = {name: plan.sections["disk"]["checkpoints"].value for name, plan in plans.items()}
+    found: dict[str, Need] = {}
+    for name, plan in plans.items():
+        others = sum(checkpoints.values()) - checkpoints[name]
+        for need in plan.needs:
+            wants = need.wants + (others if need.what == "disk" else 0.0)
+            if need.what not in found or wants > found[need.what].wants:
+                found[need.what] = replace(need, wants=wants)
+    return tuple(found.values())
 
 
 def training_tau(recipe: Recipe) -> float:
@@ -70,13 +86,14 @@ def quickstart_phases(
         )
     tau = {name: training_tau(plan.recipe) for name, plan in plans.items()} | {"prompt lookup": LOOKUP_TAU}
     each = [min(length, new_tokens) for length in phases.stretched(speeds.answers, max(tasks))]
-    # A prompt by every method in turn; each method answers the first prompt once more, to warm up.
+    # A prompt by every method in turn; each method begins with a short answer, to warm up.
     found["evaluation"] = figure(
         "s",
-        "(tasks + temperatures) * (methods * prefill + tokens * token)",
+        "(tasks + temperatures) * methods * prefill + (tasks * tokens + temperatures * warm_up) * token",
         tasks=sum(tasks),
         temperatures=len(tasks),
         tokens=sum(each) / len(each),
+        warm_up=min(WARM_UP_TOKENS, new_tokens),
         methods=len(speeds.methods),
         prefill=speeds.prompt,
         token=sum(seconds / tau.get(name, 1.0) for name, seconds in speeds.methods.items()),

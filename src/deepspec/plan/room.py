@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from deepspec.evaluate import HELD_OUT_ROWS
 from deepspec.plan.asked import Asked
@@ -40,6 +41,10 @@ class Need:
     @property
     def fits(self) -> bool:
         return self.wants <= self.has
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {**vars(self), "fits": self.fits}
 
 
 # ── disk ──────────────────────────────────────────────────────────────────────────────────────────────
