@@ -28,7 +28,6 @@ from deepspec.build import read_rules
 from deepspec.cli import app
 from deepspec.config import load_recipe
 from deepspec.data.cache import (
-    LOCK,
     Plan,
     batch_rows,
     disk_bytes,
@@ -43,7 +42,7 @@ from deepspec.data.opening import open_features
 from deepspec.data.quantise import FORMATS
 from deepspec.data.tokens import Encoded
 from deepspec.errors import DataError, TargetError, UserError
-from deepspec.files import claimed
+from deepspec.files import LOCK, claimed
 from deepspec.target import Target
 from deepspec.train import train
 from killing import at_operation, contents, count_operations, ended, in_child, killed_at

@@ -625,6 +625,35 @@ def test_killed_training_goes_on_from_the_last_whole_checkpoint(scene, tmp_path,
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["best", "step_6", "step_8"]
 
 
+HOLDS = """
+import sys
+from pathlib import Path
+from deepspec.files import alone_in
+with alone_in(Path(sys.argv[1]), "training"):
+    print("mine", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_trainings_in_one_run_folder_do_not_mix(scene, tmp_path):
+    """The second would go on from the first's checkpoint, and each would drop the other's."""
+    command = ["train", str(scene / "r.yaml"), "--runs", str(tmp_path)]
+    run = tmp_path / "tiny-dspark"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == "mine\n"
+        refused = CliRunner().invoke(app, command)
+        other.stdin.close()
+    assert refused.exit_code == 2, refused.output
+    assert "another process is training in this folder" in refused.stderr
+    assert str(run) in refused.stderr.replace("\n", "")
+    assert [file.name for file in run.iterdir()] == [".lock"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+
+
 def test_interrupted_command_saves_and_says_how_to_go_on(scene, tmp_path, monkeypatch):
     command = ["train", str(scene / "r.yaml"), "seed=0", "--runs", str(tmp_path)]
     real = room.train_step

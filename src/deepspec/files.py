@@ -26,6 +26,8 @@ try:
 except ImportError:  # not POSIX: files cannot be claimed there
     fcntl = None  # type: ignore[assignment]
 
+LOCK = ".lock"
+"""In a folder that several processes may write to: what they claim is a byte of it."""
 TAIL = 1 << 16
 """Bytes read at a time when the last line of a file is looked for from its end."""
 
@@ -157,6 +159,25 @@ def claimed(lock: Path, piece: int, *, wait: bool = False) -> Iterator[bool]:
         yield ours
     finally:
         os.close(handle)
+
+
+@contextmanager
+def alone_in(folder: Path, doing: str) -> Iterator[None]:
+    """Keep a folder to this process inside the block; it is made where it is not there.
+
+    Two that train in one folder would go on from each other's checkpoints. Raises UserError where another
+    process is `doing` it.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with claimed(folder / LOCK, 0) as ours:
+        if not ours:
+            raise UserError(
+                f"another process is {doing} in this folder",
+                where=str(folder),
+                next_step="wait until it is done, or give this one a folder or a name of its own",
+            )
+        yield
 
 
 # ── files that grow by whole lines ────────────────────────────────────────────────────────────────────

@@ -31,7 +31,7 @@ from deepspec.data.tokens import Encoded, system_hash, template_hash, tokenizer_
 from deepspec.drafts.base import Draft
 from deepspec.errors import RecipeError
 from deepspec.evaluate import evaluate_at, held_out_tau, load_prompts, spread
-from deepspec.files import write_json
+from deepspec.files import alone_in, write_json
 from deepspec.log import note, warn
 from deepspec.machine import one_thread
 from deepspec.report import write_report
@@ -73,12 +73,16 @@ def train_draft(
     """Train a recipe into runs/<name>, or go on where it stopped.
 
     `answers` stands in for the recipe's training file. Held-out τ on the recipe's select prompts picks the
-    best checkpoint. Raises UserError for bad data, recipes or targets.
+    best checkpoint. Raises UserError for bad data, recipes or targets, and where another
+    process trains there.
     """
     _check_before_loading(recipe, answers)
-    target = target or Target.from_pretrained(recipe.target)
     run = Path(runs) / recipe.name
-    run.mkdir(parents=True, exist_ok=True)
+    with alone_in(run, "training"):
+        return _train_in(run, recipe, target or Target.from_pretrained(recipe.target), answers)
+
+
+def _train_in(run: Path, recipe: Recipe, target: Target, answers: Path | None) -> Outcome:
     _keep_recipe(recipe, run)
     data = training_data(recipe, target, run, answers)
     prompts = load_prompts(

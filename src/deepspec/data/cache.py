@@ -32,7 +32,7 @@ from deepspec.data.features import Source, online, padded
 from deepspec.data.quantise import largest_of, quantise, vector_bytes
 from deepspec.data.tokens import Encoded
 from deepspec.errors import DataError, TargetError, UserError
-from deepspec.files import atomic_file, claimed, is_disk_full, write_json
+from deepspec.files import LOCK, atomic_file, claimed, is_disk_full, write_json
 from deepspec.log import note, progress
 from deepspec.target import Target
 
@@ -41,7 +41,7 @@ SHARD_BYTES = 256 * 2**20
 """About the size of a shard: what a kill can cost, and (twice) what writing one holds in memory."""
 BATCH_TOKENS = 8192
 """Padded tokens of one forward pass of the target."""
-INDEX, LOCK = "index.json", ".lock"
+INDEX = "index.json"
 TOKEN_BYTES = 5  # its id (int32) and its mask
 
 

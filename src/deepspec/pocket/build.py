@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from deepspec.files import JsonlWriter, alone_in, atomic_directory, atomic_file
+from deepspec.log import note, progress
 from deepspec.pocket import corpus
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|mask|>")
@@ -218,11 +220,17 @@ def loss_sum(model: Qwen3ForCausalLM, ids: torch.Tensor, pad: int) -> torch.Tens
 
 
 def build(out: Path, settings: BuildSettings, *, checkpoint_every: int = 100) -> None:
-    """Train (or go on training) the pocket target into `out`."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Train (or go on training) the pocket target into `out`. Raises UserError where another process does."""
+    with alone_in(out, "building"):
+        _build_in(out, settings, checkpoint_every)
+
+
+def _build_in(out: Path, settings: BuildSettings, checkpoint_every: int) -> None:
     tokenizer_dir, state_path = out / "tokenizer", out / "state.pt"
-    if not (tokenizer_dir / "tokenizer.json").exists():
-        train_tokenizer(settings).save_pretrained(tokenizer_dir)
+    if not tokenizer_dir.exists():
+        trained = train_tokenizer(settings)
+        with atomic_directory(tokenizer_dir) as folder:
+            trained.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     model = new_model(settings)
     opts = optimizers(model, settings)
@@ -233,53 +241,52 @@ def build(out: Path, settings: BuildSettings, *, checkpoint_every: int = 100) ->
         for optimizer, kept in zip(opts, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         first = state["step"]
-        print(f"resuming {out} at step {first} of {settings.steps}", flush=True)
+        note(f"resuming {out} at step {first} of {settings.steps}")
     pad = tokenizer.pad_token_id
     stream = micro_batches(documents(settings, tokenizer, settings.seed), settings, pad)
     stream = itertools.islice(stream, first * settings.micro_batches, None)
     base_lrs = [settings.matrix_lr, settings.embedding_lr]
     began, seen, running = time.monotonic(), 0, math.nan
-    log = (out / "metrics.jsonl").open("a")
-    for step in range(first, settings.steps):
-        micro = list(itertools.islice(stream, settings.micro_batches))
-        factor = learning_rate_factor(step, settings.steps)
-        for optimizer, lr in zip(opts, base_lrs, strict=True):
-            optimizer.param_groups[0]["lr"] = lr * factor
-        tokens, nats = sum(int((ids != pad).sum()) for ids in micro), 0.0
-        for ids in micro:
-            loss = loss_sum(model, ids, pad) / tokens
-            loss.backward()
-            nats += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in opts:
-            optimizer.step()
-            optimizer.zero_grad()
-        seen += tokens
-        running = nats if math.isnan(running) else 0.97 * running + 0.03 * nats
-        if step % 10 == 0:
+    with (
+        JsonlWriter(out / "metrics.jsonl") as log,
+        progress("training the pocket target", settings.steps) as bar,
+    ):
+        bar.update(completed=first)
+        for step in range(first, settings.steps):
+            micro = list(itertools.islice(stream, settings.micro_batches))
+            factor = learning_rate_factor(step, settings.steps)
+            for optimizer, lr in zip(opts, base_lrs, strict=True):
+                optimizer.param_groups[0]["lr"] = lr * factor
+            tokens, nats = sum(int((ids != pad).sum()) for ids in micro), 0.0
+            for ids in micro:
+                loss = loss_sum(model, ids, pad) / tokens
+                loss.backward()
+                nats += loss.item()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in opts:
+                optimizer.step()
+                optimizer.zero_grad()
+            seen += tokens
+            running = nats if math.isnan(running) else 0.97 * running + 0.03 * nats
             rate = seen / (time.monotonic() - began)
-            left = (settings.steps - step) * settings.step_tokens / rate / 60
-            print(
-                f"step {step}/{settings.steps} loss {running:.3f} {rate:.0f} tok/s {left:.0f} min left",
-                flush=True,
-            )
-            log.write(json.dumps({"step": step, "loss": nats, "tokens_per_s": rate}) + "\n")
-            log.flush()
-        if (step + 1) % checkpoint_every == 0 or step + 1 == settings.steps:
-            partial = state_path.with_suffix(".tmp")
-            torch.save(
-                {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts], "step": step + 1},
-                partial,
-            )
-            partial.replace(state_path)
-    save_target(model, tokenizer, out / "target", settings)
+            bar.update(loss=running, **{"tokens/s": rate})
+            if step % 10 == 0:
+                log.write({"step": step, "loss": nats, "tokens_per_s": rate})
+            if (step + 1) % checkpoint_every == 0 or step + 1 == settings.steps:
+                log.sync()
+                optimisers = [o.state_dict() for o in opts]
+                with atomic_file(state_path) as stream_out:
+                    torch.save(
+                        {"model": model.state_dict(), "optimizers": optimisers, "step": step + 1}, stream_out
+                    )
+    with atomic_directory(out / "target") as target:
+        save_target(model, tokenizer, target, settings)
 
 
 def save_target(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, settings: BuildSettings
 ) -> None:
-    """Write a Hugging Face model directory: bf16 tensors (half the size), float32 arithmetic."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Fill a Hugging Face model directory: bf16 tensors (half the size), float32 arithmetic."""
     model.config.save_pretrained(out)
     model.generation_config.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -1,0 +1,78 @@
+"""The script that builds the pocket target, in seconds: what it writes, and going on after a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from deepspec.pocket import build as module
+from deepspec.pocket.build import BuildSettings, build
+from deepspec.target import Target
+
+TINY = BuildSettings(
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    micro_tokens=512,
+    micro_batches=2,
+    total_tokens=12 * 1024,
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pocket")
+    build(out, TINY, checkpoint_every=4)
+    return out
+
+
+def test_build_that_stops_between_checkpoints_goes_on_to_the_same_weights(built, tmp_path, monkeypatch):
+    taken, loss_sum = 0, module.loss_sum
+
+    def dying(*args: object) -> torch.Tensor:
+        nonlocal taken
+        taken += 1
+        if taken == 13:  # the first half of step 6, two steps after a checkpoint
+            raise KeyboardInterrupt
+        return loss_sum(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "loss_sum", dying)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, TINY, checkpoint_every=4)
+    assert not (tmp_path / "target").exists()
+    build(tmp_path, TINY, checkpoint_every=4)
+    assert taken == 13 + 2 * (TINY.steps - 4)
+    weights = "target/model.safetensors"
+    for name, tensor in load_file(built / weights).items():
+        assert torch.equal(tensor, load_file(tmp_path / weights)[name]), name
+
+
+def test_what_was_built_is_a_target_like_any_other(built):
+    target = Target.from_pretrained(built / "target", device="cpu")
+    assert (target.spec.num_layers, target.spec.hidden_size, target.vocab_size) == (2, 32, 320)
+    assert target.stop_token_ids
+
+
+def test_tokenizer_cuts_text_as_qwen2_does_and_the_template_opens_a_thinking_block(built):
+    tokenizer = AutoTokenizer.from_pretrained(built / "tokenizer")
+    pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("It's 123 x\n\n  y")
+    assert [piece.replace("Ġ", " ").replace("Ċ", "\n") for piece, _ in pieces] == [
+        "It", "'s", " ", "1", "2", "3", " x", "\n\n", " ", " y",
+    ]  # fmt: skip
+    user = [{"role": "user", "content": "hi"}]
+    shown = {
+        thinking: tokenizer.apply_chat_template(
+            user, add_generation_prompt=True, tokenize=False, enable_thinking=thinking
+        )
+        for thinking in (True, False)
+    }
+    assert shown[True].endswith("<|im_start|>assistant\n<think>\n")
+    assert shown[False].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
