@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make quickstart   train three drafts, measure them, write a report (ARGS=--fast: about two minutes)'
+	@echo 'make quickstart   train three drafts, measure them, write a report (ARGS=--fast: two or three minutes)'
 	@echo 'make test         lint, types and tests'
 	@echo 'make docs         rewrite the tables of docs/targets.md and docs/data.md from their tests'
 	@echo 'make soak         the long fault tests'
@@ -45,7 +45,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PIP) --quiet --requirement requirements.lock
 	@echo '[4/4] deepspec itself, and an answer from it'
 	@$(PIP) --quiet --no-deps --no-build-isolation --editable .
-	@$(BIN)/deepspec generate 'Ada has 12 apples. Ada buys 5 more apples. How many apples does Ada have now?'
+	@CUDA_VISIBLE_DEVICES= $(BIN)/deepspec generate 'Ada has 12 apples. Ada buys 5 more apples. How many apples does Ada have now?'
 	@touch $@
 
 quickstart: $(STAMP)

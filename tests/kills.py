@@ -11,9 +11,12 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from deepspec.files import alone_in
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 
@@ -29,6 +32,30 @@ def in_child(work: Callable[[], object]) -> int:
         finally:
             os._exit(code)
     return child
+
+
+@contextmanager
+def held_by_another(folder: Path, doing: str) -> Iterator[None]:
+    """Inside the block another process has the folder to itself."""
+    there, ready = os.pipe()
+    hold, done = os.pipe()
+
+    def work() -> None:
+        os.close(done)
+        with alone_in(folder, doing):
+            os.write(ready, b".")
+            os.read(hold, 1)
+
+    child = in_child(work)
+    os.close(ready)
+    try:
+        assert os.read(there, 1) == b"."
+        yield
+    finally:
+        os.close(done)
+        os.waitpid(child, 0)
+        os.close(there)
+        os.close(hold)
 
 
 def killed_at(operation: int, work: Callable[[], object]) -> bool:

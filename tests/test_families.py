@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import deepspec
-import deepspec.target as room
+import deepspec.target.model as room
 import deepspec.train as training
 from conftest import MODELS, SLIDING_WINDOW, prompts_of, save_tiny
 from deepspec.checkpoint import load_draft

@@ -702,6 +702,7 @@ def test_machine_that_was_busy_is_said_to_be_before_it_is_measured(
     monkeypatch.setattr(profile, "kept_speeds", lambda *_: None)
     speeds = made_up_speeds(workflow.quickstart_recipes(True))
     monkeypatch.setattr(profile, "measure", lambda *_, **__: speeds)
+    monkeypatch.setattr("deepspec.plan.room.Need.fits", True)
     found = call("plan", "quickstart", "--fast")
     assert found.exit_code == 0, found.output
     assert ("--measure measures again" in " ".join(found.stderr.split())) == said
@@ -775,6 +776,18 @@ def test_quickstart_takes_its_phases_by_the_names_that_its_plan_gives_them(
     # (fewer than a warm-up has), of which lookup takes 1.4 a round and the draft 1.2.
     tokens = 4 * 0.01 * (2 + 1 / 1.4 + 1 / 1.2)
     assert planned["evaluation"].value == pytest.approx((3 + 2) * (4 * 0.01 + tokens))
+
+
+def test_quickstart_that_finds_no_room_on_the_disk_is_sent_to_another(monkeypatch: pytest.MonkeyPatch):
+    speeds = made_up_speeds(workflow.quickstart_recipes(True))
+    monkeypatch.setattr(profile, "kept_speeds", lambda *_: speeds)
+    monkeypatch.setattr("deepspec.cli.plan.free_bytes", lambda _: 1e6)
+    found = call("plan", "quickstart", "--fast")
+    said = " ".join(found.stderr.split())
+    assert found.exit_code == 2, found.output
+    assert "this does not fit: disk:" in said
+    assert "the quickstart on this machine" in said
+    assert "--cache-dir" in said
 
 
 def test_quickstart_has_room_for_one_cache_and_every_drafts_checkpoints():

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from deepspec.errors import UserError
 from deepspec.pocket import build as module
 from deepspec.pocket.build import BuildSettings, build
 from deepspec.target import Target
+from kills import held_by_another, needs_fork
 
 TINY = BuildSettings(
     vocab_size=320,
@@ -53,6 +55,12 @@ def test_build_that_stops_between_checkpoints_goes_on_to_the_same_weights(built,
     weights = "target/model.safetensors"
     for name, tensor in load_file(built / weights).items():
         assert torch.equal(tensor, load_file(tmp_path / weights)[name]), name
+
+
+@needs_fork
+def test_second_build_in_a_folder_is_refused(tmp_path):
+    with held_by_another(tmp_path, "building"), pytest.raises(UserError, match="another process is building"):
+        build(tmp_path, TINY)
 
 
 def test_what_was_built_is_a_target_like_any_other(built):

@@ -416,6 +416,8 @@ def test_bars_are_for_those_who_wait_at_a_terminal(
     with (path / "more.bin").open("wb") as file:
         file.truncate(gigabytes * 10**9)  # takes no room
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    (path / "gone.bin").symlink_to(tmp_path / "nowhere")  # a bar is no reason not to load
+    monkeypatch.setattr(hf_logging, "_tqdm_active", True)
     seen, usual, loaded = [], hf_logging.is_progress_bar_enabled(), AutoModelForCausalLM.from_pretrained
 
     def watched(*args: Any, **kwargs: Any) -> Any:

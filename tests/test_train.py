@@ -35,6 +35,7 @@ from deepspec.errors import CheckpointError, RecipeError
 from deepspec.log import Tracker
 from deepspec.target import Target
 from deepspec.train import Optimizer, schedule, train
+from kills import held_by_another, needs_fork
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe
 
 TIMING = {"seconds", "tokens_per_s"}
@@ -625,33 +626,40 @@ def test_killed_training_goes_on_from_the_last_whole_checkpoint(scene, tmp_path,
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["best", "step_6", "step_8"]
 
 
-HOLDS = """
-import sys
-from pathlib import Path
-from deepspec.files import alone_in
-with alone_in(Path(sys.argv[1]), "training"):
-    print("mine", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_two_trainings_in_one_run_folder_do_not_mix(scene, tmp_path):
+@needs_fork
+@pytest.mark.parametrize("more", [[], ["--fresh"]])
+def test_two_trainings_in_one_run_folder_do_not_mix(scene, tmp_path, more):
     """The second would go on from the first's checkpoint, and each would drop the other's."""
-    command = ["train", str(scene / "r.yaml"), "--runs", str(tmp_path)]
+    command = ["train", str(scene / "r.yaml"), "--runs", str(tmp_path), *more]
     run = tmp_path / "tiny-dspark"
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDS, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdin is not None
-        assert other.stdout is not None
-        assert other.stdout.readline() == "mine\n"
+    with held_by_another(run, "training"):
         refused = CliRunner().invoke(app, command)
-        other.stdin.close()
     assert refused.exit_code == 2, refused.output
     assert "another process is training in this folder" in refused.stderr
     assert str(run) in refused.stderr.replace("\n", "")
+    assert [file.name for file in tmp_path.iterdir()] == ["tiny-dspark"]
     assert [file.name for file in run.iterdir()] == [".lock"]
     assert CliRunner().invoke(app, command).exit_code == 0
+
+
+def test_mistyped_target_leaves_no_run_behind(scene, tmp_path):
+    command = [
+        "train",
+        str(scene / "r.yaml"),
+        f"target={tmp_path / 'no-such'}",
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
+    assert CliRunner().invoke(app, command).exit_code == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_run_whose_folder_is_a_file_says_so(scene, tmp_path):
+    (tmp_path / "tiny-dspark").write_text("mine")
+    refused = CliRunner().invoke(app, ["train", str(scene / "r.yaml"), "--runs", str(tmp_path)])
+    assert refused.exit_code == 2, refused.output
+    assert "give a path that can be written to" in refused.stderr
+    assert (tmp_path / "tiny-dspark").read_text() == "mine"
 
 
 def test_interrupted_command_saves_and_says_how_to_go_on(scene, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ from deepspec.verify import Sampling
 HELD_OUT_ROWS = 16
 """Prompts that a held-out evaluation decodes together."""
 WARM_UP_TOKENS = 16
-"""Each method's answer before its first measured one, so that first-call costs belong to nobody."""
+"""Of each method's answer before its first measured one: what a first call costs belongs to nobody."""
 FINGERPRINTED = 1024
 """Values of each tensor by which models are told apart."""
 CONVENTIONS = {

@@ -45,7 +45,14 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         if is_disk_full(error):
             todo = "make room there and run the same command again: what was finished is kept"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR):
+        elif error.errno in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.EISDIR,
+            errno.ENOTDIR,
+            errno.EEXIST,
+        ):
             todo = "give a path that can be written to"
         else:
             raise
@@ -148,7 +155,8 @@ def claimed(lock: Path, piece: int, *, wait: bool = False) -> Iterator[bool]:
     if fcntl is None:
         yield True
         return
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    with writing(lock):
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, piece)
@@ -166,7 +174,8 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
     """Keep a folder to this process inside the block; it is made where it is not there.
 
     Two that train in one folder would go on from each other's checkpoints. Raises UserError where another
-    process is `doing` it.
+    process is `doing` it, or where the folder cannot be written to. Nobody is kept out where the system has
+    no locks (`claimed`).
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

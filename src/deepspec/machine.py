@@ -19,8 +19,8 @@ def this_machine() -> str:
 
 
 def busy() -> float | None:
-    """The last minute's load where other work takes half of the processors or more; None where it does not,
-    or where the system does not say."""
+    """The last minute's load (processes that ran or waited to, on average, this user's own among them) where
+    it is at least 1.5 and half of the processors; None below, and where the system does not say."""
     try:
         load = os.getloadavg()[0]
     except (OSError, AttributeError):

@@ -35,7 +35,7 @@ from deepspec.files import alone_in, write_json
 from deepspec.log import note, warn
 from deepspec.machine import one_thread
 from deepspec.report import write_report
-from deepspec.target import Target
+from deepspec.target import Target, TargetSpec
 from deepspec.train import Outcome, eight_bit_adamw, latest_checkpoint, train
 from deepspec.verify import Sampling
 
@@ -77,6 +77,8 @@ def train_draft(
     process trains there.
     """
     _check_before_loading(recipe, answers)
+    if target is None:
+        TargetSpec.from_pretrained(recipe.target)  # a mistyped name should not leave a folder behind
     run = Path(runs) / recipe.name
     with alone_in(run, "training"):
         return _train_in(run, recipe, target or Target.from_pretrained(recipe.target), answers)

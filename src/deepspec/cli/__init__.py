@@ -140,12 +140,14 @@ def train(
     if start_from is not None:
         overrides = [*(overrides or []), f"start_from={json.dumps(start_from)}"]
     settings = load_recipe(recipe, overrides or [])
+    from deepspec.files import alone_in
     from deepspec.workflow import train_draft
 
     run = runs / settings.name
     if fresh and run.exists():
         aside = next(p for n in range(1, 10**6) if not (p := run.with_name(f"{run.name}.old-{n}")).exists())
-        run.rename(aside)
+        with alone_in(run, "training"):
+            run.rename(aside)
         note(f"the earlier run is kept as {aside}")
     if not (run / "checkpoints").is_dir():
         note(f"starting a new run in {run}")

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 QUICKSTART = "quickstart"
 DEFAULT_MACHINE = "h100"
+NO_CHANGE = "use a smaller target or more memory: no change of the recipe makes it fit here"
+ELSEWHERE = (
+    "make room, or plan for another disk with --cache-dir DIR and run `deepspec quickstart --out DIR/…`"
+)
 PUBLISHED_ANSWER, POCKET_ANSWER = 751.0, 60.0
 """Tokens assumed for an answer that is not there yet: the means of the published set and of the pocket's."""
 
@@ -278,13 +282,15 @@ def show_plan(found: Plan, config: dict[str, Any], counts: Counts, explain: bool
         raise refusal(f"{found.recipe.name} on {found.machine.name}", found.needs, change)
 
 
-def refusal(where: str, needs: Iterable[Need], change: Change | None) -> UserError:
+def refusal(
+    where: str, needs: Iterable[Need], change: Change | None, otherwise: str = NO_CHANGE
+) -> UserError:
     over = [f"{n.what}: {size(n.wants)} wanted, {size(n.has)} there" for n in needs if not n.fits]
     if change is None:
         return UserError(
             f"this does not fit: {'; '.join(over)}",
             where=where,
-            next_step="use a smaller target or more memory: no change of the recipe makes it fit here",
+            next_step=otherwise,
         )
     then = ", ".join(f"{n.what} {size(n.wants)} of {size(n.has)}" for n in change.plan.needs)
     return UserError(
@@ -336,7 +342,7 @@ def _plan_quickstart(
         stdout().print(*section_tables({"quickstart, by phase": phases}, explain), needs_table(needs))
         note(f"all: {sum(map(float, phases.values())) / 60:.1f} minutes on {speeds.machine}")
     if not all(each.fits for each in needs):
-        raise refusal(f"the quickstart on {row.name}", needs, None)
+        raise refusal("the quickstart on this machine", needs, None, ELSEWHERE)
 
 
 def section_tables(sections: Mapping[str, Mapping[str, Figure]], explain: bool) -> Iterator[Table]:

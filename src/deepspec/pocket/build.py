@@ -279,6 +279,7 @@ def _build_in(out: Path, settings: BuildSettings, checkpoint_every: int) -> None
                     torch.save(
                         {"model": model.state_dict(), "optimizers": optimisers, "step": step + 1}, stream_out
                     )
+                note(f"step {step + 1} of {settings.steps}, loss {running:.3f}, {rate:.0f} tokens/s: saved")
     with atomic_directory(out / "target") as target:
         save_target(model, tokenizer, target, settings)
 

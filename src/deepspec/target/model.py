@@ -407,7 +407,10 @@ class Target:
 
 def _takes_long(path: str) -> bool:
     """Whether somebody will wait for a target: a download, or weights that take seconds to read."""
-    return not Path(path).is_dir() or sum(f.stat().st_size for f in Path(path).glob("*.*")) > LONG
+    if not Path(path).is_dir():
+        return True
+    weights = [f for kind in ("*.safetensors", "*.bin") for f in Path(path).glob(kind) if f.is_file()]
+    return sum(f.stat().st_size for f in weights) > LONG
 
 
 @contextmanager
