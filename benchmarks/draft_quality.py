@@ -17,22 +17,25 @@ from pathlib import Path
 
 import torch
 
-from deepspec.acceptance import bootstrap_ratio, paired_bootstrap_difference
-from deepspec.checkpoint import load_draft
+from deepspec.answers.in_process import answered
+from deepspec.checkpoints.draft import load_draft
 from deepspec.config import load_recipe
-from deepspec.decode import Decoder, Request
-from deepspec.evaluate import load_prompts
-from deepspec.target import Target
-from deepspec.traces import rounds_of
-from deepspec.verify import Sampling
-from deepspec.workflow import ALGORITHMS, answered, data_file, train_draft
+from deepspec.decode.engine import Decoder, Request
+from deepspec.demo import ALGORITHMS
+from deepspec.maths.acceptance import bootstrap_ratio, paired_bootstrap_difference
+from deepspec.maths.verify import Sampling
+from deepspec.measure.evaluate import load_prompts
+from deepspec.measure.traces import rounds_of
+from deepspec.pocket import prompts_path
+from deepspec.targets import Target
+from deepspec.train.run import train_draft
 
 
 def measure(
     target: Target, checkpoint: Path | str, temperature: float, max_new_tokens: int, *, thinking: bool = False
 ) -> dict[str, list[int]]:
     """{prompt id: [tokens kept, rounds]} of a draft on the test prompts, sixteen rows at a time."""
-    prompts = load_prompts(data_file("pocket:test"), target, thinking=thinking)
+    prompts = load_prompts(prompts_path("pocket:test"), target, thinking=thinking)
     draft = load_draft(checkpoint, target)
     decoder = Decoder(target, draft, Sampling(temperature), stop_token_ids=target.stop_token_ids, max_rows=16)
     requests = [Request(p.ids, max_new_tokens, seed=i, key=p.id) for i, p in enumerate(prompts)]

@@ -30,20 +30,22 @@ from unittest.mock import patch
 
 import torch
 
-import deepspec.data.cache as writing
-from deepspec.acceptance import bootstrap_ratio, paired_bootstrap_difference
-from deepspec.blocks import FeatureBatch
-from deepspec.build import feature_layers, read_rules
+import deepspec.features.cache_write as writing
 from deepspec.config import load_recipe
-from deepspec.data.cache import TOKEN_BYTES, Plan, plan_cache, write_cache
-from deepspec.data.cached import cached, open_cache
-from deepspec.data.features import Source, batch_order, load_rows, online
-from deepspec.data.quantise import FORMATS, vector_bytes
+from deepspec.cost import MACHINES, make_plan, published_counts
 from deepspec.data.tokens import Encoded
+from deepspec.demo import ALGORITHMS
 from deepspec.families import PUBLISHED_TARGETS
-from deepspec.plan import MACHINES, make_plan, published_counts
-from deepspec.target import StepOutput, Target
-from deepspec.workflow import ALGORITHMS, cache_features, train_draft
+from deepspec.features.batches import Source, batch_order, load_rows, online
+from deepspec.features.cache_read import cached, open_cache
+from deepspec.features.cache_write import TOKEN_BYTES, Plan, plan_cache, write_cache
+from deepspec.features.quantise import FORMATS, vector_bytes
+from deepspec.maths.acceptance import bootstrap_ratio, paired_bootstrap_difference
+from deepspec.maths.blocks import FeatureBatch
+from deepspec.targets import StepOutput, Target
+from deepspec.train.build import feature_layers, read_rules
+from deepspec.train.data import cache_features
+from deepspec.train.run import train_draft
 from draft_quality import measure
 
 PAGE = Path(__file__).parents[1] / "docs" / "features.md"

@@ -166,9 +166,9 @@ def plain(inputs: dict[str, Any]) -> float:
 
 
 def chunked(inputs: dict[str, Any]) -> float:
-    """The same figures and gradients through `deepspec.losses.head_loss`, with its default chunk."""
-    from deepspec.head import Head
-    from deepspec.losses import head_loss
+    """The same figures and gradients through `deepspec.maths.losses.head_loss`, with its default chunk."""
+    from deepspec.maths.head import Head
+    from deepspec.maths.losses import head_loss
 
     head = Head(inputs["weight"])
     loss = head_loss(

@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from deepspec.checkpoint import load_draft
-from deepspec.decode import Decoder, Request
+from deepspec.checkpoints.draft import load_draft
+from deepspec.decode.engine import Decoder, Request
+from deepspec.demo import ALGORITHMS
 from deepspec.drafts.base import Draft
-from deepspec.evaluate import load_prompts
-from deepspec.target import Target
-from deepspec.verify import Sampling
-from deepspec.workflow import ALGORITHMS, data_file
+from deepspec.maths.verify import Sampling
+from deepspec.measure.evaluate import load_prompts
+from deepspec.pocket import prompts_path
+from deepspec.targets import Target
 
 
 def answers(target: Target, draft: Draft | None, requests: list[Request], rows: int) -> dict[str, list[int]]:
@@ -35,7 +36,7 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     arguments = parser.parse_args()
     target = Target.from_pretrained("pocket", dtype="float32")
-    prompts = load_prompts(data_file("pocket:test"), target, limit=arguments.prompts)
+    prompts = load_prompts(prompts_path("pocket:test"), target, limit=arguments.prompts)
     requests = [Request(p.ids, arguments.max_new_tokens, key=p.id) for p in prompts]
     plain = answers(target, None, requests, 1)
     differ = 0

@@ -18,7 +18,7 @@ from deepspec.cli.plan import (
     training_counts,
 )
 from deepspec.config import load_recipe
-from deepspec.plan import MACHINES, Choices, cheapest_change, make_plan
+from deepspec.cost import MACHINES, Choices, cheapest_change, make_plan
 
 PAGE = Path(__file__).parents[1] / "docs" / "plan.md"
 EXAMPLES = (

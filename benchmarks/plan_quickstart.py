@@ -29,7 +29,7 @@ START = {
     "wall": "from deepspec.cli import main; main()",
     "processor": "import time; time.perf_counter = time.process_time; from deepspec.cli import main; main()",
 }
-LOAD = "from deepspec.target import Target; Target.from_pretrained('pocket')"
+LOAD = "from deepspec.targets import Target; Target.from_pretrained('pocket')"
 STEADY = 0.15
 """Shares that differ by less are called steady."""
 

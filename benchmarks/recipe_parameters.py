@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from deepspec.build import draft_spec
+from deepspec.checkpoints.inspect import parameters
 from deepspec.config import load_recipe, recipe_names
+from deepspec.cost.costs import state_bytes_per_parameter
 from deepspec.families import PUBLISHED_TARGETS as TARGETS
-from deepspec.inspection import parameters
-from deepspec.plan.costs import state_bytes_per_parameter
-from deepspec.target import TargetSpec
+from deepspec.targets import TargetSpec
+from deepspec.train.build import draft_spec
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"

@@ -33,16 +33,16 @@ import httpx
 import torch
 
 import servers
+from deepspec.answers.dialogue import turns_of
+from deepspec.answers.in_process import regenerate, row_seed
+from deepspec.answers.pool import Policy
+from deepspec.answers.through_servers import regenerate_served
 from deepspec.data.conversations import Conversation, conversation_from_row, read_conversations
-from deepspec.data.dialogue import turns_of
-from deepspec.data.endpoints import Policy
-from deepspec.data.regenerate import regenerate, row_seed
-from deepspec.data.served import regenerate_served
 from deepspec.data.tokens import prompt_ids
-from deepspec.decode import Decoder, Request
-from deepspec.pocket import prompt_file
-from deepspec.target import Target
-from deepspec.verify import Sampling
+from deepspec.decode.engine import Decoder, Request
+from deepspec.maths.verify import Sampling
+from deepspec.pocket import prompts_path
+from deepspec.targets import Target
 
 BUDGET = 96
 ROWS = 16
@@ -53,7 +53,7 @@ REPEATS = 3
 
 
 def pocket_prompts(limit: int) -> list[Conversation]:
-    return list(read_conversations(prompt_file("train")))[:limit]
+    return list(read_conversations(prompts_path("pocket:train")))[:limit]
 
 
 # ── shares ────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepspec.config import load_recipe
+from deepspec.cost import MACHINES, Choices, Plan, make_plan, published_counts
 from deepspec.families import PUBLISHED_TARGETS
-from deepspec.plan import MACHINES, Choices, Plan, make_plan, published_counts
 from recipe_parameters import BEGIN, END
 
 PAGE = Path(__file__).parents[1] / "docs" / "reproduce.md"

@@ -38,17 +38,17 @@ from typing import Any
 import httpx
 import torch
 
-from deepspec.acceptance import bootstrap_ratio
-from deepspec.checkpoint import AnyDraft, load_draft
-from deepspec.decode import Decoder, Generation, Request
-from deepspec.evaluate import load_prompts
-from deepspec.export import FORMS, Exported, export_draft, kind_of
+from deepspec.checkpoints.draft import AnyDraft, load_draft
+from deepspec.checkpoints.export import FORMS, Exported, export_draft, kind_of
+from deepspec.decode.engine import Decoder, Generation, Request
 from deepspec.files import write_json
 from deepspec.log import note
-from deepspec.pocket import packaged, prompt_file
-from deepspec.target import Target
-from deepspec.traces import TIE, Prompt
-from deepspec.verify import Sampling
+from deepspec.maths.acceptance import bootstrap_ratio
+from deepspec.maths.verify import Sampling
+from deepspec.measure.evaluate import load_prompts
+from deepspec.measure.traces import TIE, Prompt
+from deepspec.pocket import packaged, prompts_path
+from deepspec.targets import Target
 
 PACKAGE = "llama-cpp-python==0.3.36"
 DRAFTS = ("pocket-eagle3-portable", "pocket-dflash", "pocket-dspark")
@@ -318,7 +318,7 @@ def measure(names: Sequence[str] = DRAFTS, limit: int = PROMPTS, budget: int = B
     work = folder / "pocket"
     model, gguf = served_target(found, work)
     target = Target.from_pretrained("pocket", dtype="float32", device="cpu")
-    prompts = load_prompts(prompt_file("test"), target, limit=limit)
+    prompts = load_prompts(prompts_path("pocket:test"), target, limit=limit)
     with serving(found, gguf, [], work / "plain.log") as client:
         ask(client, prompts[0], budget)  # first-call costs belong to nobody
         plain = [ask(client, p, budget) for p in prompts]

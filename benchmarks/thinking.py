@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-from deepspec.acceptance import bootstrap_ratio, paired_bootstrap_difference
+from deepspec.answers.in_process import answered
 from deepspec.config import load_recipe
-from deepspec.target import Target
-from deepspec.workflow import answered, train_draft
+from deepspec.maths.acceptance import bootstrap_ratio, paired_bootstrap_difference
+from deepspec.targets import Target
+from deepspec.train.run import train_draft
 from draft_quality import measure
 
 READY_MADE = "pocket-dspark"

@@ -30,12 +30,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from deepspec.blocks import FeatureBatch
-from deepspec.checkpoint import AnyDraft, new_draft
+from deepspec.checkpoints.draft import AnyDraft, new_draft
 from deepspec.drafts.base import LossSettings, Proposal, choose
 from deepspec.drafts.spec import new_spec
-from deepspec.target import Target
-from deepspec.verify import Sampling
+from deepspec.maths.blocks import FeatureBatch
+from deepspec.maths.verify import Sampling
+from deepspec.targets import Target
 
 FAMILIES = ("llama", "qwen3", "gemma4")
 ALGORITHMS = ("eagle3", "dflash", "dspark")

@@ -19,14 +19,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deepspec.blocks import Blocks, FeatureBatch, unroll_masks, unroll_teacher_index
-from deepspec.checkpoint import AnyDraft, load_draft
-from deepspec.decode import Decoder, Generation, Request, generate
+from deepspec.checkpoints.draft import AnyDraft, load_draft
+from deepspec.decode.engine import Decoder, Generation, Request, generate
 from deepspec.drafts import DFlashDraft, Eagle3Draft, dflash, dspark, eagle3
 from deepspec.drafts.base import LossSettings, LossSums, Proposal
-from deepspec.losses import HeadLoss, head_loss
-from deepspec.target import StepOutput, Target
-from deepspec.verify import Sampling, verify, warp
+from deepspec.maths.blocks import Blocks, FeatureBatch, unroll_masks, unroll_teacher_index
+from deepspec.maths.losses import HeadLoss, head_loss
+from deepspec.maths.verify import Sampling, verify, warp
+from deepspec.targets import StepOutput, Target
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(os.environ.get("DEEPSPEC_GOLDEN_DIR") or ROOT.parent / "shared" / "golden")

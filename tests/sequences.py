@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepspec.target import Target
+from deepspec.targets import Target
 
 CLOSE = 1e-4
 """Largest float32 difference allowed between one pass and cached steps; a wrong mask gives 0.1 and more."""

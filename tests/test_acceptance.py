@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepspec.acceptance import (
+from deepspec.maths.acceptance import (
     bootstrap_ratio,
     conditional,
     distinct_share,

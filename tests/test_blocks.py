@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepspec.blocks import (
+from deepspec.maths.blocks import (
     Blocks,
     FeatureBatch,
     anchor_candidates,

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepspec.build import build_draft
 from deepspec.config import Recipe
 from deepspec.drafts.layers import DraftLayer
 from deepspec.errors import RecipeError
-from deepspec.target import Target
+from deepspec.targets import Target
+from deepspec.train.build import build_draft
 from talking import recipe_tree
 
 

@@ -18,16 +18,18 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import deepspec.data.cached as reading
-import deepspec.train as training
+import deepspec.features.cache_read as reading
+import deepspec.train.loop as training
 import feature_cache
 from conftest import llama as llama_model
 from conftest import save_tiny
-from deepspec.blocks import FeatureBatch
-from deepspec.build import read_rules
 from deepspec.cli import app
 from deepspec.config import load_recipe
-from deepspec.data.cache import (
+from deepspec.data.tokens import Encoded
+from deepspec.errors import DataError, TargetError, UserError
+from deepspec.features.batches import Source, online, padded
+from deepspec.features.cache_read import CHECKED, cached, cached_rows, open_cache
+from deepspec.features.cache_write import (
     Plan,
     batch_rows,
     disk_bytes,
@@ -36,15 +38,13 @@ from deepspec.data.cache import (
     stored_positions,
     write_cache,
 )
-from deepspec.data.cached import CHECKED, cached, cached_rows, open_cache
-from deepspec.data.features import Source, online, padded
-from deepspec.data.opening import open_features
-from deepspec.data.quantise import FORMATS
-from deepspec.data.tokens import Encoded
-from deepspec.errors import DataError, TargetError, UserError
+from deepspec.features.open import open_features
+from deepspec.features.quantise import FORMATS
 from deepspec.files import LOCK, claimed
-from deepspec.target import Target
-from deepspec.train import train
+from deepspec.maths.blocks import FeatureBatch
+from deepspec.targets import Target
+from deepspec.train.build import read_rules
+from deepspec.train.loop import train
 from killing import at_operation, contents, count_operations, ended, in_child, killed_at
 from reference.blocks import naive_block_reads, naive_unroll_reads
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conftest import ALGORITHMS, FAMILIES, save_tiny, tiny_draft
-from deepspec import checkpoint
-from deepspec.checkpoint import (
+from deepspec.checkpoints import draft as checkpoint
+from deepspec.checkpoints.draft import (
     PROVENANCE,
     AnyDraft,
     find_checkpoint,
@@ -28,13 +28,13 @@ from deepspec.checkpoint import (
     new_draft,
     save_draft,
 )
+from deepspec.checkpoints.inspect import inspect_draft
 from deepspec.drafts.layers import inverse_frequencies
 from deepspec.drafts.spec import read_spec, write_config
 from deepspec.errors import CheckpointError, MismatchError
 from deepspec.files import atomic_directory
-from deepspec.inspection import inspect_draft
-from deepspec.target import Target
-from deepspec.verify import Sampling
+from deepspec.maths.verify import Sampling
+from deepspec.targets import Target
 
 HEADS: dict[str, dict[str, Any]] = {
     "eagle3": {},
@@ -459,7 +459,7 @@ def test_draft_on_the_hub_loads_by_its_id(
         asked.append((name, allow_patterns))
         return str(saved)
 
-    monkeypatch.setattr("deepspec.hub.snapshot_download", download)
+    monkeypatch.setattr("deepspec.targets.hub.snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     draft = load_draft("some-org/some-draft", qwen)

@@ -19,15 +19,17 @@ from typer.testing import CliRunner
 
 import deepspec
 from deepspec.cli import app
-from deepspec.cli.measure import coloured, draft_labels, read_results
+from deepspec.cli.common import read_results
+from deepspec.cli.eval import draft_labels
+from deepspec.cli.generate import coloured
 from deepspec.data.tokens import prompt_ids
-from deepspec.decode import Generation
+from deepspec.decode.engine import Generation
 from deepspec.errors import DataError, UserError
-from deepspec.evaluate import load_prompts
-from deepspec.pocket import check
-from deepspec.pocket.corpus import Example
-from deepspec.target import Target
+from deepspec.measure.evaluate import load_prompts
+from deepspec.targets import Target
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe, write_rows
+from tools.pocket import check
+from tools.pocket.corpus import Example
 
 ALGORITHMS = ("eagle3", "dflash", "dspark")
 COMMANDS = (
@@ -46,9 +48,6 @@ COMMANDS = (
     ["data", "split"],
     ["data", "cache"],
     ["data", "features-server"],
-    ["pocket", "build"],
-    ["pocket", "drafts"],
-    ["pocket", "check"],
 )
 
 
@@ -468,7 +467,7 @@ def test_place_that_cannot_be_written_is_refused_before_the_measurement(
     scene, results, tmp_path, monkeypatch, option
 ):
     """An hour of measuring ended in a traceback, and nothing was kept."""
-    monkeypatch.setattr("deepspec.cli.measure.load_target", lambda *a: pytest.fail("went to work"))
+    monkeypatch.setattr("deepspec.cli.eval.load_target", lambda *a: pytest.fail("went to work"))
     (tmp_path / "file").write_text("")
     for place in (tmp_path, tmp_path / "file" / "r.json"):
         assert "cannot be written" in refused(*eval_words(scene, "dspark"), option, place)
@@ -481,7 +480,7 @@ def test_what_the_system_says_of_a_path_is_no_traceback(results, monkeypatch, nu
     def fail(*args: Any) -> None:
         raise OSError(number, os.strerror(number), "some/place")
 
-    monkeypatch.setattr("deepspec.compare.compare_results", fail)
+    monkeypatch.setattr("deepspec.report.compare.compare_results", fail)
     result = call("compare", results)
     assert result.exit_code == code
     assert f"some/place: {os.strerror(number)}" in result.stderr
@@ -491,7 +490,7 @@ def test_what_the_system_says_of_a_path_is_no_traceback(results, monkeypatch, nu
 
 
 def test_our_own_failures_keep_their_traceback(results, monkeypatch):
-    monkeypatch.setattr("deepspec.compare.compare_results", lambda *args: 1 / 0)
+    monkeypatch.setattr("deepspec.report.compare.compare_results", lambda *args: 1 / 0)
     result = call("compare", results)
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)
@@ -501,7 +500,7 @@ def test_interrupted_command_says_what_is_kept(scene, tmp_path, monkeypatch):
     def interrupt(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deepspec.data.regenerate.regenerate", interrupt)
+    monkeypatch.setattr("deepspec.answers.in_process.regenerate", interrupt)
     words = ["--target", scene / "target", "--out", tmp_path / "o.jsonl"]
     result = call("data", "regenerate", scene / "prompts.jsonl", *words)
     assert result.exit_code == 130
@@ -509,7 +508,8 @@ def test_interrupted_command_says_what_is_kept(scene, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_in_one_draft_does_not_start_the_next(tmp_path, monkeypatch):
-    from deepspec import workflow
+    from tools.pocket import __main__ as commands
+    from tools.pocket import drafts as workflow
 
     trained = []
 
@@ -519,7 +519,8 @@ def test_ctrl_c_in_one_draft_does_not_start_the_next(tmp_path, monkeypatch):
 
     monkeypatch.setattr(workflow, "train_draft", train_draft)
     monkeypatch.setattr(workflow, "regenerate", lambda *args, **options: 0)
-    assert call("pocket", "drafts", "--out", tmp_path, "--samples", 1).exit_code == 130
+    words = ["drafts", "--out", str(tmp_path), "--samples", "1"]
+    assert CliRunner().invoke(commands.pocket_app, words).exit_code == 130
     assert trained == ["eagle3"]
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from deepspec import compare
-from deepspec.compare import (
+from deepspec.errors import DataError, UserError
+from deepspec.report import compare
+from deepspec.report.compare import (
     REFUSED,
     WARNED,
     compare_results,
@@ -19,7 +20,6 @@ from deepspec.compare import (
     condition_labels,
     lossless_finding,
 )
-from deepspec.errors import DataError, UserError
 
 CONDITIONS = {
     "target": "pocket",

@@ -18,14 +18,14 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from conftest import FAMILIES, NoisyTarget, TableDraft, prompts_of, save_tiny, teach, tiny_draft
-from deepspec import decode
-from deepspec.blocks import proposals_per_block
-from deepspec.checkpoint import new_draft
-from deepspec.decode import Decoder, Generation, Request, generate
+from deepspec.checkpoints.draft import new_draft
+from deepspec.decode import engine as decode
+from deepspec.decode.engine import Decoder, Generation, Request, generate
 from deepspec.drafts import Draft, DSparkDraft, PromptLookup
 from deepspec.errors import UserError
-from deepspec.target import Target
-from deepspec.verify import Sampling, Verdict, draw, verify
+from deepspec.maths.blocks import proposals_per_block
+from deepspec.maths.verify import Sampling, Verdict, draw, verify
+from deepspec.targets import Target
 
 LENGTHS = (13, 7, 17, 10)
 NEW = 20

@@ -19,15 +19,15 @@ from transformers import Gemma4TextConfig, Qwen3Config
 from transformers.models.gemma4 import modeling_gemma4
 from transformers.models.qwen3 import modeling_qwen3
 
-from deepspec.blocks import FeatureBatch
 from deepspec.drafts import ALGORITHMS, DFlashDraft, DSparkDraft, Eagle3Draft, PromptLookup
-from deepspec.drafts.base import DraftSpec, Embedding, LossSettings, LossSums
+from deepspec.drafts.base import DraftSpec, LossSettings, LossSums
 from deepspec.drafts.heads import MARKOV_HEADS
 from deepspec.drafts.layers import DraftLayer, LayerShape, RopeFacts, inverse_frequencies, rotation
 from deepspec.drafts.spec import layer_shape
-from deepspec.head import Head
-from deepspec.slots import Rows
-from deepspec.verify import Sampling
+from deepspec.maths.blocks import FeatureBatch
+from deepspec.maths.head import Embedding, Head
+from deepspec.maths.slots import Rows
+from deepspec.maths.verify import Sampling
 from reference.drafts import naive_block_rows, naive_markov, naive_unroll
 from reference.losses import plain_confidence_loss, plain_terms
 

@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from deepspec.cli import app
-from deepspec.data.answers import Conditions, beside
-from deepspec.data.conversations import conversation_from_row
-from deepspec.data.endpoints import (
+from deepspec.answers.file import Conditions, beside
+from deepspec.answers.in_process import row_seed
+from deepspec.answers.pool import (
     Call,
     Endpoint,
     Exhausted,
@@ -30,13 +29,14 @@ from deepspec.data.endpoints import (
     base_url,
     retry_after,
 )
-from deepspec.data.regenerate import row_seed
-from deepspec.data.served import HOPELESS, regenerate_served
+from deepspec.answers.requests import Reply, completion, read_chat, read_completion, read_llama
+from deepspec.answers.through_servers import HOPELESS, regenerate_served
+from deepspec.cli import app
+from deepspec.data.conversations import conversation_from_row
 from deepspec.data.tokens import prompt_ids
-from deepspec.data.wires import Reply, completion, read_chat, read_completion, read_llama
 from deepspec.errors import DataError, UserError
-from deepspec.target import TargetSpec
-from deepspec.verify import Sampling
+from deepspec.maths.verify import Sampling
+from deepspec.targets import TargetSpec
 from standin import PASSING, StandIn
 from talking import save_talking_llama
 

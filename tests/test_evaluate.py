@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from deepspec import evaluate as module
-from deepspec.decode import Decoder, Request
+from deepspec.decode.engine import Decoder, Request
 from deepspec.drafts.lookup import PromptLookup
-from deepspec.evaluate import WARM_UP_TOKENS, evaluate_at, evaluate_drafts, fingerprint
-from deepspec.journal import beside
-from deepspec.target import Target
-from deepspec.traces import Prompt
-from deepspec.verify import Sampling
+from deepspec.maths.verify import Sampling
+from deepspec.measure import evaluate as module
+from deepspec.measure.evaluate import WARM_UP_TOKENS, evaluate_at, evaluate_drafts, fingerprint
+from deepspec.measure.journal import beside
+from deepspec.measure.traces import Prompt
+from deepspec.targets import Target
 from kills import killed_at, needs_fork
 from talking import save_talking_llama
 

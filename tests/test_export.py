@@ -17,14 +17,9 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from conftest import tiny_draft
-from deepspec import export
-from deepspec.checkpoint import SHARED, AnyDraft, load_draft, load_provenance, new_draft, save_draft
-from deepspec.cli import app
-from deepspec.cli.serving import Server
-from deepspec.drafts.base import DraftSpec, Proposal
-from deepspec.drafts.layers import LayerShape, RopeFacts
-from deepspec.errors import CheckpointError, MismatchError, UserError
-from deepspec.export import (
+from deepspec.checkpoints import export
+from deepspec.checkpoints.draft import SHARED, AnyDraft, load_draft, load_provenance, new_draft, save_draft
+from deepspec.checkpoints.export import (
     FORMS,
     LIMITS,
     NATIVE,
@@ -35,8 +30,13 @@ from deepspec.export import (
     launch_commands,
     server_config,
 )
-from deepspec.target import Target
-from deepspec.verify import Sampling
+from deepspec.cli import app
+from deepspec.cli.export import Server
+from deepspec.drafts.base import DraftSpec, Proposal
+from deepspec.drafts.layers import LayerShape, RopeFacts
+from deepspec.errors import CheckpointError, MismatchError, UserError
+from deepspec.maths.verify import Sampling
+from deepspec.targets import Target
 from golden_case import FOLDER
 
 PORTABLE = FOLDER.parent / "tools" / "portable"

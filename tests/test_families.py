@@ -19,14 +19,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import deepspec
-import deepspec.target.model as room
-import deepspec.train as training
+import deepspec.targets.model as room
+import deepspec.train.loop as training
 from conftest import MODELS, SLIDING_WINDOW, prompts_of, save_tiny
-from deepspec.checkpoint import load_draft
+from deepspec.checkpoints.draft import load_draft
 from deepspec.config import Recipe
 from deepspec.data.tokens import Encoded
 from deepspec.errors import TargetError
-from deepspec.target import Target, TargetSpec
+from deepspec.targets import Target, TargetSpec
 from sequences import scripted
 from talking import recipe_tree
 

@@ -21,22 +21,22 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import deepspec.data.feature_servers as room
-import deepspec.data.feature_wire as wire
-import deepspec.train as train_room
+import deepspec.features.servers as room
+import deepspec.features.wire as wire
+import deepspec.train.loop as train_room
 from conftest import FAMILIES, llama, prompts_of, save_tiny, tiny_draft
-from deepspec.build import loss_settings
 from deepspec.cli import app
 from deepspec.config import Recipe
-from deepspec.data.feature_launch import sglang_command, vllm_command
-from deepspec.data.feature_servers import ServerSource, sglang_source, vllm_source
-from deepspec.data.feature_wire import Access
-from deepspec.data.features import announced, batches_from, online
 from deepspec.data.tokens import Encoded
 from deepspec.errors import ServerError
-from deepspec.target import Target
-from deepspec.train import Optimizer, train_step
-from deepspec.workflow import train_draft
+from deepspec.features.batches import announced, batches_from, online
+from deepspec.features.launch import sglang_command, vllm_command
+from deepspec.features.servers import ServerSource, sglang_source, vllm_source
+from deepspec.features.wire import Access
+from deepspec.targets import Target
+from deepspec.train.build import loss_settings
+from deepspec.train.loop import Optimizer, train_step
+from deepspec.train.run import train_draft
 from feature_standin import StandIn
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe
 
@@ -611,7 +611,7 @@ def test_loss_that_sglang_cannot_feed_is_refused_before_the_target_is_loaded(tmp
 
 def test_wrong_server_is_found_before_rows_are_made(talking_dir, start, tmp_path, monkeypatch):
     write_data(tmp_path)
-    monkeypatch.setattr("deepspec.workflow.load_rows", lambda *a, **k: pytest.fail("made rows"))
+    monkeypatch.setattr("deepspec.train.data.load_rows", lambda *a, **k: pytest.fail("made rows"))
     tree = recipe_tree(talking_dir, tmp_path, "dspark")
     tree["data"] |= {"features": f"vllm:{start(talking_dir, [1, 2, 4]).url}", "max_length": 200}
     with pytest.raises(ServerError, match=r"after \[1, 2, 4\] layers"):

@@ -21,11 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deepspec.blocks import anchor_candidates, block_attention_mask
 from deepspec.drafts import DSparkDraft, Eagle3Draft
 from deepspec.drafts.base import tau_sums
-from deepspec.losses import position_weights
-from deepspec.target import StepOutput
+from deepspec.maths.blocks import anchor_candidates, block_attention_mask
+from deepspec.maths.losses import position_weights
+from deepspec.targets import StepOutput
 from golden_case import EPS, FOLDER, Case, the_case
 
 REQUIRED = os.environ.get("DEEPSPEC_REQUIRE_GOLDEN") == "1"

@@ -10,12 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from deepspec.cli import app
-from deepspec.cli.masks import coloured_row
+from deepspec.cli.data_inspect import coloured_row
 from deepspec.data.conversations import Conversation
-from deepspec.data.inspection import Piece, distribution, find_row, pieces
+from deepspec.data.inspect import Piece, distribution, find_row, pieces
 from deepspec.data.tokens import Encoded
 from deepspec.errors import DataError
-from deepspec.target import TargetSpec
+from deepspec.targets import TargetSpec
 
 EVAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "eval"
 

@@ -11,13 +11,14 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import tiny_draft
-from deepspec import checkpoint, inspection
-from deepspec.checkpoint import save_draft
+from deepspec.checkpoints import draft as checkpoint
+from deepspec.checkpoints import inspect as inspection
+from deepspec.checkpoints.draft import save_draft
+from deepspec.checkpoints.inspect import inspect_draft
 from deepspec.cli import app
 from deepspec.data.tokens import template_hash, tokenizer_hash
 from deepspec.errors import CheckpointError
-from deepspec.inspection import inspect_draft
-from deepspec.target import Target, TargetSpec
+from deepspec.targets import Target, TargetSpec
 from talking import save_talking_llama
 
 
@@ -45,7 +46,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(checkpoint, "read_tensors", refuse)
     monkeypatch.setattr(Target, "from_pretrained", refuse)
-    monkeypatch.setattr("deepspec.target.model.AutoModelForCausalLM.from_pretrained", refuse)
+    monkeypatch.setattr("deepspec.targets.model.AutoModelForCausalLM.from_pretrained", refuse)
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepspec.checkpoint import AnyDraft, load_draft, load_spec, save_draft
-from deepspec.decode import generate
-from deepspec.drafts.layouts import as_released
+from deepspec.checkpoints.draft import AnyDraft, load_draft, load_spec, save_draft
+from deepspec.checkpoints.layouts import as_released
+from deepspec.decode.engine import generate
 from deepspec.drafts.spec import SpecError, read_spec
 from deepspec.errors import CheckpointError, MismatchError
-from deepspec.target import Target
-from deepspec.verify import Sampling
+from deepspec.maths.verify import Sampling
+from deepspec.targets import Target
 from reference.drafts import naive_block_rows, naive_markov, naive_unroll
 
 V, K, H, MLP, N, G, D, R, DEPTH = 96, 40, 48, 64, 4, 2, 16, 8, 5

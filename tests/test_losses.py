@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deepspec.head import Head
-from deepspec.losses import (
+from deepspec.maths.head import Head
+from deepspec.maths.losses import (
     TERMS,
     HeadLoss,
     confidence_loss,

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from deepspec.data.conversations import Conversation, conversation_from_row
 from deepspec.data.tokens import Encoded, OverlongError, encode_turns, prompt_ids
 from deepspec.errors import DataError
-from deepspec.target import TargetSpec
+from deepspec.targets import TargetSpec
 from templates import GEMMA4, QWEN3, tokenizer_for
 
 EMPTY = "<think>\n\n</think>\n\n"

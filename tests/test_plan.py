@@ -30,21 +30,13 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from deepspec import profile, workflow
-from deepspec.blocks import FeatureBatch
-from deepspec.build import draft_spec
-from deepspec.checkpoint import ALGORITHMS as DRAFTS
-from deepspec.checkpoint import AnyDraft, draft_shapes
+from deepspec import demo as workflow
+from deepspec import speeds as profile
+from deepspec.checkpoints.draft import ALGORITHMS as DRAFTS
+from deepspec.checkpoints.draft import AnyDraft, draft_shapes
 from deepspec.cli import app
 from deepspec.config import Recipe, load_recipe
-from deepspec.data.cache import plan_cache
-from deepspec.data.tokens import Encoded
-from deepspec.decode import Decoder, Request
-from deepspec.drafts.base import DraftSpec, Embedding, LossSettings
-from deepspec.drafts.spec import new_spec
-from deepspec.families import PUBLISHED_TARGETS
-from deepspec.head import Head
-from deepspec.plan import (
+from deepspec.cost import (
     MACHINES,
     Choices,
     assumed_counts,
@@ -55,7 +47,7 @@ from deepspec.plan import (
     make_plan,
     published_counts,
 )
-from deepspec.plan.costs import (
+from deepspec.cost.costs import (
     ROW_BYTES,
     activation_bytes,
     draft_flops,
@@ -66,12 +58,21 @@ from deepspec.plan.costs import (
     slots_that_count,
     state_bytes_per_parameter,
 )
-from deepspec.plan.counts import count_file
-from deepspec.plan.phases import Speeds, TrainSpeed, rounds_needed, speed_key, speeds_from
-from deepspec.plan.quickstart import quickstart_needs, quickstart_phases, quickstart_plans
-from deepspec.target import Target, TargetSpec
-from deepspec.train import Optimizer
-from deepspec.verify import Sampling
+from deepspec.cost.counts import count_file
+from deepspec.cost.phases import Speeds, TrainSpeed, rounds_needed, speed_key, speeds_from
+from deepspec.cost.quickstart import quickstart_needs, quickstart_phases, quickstart_plans
+from deepspec.data.tokens import Encoded
+from deepspec.decode.engine import Decoder, Request
+from deepspec.drafts.base import DraftSpec, LossSettings
+from deepspec.drafts.spec import new_spec
+from deepspec.families import PUBLISHED_TARGETS
+from deepspec.features.cache_write import plan_cache
+from deepspec.maths.blocks import FeatureBatch
+from deepspec.maths.head import Embedding, Head
+from deepspec.maths.verify import Sampling
+from deepspec.targets import Target, TargetSpec
+from deepspec.train.build import draft_spec
+from deepspec.train.loop import Optimizer
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe, write_rows
 
 QWEN3_4B = PUBLISHED_TARGETS["Qwen/Qwen3-4B"]
@@ -557,12 +558,12 @@ def test_rows_take_as_much_host_memory_as_is_said(llama_dir: Path, tmp_path: Pat
 STEP = """
 import ctypes, gc, json, sys
 from pathlib import Path
-from deepspec.build import build_draft
+from deepspec.train.build import build_draft
 from deepspec.config import load_recipe
-from deepspec.data.features import online
+from deepspec.features.batches import online
 from deepspec.data.tokens import Encoded
-from deepspec.target import Target
-from deepspec.train import Optimizer, train_step
+from deepspec.targets import Target
+from deepspec.train.loop import Optimizer, train_step
 
 def peak():
     status = Path("/proc/self/status").read_text()
@@ -702,7 +703,7 @@ def test_machine_that_was_busy_is_said_to_be_before_it_is_measured(
     monkeypatch.setattr(profile, "kept_speeds", lambda *_: None)
     speeds = made_up_speeds(workflow.quickstart_recipes(True))
     monkeypatch.setattr(profile, "measure", lambda *_, **__: speeds)
-    monkeypatch.setattr("deepspec.plan.room.Need.fits", True)
+    monkeypatch.setattr("deepspec.cost.room.Need.fits", True)
     found = call("plan", "quickstart", "--fast")
     assert found.exit_code == 0, found.output
     assert ("--measure measures again" in " ".join(found.stderr.split())) == said
@@ -756,7 +757,7 @@ def test_quickstart_takes_its_phases_by_the_names_that_its_plan_gives_them(
     }
     monkeypatch.setattr(workflow, "QUICKSTART", {True: size})
     monkeypatch.setattr(workflow, "quickstart_recipes", lambda fast: recipes)
-    monkeypatch.setattr(workflow, "ANSWER_TOKENS", 8)
+    monkeypatch.setattr(workflow, "PACKAGED_TOKENS", 8)
     monkeypatch.setattr(workflow, "EVALUATED_TOKENS", 4)
     workflow.quickstart(tmp_path / "run", fast=True)
     # More prompts in the same folder: its answers grow, and their features are another cache.

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from deepspec.errors import UserError
-from deepspec.pocket import build as module
-from deepspec.pocket.build import BuildSettings, build
-from deepspec.target import Target
+from deepspec.targets import Target
 from kills import held_by_another, needs_fork
+from tools.pocket import build as module
+from tools.pocket.build import BuildSettings, build
 
 TINY = BuildSettings(
     vocab_size=320,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepspec.data.quantise import FORMATS, dequantise, largest_of, quantise, vector_bytes
+from deepspec.features.quantise import FORMATS, dequantise, largest_of, quantise, vector_bytes
 from reference.quantise import naive_fp8, naive_int8
 
 NAIVE = {"int8": naive_int8, "fp8": naive_fp8}

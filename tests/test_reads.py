@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import tiny_draft
-from deepspec.blocks import (
+from deepspec.checkpoints.draft import AnyDraft
+from deepspec.config import load_recipe
+from deepspec.drafts.base import LossSettings
+from deepspec.maths.blocks import (
     READ_RULES,
     FeatureBatch,
     Reads,
@@ -24,11 +27,8 @@ from deepspec.blocks import (
     label_reads,
     unroll_reads,
 )
-from deepspec.build import read_rules
-from deepspec.checkpoint import AnyDraft
-from deepspec.config import load_recipe
-from deepspec.drafts.base import LossSettings
-from deepspec.target import Target
+from deepspec.targets import Target
+from deepspec.train.build import read_rules
 from reference.blocks import naive_block_reads, naive_unroll_reads
 
 ANCHORS = 64  # more than there are candidates: every possible anchor is drawn

@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from deepspec.answers import in_process as module
+from deepspec.answers.dialogue import Dialogue, turns_of
+from deepspec.answers.file import beside
+from deepspec.answers.in_process import regenerate, row_seed
 from deepspec.cli import app
-from deepspec.data import regenerate as module
-from deepspec.data.answers import beside
 from deepspec.data.conversations import Conversation, conversation_from_row, read_conversations
-from deepspec.data.dialogue import Dialogue, turns_of
-from deepspec.data.regenerate import regenerate, row_seed
 from deepspec.data.tokens import encode_turns, prompt_ids
-from deepspec.decode import generate
+from deepspec.decode.engine import generate
 from deepspec.errors import DataError, UserError
 from deepspec.files import JsonlWriter
-from deepspec.target import Target
-from deepspec.verify import Sampling
+from deepspec.maths.verify import Sampling
+from deepspec.targets import Target
 from kills import disk_of, killed_at, needs_fork
 from talking import save_talking_llama
 

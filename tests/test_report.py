@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from deepspec.charts import averaged, line_chart, ticks
-from deepspec.report import headline, results_table, styles_of, write_report
+from deepspec.report.charts import averaged, line_chart, ticks
+from deepspec.report.page import headline, results_table, styles_of, write_report
 
 HOSTILE = "</title></style><script>alert('x')</script><img src=x onerror=alert(1)> & \"q\" [red]{{ 7*7 }}"
 

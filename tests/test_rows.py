@@ -15,15 +15,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepspec import workflow
 from deepspec.config import load_recipe
 from deepspec.data import rows as module
 from deepspec.data.conversations import Conversation, content_hash, read_conversations
-from deepspec.data.features import batches_from, load_rows, steps_per_epoch
 from deepspec.data.rows import Rows, distinct, frequent_ids, pack, row_lengths, supervised_counts
 from deepspec.data.tokens import Encoded
 from deepspec.errors import DataError
-from deepspec.target import Target
+from deepspec.features.batches import batches_from, load_rows, steps_per_epoch
+from deepspec.targets import Target
+from deepspec.train import facts as workflow
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe
 
 

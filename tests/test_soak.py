@@ -22,15 +22,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from deepspec.answers.dialogue import turns_of
+from deepspec.answers.file import beside, last_mark
+from deepspec.answers.in_process import regenerate
+from deepspec.answers.pool import Policy
+from deepspec.answers.through_servers import regenerate_served
 from deepspec.cli import app
-from deepspec.data.answers import beside, last_mark
 from deepspec.data.conversations import Conversation, conversation_from_row
-from deepspec.data.dialogue import turns_of
-from deepspec.data.endpoints import Policy
-from deepspec.data.regenerate import regenerate
-from deepspec.data.served import regenerate_served
 from deepspec.errors import UserError
-from deepspec.target import Target
+from deepspec.targets import Target
 from kills import disk_of, in_child, kill_at, killed_at
 from standin import PASSING, StandIn
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe

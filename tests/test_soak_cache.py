@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-import deepspec.workflow as workflow
+import deepspec.train.data as workflow
 from killing import at_operation, contents, count_operations, ended, in_child, killed_at
 from talking import recipe_tree, save_talking_llama, write_recipe, write_rows
 from test_soak import run_command

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deepspec.blocks import Blocks, FeatureBatch
-from deepspec.checkpoint import load_draft
+from deepspec.checkpoints.draft import load_draft
 from deepspec.drafts import DFlashDraft
-from deepspec.target import Target
-from deepspec.verify import Sampling
+from deepspec.maths.blocks import Blocks, FeatureBatch
+from deepspec.maths.verify import Sampling
+from deepspec.targets import Target
 
 FOLDER = Path(__file__).parent / "fixtures" / "speculators_dflash"
 CLOSE: dict[str, float] = {"atol": 1e-5, "rtol": 0.0}

@@ -36,9 +36,9 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from conftest import FAMILIES, MODELS, SLIDING_WINDOW, prompts_of, save_tiny
-from deepspec.checkpoint import find_checkpoint
+from deepspec.checkpoints.draft import find_checkpoint
 from deepspec.errors import CheckpointError, TargetError
-from deepspec.target import Target, TargetSpec
+from deepspec.targets import Target, TargetSpec
 from sequences import CLOSE, Sequences, scripted
 
 
@@ -387,7 +387,7 @@ def test_hub_id_that_cannot_be_had_says_why_and_what_to_do(
     monkeypatch.setattr(AutoConfig, "from_pretrained", wrapped)
     with pytest.raises(TargetError, match=expected):
         Target.from_pretrained("gated-org/model")
-    monkeypatch.setattr("deepspec.hub.snapshot_download", straight)
+    monkeypatch.setattr("deepspec.targets.hub.snapshot_download", straight)
     with pytest.raises(CheckpointError, match=expected):
         find_checkpoint("gated-org/draft")
 

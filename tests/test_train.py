@@ -21,20 +21,20 @@ from torch import nn
 from typer.testing import CliRunner
 
 import deepspec
-import deepspec.train as room
-from deepspec.blocks import FeatureBatch
-from deepspec.build import build_draft, mask_token
-from deepspec.checkpoint import load_draft
+import deepspec.train.loop as room
+from deepspec.checkpoints.draft import load_draft
 from deepspec.cli import app
 from deepspec.config import Recipe
-from deepspec.data.features import batch_order, batches_from, online
 from deepspec.data.rows import frequent_ids
 from deepspec.data.tokens import Encoded
-from deepspec.decode import generate
+from deepspec.decode.engine import generate
 from deepspec.errors import CheckpointError, RecipeError
+from deepspec.features.batches import batch_order, batches_from, online
 from deepspec.log import Tracker
-from deepspec.target import Target
-from deepspec.train import Optimizer, schedule, train
+from deepspec.maths.blocks import FeatureBatch
+from deepspec.targets import Target
+from deepspec.train.build import build_draft, mask_token
+from deepspec.train.loop import Optimizer, schedule, train
 from kills import held_by_another, needs_fork
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe
 
@@ -560,10 +560,10 @@ def test_clipping_is_by_the_norm_over_all_parameters():
 
 KILLED = """
 import os, signal, sys
-import deepspec.checkpoint, deepspec.train
-room, moment = deepspec.train, sys.argv.pop(1)
+import deepspec.checkpoints.draft, deepspec.train.loop
+room, moment = deepspec.train.loop, sys.argv.pop(1)
 room.LOG_EVERY = 1
-step, save = room.train_step, deepspec.checkpoint.save_file
+step, save = room.train_step, deepspec.checkpoints.draft.save_file
 
 def die(*args, **options):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -580,7 +580,7 @@ def dying_save(tensors, path, **options):
 if moment == "step":
     room.train_step = dying_step
 else:
-    deepspec.checkpoint.save_file = dying_save
+    deepspec.checkpoints.draft.save_file = dying_save
 from deepspec.cli import main
 main()
 """

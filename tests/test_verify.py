@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepspec.verify import Sampling, Verdict, draw, verify, warp
+from deepspec.maths.verify import Sampling, Verdict, draw, verify, warp
 from reference.enumeration import (
     Verify,
     Warp,

@@ -14,32 +14,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deepspec.checkpoint import load_draft
+    from deepspec.checkpoints.draft import load_draft
     from deepspec.config import Recipe, load_recipe
-    from deepspec.decode import Generation, generate
+    from deepspec.decode.engine import Generation, generate
+    from deepspec.demo import quickstart
     from deepspec.errors import UserError
-    from deepspec.evaluate import evaluate_draft, evaluate_drafts, load_prompts
-    from deepspec.target import Target, TargetSpec
-    from deepspec.verify import Sampling, verify
-    from deepspec.workflow import quickstart, train_draft
+    from deepspec.maths.verify import Sampling, verify
+    from deepspec.measure.evaluate import evaluate_draft, evaluate_drafts, load_prompts
+    from deepspec.targets import Target, TargetSpec
+    from deepspec.train.run import train_draft
 
 __version__ = "0.1.0"
 _HOMES = {
-    "Generation": "decode",
+    "Generation": "decode.engine",
     "Recipe": "config",
-    "Sampling": "verify",
-    "Target": "target",
-    "TargetSpec": "target",
+    "Sampling": "maths.verify",
+    "Target": "targets",
+    "TargetSpec": "targets",
     "UserError": "errors",
-    "evaluate_draft": "evaluate",
-    "evaluate_drafts": "evaluate",
-    "generate": "decode",
-    "load_draft": "checkpoint",
-    "load_prompts": "evaluate",
+    "evaluate_draft": "measure.evaluate",
+    "evaluate_drafts": "measure.evaluate",
+    "generate": "decode.engine",
+    "load_draft": "checkpoints.draft",
+    "load_prompts": "measure.evaluate",
     "load_recipe": "config",
-    "quickstart": "workflow",
-    "train_draft": "workflow",
-    "verify": "verify",
+    "quickstart": "demo",
+    "train_draft": "train.run",
+    "verify": "maths.verify",
 }
 __all__ = [
     "Generation",

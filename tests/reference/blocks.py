@@ -1,4 +1,4 @@
-"""Anchors, slots, labels and masks by naive loops over Python lists: the oracle of `deepspec.blocks`.
+"""Anchors, slots, labels and masks by naive loops over Python lists: the oracle of `deepspec.maths.blocks`.
 
 One sequence at a time: ids and masks are lists over its tokens (padding included), documents a list of
 segment ids or None, blocks lists over slots.

@@ -15,7 +15,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from deepspec.verify import Sampling, Verdict, warp
+from deepspec.maths.verify import Sampling, Verdict, warp
 from reference.verification import Tree, cdf_points, cells, continuations, naive_residual
 
 Verify = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Verdict]

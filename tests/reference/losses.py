@@ -1,4 +1,4 @@
-"""The losses written out plainly, with whole logits and autograd: the oracle of `deepspec.losses`.
+"""The losses written out plainly, with whole logits and autograd: the oracle of `deepspec.maths.losses`.
 
 Everything is in the dtype it is given; tests give float64. Shapes: N rows, V draft vocabulary, W target
 vocabulary, d widths, r Markov rank.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepspec.head import Head
+from deepspec.maths.head import Head
 
 
 def plain_logits(hidden: Tensor, head: Head) -> Tensor:

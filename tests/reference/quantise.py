@@ -1,4 +1,4 @@
-"""Vector formats by search through all codes, in float64: the oracle of `deepspec.data.quantise`."""
+"""Vector formats by search through all codes, in float64: the oracle of `deepspec.features.quantise`."""
 
 from __future__ import annotations
 

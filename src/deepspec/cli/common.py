@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,15 +16,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deepspec.errors import UserError
+from deepspec.errors import DataError, UserError
 from deepspec.log import note
 
 if TYPE_CHECKING:
     from deepspec.data.lines import Skipped
-    from deepspec.target import Target
-    from deepspec.verify import Sampling
+    from deepspec.maths.verify import Sampling
+    from deepspec.targets import Target
 
-POCKET_PROMPTS = ("pocket:train", "pocket:select", "pocket:test")
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+"""Exit codes: a failure of ours or of the machine; bad input; Ctrl-C. 0 is done."""
 SETTINGS: dict[str, Any] = {
     "rich_markup_mode": None,
     "pretty_exceptions_enable": False,
@@ -41,6 +43,12 @@ Seed = Annotated[int, typer.Option("--seed", min=0)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 
 
+DropRepeats = Annotated[
+    bool,
+    typer.Option("--drop-repeats", help="Keep a prompt's first row only, not all of its rows."),
+]
+
+
 class Dtype(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -51,7 +59,7 @@ class Dtype(StrEnum):
 def load_target(name: str, dtype: str = "auto", device: str = "auto") -> Target:
     import torch
 
-    from deepspec.target import Target
+    from deepspec.targets import Target
 
     if device != "auto":
         try:
@@ -65,7 +73,7 @@ def load_target(name: str, dtype: str = "auto", device: str = "auto") -> Target:
 
 
 def sampling_of(temperature: float, top_k: int = 0, top_p: float = 1.0) -> Sampling:
-    from deepspec.verify import Sampling
+    from deepspec.maths.verify import Sampling
 
     try:
         return Sampling(temperature, top_k, top_p)
@@ -75,19 +83,14 @@ def sampling_of(temperature: float, top_k: int = 0, top_p: float = 1.0) -> Sampl
 
 def prompt_file(name: str | None, target: str) -> Path:
     """The file behind --prompts; the pocket target brings its own."""
-    from deepspec.pocket import prompt_file
+    from deepspec.pocket import prompts_path
 
     if name is None and target != "pocket":
         raise UserError(
             f"no prompts to evaluate {target} on",
             next_step="add --prompts FILE.jsonl, one conversation per line, or --prompts pocket:test",
         )
-    name = name or "pocket:test"
-    if not name.startswith("pocket:"):
-        return Path(name)
-    if name not in POCKET_PROMPTS:
-        raise UserError(f"no packaged prompts {name!r}", next_step=f"there are {', '.join(POCKET_PROMPTS)}")
-    return prompt_file(name.removeprefix("pocket:"))
+    return prompts_path(name or "pocket:test")
 
 
 def skipping(skip_bad: bool) -> Skipped:
@@ -131,7 +134,7 @@ def print_json(value: Any) -> None:
 
 
 def print_results(results: Sequence[dict[str, Any]]) -> None:
-    from deepspec.report import results_table
+    from deepspec.report.page import results_table
 
     stdout().print(results_table(results))
 
@@ -141,3 +144,43 @@ def table_of(*heads: str) -> Table:
     for i, head in enumerate(heads):
         table.add_column(Text(head), justify="right" if i else "left", overflow="fold")
     return table
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The results of a file: one object, or the array that `deepspec eval --json` prints for several
+    temperatures. Raises DataError."""
+    from deepspec.report.compare import FORMAT
+
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
+        raise DataError(
+            f"the results cannot be read: {why}",
+            where=str(path),
+            next_step="give a file that `deepspec eval --out FILE.json` wrote",
+        ) from error
+    results = found if isinstance(found, list) else [found]
+    for result in results:
+        if not isinstance(result, dict) or result.get("format") != FORMAT:
+            raise DataError(
+                f"not a results file: no format {FORMAT!r} in it",
+                where=str(path),
+                next_step="give a file that `deepspec eval --out FILE.json` wrote",
+            )
+    return results
+
+
+@contextmanager
+def whole_or_not() -> Iterator[None]:
+    """Ctrl-C in here: the other commands of `data` keep what was finished, these start over."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note("interrupted: nothing was written, and what was there before stays", style="yellow")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def say_repeats(repeats: int, dropped: bool) -> None:
+    fate = "dropped" if dropped else "kept, each under an id of its own"
+    typer.echo(f"rows that repeat an earlier prompt: {repeats:,}" + (f" ({fate})" if repeats else ""))

@@ -21,10 +21,10 @@ from deepspec.log import note, warn
 
 if TYPE_CHECKING:
     from deepspec.config import Recipe
-    from deepspec.plan import Change, Choices, Counts, Machine, Plan
-    from deepspec.plan.costs import Figure
-    from deepspec.plan.phases import Speeds
-    from deepspec.plan.room import Need
+    from deepspec.cost import Change, Choices, Counts, Machine, Plan
+    from deepspec.cost.costs import Figure
+    from deepspec.cost.phases import Speeds
+    from deepspec.cost.room import Need
 
 QUICKSTART = "quickstart"
 DEFAULT_MACHINE = "h100"
@@ -112,7 +112,7 @@ def plan(
       deepspec plan dspark/qwen3-4b --machine rtx4090 --explain
       deepspec plan quickstart --fast
     """
-    from deepspec.plan import Choices, make_plan
+    from deepspec.cost import Choices, make_plan
 
     choices = Choices.answering(
         engine.value,
@@ -132,7 +132,6 @@ def plan(
         _plan_quickstart(fast, choices, watts, measure, explain, as_json)
         return
     from deepspec.config import feature_source, load_recipe
-    from deepspec.workflow import ANSWER_ROWS
 
     settings = load_recipe(recipe, overrides or [])
     if features is None and feature_source(settings.data.features)[0] == "cache":
@@ -140,7 +139,9 @@ def plan(
     config, tokenizer, notes = target_facts(settings.target)
     row, speeds = chosen_machine(settings, machine, measure, data)
     if settings.data.train.startswith("pocket:") and data is None and batch is None:
-        choices = replace(choices, batch=ANSWER_ROWS)  # `train` answers these itself
+        from deepspec.answers.in_process import PACKAGED_ROWS
+
+        choices = replace(choices, batch=PACKAGED_ROWS)  # `train` answers these itself
     if speeds is not None and answer_tokens is None:
         answer_tokens = sum(speeds.answers) / len(speeds.answers)
     counts = training_counts(settings, tokenizer, data, rows, prompt_tokens, answer_tokens)
@@ -168,7 +169,7 @@ def target_facts(name: str) -> tuple[dict[str, Any], Any, list[str]]:
     Raises TargetError for any other that is neither here nor to be had from the Hub.
     """
     from deepspec.families import PUBLISHED_TARGETS
-    from deepspec.target import TargetSpec
+    from deepspec.targets import TargetSpec
 
     if name in PUBLISHED_TARGETS and not Path(name).is_dir():
         return PUBLISHED_TARGETS[name], None, [f"dimensions of {name} as they ship with this package"]
@@ -185,7 +186,7 @@ def training_counts(
     answer_tokens: float | None,
 ) -> Counts:
     """Counted from the file of the recipe or of --data, assumed where there is none."""
-    from deepspec.plan.counts import PUBLISHED_PROMPT, assumed_counts, count_file, published_counts
+    from deepspec.cost.counts import PUBLISHED_PROMPT, assumed_counts, count_file, published_counts
 
     path = data or data_path(recipe.data.train)
     answer = answer_tokens or (POCKET_ANSWER if recipe.target == "pocket" else PUBLISHED_ANSWER)
@@ -199,16 +200,17 @@ def training_counts(
 
 
 def data_path(name: str) -> Path:
-    from deepspec.pocket import prompt_file
 
-    return prompt_file(name.removeprefix("pocket:")) if name.startswith("pocket:") else Path(name)
+    from deepspec.pocket import prompts_path
+
+    return prompts_path(name)
 
 
 def chosen_machine(
     recipe: Recipe, name: str | None, again: bool, data: Path | None
 ) -> tuple[Machine, Speeds | None]:
     """The row asked for; this machine, measured, where the target's weights are here and none was."""
-    from deepspec.plan import MACHINES
+    from deepspec.cost import MACHINES
     from deepspec.pocket import packaged
 
     if name is None:
@@ -224,7 +226,7 @@ def chosen_machine(
                 next_step=f"there are {', '.join(MACHINES)}, and `here`, which is measured",
             )
         return MACHINES[name], None
-    from deepspec.profile import here
+    from deepspec.speeds import here
 
     return here(), measured([recipe], again, data or data_path(recipe.data.train), 16, 256)
 
@@ -244,9 +246,9 @@ def measured(
 ) -> Speeds:
     """What was measured here before, or now."""
     from deepspec.data.conversations import read_conversations
-    from deepspec.evaluate import spread
-    from deepspec.machine import busy
-    from deepspec.profile import SAMPLES, kept_speeds, measure
+    from deepspec.measure.evaluate import spread
+    from deepspec.speeds import SAMPLES, kept_speeds, measure
+    from deepspec.this_machine import busy
 
     name = recipes[0].target
     kept = None if again else kept_speeds(name, recipes)
@@ -268,7 +270,7 @@ def measured(
 
 def show_plan(found: Plan, config: dict[str, Any], counts: Counts, explain: bool, as_json: bool) -> None:
     """Print a plan; raises UserError, with the cheapest change, where it does not fit."""
-    from deepspec.plan import cheapest_change
+    from deepspec.cost import cheapest_change
 
     change = None if found.fits else cheapest_change(found, config, counts)
     if as_json:
@@ -304,17 +306,17 @@ def _plan_quickstart(
     fast: bool, choices: Choices, watts: float | None, again: bool, explain: bool, as_json: bool
 ) -> None:
     """The quickstart's own phases, on this machine."""
-    from deepspec import workflow as w
-    from deepspec.plan.quickstart import quickstart_needs, quickstart_phases, quickstart_plans
-    from deepspec.profile import here
+    from deepspec import demo as w
+    from deepspec.cost.quickstart import quickstart_needs, quickstart_phases, quickstart_plans
+    from deepspec.speeds import here
 
     recipes, sizes = w.quickstart_recipes(fast), w.QUICKSTART[fast]
     speeds = measured(
         list(recipes.values()),
         again,
-        w.data_file("pocket:train"),
-        w.ANSWER_ROWS,
-        w.ANSWER_TOKENS,
+        w.prompts_path("pocket:train"),
+        w.PACKAGED_ROWS,
+        w.PACKAGED_TOKENS,
         {algorithm: f"pocket-{algorithm}" for algorithm in w.ALGORITHMS},
     )
     config, _, _ = target_facts("pocket")
@@ -324,7 +326,7 @@ def _plan_quickstart(
         plans,
         speeds,
         prompts=sizes.prompts,
-        slots=w.ANSWER_ROWS,
+        slots=w.PACKAGED_ROWS,
         tasks=[*sizes.tasks.values()],
         new_tokens=w.EVALUATED_TOKENS,
     )

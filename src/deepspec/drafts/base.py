@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspec.drafts.layers import LayerShape
-from deepspec.head import Head
-from deepspec.slots import Rows
-from deepspec.verify import Sampling, draw, warp
+from deepspec.maths.head import Embedding, Head
+from deepspec.maths.slots import Rows
+from deepspec.maths.verify import Sampling, draw, warp
 
 
 @dataclass(frozen=True)
@@ -118,19 +117,6 @@ class Draft(Protocol):
     ) -> Proposal:
         """γ tokens after each row's anchor, its last committed token. uniforms: [R, γ] in [0, 1)."""
         ...
-
-
-@dataclass(frozen=True, eq=False)
-class Embedding:
-    """The target's frozen token embedding [V, d], and the factor some families put on its output."""
-
-    weight: Tensor
-    scale: float = 1.0
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        rows = F.embedding(ids, self.weight)
-        # The factor is rounded to the weights' dtype first, as the target does.
-        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
 
 @dataclass(eq=False)

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from deepspec.blocks import (
+from deepspec.drafts.base import DraftSpec, LossSettings, LossSums, NeuralDraft, Proposal, choose, tau_sums
+from deepspec.drafts.layers import DraftLayer, RMSNorm, Rotation, initialise, inverse_frequencies, rotation
+from deepspec.maths.blocks import (
     Blocks,
     FeatureBatch,
     block_attention_mask,
@@ -18,11 +20,9 @@ from deepspec.blocks import (
     proposals_per_block,
     sample_anchors,
 )
-from deepspec.drafts.base import DraftSpec, LossSettings, LossSums, NeuralDraft, Proposal, choose, tau_sums
-from deepspec.drafts.layers import DraftLayer, RMSNorm, Rotation, initialise, inverse_frequencies, rotation
-from deepspec.losses import HeadLoss, head_loss, position_weights
-from deepspec.slots import SlotStore
-from deepspec.verify import Sampling
+from deepspec.maths.losses import HeadLoss, head_loss, position_weights
+from deepspec.maths.slots import SlotStore
+from deepspec.maths.verify import Sampling
 
 
 class DFlashDraft(NeuralDraft):

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from deepspec.blocks import Blocks
 from deepspec.drafts.base import DraftSpec, LossSettings, Proposal, choose
 from deepspec.drafts.dflash import DFlashDraft
 from deepspec.drafts.heads import MARKOV_HEADS, ConfidenceHead, MarkovHead
-from deepspec.losses import confidence_loss
-from deepspec.verify import Sampling
+from deepspec.maths.blocks import Blocks
+from deepspec.maths.losses import confidence_loss
+from deepspec.maths.verify import Sampling
 
 
 class DSparkDraft(DFlashDraft):

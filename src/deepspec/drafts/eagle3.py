@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from deepspec.blocks import FeatureBatch, unroll_ids, unroll_masks, unroll_teacher_index
 from deepspec.drafts.base import DraftSpec, LossSettings, LossSums, NeuralDraft, Proposal, choose, tau_sums
 from deepspec.drafts.layers import Attention, DraftLayer, RMSNorm, initialise, inverse_frequencies, rotation
-from deepspec.losses import head_loss
-from deepspec.slots import Rows, SlotStore, causal_rows_mask
-from deepspec.verify import Sampling
+from deepspec.maths.blocks import FeatureBatch, unroll_ids, unroll_masks, unroll_teacher_index
+from deepspec.maths.losses import head_loss
+from deepspec.maths.slots import Rows, SlotStore, causal_rows_mask
+from deepspec.maths.verify import Sampling
 
 
 class Eagle3Draft(NeuralDraft):

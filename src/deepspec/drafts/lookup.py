@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepspec.drafts.base import Proposal
-from deepspec.verify import Sampling
+from deepspec.maths.verify import Sampling
 
 
 class PromptLookup:

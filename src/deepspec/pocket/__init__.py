@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from deepspec.errors import UserError
+
 DATA = Path(__file__).parent / "data"
 DRAFTS = ("pocket-eagle3", "pocket-dflash", "pocket-dspark", "pocket-eagle3-portable")
 MODELS = ("pocket", *DRAFTS)
@@ -14,6 +16,17 @@ def packaged(name: str) -> str:
     return str(DATA / name) if name in MODELS else name
 
 
-def prompt_file(split: str) -> Path:
-    """The packaged JSONL of a split: train, select or test."""
-    return DATA / "prompts" / f"{split}.jsonl"
+PROMPTS = {f"pocket:{name}": DATA / "prompts" / f"{name}.jsonl" for name in ("train", "select", "test")}
+"""The packaged prompts by the names that recipes and options use."""
+
+
+def prompts_path(name: str) -> Path:
+    """The file behind a data path: a packaged set such as `pocket:test`, or the path as it is.
+
+    Raises UserError for an unknown packaged set.
+    """
+    if not name.startswith("pocket:"):
+        return Path(name)
+    if name not in PROMPTS:
+        raise UserError(f"no packaged prompts {name!r}", next_step=f"choose one of {', '.join(PROMPTS)}")
+    return PROMPTS[name]

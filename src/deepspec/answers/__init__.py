@@ -1,0 +1,1 @@
+"""Answers by the target itself: in this process, or through servers."""

@@ -1,0 +1,230 @@
+"""Answers by the target itself: a draft must learn what this target writes, not what a data set says.
+
+In process. Prompts stream by in windows; a window's rows are ordered by length and cut into stretches, and a
+stretch is decoded as one, rows entering as others finish. What a stretch holds is decided by the prompts
+alone, and rounding is decided by what is decoded together, so the file comes out the same to the byte however
+often the run was killed: a stretch that is on disk in part is decoded again as a whole, and only what is
+missing is appended. (The same machine and libraries, that is, and the same `max_rows`.)
+
+Answers through servers are in `served.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from deepspec.answers.dialogue import Dialogue
+from deepspec.answers.file import AnswerFile, Conditions, Tally
+from deepspec.data.conversations import Conversation, read_conversations, tools_of
+from deepspec.data.tokens import prompt_ids, template_hash
+from deepspec.decode.engine import Decoder, Request
+from deepspec.errors import DataError, TargetError
+from deepspec.log import Bar, progress
+from deepspec.maths.verify import Sampling
+from deepspec.pocket import prompts_path
+from deepspec.targets import Target
+
+WINDOW = 4096
+"""Prompts in memory at a time, ordered by length among themselves. Of all others, only ids are kept."""
+PACKAGED_TOKENS, PACKAGED_ROWS = 224, 64
+"""New tokens of an answer to a packaged prompt, and how many the pocket target decodes together."""
+FLIGHTS = 8
+"""Prompts of a stretch for each row in flight: more waste less at its end, and lose more to a kill."""
+
+
+def row_seed(seed: int, row_id: str, turn: int = 0) -> int:
+    """An answer's own seed: a function of the run's seed, the row's id and the turn only."""
+    later = f"\0{turn}" if turn else ""
+    digest = hashlib.sha256(f"{seed}:{row_id}{later}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def regenerate(
+    target: Target,
+    conversations: Iterable[Conversation],
+    out: Path,
+    *,
+    thinking: bool = False,
+    sampling: Sampling | None = None,
+    max_new_tokens: int = 256,
+    max_rows: int = 16,
+    seed: int = 0,
+    total: int | None = None,
+) -> Tally:
+    """Answer every conversation, turn by turn, and append it to `out`; what was new, there, or failed.
+
+    The default sampling is temperature 1: the draft then sees the target's own law. Answers are stored as
+    text and, in `answer_ids`, as the exact tokens (`data.answers` describes the files). `max_rows` prompts
+    are decoded together; `total`, the number of conversations where known, is for the progress bar only. A
+    row that the template refuses, or that is too long for the target, is listed as failed, and the run goes
+    on.
+
+    Raises TargetError without a tokenizer or chat template, DataError where `out` holds answers made under
+    other conditions: they are not this run's answers. UserError where `out` cannot be written.
+    """
+    sampling = sampling or Sampling(temperature=1.0)
+    tokenizer = target.tokenizer
+    if tokenizer is None:
+        raise TargetError(f"{target.spec.name} has no tokenizer", next_step="regeneration works on text")
+    now = Conditions(target.spec.name, template_hash(tokenizer), thinking, sampling, max_new_tokens, seed)
+    if total is None and isinstance(conversations, Sequence):
+        total = len(conversations)
+    tally, stretch_size = Tally(), FLIGHTS * max_rows
+    with AnswerFile(out, now.facts, stretch_size) as file, progress("regenerating answers", total) as bar:
+        for window in windows(conversations, tally):
+            for stretch in stretches(window, stretch_size):
+                _answer(stretch, file, tally, bar, target, now, max_rows)
+    tally.seconds = time.perf_counter() - tally.began
+    return tally
+
+
+def windows(conversations: Iterable[Conversation], tally: Tally) -> Iterator[list[Conversation]]:
+    """The conversations WINDOW at a time, in their order. An id that has come before is left out."""
+    seen: set[str] = set()
+    window: list[Conversation] = []
+    for conversation in conversations:
+        if conversation.id in seen:
+            tally.twice += 1
+            continue
+        seen.add(conversation.id)
+        window.append(conversation)
+        if len(window) == WINDOW:
+            yield window
+            window = []
+    yield window
+
+
+def stretches(window: Sequence[Conversation], size: int) -> Iterator[list[Conversation]]:
+    """A window in order of its prompts' lengths, `size` at a time: rows of like length share a batch best."""
+    ordered = sorted(window, key=lambda c: (_letters(c), c.id))
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
+
+
+def _letters(conversation: Conversation) -> int:
+    """Length of what comes before the first answer, in letters: known without tokenising."""
+    count = 0
+    for message in conversation.messages:
+        if message["role"] == "assistant":
+            break
+        count += len(message["content"] or "")
+    return count
+
+
+def _answer(
+    stretch: Sequence[Conversation],
+    file: AnswerFile,
+    tally: Tally,
+    bar: Bar,
+    target: Target,
+    now: Conditions,
+    max_rows: int,
+) -> None:
+    """Answer what a stretch still lacks, and append it in the stretch's order."""
+    # Rows of `tail` were decoded with the others of this stretch, and must be again: the others' rounding
+    # hangs on it. What `done` holds was there before the stretch was begun, in the undisturbed run too.
+    asked = [c for c in stretch if c.id not in file.done]
+    missing = [c for c in asked if c.id not in file.tail]
+    tally.there += len(stretch) - len(missing)
+    bar.update(len(stretch) - len(asked))
+    if not missing:
+        bar.update(len(asked))
+        return
+    began, rows, tokens = time.perf_counter(), 0, 0
+    dialogues = [_begin(c) for c in asked]
+    for dialogue in decoded(dialogues, target, now, max_rows):
+        rows, tokens = rows + 1, tokens + dialogue.tokens
+        bar.update(1, **tally.fields)
+    for dialogue in dialogues:
+        if dialogue.trouble is not None:
+            tally.failed += 1
+            file.fail(dialogue)
+        elif dialogue.conversation.id not in file.tail:
+            tally.new, tally.tokens = tally.new + 1, tally.tokens + dialogue.tokens
+            file.write(dialogue.row(now.facts))
+    seconds = time.perf_counter() - began
+    file.mark(rows=rows, tokens=tokens, seconds=round(seconds, 3))
+
+
+def _begin(conversation: Conversation) -> Dialogue:
+    try:
+        return Dialogue.begin(conversation)
+    except DataError as error:
+        return Dialogue(conversation, [], trouble=error.what)
+
+
+def decoded(
+    dialogues: Sequence[Dialogue], target: Target, now: Conditions, max_rows: int
+) -> Iterator[Dialogue]:
+    """Answer dialogues together, all first turns, then all second turns; each is yielded when it is over.
+
+    What a dialogue becomes is a function of all of them, their order, and `max_rows`.
+    """
+    open_ = list(dialogues)
+    while open_:
+        requests: list[Request] = []
+        for i, dialogue in enumerate(open_):
+            request = _request(dialogue, str(i), target, now)
+            if request is None:
+                yield dialogue
+            else:
+                requests.append(request)
+        decoder = Decoder(
+            target,
+            None,
+            now.sampling,
+            stop_token_ids=target.stop_token_ids,
+            max_rows=min(max_rows, len(requests) or 1),
+        )
+        assert target.tokenizer is not None
+        for answer in decoder.run(requests):
+            dialogue = open_[int(answer.key)]
+            text = target.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+            dialogue.answer(text, answer.token_ids, answer.stopped, len(answer.token_ids))
+            if dialogue.answered:
+                yield dialogue
+        open_ = [d for d in open_ if d.trouble is None and not d.answered]
+
+
+def _request(dialogue: Dialogue, key: str, target: Target, now: Conditions) -> Request | None:
+    """The next turn as a request; None, with the dialogue's trouble set, where it cannot be asked."""
+    conversation = dialogue.conversation
+    if dialogue.trouble is not None:
+        return None
+    try:
+        ids = prompt_ids(
+            target.tokenizer,
+            dialogue.prompt(),
+            now.thinking,
+            tools=tools_of(conversation),
+            where=conversation.where,
+        )
+    except DataError as error:
+        dialogue.trouble = error.what
+        return None
+    limit = target.max_length
+    room = now.max_new_tokens if limit is None else min(now.max_new_tokens, limit - len(ids))
+    if room < 1:
+        dialogue.trouble = f"the prompt is {len(ids)} tokens, and {target.spec.name} reads at most {limit}"
+        return None
+    return Request(ids, room, row_seed(now.seed, conversation.id, len(dialogue.ids)), key)
+
+
+def answered(name: str, target: Target, thinking: bool, beside: Path) -> Path:
+    """The file of training conversations: as given, or, for packaged prompts, answered by the target now."""
+    if not name.startswith("pocket:"):
+        return Path(name)
+    mode = "thinking" if thinking else "plain"
+    out = beside / f"{name.removeprefix('pocket:')}-{mode}.jsonl"
+    regenerate(
+        target,
+        list(read_conversations(prompts_path(name))),
+        out,
+        thinking=thinking,
+        max_new_tokens=PACKAGED_TOKENS,
+        max_rows=PACKAGED_ROWS,
+    )
+    return out

@@ -1,0 +1,1 @@
+"""Drafts on disk: written, read, inspected, and exported to servers."""

@@ -1,0 +1,124 @@
+"""What a draft checkpoint is, and whether it fits a target: from config.json, the headers of the weight files
+and `deepspec.json`. No weights are loaded, of the draft or of the target.
+
+V vocabulary, K rows of the draft's own head, d hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from deepspec.checkpoints.draft import (
+    SHARED,
+    check_formats,
+    check_names,
+    copy_shapes,
+    draft_shapes,
+    find_checkpoint,
+    load_config,
+    load_provenance,
+    load_spec,
+    misfits,
+)
+from deepspec.checkpoints.layouts import layout_of
+from deepspec.data.tokens import template_hash, tokenizer_hash
+from deepspec.drafts.base import DraftSpec
+from deepspec.drafts.spec import proposals
+from deepspec.targets import TargetSpec
+from deepspec.targets.shards import read_headers
+
+BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def inspect_draft(name_or_path: str | Path, target: TargetSpec | None = None) -> dict[str, Any]:
+    """Facts of a draft, as plain JSON data; None where the checkpoint does not say.
+
+    `parameters` are the draft's own; embedding and head are the target's unless the draft stores others,
+    which only loading can tell. `gb_added` (10⁹ bytes) and `kv_bytes_per_token` are at the target's number
+    format, or at the stored one without a target. `fits`: None without a target; `reasons` say why not,
+    `doubts` what differs and does not keep it from running. Raises CheckpointError.
+    """
+    path = find_checkpoint(name_or_path)
+    spec = load_spec(path, None if target is None else target.num_layers)
+    stored = read_headers(path)
+    check_names(path, spec, {name: shape for name, (shape, _) in stored.items()})
+    check_formats(path, {name: form for name, (_, form) in stored.items() if name in draft_shapes(spec)})
+    facts = load_provenance(path)
+    formats = sorted({kind for name, (_, kind) in stored.items() if name in draft_shapes(spec)})
+    dtype = (target and (target.config.get("dtype") or target.config.get("torch_dtype"))) or formats[0]
+    size = BYTES.get(str(dtype), BYTES.get(formats[0], 4))
+    own, copies = parameters(spec)
+    added = own + (math.prod(copy_shapes(spec)[SHARED[1]]) if spec.draft_vocab_size else 0)
+    found = {
+        "draft": str(path),
+        "layout": layout_of(load_config(path)),
+        "algorithm": spec.algorithm,
+        "shape": spec.family,
+        "layers": spec.num_layers,
+        "feature_layers": list(spec.target_layer_ids),
+        "target_layers": spec.num_target_layers,
+        "alignment": _alignment(spec),
+        "proposals_per_round": proposals(spec),
+        "sequential_head": f"{spec.markov_head}, rank {spec.markov_rank}" if spec.markov_rank else None,
+        "confidence_head": _confidence(spec),
+        "hidden_size": spec.shape.hidden,
+        "vocabulary": spec.vocab_size,
+        "draft_vocabulary": spec.draft_vocab_size or spec.vocab_size,
+        "mask_token_id": spec.mask_token_id,
+        "trained_for": facts.get("target"),
+        "thinking": facts.get("thinking"),
+        "template_hash": facts.get("template_hash"),
+        "tokenizer_hash": facts.get("tokenizer_hash"),
+        "held_out_tau": facts.get("held_out_tau"),
+        "stored_as": "+".join(formats),
+        "stored_copies": [name for name in SHARED if name in stored],
+        "parameters": own,
+        "parameters_with_embedding_and_head": own + copies,
+        "dtype": str(dtype),
+        "gb_added": added * size / 1e9,
+        "kv_bytes_per_token": 2 * spec.num_layers * spec.shape.kv_heads * spec.shape.head_dim * size,
+    }
+    reasons = [] if target is None else misfits(spec, target, target.vocab_size)
+    return found | {
+        "target": None if target is None else target.name,
+        "fits": None if target is None else not reasons,
+        "reasons": reasons,
+        "doubts": [] if target is None else _doubts(facts, target),
+    }
+
+
+def parameters(spec: DraftSpec) -> tuple[int, int]:
+    """(a draft's own parameters, those of the embedding [V, d] and the head [K, d] that it runs with)."""
+    own = sum(math.prod(shape) for shape in draft_shapes(spec).values())
+    return own, sum(math.prod(copy_shapes(spec)[name]) for name in SHARED)
+
+
+def _alignment(spec: DraftSpec) -> str | None:
+    """Which slot proposes what (method.md 3); Eagle-3 has no slots."""
+    if spec.algorithm == "eagle3":
+        return None
+    return "anchor-first" if spec.sample_from_anchor else "fill-in"
+
+
+def _confidence(spec: DraftSpec) -> str | None:
+    if not spec.confidence:
+        return None
+    return "sees the previous token" if spec.confidence_with_markov else "sees the hidden row alone"
+
+
+def _doubts(facts: dict[str, Any], target: TargetSpec) -> list[str]:
+    """Where the target's tokenizer or template is not the one that the draft was trained with."""
+    tokenizer = target.tokenizer()
+    if tokenizer is None:
+        return ["the target has no tokenizer here to compare with"] if facts.get("tokenizer_hash") else []
+    ours = {"tokenizer": tokenizer_hash(tokenizer)}
+    if tokenizer.chat_template:
+        ours["template"] = template_hash(tokenizer)
+    theirs = {name: facts.get(f"{name}_hash") or "" for name in ours}
+    return [
+        f"it was trained with {name} {theirs[name][:12]}, the target's is {hashed[:12]}"
+        for name, hashed in ours.items()
+        if theirs[name] and theirs[name] != hashed
+    ]

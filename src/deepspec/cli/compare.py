@@ -1,0 +1,63 @@
+"""`deepspec compare`: paired differences between results files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from deepspec.cli.common import (
+    Json,
+    print_json,
+    read_results,
+    stdout,
+    table_of,
+)
+from deepspec.log import warn
+
+if TYPE_CHECKING:
+    pass
+
+
+def compare(
+    files: Annotated[list[Path], typer.Argument(metavar="RESULTS.json", help="Written by deepspec eval.")],
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow-mismatch", help="Compare even what was measured under other conditions.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Paired differences in accepted length, with 95% intervals over prompts.
+
+    \b
+    Example:
+      deepspec compare before.json after.json
+    """
+    from deepspec.report.compare import compare_results
+
+    found = compare_results([r for file in files for r in read_results(file)], allow_mismatch)
+    for sentence in [*found["refusals"], *found["warnings"]]:
+        warn(sentence)
+    if as_json:
+        print_json(found)
+        return
+    table = table_of("b - a", "prompts", "τ(a)", "τ(b)", "difference", "95% interval")
+    for pair in found["comparisons"]:
+        table.add_row(*_difference_cells(f"{pair['b']}\n  - {pair['a']}", pair))
+        for domain, part in pair["domains"].items():
+            table.add_row(*_difference_cells(f"    {domain}", part))
+    stdout().print(table)
+    left_out = max(pair["left_out"] for pair in found["comparisons"])
+    if left_out:
+        warn(f"up to {left_out} prompts that only one side has were left out")
+
+
+def _difference_cells(name: str, part: Mapping[str, Any]) -> list[Text]:
+    from deepspec.report.compare import MISSING, number
+
+    found = part["difference"] or {}
+    interval = f"{number(found.get('low'))} to {number(found.get('high'))}" if found else MISSING
+    figures = [str(part["prompts"]), number(part["tau_a"]), number(part["tau_b"]), number(found.get("value"))]
+    return [Text(cell) for cell in [name, *figures, interval]]

@@ -1,0 +1,136 @@
+"""`deepspec data cache`: the target's features on disk."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deepspec.cli.common import Json, load_target, print_json
+from deepspec.errors import UserError
+from deepspec.log import note
+
+
+class Format(StrEnum):
+    bf16 = "bf16"
+    fp8 = "fp8"
+    int8 = "int8"
+
+
+def cache(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE… [KEY=VALUE…]", help="Recipes that the cache serves, and overrides."),
+    ],
+    out: Annotated[Path, typer.Option("--out", file_okay=False, help="Folder of the cache.")],
+    answers: Annotated[
+        Path | None,
+        typer.Option("--answers", exists=True, dir_okay=False, help="Instead of the recipes' data.train."),
+    ] = None,
+    dtype: Annotated[Format, typer.Option("--dtype", help="fp8 and int8: a scale per token and layer.")] = (
+        Format.bf16
+    ),
+    max_rows: Annotated[
+        int | None, typer.Option("--max-rows", min=1, help="The first rows of the answers only.")
+    ] = None,
+    shard_mb: Annotated[
+        int, typer.Option("--shard-mb", min=1, help="MiB of a shard: what a kill can cost.")
+    ] = 256,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the shards that are there, write damaged ones anew.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the target's features to disk, so that training reads them instead of computing them.
+
+    Only what the recipes' losses read is stored. Run again, it goes on with the shards that are missing;
+    under torchrun each process writes its share.
+
+    \b
+    Example:
+      deepspec data cache pocket-dspark --answers answers.jsonl --out features
+      deepspec train pocket-dspark --answers answers.jsonl data.features=cache:features
+      torchrun --nproc-per-node 8 --no-python deepspec data cache dspark/qwen3-4b --out features --dtype fp8
+    """
+    from deepspec.config import load_recipe
+
+    overrides = [w for w in words if "=" in w]
+    names = [w for w in words if "=" not in w]
+    if not names:
+        raise UserError(
+            "no recipe: it says which layers and positions are stored",
+            next_step="deepspec data cache pocket-dspark --answers answers.jsonl --out features",
+        )
+    recipes = [load_recipe(name, overrides) for name in names]
+    rank, world = _torchrun()
+    if world > 1 and answers is None and recipes[0].data.train.startswith("pocket:"):
+        raise UserError(
+            "several processes would all answer the packaged prompts",
+            next_step="answer them once with `deepspec data regenerate`, and give --answers",
+        )
+    from deepspec.train.data import cache_features
+
+    plan, written = cache_features(
+        recipes,
+        out,
+        target=load_target(recipes[0].target, device=_own_device(device)),
+        answers=answers,
+        dtype=dtype.value,
+        max_rows=max_rows,
+        shard_bytes=shard_mb * 2**20,
+        verify=verify,
+        rank=rank,
+        world=world,
+    )
+    tokens = sum(c.tokens for c in plan.counts)
+    facts = {
+        "out": str(out),
+        "complete": written.complete,
+        "rows": len(plan.rows),
+        "tokens": tokens,
+        "shards": len(plan.shards),
+        "bytes": plan.payload,
+        "bytes_per_token": plan.payload / tokens,
+        "written_shards": written.shards,
+        "written_bytes": written.bytes,
+        **{key: plan.facts[key] for key in ("dtype", "layers", "reads")},
+    }
+    if as_json:
+        print_json(facts)
+    elif written.complete:
+        typer.echo(
+            f"{out}: complete, {written.shards} of {len(plan.shards)} shards written now, "
+            f"{facts['bytes_per_token']:,.0f} bytes a token"
+        )
+        train = ["deepspec", "train", names[0], *overrides, *(["--answers", str(answers)] if answers else [])]
+        typer.echo(f"next: {shlex.join([*train, f'data.features=cache:{out}'])}")
+    else:
+        note(f"{out}: this process's shards are written; others are still at theirs", style="yellow")
+
+
+def _torchrun() -> tuple[int, int]:
+    """(rank, world size) as torchrun tells them; (0, 1) without it."""
+    rank, world = (os.environ.get(k) for k in ("RANK", "WORLD_SIZE"))
+    if rank is None or world is None:
+        return 0, 1
+    if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
+        raise UserError(
+            f"RANK={rank} and WORLD_SIZE={world} are no rank in a world",
+            next_step="unset both, or start with torchrun",
+        )
+    return int(rank), int(world)
+
+
+def _own_device(device: str) -> str:
+    """Of torchrun's processes on a machine, each takes its own accelerator."""
+    local = os.environ.get("LOCAL_RANK")
+    if device != "auto" or local is None:
+        return device
+    import torch
+
+    return f"cuda:{int(local) % torch.cuda.device_count()}" if torch.cuda.is_available() else "auto"

@@ -1,0 +1,108 @@
+"""`deepspec data download`: any data set as a file of conversations."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deepspec.cli.common import (
+    DropRepeats,
+    Json,
+    Seed,
+    SkipBad,
+    print_json,
+    report_skipped,
+    say_repeats,
+    skipping,
+    whole_or_not,
+)
+from deepspec.errors import UserError
+
+
+def download(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...", help="A data set's name, a Hub id, or JSONL, CSV and Parquet files."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="JSONL file to write, whole or not at all.")],
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="FIELD=COLUMN", help="Such as prompt=question; once for each field."),
+    ] = None,
+    id_column: Annotated[
+        str | None, typer.Option("--id", metavar="COLUMN", help="The same as --map id=COLUMN.")
+    ] = None,
+    domain: Annotated[
+        str | None, typer.Option("--domain", help="The group that all rows are reported under.")
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", help="A Hub data set's config.")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="A Hub data set's split (train).")] = None,
+    copies: Annotated[
+        list[Path] | None,
+        typer.Option("--from", metavar="FILE", help="A named set's local copy: a file of it, or its folder."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit", min=0, help="Rows kept, chosen by the seed; 0: all. Default: the benchmark's, or all."
+        ),
+    ] = None,
+    seed: Seed = 0,
+    drop_repeats: DropRepeats = False,
+    skip_bad: SkipBad = False,
+    as_json: Json = False,
+) -> None:
+    """Make any data set a file of conversations.
+
+    Named sets: open-perfectblend (training); gsm8k, math500, aime25, humaneval, mbpp, livecodebench,
+    mt-bench, alpaca, arena-hard-v2 (benchmarks, worded as published).
+
+    \b
+    Example:
+      deepspec data download gsm8k --out gsm8k.jsonl
+      deepspec data download logs/*.jsonl --out prompts.jsonl --domain support
+      deepspec data download OWNER/NAME --split test --map prompt=question --out prompts.jsonl
+    """
+    from deepspec.data.named import SOURCES
+    from deepspec.data.sources import Wanted, open_source
+    from deepspec.data.sources import download as run
+
+    named = SOURCES.get(names[0])
+    if limit is None:
+        limit = (named.rows if named else None) or 0
+    wanted = Wanted(names, column_map(columns or [], id_column), domain, config, split, copies or ())
+    skipped = skipping(skip_bad)
+    with whole_or_not():
+        rows = open_source(wanted, skipped)
+        done = run(rows, out, limit=limit, seed=seed, drop_repeats=drop_repeats, skipped=skipped)
+    report_skipped(skipped)
+    if as_json:
+        asked = {"out": str(out), "limit": limit, "seed": seed}
+        print_json({**asked, **done.as_json(), "skipped": skipped.as_json()})
+        return
+    chosen = f" of {done.read:,}, chosen by seed {seed}" if limit and done.rows == limit < done.read else ""
+    typer.echo(f"{out}: {done.rows:,} rows{chosen}, {done.answered:,} of them with an answer")
+    say_repeats(done.repeats, drop_repeats)
+    if named and named.rows:
+        words = ["deepspec", "eval", "--target", "TARGET", "--draft", "DRAFT", "--prompts", str(out)]
+    else:
+        folder = out.with_suffix("") if out.suffix else f"{out}-split"
+        words = ["deepspec", "data", "split", str(out), "--out", str(folder)]
+    typer.echo(f"next: {shlex.join(words)}")
+
+
+def column_map(words: list[str], id_column: str | None) -> dict[str, str]:
+    """["prompt=question"] and --id as {field: column}; UserError for another form, or a field twice."""
+    columns: dict[str, str] = {}
+    for word in [*words, *([f"id={id_column}"] if id_column else [])]:
+        name, equals, column = word.partition("=")
+        if not (name and equals and column):
+            raise UserError(f"--map {word!r} is not FIELD=COLUMN", next_step="such as --map prompt=question")
+        if columns.setdefault(name, column) != column:
+            raise UserError(f"--map fills {name!r} from both {columns[name]!r} and {column!r}")
+    return columns

@@ -1,0 +1,226 @@
+"""data inspect: which tokens a draft would be trained on, and what a file adds up to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from deepspec.cli.common import (
+    BAD_INPUT,
+    Json,
+    SkipBad,
+    TargetName,
+    Thinking,
+    print_json,
+    prompt_file,
+    report_skipped,
+    skipping,
+    stdout,
+    table_of,
+)
+from deepspec.errors import TargetError
+from deepspec.log import note, progress
+
+if TYPE_CHECKING:
+    from deepspec.data.conversations import Conversation
+    from deepspec.data.inspect import Piece
+    from deepspec.data.tokens import PreTrainedTokenizerBase
+
+OPEN, CLOSE = "⟦", "⟧"
+"""Around supervised text where there is no colour."""
+SHORT = 300
+"""Characters kept of a long stretch, half at either end, where a row is shown as an example."""
+DOMAIN_COLUMNS = {
+    "rows": "rows",
+    "sequences": "sequences",
+    "tokens": "tokens",
+    "supervised_tokens": "supervised",
+    "prompts": "prompts only",
+    "prompt_tokens": "tokens",
+}
+BAR = 40
+"""Characters of the histogram's longest bar."""
+
+
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="JSONL file, or pocket:train.")],
+    target: TargetName = "pocket",
+    row: Annotated[
+        str | None, typer.Option("--row", metavar="ID|N", help="Show one row whole, by id or number.")
+    ] = None,
+    thinking: Thinking = False,
+    max_length: Annotated[
+        int,
+        typer.Option("--max-length", min=1, help="Tokens kept of a sequence: a recipe's data.max_length."),
+    ] = 512,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first N rows only.")] = None,
+    skip_bad: SkipBad = False,
+    as_json: Json = False,
+) -> None:
+    """Show which tokens a draft would be trained on, and what a file adds up to.
+
+    Reads the target's tokenizer and chat template, no weights. Exit code 2 where training would refuse a row.
+
+    \b
+    Example:
+      deepspec data inspect pocket:test --row 1
+    """
+    source = prompt_file(file, target)
+    from deepspec.data.conversations import read_conversations
+    from deepspec.data.inspect import find_row, inspect_rows
+    from deepspec.files import count_lines
+
+    tokenizer, skipped = _tokenizer(target), skipping(skip_bad)
+
+    def rows() -> Iterator[Conversation]:
+        return islice(read_conversations(source, skipped=skipped), limit)
+
+    if row is not None:
+        _show(find_row(rows(), row), tokenizer, thinking, max_length, as_json=as_json)
+        return
+    with progress("inspecting", limit or count_lines(source)) as bar:
+        found = inspect_rows(rows(), tokenizer, thinking=thinking, max_length=max_length, bar=bar)
+    report_skipped(skipped)
+    if as_json:
+        print_json({"file": file, "target": target, **found, "skipped": skipped.as_json()})
+    else:
+        _print_totals(found)
+        if found["rows"] and not found["refused"]:
+            _show(next(rows()), tokenizer, thinking, max_length, short=SHORT)
+    if found["refused"]:
+        note(f"training would stop at the first of {found['refused']} rows that cannot be used")
+        raise typer.Exit(BAD_INPUT)
+
+
+def _tokenizer(target: str) -> PreTrainedTokenizerBase:
+    from deepspec.targets import TargetSpec
+
+    tokenizer = TargetSpec.from_pretrained(target).tokenizer()
+    if tokenizer is None:
+        raise TargetError(
+            f"{target} has no tokenizer, so text cannot become tokens",
+            next_step="put the target's tokenizer files beside its config",
+        )
+    return tokenizer
+
+
+# ── totals ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _print_totals(found: dict[str, Any]) -> None:
+    cut, limit = found["cut"], found["max_length"]
+    facts = {
+        "rows": f"{found['rows']:,}  ({found['answered']:,} answered, {found['prompts']:,} prompts only)"
+    }
+    if found["sequences"]:
+        facts |= {
+            "sequences": f"{found['sequences']:,}",
+            "tokens": f"{found['tokens']:,}",
+            "supervised tokens": f"{found['supervised_tokens']:,}  ({found['supervised_share']:.1%})",
+            f"longer than {limit} tokens": f"{cut['sequences']:,}  ({cut['tokens']:,} tokens cut, "
+            f"{cut['supervised_tokens']:,} of them supervised)",
+        }
+    if found["prompts"]:
+        facts["tokens of prompts only"] = f"{found['prompt_tokens']:,}"
+    facts |= {
+        f"no answer within {limit} tokens": f"{cut['without_answer']:,}",
+        "repeated prompts": f"{found['repeated_prompts']:,}",
+        "repeated ids": f"{found['repeated_ids']:,}",
+        "empty questions or answers": f"{found['empty']:,}",
+        "with follow-ups not yet asked": f"{found['follow_ups']:,}",
+        "answered in another mode": f"{found['other_mode']:,}",
+        "cannot be used": f"{found['refused']:,}",
+    }
+    console = stdout()
+    for name, value in facts.items():
+        console.print(Text(f"{name:<30}{value}"), soft_wrap=True)
+    for name, key in (("sequences", "lengths"), ("unanswered prompts", "prompt_lengths")):
+        if found[key] is not None:
+            _print_lengths(console, name, found[key])
+    if len(found["domains"]) > 1:
+        heads = [key for key in DOMAIN_COLUMNS if found[key]]
+        table = table_of("domain", *(DOMAIN_COLUMNS[key] for key in heads))
+        for name, counts in found["domains"].items():
+            table.add_row(Text(name), *(f"{counts[key]:,}" for key in heads))
+        console.print(table)
+    for problem in found["problems"]:
+        console.print(Text(f"{problem['where']}: {problem['what']}", style="red"), soft_wrap=True)
+    if found["refused"] > len(found["problems"]):
+        console.print(Text(f"… and {found['refused'] - len(found['problems']):,} more"))
+
+
+def _print_lengths(console: Console, name: str, lengths: dict[str, Any]) -> None:
+    figures = [f"{key} {lengths[key]:,.0f}" for key in ("min", "mean", "p50", "p90", "p99", "max")]
+    console.print(Text(f"\nlength of {name} in tokens: {', '.join(figures)}"), soft_wrap=True)
+    most = max(part["count"] for part in lengths["histogram"])
+    for part in lengths["histogram"]:
+        span = f"{part['from']:>7,} – {part['to']:<7,}"
+        bar = "█" * -(-BAR * part["count"] // most)
+        console.print(Text(f"{span} {bar} {part['count']:,}"), soft_wrap=True)
+
+
+# ── a row ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _show(
+    row: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    thinking: bool,
+    max_length: int,
+    *,
+    short: int | None = None,
+    as_json: bool = False,
+) -> None:
+    """A row's sequences: coloured, or marked by brackets where there is no colour, or as JSON."""
+    from deepspec.data.inspect import pieces, row_sequences
+
+    sequences = row_sequences(tokenizer, row, thinking)
+    if as_json:
+        parts = [
+            {
+                **vars(sequence),
+                "pieces": [vars(piece) for piece in pieces(tokenizer, sequence, max_length)],
+            }
+            for sequence in sequences
+        ]
+        print_json({"id": row.id, "where": row.source, "max_length": max_length, "sequences": parts})
+        return
+    console = stdout()
+    colour = console.color_system is not None and not console.no_color
+    for sequence in sequences:
+        length, supervised = len(sequence.ids), sum(sequence.loss_mask)
+        title = f"\n{sequence.id}  {length:,} tokens, {supervised:,} supervised  ({row.source})"
+        console.print(Text(title, style="bold"), soft_wrap=True)
+        found = pieces(tokenizer, sequence, max_length)
+        console.print(coloured_row(found, max_length, colour, short), soft_wrap=True)
+
+
+def coloured_row(found: list[Piece], max_length: int, colour: bool, short: int | None = None) -> Text:
+    """Supervised text green, or in ⟦brackets⟧; the template's tokens bold; what is cut struck through."""
+    text, inside = Text(), False
+    for before, piece in zip([None, *found], found, strict=False):
+        if before is not None and before.kept and not piece.kept:
+            text.append(f"✂{max_length}✂", style="red")
+        if piece.supervised is not inside and not colour:
+            text.append(OPEN if piece.supervised else CLOSE)
+        inside = piece.supervised
+        style = [
+            "green" if piece.supervised else "dim",
+            "bold" if piece.added else "",
+            "" if piece.kept else "strike",
+        ]
+        text.append(_shortened(piece.text, short), style=" ".join(filter(None, style)))
+    if inside and not colour:
+        text.append(CLOSE)
+    return text
+
+
+def _shortened(text: str, short: int | None) -> str:
+    if short is None or len(text) <= 2 * short:
+        return text
+    return f"{text[: short // 2]} [… {len(text) - short:,} characters …] {text[-(short // 2) :]}"

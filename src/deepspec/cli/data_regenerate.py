@@ -1,0 +1,167 @@
+"""`deepspec data regenerate`: answers by the target itself."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deepspec.cli.common import (
+    MaxNew,
+    Seed,
+    SkipBad,
+    Thinking,
+    TopK,
+    TopP,
+    load_target,
+    prompt_file,
+    report_skipped,
+    sampling_of,
+    skipping,
+)
+from deepspec.errors import UserError
+
+if TYPE_CHECKING:
+    from deepspec.answers.file import Tally
+    from deepspec.data.conversations import Conversation
+
+
+def regenerate(
+    prompts: Annotated[
+        str, typer.Argument(metavar="PROMPTS", help="JSONL file of prompts, or pocket:train.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="JSONL file that answers are appended to.")],
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="pocket (the default in process), a directory, or a Hub id."),
+    ] = None,
+    thinking: Thinking = False,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0, help="1: the target's own law.")
+    ] = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    max_new_tokens: MaxNew = 256,
+    seed: Seed = 0,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first prompts only.")] = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=1, help="In process: prompts decoded together (16).")
+    ] = None,
+    server: Annotated[
+        list[str] | None,
+        typer.Option("--server", metavar="URL", help="Ask this server instead; repeat it for several."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Its name on the servers; theirs if not given.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option("--concurrency", min=1, help="Prompts with each server at once (32).")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option("--timeout", min=1, help="Seconds to wait for one answer (600).")
+    ] = None,
+    api_key_env: Annotated[
+        str, typer.Option("--api-key-env", metavar="NAME", help="Environment variable with the servers' key.")
+    ] = "OPENAI_API_KEY",
+    skip_bad: SkipBad = False,
+) -> None:
+    """Have the target answer prompts, so that a draft learns what this target writes.
+
+    In process, or through OpenAI-compatible servers (vLLM, SGLang, llama-server) that run the target. Rows
+    that the output file already answers are not asked again, so the same command goes on where it stopped.
+
+    With servers, give --target as well where its tokenizer is at hand: prompts are then built by its template
+    here and sent as token ids.
+
+    \b
+    Example:
+      deepspec data regenerate prompts.jsonl --out answers.jsonl --target pocket
+      deepspec data regenerate prompts.jsonl --out answers.jsonl --target Qwen/Qwen3-4B \\
+          --server http://gpu1:8000 --server http://gpu2:8000 --max-new-tokens 4096
+    """
+    _one_way(server, {"--rows": rows}, {"--model": model, "--concurrency": concurrency, "--timeout": timeout})
+    source, sampling = prompt_file(prompts, target or "pocket"), sampling_of(temperature, top_k, top_p)
+    from deepspec.data.conversations import read_conversations
+    from deepspec.files import count_lines
+
+    skipped = skipping(skip_bad)
+    if next(read_conversations(source, skipped=skipping(skip_bad)), None) is None:
+        raise UserError(
+            f"{source} holds no prompts", next_step="give a JSONL file, one conversation per line"
+        )
+    asked: Iterable[Conversation] = islice(read_conversations(source, skipped=skipped), limit)
+    total = min(count_lines(source) or 0, limit or sys.maxsize) or None
+    settings: dict[str, Any] = {
+        "thinking": thinking,
+        "sampling": sampling,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "total": total,
+    }
+    if server:
+        from deepspec.answers.pool import Policy
+        from deepspec.answers.through_servers import regenerate_served
+        from deepspec.targets import TargetSpec
+
+        tally = regenerate_served(
+            server,
+            asked,
+            out,
+            target=None if target is None else TargetSpec.from_pretrained(target),
+            model=model,
+            concurrency=concurrency or 32,
+            api_key=os.environ.get(api_key_env),
+            policy=Policy(timeout=timeout or 600.0),
+            **settings,
+        )
+    else:
+        from deepspec.answers.in_process import regenerate
+
+        target = target or "pocket"
+        tally = regenerate(load_target(target), asked, out, max_rows=rows or 16, **settings)
+    report_skipped(skipped)
+    _report(tally, out, target or "TARGET", thinking)
+
+
+def _one_way(
+    server: Sequence[str] | None, in_process: Mapping[str, object], served: Mapping[str, object]
+) -> None:
+    """Refuse options that belong to the other way of answering: they would be ignored."""
+    stray = next((k for k, v in (in_process if server else served).items() if v is not None), None)
+    if stray is not None:
+        raise UserError(
+            f"{stray} says nothing {'with' if server else 'without'} --server",
+            next_step="prompts asked at once are --concurrency with servers, and --rows in process",
+        )
+
+
+def _report(tally: Tally, out: Path, target: str, thinking: bool) -> None:
+    """What was done, and what may be done next."""
+    from deepspec.answers.file import beside
+
+    there = f", {tally.there} were there already" if tally.there else ""
+    typer.echo(f"{out}: {tally.new} new answers{there}")
+    if tally.new:
+        seconds = max(tally.seconds, 1e-9)
+        typer.echo(
+            f"{tally.tokens:,} tokens in {seconds:.1f} s: {tally.new / seconds:.2f} rows/s, "
+            f"{tally.tokens / seconds:.0f} tokens/s"
+        )
+    if tally.twice:
+        typer.echo(f"{tally.twice} rows left out: their id had come before")
+    if tally.failed:
+        typer.echo(
+            f"{tally.failed} rows failed, with reasons in {beside(out, 'failures')}; "
+            "the same command tries them again"
+        )
+    inspect = ["deepspec", "data", "inspect", str(out), "--target", target]
+    recipe = ["pocket-dspark"] if target == "pocket" else ["dspark/generic", f"target={target}"]
+    train = ["deepspec", "train", *recipe, f"data.train={out}", *(["thinking=true"] if thinking else [])]
+    typer.echo(f"next: {shlex.join(inspect)}")
+    typer.echo(f"      {shlex.join(train)}")

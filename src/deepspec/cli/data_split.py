@@ -1,0 +1,60 @@
+"""`deepspec data split`: training, selection and test sets."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deepspec.cli.common import (
+    DropRepeats,
+    Json,
+    SkipBad,
+    print_json,
+    report_skipped,
+    say_repeats,
+    skipping,
+    whole_or_not,
+)
+
+
+def split(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="JSONL file of conversations.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for train.jsonl, select.jsonl and test.jsonl.")],
+    select: Annotated[
+        float, typer.Option("--select", help="Share that the best checkpoint is chosen by.")
+    ] = 0.01,
+    test: Annotated[float, typer.Option("--test", help="Share that results are reported on.")] = 0.04,
+    drop_repeats: DropRepeats = False,
+    skip_bad: SkipBad = False,
+    as_json: Json = False,
+) -> None:
+    """Divide conversations into train, select and test, by hash of the opening question.
+
+    Re-runs, another order and duplicates fall as before: no question is in two sets.
+
+    \b
+    Example:
+      deepspec data split prompts.jsonl --out prompts
+    """
+    from deepspec.data.split import split as run
+
+    skipped = skipping(skip_bad)
+    with whole_or_not():
+        done = run(file, out, select=select, test=test, drop_repeats=drop_repeats, skipped=skipped)
+    report_skipped(skipped)
+    if as_json:
+        facts = {"rows": done.rows, "repeats": done.repeats, "overlap": done.overlap}
+        print_json({"out": str(out), **facts, "skipped": skipped.as_json()})
+        return
+    total = sum(done.rows.values())
+    for name, rows in done.rows.items():
+        typer.echo(f"{out / name}.jsonl: {rows:,} rows ({rows / total:.1%})")
+    say_repeats(done.repeats, drop_repeats)
+    typer.echo(f"questions in more than one set, as read back: {done.overlap}")
+    words = ["deepspec", "data", "regenerate", str(out / "train.jsonl"), "--out", str(out / "answers.jsonl")]
+    typer.echo(f"next: {shlex.join([*words, '--target', 'TARGET'])}")

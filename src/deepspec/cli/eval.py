@@ -1,0 +1,137 @@
+"""`deepspec eval`: measure drafts next to plain decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deepspec.cli.common import (
+    Dtype,
+    Json,
+    MaxNew,
+    Seed,
+    TargetName,
+    Thinking,
+    TopK,
+    TopP,
+    check_out,
+    load_target,
+    print_json,
+    print_results,
+    prompt_file,
+    sampling_of,
+)
+from deepspec.errors import UserError
+from deepspec.log import note, warn
+from deepspec.pocket import DRAFTS
+
+if TYPE_CHECKING:
+    pass
+
+
+def evaluate(
+    target: TargetName = "pocket",
+    draft: Annotated[
+        list[str] | None,
+        typer.Option("--draft", help="Built-in name, checkpoint or run folder; may be repeated."),
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="JSONL file, pocket:test or pocket:select.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="Prompts, domains in turns. 0: all.")] = 12,
+    temperature: Annotated[
+        list[float] | None, typer.Option("--temperature", min=0, help="0 is greedy; may be repeated.")
+    ] = None,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    max_new_tokens: MaxNew = 96,
+    thinking: Thinking = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never stop before the budget.")] = False,
+    seed: Seed = 0,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts decoded together.")] = 1,
+    dtype: Annotated[Dtype, typer.Option("--dtype")] = Dtype.auto,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    no_baselines: Annotated[
+        bool, typer.Option("--no-baselines", help="Leave out transformers' generate and prompt lookup.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Results file; with several temperatures -t<temperature> is added."),
+    ] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Write an HTML report too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure drafts beside plain decoding: accepted length, speed, and whether the output changed.
+
+    With --out what is measured is kept prompt by prompt: after Ctrl-C or a kill the same command goes on.
+
+    \b
+    Example:
+      deepspec eval --target pocket --draft pocket-dspark --temperature 0 --temperature 1
+    """
+    source = prompt_file(prompts, target)
+    names = draft or []
+    if not names:
+        raise UserError(
+            "no draft to evaluate",
+            next_step=f"add --draft NAME: a run or checkpoint folder, or one of {', '.join(DRAFTS)}",
+        )
+    samplings = [sampling_of(t, top_k, top_p) for t in temperature or [0.0]]
+    check_out(out)
+    check_out(report)
+    from deepspec.checkpoints.draft import find_checkpoint, load_draft, load_provenance
+    from deepspec.measure.evaluate import evaluate_at, load_prompts, mode_of
+    from deepspec.report.compare import mode_differences
+    from deepspec.report.page import write_report
+    from deepspec.train.facts import read_metrics
+
+    folders = {label: name for label, name in zip(draft_labels(names), names, strict=True)}
+    for name in names:
+        find_checkpoint(name)  # a mistyped name should not wait for the target to load
+    model = load_target(target, dtype.value, device)
+    drafts = {label: load_draft(name, model) for label, name in folders.items()}
+    tasks = load_prompts(source, model, thinking=thinking, limit=limit)
+    now = mode_of(model, tasks, thinking)
+    for label, name in folders.items():
+        facts = load_provenance(find_checkpoint(name))
+        for sentence in mode_differences(f"{label} was trained", facts, "is measured", now):
+            warn(sentence)
+    results = evaluate_at(
+        model,
+        drafts,
+        tasks,
+        samplings,
+        thinking=thinking,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        ignore_eos=ignore_eos,
+        batch=batch,
+        baselines=not no_baselines,
+        out=out,
+    )
+    if report is not None:
+        curves = {label: rows for label, name in folders.items() if (rows := read_metrics(Path(name)))}
+        note(f"report: {write_report(report, results, curves)}")
+    if as_json:
+        print_json(results if len(results) > 1 else results[0])
+    else:
+        print_results(results)
+
+
+def draft_labels(names: Sequence[str]) -> list[str]:
+    """What drafts are called in tables: the run's or the folder's name, in full where two would be alike."""
+    labels = []
+    for name in names:
+        path = Path(name)
+        inside_run = path.parent.name == "checkpoints"
+        labels.append(
+            path.parent.parent.name if inside_run and path.parent.parent.name else path.name or name
+        )
+    full = [name if labels.count(label) > 1 else label for name, label in zip(names, labels, strict=True)]
+    twice = next((label for label in full if full.count(label) > 1), None)
+    if twice is not None:
+        raise UserError(f"the draft {twice} is given twice", next_step="name each draft once")
+    return full

@@ -1,0 +1,62 @@
+"""export: drafts for the servers that people run."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deepspec.cli.common import Dtype, Json, load_target, print_json
+from deepspec.log import note
+
+
+class Server(StrEnum):
+    vllm = "vllm"
+    sglang = "sglang"
+    llamacpp = "llamacpp"
+    deepspec = "deepspec"
+
+
+def export(
+    draft: Annotated[
+        str, typer.Argument(metavar="DRAFT", help="Built-in name, checkpoint folder or run folder.")
+    ],
+    to: Annotated[Server, typer.Option("--to", help="Whose form to write.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder, or that of an earlier export.")],
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="Check it against this target; equal copies are left out."),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="auto: as stored.")] = Dtype.auto,
+    as_json: Json = False,
+) -> None:
+    """Write a draft for vLLM, SGLang or llama.cpp, or say why that server cannot run it.
+
+    \b
+    Example:
+      deepspec export pocket-dspark --to llamacpp --out exported/pocket-dspark --target pocket
+    """
+    from deepspec.checkpoints.draft import find_checkpoint
+
+    find_checkpoint(draft)  # a mistyped name should not wait for the target to load
+    import torch
+
+    from deepspec.checkpoints.export import export_draft
+
+    found = export_draft(
+        draft,
+        to.value,
+        out,
+        target=None if target is None else load_target(target),
+        dtype=None if dtype is Dtype.auto else getattr(torch, dtype.value),
+    )
+    if as_json:
+        print_json({**found._asdict(), "path": str(found.path)})
+        return
+    typer.echo(f"{found.path}: {found.architecture}, {found.dtype}, {found.parameters:,} parameters")
+    for line in found.notes:
+        note(line)
+    for line in found.launch:
+        typer.echo(line)

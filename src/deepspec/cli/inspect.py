@@ -1,0 +1,66 @@
+"""`deepspec inspect`: what a draft checkpoint is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from deepspec.cli.common import (
+    Json,
+    print_json,
+    stdout,
+)
+from deepspec.log import warn
+
+if TYPE_CHECKING:
+    pass
+
+
+def inspect(
+    draft: Annotated[
+        str, typer.Argument(metavar="DRAFT", help="Built-in name, checkpoint or run folder; any layout.")
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="Also say whether it fits: pocket, a directory, or a Hub id."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a draft checkpoint is, what it costs beside its target, and whether it fits one.
+
+    Reads config files and the weights' headers: no weights are loaded.
+
+    \b
+    Example:
+      deepspec inspect pocket-dspark --target pocket
+    """
+    from deepspec.checkpoints.draft import find_checkpoint
+    from deepspec.checkpoints.inspect import inspect_draft
+    from deepspec.targets import TargetSpec
+
+    find_checkpoint(draft)  # a mistyped name should not wait for the Hub
+    found = inspect_draft(draft, None if target is None else TargetSpec.from_pretrained(target))
+    if as_json:
+        print_json(found)
+        return
+    for name, value in found.items():
+        if name not in ("reasons", "doubts"):
+            shown = str(value) if name == "mask_token_id" and value is not None else _fact(value)
+            stdout().print(Text(f"{name.replace('_', ' '):<36}{shown}"), soft_wrap=True)
+    for sentence in found["reasons"]:
+        stdout().print(Text(f"does not fit: {sentence}"), soft_wrap=True)
+    for sentence in found["doubts"]:
+        warn(sentence)
+
+
+def _fact(value: Any) -> str:
+    """A fact as people read it; "–" where there is none, or the checkpoint does not say."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value

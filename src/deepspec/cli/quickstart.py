@@ -1,0 +1,33 @@
+"""`deepspec quickstart`: the whole loop on the pocket target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deepspec.cli.common import Json, print_json, print_results
+
+
+def quickstart(
+    fast: Annotated[bool, typer.Option("--fast", help="All of it on little data, in two minutes.")] = False,
+    out: Annotated[Path, typer.Option("--out", help="Folder for runs, results and the report.")] = Path(
+        "runs/quickstart"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Train three drafts for the pocket target, measure them, write a report.
+
+    \b
+    Example:
+      deepspec quickstart --fast
+    """
+    from deepspec.demo import quickstart as run
+
+    report, results = run(out, fast=fast)
+    if as_json:
+        print_json({"report": str(report), "results": results})
+        return
+    print_results(results)
+    typer.echo(f"report: {report}")

@@ -1,0 +1,73 @@
+"""`deepspec train`: train a draft."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deepspec.cli.common import INTERRUPTED
+from deepspec.log import note
+
+
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or the path of a .yaml file.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as optim.lr=1e-3.")
+    ] = None,
+    runs: Annotated[Path, typer.Option("--runs", help="Where the run's folder goes.")] = Path("runs"),
+    answers: Annotated[
+        Path | None,
+        typer.Option("--answers", exists=True, dir_okay=False, help="Instead of the recipe's data.train."),
+    ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option("--from", metavar="DRAFT", help="Fine-tune this draft instead of a fresh one."),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew; an earlier run of that name is moved aside.")
+    ] = False,
+) -> None:
+    """Train a draft, or go on where the run of that name stopped.
+
+    \b
+    Example:
+      deepspec train pocket-dspark optim.max_minutes=2
+      deepspec train pocket-dspark --from pocket-dspark thinking=true name=thinker
+    """
+    from deepspec.config import load_recipe
+
+    if start_from is not None:
+        overrides = [*(overrides or []), f"start_from={json.dumps(start_from)}"]
+    settings = load_recipe(recipe, overrides or [])
+    from deepspec.files import alone_in
+    from deepspec.train.run import train_draft
+
+    run = runs / settings.name
+    if fresh and run.exists():
+        aside = next(p for n in range(1, 10**6) if not (p := run.with_name(f"{run.name}.old-{n}")).exists())
+        with alone_in(run, "training"):
+            run.rename(aside)
+        note(f"the earlier run is kept as {aside}")
+    if not (run / "checkpoints").is_dir():
+        note(f"starting a new run in {run}")
+    outcome = train_draft(settings, runs, answers=answers)
+    typer.echo(f"best checkpoint: {outcome.best}")
+    if outcome.held_out_tau is not None:
+        typer.echo(f"held-out τ: {outcome.held_out_tau:.3f} tokens per verify round")
+    typer.echo(f"trained: {outcome.steps} steps, {outcome.tokens:,} tokens, {outcome.seconds:.0f} s")
+    if outcome.interrupted:
+        words = ["deepspec", "train", recipe, *(overrides or []), "--runs", str(runs)]
+        words += ["--answers", str(answers)] if answers else []
+        note(f"interrupted after step {outcome.steps}, saved; to go on:", style="yellow")
+        note(f"  {shlex.join(words)}")
+        raise typer.Exit(INTERRUPTED)
+    words = ["deepspec", "eval", "--target", settings.target, "--draft", str(run)]
+    words += [] if settings.target == "pocket" else ["--prompts", "PROMPTS.jsonl"]
+    words += ["--thinking"] if settings.thinking else []
+    typer.echo(f"next: {shlex.join(words)}")

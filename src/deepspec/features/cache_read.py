@@ -1,0 +1,309 @@
+"""Reading a feature cache: memory-mapped, checked once, refused where it belongs to another target or loss.
+
+B sequences, S tokens, m layers, d hidden, n stored positions of a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache as remember
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from deepspec.data.rows import Rows
+from deepspec.data.tokens import Encoded
+from deepspec.errors import DataError
+from deepspec.features.batches import Source, online, padded
+from deepspec.features.cache_write import FORMAT, INDEX, RowCounts, differences, file_hash, stored_positions
+from deepspec.features.quantise import Stored, dequantise
+from deepspec.files import write_json
+from deepspec.log import progress
+from deepspec.maths.blocks import FeatureBatch, with_last_hidden
+from deepspec.targets import Target
+
+CHECKED = ".checked.json"
+"""Size and time of the shards whose checksums were found right, so that they are read for it only once."""
+FAR = 0.2
+"""Relative distance of features that are not the same target's. Another order of summation gives some 0.01 in
+bfloat16, fp8 0.03; other weights give more than 1."""
+
+
+class Place(NamedTuple):
+    """Where a row lies: its shard, and its first token, feature position and last hidden state in it."""
+
+    shard: int
+    counts: RowCounts
+    starts: RowCounts
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """An index, and where each row lies. A row's id may come twice; its tokens then tell which is meant."""
+
+    path: Path
+    facts: Mapping[str, Any]
+    shards: Sequence[Mapping[str, Any]]
+    places: Sequence[tuple[str, Place]]
+    tensors: Callable[[int], dict[str, Tensor]] = field(repr=False)
+
+
+def open_cache(path: Path, *, verify: bool = True) -> Cache:
+    """The cache in a directory; its shards are hashed unless an earlier opening has found them right.
+
+    Raises DataError where there is none, where it is not complete, or where a shard is not what was written.
+    """
+    index = _index(path)
+    facts, shards = index["facts"], index["shards"]
+    if verify:
+        _check_shards(path, shards)
+    places = []
+    for number, shard in enumerate(shards):
+        counts = [RowCounts(*c) for c in zip(*(shard[k] for k in RowCounts._fields), strict=True)]
+        columns = [list(accumulate(column, initial=0))[:-1] for column in zip(*counts, strict=True)]
+        starts = [RowCounts(*s) for s in zip(*columns, strict=True)]
+        places += [(i, Place(number, c, s)) for i, c, s in zip(shard["ids"], counts, starts, strict=True)]
+
+    @remember
+    def tensors(shard: int) -> dict[str, Tensor]:
+        """Views of the mapped file: only what is touched is read."""
+        file = path / shards[shard]["file"]
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+        except (OSError, SafetensorError) as error:
+            raise _corrupt(file, str(error)) from error
+
+    return Cache(path, facts, shards, places, tensors)
+
+
+def cached_rows(cache: Cache) -> Rows:
+    """The cache's rows in their order: what training takes in place of tokenising."""
+    shards = [cache.tensors(number) for number in range(len(cache.shards))]
+    lengths = torch.tensor([0, *(place.counts.tokens for _, place in cache.places)])
+    ids, mask = (torch.cat([shard[name] for shard in shards]) for name in ("ids", "loss_mask"))
+    return Rows(ids, mask, lengths.cumsum(0), [name for name, _ in cache.places])
+
+
+def _tokens(cache: Cache, place: Place) -> tuple[list[int], list[int]]:
+    tensors = cache.tensors(place.shard)
+    part = slice(place.starts.tokens, place.starts.tokens + place.counts.tokens)
+    return tensors["ids"][part].tolist(), tensors["loss_mask"][part].tolist()
+
+
+def cached(
+    cache: Cache, target: Target, layers: Sequence[int], reads: Sequence[str], remedy: str = ""
+) -> Source:
+    """Features read from a cache, zeros where nothing is stored; the numbers in the target's dtype.
+
+    Last hidden states are None where no rule in `reads` wants any. remedy: the command that would make a
+    cache that fits. Raises DataError where this one does not fit the target, the layers or the loss; the
+    source does for rows that are not in it.
+    """
+    _check_fit(cache, target, layers, reads, remedy)
+    source = _reader(cache, target, layers, with_last_hidden(reads))
+    _check_numbers(cache, target, layers, source, remedy)
+    return source
+
+
+def _reader(cache: Cache, target: Target, layers: Sequence[int], with_hidden: bool) -> Source:
+    picked = [cache.facts["layers"].index(layer) for layer in layers]
+    places: dict[str, list[Place]] = defaultdict(list)
+    for row_id, place in cache.places:
+        places[row_id].append(place)
+
+    def find(row: Encoded) -> Place:
+        for place in places.get(row.id, []):
+            if _tokens(cache, place) == (list(row.ids), list(row.loss_mask)):
+                return place
+        raise DataError(
+            f"the cache in {cache.path} has no row {row.id!r} of these tokens: it was made from other data",
+            next_step="train on the answers that the cache was made from, or make one from these",
+        )
+
+    def read(rows: Sequence[Encoded], width: int) -> FeatureBatch:
+        ids, mask, lengths = padded(rows, width)
+        d, device = cache.facts["hidden_size"], target.device
+        stored = stored_positions(mask, lengths, cache.facts["reads"]).hidden.to(device)
+        features = torch.zeros(len(rows), width, len(layers) * d, dtype=target.dtype, device=device)
+        hidden = torch.zeros(len(rows), width, d, dtype=target.dtype, device=device) if with_hidden else None
+        for i, place in enumerate(map(find, rows)):
+            tensors, count = cache.tensors(place.shard), place.counts.features
+            part = _vectors(tensors, "features", place.starts.features, count, target, picked)
+            # Of a row that is one document, a prefix is read.
+            features[i, :count].view(count, len(layers), d).copy_(part.transpose(0, 1))
+            if hidden is not None:
+                at = place.starts.hidden
+                hidden[i, stored[i]] = _vectors(tensors, "hidden", at, place.counts.hidden, target)
+        return FeatureBatch(
+            input_ids=ids.to(device),
+            loss_mask=mask.to(device),
+            features=features,
+            last_hidden=hidden,
+            lengths=lengths.to(device),
+            row_ids=tuple(r.id for r in rows),
+        )
+
+    return read
+
+
+def _vectors(
+    tensors: Mapping[str, Tensor],
+    name: str,
+    start: int,
+    count: int,
+    target: Target,
+    picked: Sequence[int] = (),
+) -> Tensor:
+    """[n, d] of one row, or [picked layers, n, d], in the target's dtype. They cross to its device as they
+    are stored."""
+    values, scales = tensors[name], tensors.get(f"{name}.scale")
+    values = values.narrow(-2, start, count)
+    scales = None if scales is None else scales.narrow(-1, start, count)
+    if picked:
+        values, scales = values[list(picked)], None if scales is None else scales[list(picked)]
+    device = target.device
+    stored = Stored(values.to(device), None if scales is None else scales.to(device))
+    return dequantise(stored, target.dtype)
+
+
+# ── whether it is whole ───────────────────────────────────────────────────────────────────────────────
+
+
+def _index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((path / INDEX).read_text("utf-8"))
+        found = index["facts"]["format"]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        there = len(list(path.glob("shard-*.json"))) if path.is_dir() else 0
+        what = f"not complete yet: {there} shard(s), and no index" if there else "no feature cache"
+        raise DataError(
+            f"{path} is {what}",
+            next_step="run the same `deepspec data cache` command again, to its end"
+            if there
+            else "make one: deepspec data cache RECIPE --answers ANSWERS.jsonl --out DIR",
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"the index of the feature cache cannot be read ({error})",
+            where=str(path / INDEX),
+            next_step="delete it and run the same `deepspec data cache` command again; the shards are kept",
+        ) from error
+    if found != FORMAT:
+        raise DataError(
+            f"the feature cache is of format {found}, and this version reads format {FORMAT}",
+            where=str(path / INDEX),
+            next_step="write it anew with `deepspec data cache`",
+        )
+    assert isinstance(index, dict)
+    return index
+
+
+def _check_shards(path: Path, shards: Sequence[Mapping[str, Any]]) -> None:
+    """Sizes always; checksums of shards that are new or have changed since they were last found right."""
+    known = _checked(path)
+    stamps = {}
+    for shard in shards:
+        file = path / shard["file"]
+        if not file.exists():
+            raise _corrupt(file, "it is missing")
+        stat = file.stat()
+        if stat.st_size != shard["bytes"]:
+            raise _corrupt(file, f"it has {stat.st_size:,} bytes, not {shard['bytes']:,}")
+        stamps[shard["file"]] = [stat.st_size, stat.st_mtime_ns, shard["sha256"]]
+    new = [s for s in shards if known.get(s["file"]) != stamps[s["file"]]]
+    # Hashing releases the interpreter: a few files at a time reach the disk's speed.
+    with progress("checking the feature cache", len(new)) as bar, ThreadPoolExecutor(4) as pool:
+        for shard, found in zip(new, pool.map(lambda s: file_hash(path / s["file"]), new), strict=True):
+            if found != shard["sha256"]:
+                raise _corrupt(path / shard["file"], "its checksum is not the one of the index")
+            bar.update(1)
+    if new:
+        with suppress(OSError):  # a read-only cache is checked every time
+            write_json(path / CHECKED, stamps)
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((path / CHECKED).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _corrupt(file: Path, why: str) -> DataError:
+    return DataError(
+        f"a shard of the feature cache is damaged: {why}",
+        where=str(file),
+        next_step=f"delete {file.name} and run the same `deepspec data cache` command again: only this shard "
+        "is computed anew",
+    )
+
+
+# ── whether it fits ───────────────────────────────────────────────────────────────────────────────────
+
+
+def check_rows(cache: Cache, wanted: Mapping[str, Any], remedy: str) -> None:
+    """Raise DataError where the cache's rows were made under other conditions than `wanted` (its facts)."""
+    other = differences(cache.facts, wanted, list(wanted))
+    if other:
+        raise _misfit(cache, other, remedy)
+
+
+def _check_fit(
+    cache: Cache, target: Target, layers: Sequence[int], reads: Sequence[str], remedy: str
+) -> None:
+    facts, reasons = cache.facts, []
+    if facts["target_config_hash"] != target.spec.config_hash:
+        reasons.append(
+            f"it holds features of {facts['target']} (config {facts['target_config_hash']}), not of "
+            f"{target.spec.name} (config {target.spec.config_hash})"
+        )
+    if set(layers) - set(facts["layers"]):
+        reasons.append(f"it holds layers {facts['layers']}, and the draft reads {list(layers)}")
+    if set(reads) - set(facts["reads"]):
+        reasons.append(
+            f"it holds the positions of {', '.join(facts['reads'])}, and the loss reads {', '.join(reads)}"
+        )
+    if reasons:
+        raise _misfit(cache, reasons, remedy)
+
+
+def _check_numbers(cache: Cache, target: Target, layers: Sequence[int], source: Source, remedy: str) -> None:
+    """The shortest row that holds features, computed again: a name may mean other weights by now."""
+    held = [p for p in cache.places if p[1].counts.features]
+    if not held:
+        return
+    row_id, place = min(held, key=lambda p: (p[1].counts.tokens, p[0]))
+    row = Encoded(*_tokens(cache, place), row_id)
+    stored, now = (read([row], len(row.ids)).features for read in (source, online(target, layers)))
+    count, d = place.counts.features, cache.facts["hidden_size"]
+    for layer, a, b in zip(layers, stored[0, :count].split(d, -1), now[0, :count].split(d, -1), strict=True):
+        distance = float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-20))
+        if not distance < FAR:
+            raise _misfit(
+                cache,
+                [
+                    f"its features of layer {layer} in row {row_id!r} are not those that {target.spec.name} "
+                    f"gives now (relative distance {distance:.2f}): they are another target's "
+                    f"(then: {cache.facts['target']})"
+                ],
+                remedy,
+            )
+
+
+def _misfit(cache: Cache, reasons: Sequence[str], remedy: str) -> DataError:
+    return DataError(
+        f"the feature cache does not fit: {'; '.join(reasons)}",
+        where=str(cache.path),
+        next_step=remedy or "make one that fits with `deepspec data cache`",
+    )

@@ -1,0 +1,393 @@
+"""A feature cache on disk: its layout, and writing it so that a kill at any moment costs one shard at most.
+
+    DIR/shard-00000.safetensors   tokens, masks and the stored positions of a fixed range of rows
+    DIR/shard-00000.json          beside it, once it is whole: facts, rows, size, checksum
+    DIR/index.json                last of all: facts and every shard
+    DIR/.lock                     byte s + 1 is held by the process that writes shard s, byte 0 for the index
+
+Everything is a pure function of the rows and the facts: which rows a shard holds, which rows share a forward
+pass of the target, which positions are stored. So a shard has the same bytes whoever writes it and whenever,
+and ranks need no word of each other: shard s is rank (s mod world)'s.
+
+R rows, T tokens, F feature positions, H last hidden states stored in one shard; m layers, d hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from deepspec.data.tokens import Encoded
+from deepspec.errors import DataError, TargetError, UserError
+from deepspec.features.batches import Source, online, padded
+from deepspec.features.quantise import largest_of, quantise, vector_bytes
+from deepspec.files import LOCK, atomic_file, claimed, is_disk_full, write_json
+from deepspec.log import note, progress
+from deepspec.maths.blocks import READ_RULES, FeatureBatch, Reads
+from deepspec.targets import Target
+
+FORMAT = 1
+SHARD_BYTES = 256 * 2**20
+"""About the size of a shard: what a kill can cost, and (twice) what writing one holds in memory."""
+BATCH_TOKENS = 8192
+"""Padded tokens of one forward pass of the target."""
+INDEX = "index.json"
+TOKEN_BYTES = 5  # its id (int32) and its mask
+
+
+class RowCounts(NamedTuple):
+    """What is stored of one row."""
+
+    tokens: int
+    features: int
+    hidden: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What decides every byte of a cache. facts: plain data, kept in every sidecar and in the index."""
+
+    facts: dict[str, Any]
+    rows: Sequence[Encoded]
+    counts: Sequence[RowCounts]
+    shards: Sequence[range]
+
+    def shard_bytes(self, shard: int) -> int:
+        """Bytes of a shard's tensors."""
+        return sum(row_bytes(self.counts[r], self.facts) for r in self.shards[shard])
+
+    @property
+    def payload(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.shard_bytes(s) for s in range(len(self.shards)))
+
+
+# ── the plan ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def plan_cache(
+    rows: Sequence[Encoded],
+    target: Target,
+    layers: Sequence[int],
+    reads: Sequence[str],
+    *,
+    dtype: str = "bf16",
+    about: Mapping[str, Any],
+    shard_bytes: int = SHARD_BYTES,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Plan:
+    """Which bytes go where, before any is computed.
+
+    layers, reads: the union of what the recipes need. about: further facts that decide the rows (tokenizer,
+    template, data), kept to be compared with those of a recipe that trains from the cache.
+    """
+    facts = {
+        **about,
+        "format": FORMAT,
+        "target": target.spec.name,
+        "target_config_hash": target.spec.config_hash,
+        "hidden_size": target.spec.hidden_size,
+        "layers": sorted(set(layers)),
+        "reads": sorted(set(reads)),
+        "dtype": dtype,
+        "rows": len(rows),
+        "rows_hash": rows_hash(rows),
+        "shard_bytes": shard_bytes,
+        "batch_tokens": batch_tokens,
+    }
+    counts = count_rows(rows, facts["reads"])
+    return Plan(facts, rows, counts, shard_ranges([row_bytes(c, facts) for c in counts], shard_bytes))
+
+
+def rows_hash(rows: Sequence[Encoded]) -> str:
+    """SHA-256 (hex) of the rows in their order: ids, tokens, masks."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.id, row.ids, row.loss_mask]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def stored_positions(mask: Tensor, lengths: Tensor, rules: Sequence[str]) -> Reads:
+    """The union of the rules over rows that are one document each."""
+    first, *more = (READ_RULES[rule](mask, lengths, None) for rule in rules)
+    for reads in more:
+        first = first.union(reads)
+    return first
+
+
+def count_rows(rows: Sequence[Encoded], rules: Sequence[str]) -> list[RowCounts]:
+    """What is stored of each row."""
+    counts = []
+    for start in range(0, len(rows), 256):
+        some = rows[start : start + 256]
+        _, mask, lengths = padded(some, max(len(r.ids) for r in some))
+        reads = stored_positions(mask, lengths, rules)
+        each = torch.stack([lengths, reads.features.sum(1), reads.hidden.sum(1)], dim=1)
+        counts += [RowCounts(*numbers) for numbers in each.tolist()]
+    return counts
+
+
+def row_bytes(counts: RowCounts, facts: Mapping[str, Any]) -> int:
+    """tokens · 5 + (features · m + hidden) · bytes of a vector."""
+    vectors = counts.features * len(facts["layers"]) + counts.hidden
+    return counts.tokens * TOKEN_BYTES + vectors * vector_bytes(facts["hidden_size"], facts["dtype"])
+
+
+def shard_ranges(sizes: Sequence[int], shard_bytes: int) -> list[range]:
+    """Rows in their order, as many to a shard as fit `shard_bytes`, at least one."""
+    starts, filled = [0], 0
+    for row, size in enumerate(sizes):
+        if filled and filled + size > shard_bytes:
+            starts.append(row)
+            filled = 0
+        filled += size
+    return [range(a, b) for a, b in pairwise([*starts, len(sizes)])]
+
+
+def batch_rows(rows: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]]:
+    """Row numbers that share a forward pass: by length, as many as fit the padded rectangle, at least one."""
+    batch: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i)):
+        if batch and (len(batch) + 1) * len(rows[batch[0]].ids) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+# ── writing ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Written(NamedTuple):
+    """How a run of `write_cache` ended. complete: every shard and the index are there, whoever wrote them."""
+
+    complete: bool
+    shards: int
+    bytes: int
+
+
+def shard_path(out: Path, shard: int) -> Path:
+    return out / f"shard-{shard:05d}.safetensors"
+
+
+def write_cache(
+    plan: Plan, target: Target, out: Path, *, rank: int = 0, world: int = 1, verify: bool = False
+) -> Written:
+    """Write the shards of this rank that are not there yet and, if that makes the cache whole, its index.
+
+    verify: hash the shards that are there, and write anew those that are not what they were.
+    Raises DataError where `out` holds another cache, UserError where the disk is or will be full, TargetError
+    for features that are not finite. Whatever stops it, the same command goes on with what is missing.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    missing = [s for s in range(len(plan.shards)) if not _whole(plan, out, s, verify=verify)]
+    _check_space(plan, out, missing)
+    mine = [s for s in missing if s % world == rank]
+    source, written = online(target, plan.facts["layers"]), 0
+    total = sum(plan.counts[r].tokens for s in mine for r in plan.shards[s])
+    try:
+        with progress("caching features", total) as bar:
+            for shard in mine:
+                with claimed(out / LOCK, shard + 1) as ours:
+                    # Another process may have written it since, or be at it.
+                    if ours and not _whole(plan, out, shard, verify=verify):
+                        written += _write_shard(plan, source, out, shard)
+                bar.update(sum(plan.counts[r].tokens for r in plan.shards[shard]))
+        return Written(_finish(plan, out), len(mine), written)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise _full(out) from error
+
+
+def _write_shard(plan: Plan, source: Source, out: Path, shard: int) -> int:
+    """The shard, then its sidecar; bytes written."""
+    rows = plan.shards[shard]
+    data = save(shard_tensors([plan.rows[r] for r in rows], source, plan.facts))
+    with atomic_file(shard_path(out, shard)) as stream:
+        stream.write(data)
+    counts = [plan.counts[r] for r in rows]
+    sidecar = {
+        "facts": plan.facts,
+        "ids": [plan.rows[r].id for r in rows],
+        **{name: [getattr(c, name) for c in counts] for name in RowCounts._fields},
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    write_json(shard_path(out, shard).with_suffix(".json"), sidecar)
+    return len(data)
+
+
+def shard_tensors(rows: Sequence[Encoded], source: Source, facts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """features [m, F, d], so that some layers can be read without the others; hidden [H, d]; with scales
+    `features.scale` [m, F] and `hidden.scale` [H] where the format has them; ids [T] int32 and loss_mask [T]
+    uint8. Rows lie one after the other."""
+    parts: list[dict[str, Tensor]] = [{} for _ in rows]
+    for picked in batch_rows(rows, facts["batch_tokens"]):
+        batch = source([rows[i] for i in picked], len(rows[picked[0]].ids))
+        for name, (vectors, counts) in _stored_vectors(batch, facts).items():
+            stored = quantise(vectors, facts["dtype"])
+            for suffix, found in (("", stored.values), (".scale", stored.scales)):
+                if found is not None:
+                    for i, part in zip(picked, found.cpu().split(counts), strict=True):
+                        parts[i][name + suffix] = part
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    for name in tensors:
+        if name.startswith("features"):
+            tensors[name] = tensors[name].transpose(0, 1).contiguous()
+    tensors["ids"] = torch.tensor([t for row in rows for t in row.ids], dtype=torch.int32)
+    tensors["loss_mask"] = torch.tensor([m for row in rows for m in row.loss_mask], dtype=torch.uint8)
+    return tensors
+
+
+def _stored_vectors(batch: FeatureBatch, facts: Mapping[str, Any]) -> dict[str, tuple[Tensor, list[int]]]:
+    """features [N, m, d] and hidden [N, d] of the batch's stored positions, row after row, and how many of
+    them are each row's. Raises TargetError where one of them is not finite."""
+    reads = stored_positions(batch.loss_mask, batch.lengths, facts["reads"])
+    assert batch.last_hidden is not None
+    layers = batch.features[reads.features].unflatten(-1, (-1, facts["hidden_size"]))
+    found = {
+        "features": (layers, reads.features.sum(1).tolist()),
+        "hidden": (batch.last_hidden[reads.hidden], reads.hidden.sum(1).tolist()),
+    }
+    for vectors, counts in found.values():
+        finite = largest_of(vectors).isfinite()
+        if not bool(finite.all()):
+            at, *layer = (~finite).nonzero()[0].tolist()
+            row = next(r for r in range(len(counts)) if at < sum(counts[: r + 1]))
+            where = f"layer {facts['layers'][layer[0]]}" if layer else "its last hidden states"
+            raise TargetError(
+                f"{facts['target']} gives infinities or NaN in {where}, from which nothing can be learnt",
+                where=f"row {batch.row_ids[row]!r}",
+                next_step="load the target in bfloat16 or float32 (float16 overflows in some models), or "
+                "leave the row out",
+            )
+    return found
+
+
+# ── what is there ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_sidecar(path: Path) -> dict[str, Any] | None:
+    """A shard's sidecar; None before the shard is whole. Raises DataError where it is no sidecar."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise DataError(
+            f"this is not the sidecar of a shard ({error})",
+            where=str(path),
+            next_step="delete it and run the same `deepspec data cache` command again",
+        ) from error
+    assert isinstance(found, dict)
+    return found
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _whole(plan: Plan, out: Path, shard: int, *, verify: bool) -> bool:
+    """Whether a shard and its sidecar are there, as they should be. Raises DataError for another cache's."""
+    path = shard_path(out, shard)
+    sidecar = read_sidecar(path.with_suffix(".json"))
+    if sidecar is None:
+        return False
+    other = differences(sidecar["facts"], plan.facts)
+    if other:
+        raise DataError(
+            f"{out} holds another cache: {'; '.join(other)}",
+            where=str(path.with_suffix(".json")),
+            next_step="give another --out, or delete the directory to write it anew",
+        )
+    if not path.exists() or path.stat().st_size != sidecar["bytes"]:
+        note(f"{path}: missing or cut, written anew")
+        return False
+    if verify and file_hash(path) != sidecar["sha256"]:
+        note(f"{path}: not what was written (checksum), written anew")
+        return False
+    return True
+
+
+def differences(there: Mapping[str, Any], wanted: Mapping[str, Any], keys: Sequence[str] = ()) -> list[str]:
+    """ "key is X there, not Y" for each fact (of `keys`, or all) in which two sides differ."""
+    names = keys or sorted({*there, *wanted})
+    return [
+        f"{key} is {there.get(key)!r} there, not {wanted.get(key)!r}"
+        for key in names
+        if there.get(key) != wanted.get(key)
+    ]
+
+
+def _finish(plan: Plan, out: Path) -> bool:
+    """Write the index if every shard is there: whoever finds it so, any number of times, the same bytes."""
+    # One at a time, and waiting: the last of several processes must see what the others have done.
+    with claimed(out / LOCK, 0, wait=True):
+        if not all(_whole(plan, out, s, verify=False) for s in range(len(plan.shards))):
+            return False
+        shards = []
+        for s in range(len(plan.shards)):
+            path = shard_path(out, s)
+            sidecar = read_sidecar(path.with_suffix(".json"))
+            assert sidecar is not None
+            shards.append({"file": path.name} | {k: v for k, v in sidecar.items() if k != "facts"})
+        index = {"facts": plan.facts, "shards": shards}
+        path = out / INDEX
+        if not path.exists() or json.loads(path.read_text("utf-8")) != index:
+            write_json(path, index)
+    return True
+
+
+# ── space ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def disk_bytes(plan: Plan, shards: Sequence[int]) -> int:
+    """What shards take: their tensors, a header, and about 100 bytes a row in sidecar and index each."""
+    rows = sum(len(plan.shards[s]) for s in shards)
+    return sum(plan.shard_bytes(s) for s in shards) + 4096 * len(shards) + 200 * rows
+
+
+def _check_space(plan: Plan, out: Path, missing: Sequence[int]) -> None:
+    """Say what the cache takes. Raises UserError where the disk has not that much left."""
+    needed, free = disk_bytes(plan, missing), shutil.disk_usage(out).free
+    tokens = sum(c.tokens for c in plan.counts)
+    whole = plan.payload
+    note(
+        f"{out}: {gigabytes(whole)} in {len(plan.shards)} shard(s) for {tokens:,} tokens "
+        f"({whole / max(tokens, 1):,.0f} bytes a token, {plan.facts['dtype']}); "
+        f"{gigabytes(needed)} to write, {gigabytes(free)} free"
+    )
+    if needed > free:
+        raise UserError(
+            f"the cache needs {gigabytes(needed)} more, and the disk has {gigabytes(free)} free",
+            where=str(out),
+            next_step="--dtype fp8 or int8 halves a bf16 cache, --max-rows takes fewer rows, --out another "
+            "disk; or train with data.features=online, which stores nothing",
+        )
+
+
+def gigabytes(count: float) -> str:
+    """10⁹ bytes as GB, less as MB."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def _full(out: Path) -> UserError:
+    return UserError(
+        "the disk is full; every shard finished so far is kept",
+        where=str(out),
+        next_step="make room and run the same command again: it goes on with the shards that are missing",
+    )

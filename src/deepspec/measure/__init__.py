@@ -1,0 +1,1 @@
+"""What drafts are worth: evaluations, and what they wrote."""

@@ -1,0 +1,1 @@
+"""Results files: compared, and shown as one page."""

@@ -1,0 +1,141 @@
+"""Geometry of the report's charts: where lines, marks, bars and ticks go. The template draws them.
+
+Everything here is in the units of the chart's own picture; a chart is plain data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from deepspec.report.compare import MISSING, estimate, is_number
+
+CHART_WIDTH, CHART_HEIGHT = 360.0, 230.0
+LEFT, RIGHT, TOP, BOTTOM = 40.0, 12.0, 12.0, 40.0  # chart margins
+CURVE_POINTS = 120  # a training curve is averaged down to this many points
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one method looks wherever it appears: colour class, marker and dashes, so never colour alone."""
+
+    key: str
+    label: str
+    marker: str
+    dashes: str
+    hollow: bool
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round values (1, 2 or 5 times a power of ten apart) that cover low…high, at least two of them."""
+    span = (high - low) or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / about))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor * about >= span * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(step * k, 12) for k in range(first, max(last, first + 1) + 1)]
+
+
+def line_chart(
+    title: str,
+    x_label: str,
+    y_label: str,
+    series: Sequence[tuple[Style, Sequence[tuple[Any, Any]]]],
+    y_range: tuple[float, float] | None = None,
+    whole_x: bool = False,
+    markers: bool = True,
+) -> dict[str, Any] | None:
+    """Geometry of a chart with one line per series; a point that is not a number leaves a gap.
+
+    None when there is nothing to draw. `y_range` fixes the vertical axis, `whole_x` puts a tick on every
+    whole number.
+    """
+    points = [p for _, line in series for p in line if is_number(p[0]) and is_number(p[1])]
+    if not points:
+        return None
+    x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
+    y_ticks = ticks(*(y_range or (min(y for _, y in points), max(y for _, y in points))))
+    x_ticks = [float(k) for k in range(int(x_low), int(x_high) + 1)] if whole_x else ticks(x_low, x_high)
+    x_low, x_high = (x_low - 0.3, x_high + 0.3) if whole_x else (x_ticks[0], x_ticks[-1])
+
+    def across(x: float) -> float:
+        return round(LEFT + (x - x_low) / (x_high - x_low) * (CHART_WIDTH - LEFT - RIGHT), 1)
+
+    def up(y: float) -> float:
+        share = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return round(CHART_HEIGHT - BOTTOM - share * (CHART_HEIGHT - TOP - BOTTOM), 1)
+
+    drawn = []
+    for style, line in series:
+        path, pen = "", "M"
+        marks = []
+        for x, y in line:
+            if is_number(x) and is_number(y):
+                path, pen = f"{path}{pen}{across(x)} {up(y)} ", "L"
+                marks.append((across(x), up(y)))
+            else:
+                pen = "M"
+        if marks:
+            drawn.append({"style": style, "path": path.strip(), "marks": marks if markers else marks[-1:]})
+    return {
+        "title": title,
+        "x_label": x_label,
+        "y_label": y_label,
+        "x_ticks": [(across(x), f"{x:g}") for x in x_ticks],
+        "y_ticks": [(up(y), f"{y:g}") for y in y_ticks],
+        "lines": drawn,
+    }
+
+
+def bar_chart(
+    title: str, groups: Sequence[tuple[str, Sequence[tuple[Style, Mapping[str, Any] | None]]]], unit: str
+) -> dict[str, Any] | None:
+    """Geometry of horizontal bars from 0 with interval whiskers and a line at 1; None without values.
+
+    `groups` are (heading or "", [(style, estimate), …]); methods without a value are left out.
+    """
+    kept = [(head, [(s, e) for s, e in items if estimate(e)[0] != MISSING]) for head, items in groups]
+    kept = [(head, items) for head, items in kept if items]
+    values = [e.get(k) for _, items in kept for _, e in items if e for k in ("value", "high")]
+    if not kept:
+        return None
+    x_ticks = ticks(0.0, max(1.0, *(value for value in values if is_number(value))))
+
+    def across(x: float) -> float:
+        return round(8 + max(0.0, x) / x_ticks[-1] * (CHART_WIDTH - 16), 1)
+
+    y, heads, bars = 4.0, [], []
+    for head, items in kept:
+        if head:
+            y += 16
+            heads.append((y, head))
+            y += 6
+        for style, found in items:
+            value, interval = estimate(found, unit)
+            ends = {name: across(x) for name, x in (found or {}).items() if is_number(x)}
+            whisker = (ends["low"], ends["high"]) if interval else None
+            bar = {"y": y, "end": ends["value"], "whisker": whisker, "style": style}
+            bars.append({**bar, "text": f"{value} {interval}".strip()})
+            y += 36
+        y += 4
+    return {
+        "title": title,
+        "height": y + 24,
+        "floor": y,
+        "one": across(1.0),
+        "zero": across(0.0),
+        "x_ticks": [(across(x), f"{x:g}{unit}") for x in x_ticks],
+        "heads": heads,
+        "bars": bars,
+    }
+
+
+def averaged(points: Sequence[tuple[float, float]], count: int = CURVE_POINTS) -> list[tuple[float, float]]:
+    """At most `count` points: the means of equally long runs of the given ones."""
+    if len(points) <= count:
+        return list(points)
+    edges = [round(k * len(points) / count) for k in range(count + 1)]
+    runs = [points[a:b] for a, b in pairwise(edges)]
+    return [(sum(x for x, _ in run) / len(run), sum(y for _, y in run) / len(run)) for run in runs]

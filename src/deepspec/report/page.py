@@ -1,0 +1,403 @@
+"""Evaluation results and training metrics as one page, or as one table in the terminal.
+
+`write_report` makes a single HTML file with its style and its charts (inline SVG) inside: it opens from
+disk, loads nothing, and runs no script. Every figure on it comes from the results files; the sentences
+about losslessness are chosen by what the lossless check found, never assumed. This module finds the
+words and `charts` the geometry; `templates/report.html.j2` only places them, escaping every string.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from deepspec.files import atomic_file
+from deepspec.report.charts import (
+    BOTTOM,
+    CHART_HEIGHT,
+    CHART_WIDTH,
+    LEFT,
+    RIGHT,
+    Style,
+    averaged,
+    bar_chart,
+    line_chart,
+)
+from deepspec.report.compare import (
+    MISSING,
+    Result,
+    Row,
+    condition_labels,
+    conditions_table,
+    drafts_of,
+    estimate,
+    is_greedy,
+    is_number,
+    lossless_finding,
+    lossless_sentence,
+    number,
+    rows_of,
+    sampling_label,
+    value_of,
+)
+
+NOT_MEASURABLE = f"J/token {MISSING}: not measurable here."
+TABLE_CONVENTIONS = [
+    ("low–high", "95% interval."),
+    ("lossless", "prompts answered exactly as by plain greedy decoding / prompts compared."),
+]
+REPEATS_WORTH_A_WARNING = 0.2
+# algorithm -> (shown name, marker, dashes): the colour is fixed in the template under the same key
+ALGORITHMS = {
+    "eagle3": ("Eagle-3", "square", "7 4"),
+    "dflash": ("DFlash", "diamond", "2 3"),
+    "dspark": ("DSpark", "circle", ""),
+}
+KINDS = {
+    "plain": "plain decoding",
+    "generate": "transformers' generate",
+    "lookup": "n-gram prompt lookup",
+    "draft": "draft",
+}
+
+
+def headline(results: Sequence[Result]) -> tuple[str, list[str]]:
+    """The page's first sentence and the sentences that qualify it, all computed from the results.
+
+    Speaks about the fastest draft at temperature 0, or in the first results file without such a run. Fast
+    means the mean of the domains' speed-ups where there are several, so that none drowns the others.
+    "Without changing a token" appears only if every compared prompt of that draft was identical.
+    """
+    result = next((each for each in results if is_greedy(each.get("conditions") or {})), None)
+    result = result or next(iter(results), None)
+    if result is None or not drafts_of(result):
+        return "No draft has been evaluated yet.", []
+    conditions = result.get("conditions") or {}
+    best = max(drafts_of(result), key=lambda row: speed_of(row)[0] or 0.0)
+    names = {method: style.label for method, style in styles_of(results).items()}
+    name, where = names[best.get("method", "")], "at " + sampling_label(conditions)
+    state, _ = lossless_finding(best, conditions)
+    prompts = (best.get("lossless") or {}).get("prompts")
+    tail = f" without changing a token on the {prompts} prompts checked" if state == "identical" else ""
+    value, speed = speed_of(best)
+    interval = estimate(speed)[1]
+    low, high = (speed[end] if is_number(speed.get(end)) else value for end in ("low", "high"))
+    certainty = f"The 95% interval of that speed-up is {interval}." if interval else "It carries no interval."
+    support = [certainty, *domains_sentence(best)] if value is not None else []
+    if value is None or low is None or high is None:
+        tau = estimate((best.get("overall") or {}).get("tau"))[0]
+        first = f"{name} commits {tau} tokens per round {where}; its speed was not compared{tail}."
+    elif low > 1:
+        first = f"{name} makes this model {number(value)}× faster {where}{tail}."
+    elif high >= 1:
+        first = f"No draft is clearly faster than plain {where}: {name} has {number(value)}×{tail}."
+    else:
+        first = f"No draft makes this model faster {where}: the best, {name}, has {number(value)}×{tail}."
+    if state != "identical":
+        support.append(lossless_sentence(best, conditions, name))
+    for row in rows_of(result):
+        other = names[row.get("method", "")]
+        if row is not best and lossless_finding(row, conditions)[0] in ("near-ties", "different"):
+            support.append(lossless_sentence(row, conditions, other))
+        if row.get("kind") == "lookup" and (speed_of(row)[0] or 0.0) > (value or math.inf):
+            support.append(f"{other} needs no draft and was faster: {number(speed_of(row)[0])}×.")
+    return first, support
+
+
+def speed_of(row: Row) -> tuple[float | None, Mapping[str, Any]]:
+    """The speed-up that headlines speak of, and its estimate: the mean of domains, else the pooled one."""
+    name = "speedup_mean_of_domains" if mean_over_domains(row) else "speedup"
+    return value_of(row, name), (row.get("overall") or {}).get(name) or {}
+
+
+def mean_over_domains(row: Row) -> bool:
+    return len(row.get("domains") or {}) > 1 and value_of(row, "speedup_mean_of_domains") is not None
+
+
+def domains_sentence(row: Row) -> list[str]:
+    """What a mean of domains is made of; nothing where the headline speaks of the pooled speed-up."""
+    if not mean_over_domains(row):
+        return []
+    domains = row["domains"]
+    each = ", ".join(f"{name} {estimate(part.get('speedup'), '×')[0]}" for name, part in domains.items())
+    pooled, interval = estimate(row["overall"].get("speedup"), "×")
+    return [f"It is the mean of {len(domains)} domains: {each}. All tokens pooled: {pooled} {interval}."]
+
+
+def styles(algorithm_of: Mapping[str, str]) -> dict[str, Style]:
+    """A style for every name, given its algorithm (or kind); a second one of the same algorithm is hollow.
+
+    A label is the algorithm's name alone where only one has it.
+    """
+    found: dict[str, Style] = {}
+    for name, algorithm in algorithm_of.items():
+        shown, marker, dashes = ALGORITHMS.get(algorithm, (name, "triangle", "8 3 2 3"))
+        namesakes = [other for other, theirs in algorithm_of.items() if theirs == algorithm]
+        label = shown if len(namesakes) == 1 else name
+        key = algorithm if algorithm in {*ALGORITHMS, *KINDS} - {"draft"} else "other"
+        found[name] = Style(key, label, marker, dashes, hollow=namesakes.index(name) > 0)
+    return found
+
+
+def styles_of(results: Sequence[Result], training: Iterable[str] = ()) -> dict[str, Style]:
+    """Styles of all methods; trained drafts that were not evaluated under their name get one by that name."""
+    rows = [row for result in results for row in rows_of(result)]
+    methods = {row.get("method", ""): row.get("algorithm") or row.get("kind") or "" for row in rows}
+    folded = {name: name.casefold().replace("-", "").replace("_", "") for name in training}
+    trained = {name: next((key for key in ALGORITHMS if key in text), "") for name, text in folded.items()}
+    return styles({name: methods.get(name, key) for name, key in trained.items()}) | styles(methods)
+
+
+def baseline_of(result: Result) -> Row | None:
+    """The faster plain row, against which the speed-ups of this file were taken."""
+    plain = [row for row in rows_of(result) if row.get("kind") in ("plain", "generate")]
+    plain = [row for row in plain if is_number((row.get("overall") or {}).get("tokens_per_s"))]
+    return max(plain, key=lambda row: row["overall"]["tokens_per_s"], default=None)
+
+
+def detail_of(row: Row) -> str:
+    """A second line for the method's cell: algorithm and block, or what kind of baseline it is."""
+    shown = ALGORITHMS.get(row.get("algorithm") or "", (KINDS.get(row.get("kind", ""), ""),))[0]
+    if row.get("kind") == "draft" and is_number(row.get("block")):
+        shown = f"{shown}, block {row['block']}"
+    return "" if shown == row.get("method") else shown
+
+
+def cells(row: Row, result: Result) -> dict[str, Any]:
+    """One row of the table as text, shared by the page and the terminal."""
+    overall = row.get("overall") or {}
+    tau, tau_interval = estimate(overall.get("tau"))
+    speedup, speedup_interval = estimate(overall.get("speedup"), "×")
+    if row is baseline_of(result) and speedup == MISSING:
+        speedup = "baseline"
+    state, lossless = lossless_finding(row, result.get("conditions") or {})
+    domains = [
+        (name, estimate((each or {}).get("tau"))[0]) for name, each in (row.get("domains") or {}).items()
+    ]
+    return {
+        "method": row.get("method", MISSING),
+        "detail": detail_of(row),
+        "tau": tau,
+        "tau_interval": tau_interval,
+        "domains": [(name, text) for name, text in domains if text != MISSING],
+        "speedup": speedup,
+        "speedup_interval": speedup_interval,
+        "mean": f"{number(speed_of(row)[0])}×" if mean_over_domains(row) else "",
+        "tokens_per_s": number(overall.get("tokens_per_s"), 1),
+        "distinct": number(overall.get("distinct_4")),
+        "repeated": number(overall.get("repeated_8")),
+        "joules": number(overall.get("joules_per_token")),
+        "lossless": lossless,
+        "state": state,
+    }
+
+
+def energy_missing(results: Sequence[Result]) -> bool:
+    rows = [row for result in results for row in rows_of(result)]
+    return any(not is_number((row.get("overall") or {}).get("joules_per_token")) for row in rows)
+
+
+def conventions_of(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """(name, sentence) pairs of all results files, each pair once, in order."""
+    pairs = [(str(k), str(v)) for result in results for k, v in (result.get("conventions") or {}).items()]
+    return list(dict.fromkeys(pairs))
+
+
+def results_table(results: Sequence[Result]) -> Table:
+    """The results as a terminal table: a section per sampling condition, the conventions beneath it.
+
+    Fits 80 columns. Cells are `Text`, never markup, so a method called "[red]" stays what it is.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, caption_justify="left")
+    table.caption_style = "none"
+    table.add_column(Text("method"), overflow="fold", min_width=13)
+    for head in (
+        "τ\nlow–high",
+        "τ per\ndomain",
+        "speed-up\nlow–high",
+        "tok/s",
+        "distinct-4\nrepeated-8",
+        "J/token",
+    ):
+        table.add_column(Text(head), justify="right", no_wrap=True)
+    table.add_column(Text("lossless"), overflow="fold", min_width=8)
+    for label, result in zip(condition_labels(results), results, strict=True):
+        table.add_row(Text(label, style="bold"))
+        rows = rows_of(result)
+        for row in rows:
+            cell = cells(row, result)
+            texts = (
+                f"{cell['method']}\n{cell['detail']}",
+                f"{cell['tau']}\n{cell['tau_interval'].strip('[]').replace(', ', '–')}",
+                "\n".join(f"{name} {tau}" for name, tau in cell["domains"]) or MISSING,
+                f"{cell['speedup']}\n{cell['speedup_interval'].strip('[]').replace(', ', '–')}\n"
+                + (cell["mean"] and f"mean {cell['mean']}"),
+                cell["tokens_per_s"],
+                f"{cell['distinct']}\n{cell['repeated']}",
+                cell["joules"],
+                cell["lossless"].replace(" identical", "").replace(", ", "\n"),
+            )
+            table.add_row(*(Text(text.strip()) for text in texts), end_section=row is rows[-1])
+    notes = [f"{name}: {sentence}" for name, sentence in [*conventions_of(results), *TABLE_CONVENTIONS]]
+    notes += [NOT_MEASURABLE] if energy_missing(results) else []
+    table.caption = Text("\n".join(notes))
+    return table
+
+
+def training_charts(
+    training: Mapping[str, Sequence[Mapping[str, Any]]], looks: Mapping[str, Style]
+) -> list[dict[str, Any]]:
+    """Held-out τ of all drafts over wall-clock, then one loss chart per draft.
+
+    Losses get a chart each because they are different sums for different algorithms: on one axis they
+    would invite a comparison that means nothing.
+    """
+
+    def line(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+        pairs = [(row.get("seconds"), row.get(name)) for row in rows]
+        return [(x, y) for x, y in pairs if is_number(x) and is_number(y)]
+
+    longest = max((x for rows in training.values() for x, _ in line(rows, "loss")), default=0.0)
+    unit, seconds = ("hours", 3600.0) if longest > 3 * 3600 else ("minutes", 60.0)
+    if longest <= 180:
+        unit, seconds = "seconds", 1.0
+
+    def scaled(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        return [(x / seconds, y) for x, y in points]
+
+    label = f"training time, {unit}"
+    held_out = [(looks[name], scaled(line(rows, "held_out_tau"))) for name, rows in training.items()]
+    charts = [line_chart("Held-out τ", label, "tokens per round", held_out)]
+    for name, rows in training.items():
+        points = averaged(scaled(line(rows, "loss")))
+        title = f"Loss, {looks[name].label}"
+        charts.append(line_chart(title, label, "loss", [(looks[name], points)], markers=False))
+    return [chart for chart in charts if chart]
+
+
+def sample_groups(result: Result, looks: Mapping[str, Style]) -> list[dict[str, Any]]:
+    """Sample outputs by prompt, each method's answer with its share of characters from the draft."""
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows_of(result):
+        for sample in row.get("samples") or []:
+            domain, prompt = str(sample.get("domain", "")), str(sample.get("prompt", ""))
+            pieces = [(str(p.get("text", "")), p.get("by") == "draft") for p in sample.get("pieces") or []]
+            total = sum(len(text) for text, _ in pieces)
+            share = sum(len(text) for text, drafted in pieces if drafted) / total if total else 0.0
+            group = groups.setdefault((domain, prompt), {"domain": domain, "prompt": prompt, "answers": []})
+            style = looks[row.get("method", "")]
+            group["answers"].append({"style": style, "share": f"{share:.0%}", "pieces": pieces})
+    return list(groups.values())
+
+
+def condition_section(result: Result, label: str, looks: Mapping[str, Style]) -> dict[str, Any]:
+    """Everything the page shows for one results file."""
+    conditions = result.get("conditions") or {}
+    rows, drafts = rows_of(result), drafts_of(result)
+
+    def look(row: Row) -> Style:
+        return looks[row.get("method", "")]
+
+    domains = list(dict.fromkeys(name for row in rows for name in row.get("domains") or {}))
+    by_domain = [
+        (name, [(look(row), ((row.get("domains") or {}).get(name) or {}).get("tau")) for row in rows])
+        for name in domains
+    ]
+
+    def by_position(name: str) -> list[tuple[Style, list[tuple[Any, Any]]]]:
+        found = [(look(row), (row.get("overall") or {}).get(name) or []) for row in drafts]
+        return [(style, list(enumerate(values, start=1))) for style, values in found]
+
+    position = "position in the block"
+    speeds = [(look(row), (row.get("overall") or {}).get("speedup")) for row in rows]
+    charts = [
+        bar_chart(f"Speed-up at {label}", [("", speeds)], "×"),
+        bar_chart(f"Accepted length τ by domain at {label}", by_domain, ""),
+        line_chart("Conditional acceptance", position, "share", by_position("conditional"), (0, 1), True),
+        line_chart("Survival", position, "share", by_position("survival"), (0, 1), True),
+    ]
+    loops = [
+        row for row in rows if ((row.get("overall") or {}).get("repeated_8") or 0) > REPEATS_WORTH_A_WARNING
+    ]
+    sentences = [
+        {
+            "state": lossless_finding(row, conditions)[0],
+            "text": lossless_sentence(row, conditions, look(row).label),
+        }
+        for row in rows
+        if row.get("kind") in ("draft", "lookup") or row.get("lossless")
+    ]
+    return {
+        "label": label,
+        "greedy": is_greedy(conditions),
+        "rule": conditions.get("acceptance_rule") or "not recorded",
+        "rows": [{**cells(row, result), "style": look(row)} for row in rows],
+        "bars": [chart for chart in charts[:2] if chart],
+        "curves": [chart for chart in charts[2:] if chart],
+        "positions": [
+            (style, measure, [number(y) for _, y in line])
+            for measure in ("conditional", "survival")
+            for style, line in by_position(measure)
+        ],
+        "drafts": [look(row) for row in drafts],
+        "loops": [(look(row).label, f"{row['overall']['repeated_8']:.0%}") for row in loops],
+        "verified": sentences,
+        "samples": sample_groups(result, looks),
+    }
+
+
+def write_report(
+    path: str | Path,
+    results: Sequence[Result],
+    training: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    title: str = "Speculative decoding report",
+    notes: Sequence[str] = (),
+) -> Path:
+    """Write the page to `path` (its folder is made) and return the path.
+
+    `results` are results files, one per sampling condition; `training` maps a draft's name to the rows of
+    its metrics.jsonl; `notes` appear under the headline. Text that UTF-8 cannot carry is replaced.
+    """
+    training = {name: list(rows) for name, rows in (training or {}).items()}
+    looks = styles_of(results, training)
+    labels = condition_labels(results)
+    sentence, support = headline(results)
+    folder = Path(__file__).parent / "templates"
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        headline=sentence,
+        support=support,
+        notes=list(notes),
+        targets=list(
+            dict.fromkeys(str((each.get("conditions") or {}).get("target", "")) for each in results)
+        ),
+        created=list(dict.fromkeys(str(each["created"]) for each in results if each.get("created"))),
+        sections=[condition_section(*pair, looks) for pair in zip(results, labels, strict=True)],
+        energy_missing=energy_missing(results),
+        training=training_charts(training, looks),
+        trained=[looks[name] for name in training],
+        conventions=conventions_of(results),
+        labels=labels,
+        conditions=conditions_table(results),
+        width=CHART_WIDTH,
+        height=CHART_HEIGHT,
+        margins={"left": LEFT, "right": RIGHT, "bottom": BOTTOM},
+    )
+    path = Path(path)
+    with atomic_file(path) as stream:
+        stream.write(page.encode("utf-8", errors="replace"))
+    return path

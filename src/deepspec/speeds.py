@@ -1,0 +1,352 @@
+"""What this machine does with a target: seconds of every part of a run, measured in about a minute.
+
+Prefills and rounds of decoding are timed one by one while some prompts are answered as a run answers them;
+steps of training on answers that the target has just written; a held-out evaluation and a checkpoint as
+training makes them. A record is kept by machine and target, so the next plan need not measure again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepspec.answers.in_process import row_seed
+from deepspec.checkpoints.draft import AnyDraft, load_draft
+from deepspec.config import Recipe
+from deepspec.cost.machines import Machine, host_memory, row_of_device
+from deepspec.cost.phases import Speeds, TrainSpeed, speed_key, speeds_from
+from deepspec.data.conversations import Conversation, Message, prompt_messages
+from deepspec.data.tokens import Encoded, encode_turns, prompt_ids
+from deepspec.decode.engine import Decoder, Generation, NoDraft, Request
+from deepspec.drafts.base import Draft, Proposal
+from deepspec.errors import DataError
+from deepspec.features.batches import batches_from, online
+from deepspec.features.cache_write import batch_rows, plan_cache, shard_tensors
+from deepspec.files import write_json
+from deepspec.log import note, open_trackers, progress
+from deepspec.maths.blocks import FeatureBatch
+from deepspec.maths.verify import Sampling
+from deepspec.measure.evaluate import HELD_OUT_ROWS, evaluate_drafts
+from deepspec.measure.traces import Prompt
+from deepspec.targets import Target
+from deepspec.this_machine import one_thread, read_joules, this_machine
+from deepspec.train.build import build_draft, feature_layers, read_rules
+from deepspec.train.loop import LOG_EVERY, Optimizer, Progress, save_checkpoint, train_step
+
+SAMPLES, ANSWER_SECONDS = (96, 64, 48, 32, 24), 120.0
+"""Prompts that are answered to learn how long answers are: the most that take so long at worst, when none
+ends by itself and rows in flight do not help each other."""
+WARM_UP, STEPS, STEP_SECONDS = 2, 40, 3.0
+"""Training steps before the clock starts; on it, at most so many, for about so long, but two at least."""
+ROUNDS = 8
+"""Rounds of decoding that are timed."""
+EVALUATED = 16
+"""New tokens when an evaluation's methods are timed."""
+
+
+# ── the record ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def here() -> Machine:
+    """This machine as a row: memory as it is, peaks of its kind, of which nothing follows once measured."""
+    known = None
+    memory = None
+    if torch.cuda.is_available():
+        known = row_of_device(torch.cuda.get_device_name())
+        memory = float(torch.cuda.get_device_properties(0).total_memory)
+    row = known or Machine("here", 0.3e12, 0.3e12, 30e9, None, None, None)
+    return row._replace(name="here", memory=memory, host=host_memory())
+
+
+def record_path(target: str) -> Path:
+    """Where this machine's speeds with a target are kept: under $DEEPSPEC_CACHE, or the user's cache."""
+    root = os.environ.get("DEEPSPEC_CACHE") or Path.home() / ".cache" / "deepspec"
+    digest = hashlib.sha256(f"{this_machine()}\n{target}".encode()).hexdigest()[:16]
+    return Path(root) / "speeds" / f"{digest}.json"
+
+
+def kept_speeds(target: str, recipes: Sequence[Recipe]) -> Speeds | None:
+    """What was measured here before, if it covers these recipes."""
+    try:
+        found = speeds_from(json.loads(record_path(target).read_text("utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # none yet, or a record of an older form
+    return found if all(speed_key(recipe) in found.train for recipe in recipes) else None
+
+
+# ── measuring ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def measure(
+    name: str,
+    recipes: Sequence[Recipe],
+    prompts: Sequence[Conversation],
+    *,
+    slots: int,
+    max_new_tokens: int,
+    ready_made: Mapping[str, str] | None = None,
+) -> Speeds:
+    """Load the target, measure, keep the record. prompts: some of the first are answered, in `slots`
+    slots, as `data regenerate` would. ready_made: drafts, by algorithm, to time an evaluation with.
+
+    Raises TargetError where the target cannot be loaded, DataError without a prompt.
+    """
+    if not prompts:
+        raise DataError("no prompts to measure with", next_step="add --prompts FILE.jsonl")
+    began, worked = time.perf_counter(), time.process_time()
+    target = Target.from_pretrained(name)
+    load = time.perf_counter() - began
+    with progress("measuring this machine", 1 + len(recipes)) as bar:
+        speeds, rows = _answers(target, prompts[: SAMPLES[0]], slots, max_new_tokens)
+        bar.update()
+        drafts = {draft: load_draft(path, target) for draft, path in (ready_made or {}).items()}
+        meter, before = read_joules(target.device), time.perf_counter()
+        trained, cache_tokens, rounds = {}, [], []
+        for k, recipe in enumerate(recipes):
+            trained[speed_key(recipe)] = _training(target, recipe, rows)
+            # In parts, between trainings: a shared machine is slow for seconds at a time.
+            cache_tokens.append(_caching(target, recipes, rows[k :: len(recipes)] or rows))
+            if drafts:
+                rounds.append(_evaluation(target, drafts, prompts[k % len(prompts)], speeds.prompt))
+            bar.update()
+        spent, after = time.perf_counter() - before, read_joules(target.device)
+    kept = kept_speeds(name, ())
+    found = replace(
+        speeds,
+        load=load,
+        cache_token=fmean(cache_tokens),
+        train={**(kept.train if kept else {}), **trained},
+        methods={method: fmean(each[method] for each in rounds) for method in rounds[0]}
+        if rounds
+        else (kept.methods if kept else {}),
+        watts=None if meter is None or after is None else (after - meter) / spent,
+        share=(time.process_time() - worked) / (time.perf_counter() - began),
+    )
+    write_json(record_path(name), found.plain())
+    note(f"measured this machine in {time.perf_counter() - began:.0f} s")
+    return found
+
+
+def _clock(target: Target) -> float:
+    """Now, once everything that was asked of the device is done."""
+    if target.device.type == "cuda":
+        torch.cuda.synchronize(target.device)
+    return time.perf_counter()
+
+
+def _decode(
+    target: Target, draft: Draft | None, requests: Sequence[Request], slots: int, *, stops: bool = False
+) -> tuple[list[Generation], float]:
+    """(answers at temperature 1, seconds)."""
+    ends = target.stop_token_ids if stops else frozenset()
+    decoder = Decoder(target, draft, Sampling(1.0), stop_token_ids=ends, max_rows=min(slots, len(requests)))
+    began = _clock(target)
+    found = list(decoder.run(requests))
+    return found, _clock(target) - began
+
+
+class _Clock(NoDraft):
+    """Watches plain decoding from a draft's place: what prefills and rounds take."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.prefills: list[float] = []
+        self.rounds: list[tuple[int, float]] = []
+        """(rows in flight, seconds) of every round that no prefill followed."""
+        self._opened: float | None = None
+        self._filled = False
+        self._last: tuple[int, float] | None = None
+
+    def open(self, slot: int) -> None:
+        self._opened = _clock(self.target)
+
+    def observe(
+        self,
+        slots: Sequence[int],
+        features: Tensor | None,
+        tokens: Sequence[Sequence[int]],
+        next_tokens: Sequence[Sequence[int]],
+    ) -> None:
+        if self._opened is not None:
+            self.prefills.append(_clock(self.target) - self._opened)
+            self._opened, self._filled = None, True
+
+    def propose(
+        self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
+    ) -> Proposal:
+        now = _clock(self.target)
+        if self._last is not None and not self._filled:
+            rows, before = self._last
+            self.rounds.append((rows, now - before))
+        self._filled, self._last = False, (len(slots), now)
+        return super().propose(slots, anchors, sampling, uniforms)
+
+
+def line_through(rounds: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """(base, row) of seconds = base + row × rows in flight, by least squares; neither is below zero."""
+    rows, seconds = (np.array(each, dtype=float) for each in zip(*rounds, strict=True))
+    if len(set(rows)) > 1:
+        row, base = np.polyfit(rows, seconds, 1)
+        if row > 0 and base > 0:
+            return float(base), float(row)
+        if base <= 0:
+            return 0.0, float(seconds.sum() / rows.sum())
+    return float(seconds.mean()), 0.0
+
+
+def _answers(
+    target: Target, prompts: Sequence[Conversation], slots: int, max_new_tokens: int
+) -> tuple[Speeds, list[Encoded]]:
+    """Speeds of decoding, and training rows of the answers.
+
+    Some prompts are answered as a run answers them. Their prefills and rounds are timed one by one, while
+    slots are full and while they run empty, so that the line through them holds for both.
+    """
+    assert target.tokenizer is not None
+    asked = {c.id: c for c in prompts}
+    ids = {c.id: prompt_ids(target.tokenizer, prompt_messages(c), False) for c in prompts}
+    requests = [Request(ids[key], max_new_tokens, row_seed(0, key), key) for key in ids]
+    _decode(target, None, [replace(r, max_new_tokens=2) for r in requests[:2]], 2)  # warm-up
+    few = _Clock(target)
+    _decode(target, few, [replace(r, max_new_tokens=ROUNDS) for r in requests[:8]], slots)
+    prefill = float(np.mean(few.prefills))
+    spent = prefill + max_new_tokens * sum(s for _, s in few.rounds) / sum(r for r, _ in few.rounds)
+    count = next((n for n in SAMPLES if n * spent < ANSWER_SECONDS), SAMPLES[-1])
+    requests = sorted(requests[:count], key=lambda r: (len(r.input_ids), r.key))
+    clock = _Clock(target)
+    written, _ = _decode(target, clock, requests, slots, stops=True)
+    lengths = {g.key: len(g.token_ids) for g in written}
+    # Answers of a token or two have no round to be timed.
+    base, row = line_through(clock.rounds or few.rounds)
+    began = time.perf_counter()
+    rows = [
+        row
+        for g in written
+        for row in encode_turns(target.tokenizer, _answered(target, asked[g.key], g), False)
+    ]
+    speeds = Speeds(
+        machine=this_machine(),
+        load=0.0,
+        encode=(time.perf_counter() - began) / len(rows),
+        cache_token=0.0,
+        prompt=float(np.mean(clock.prefills)),
+        round_base=base,
+        round_row=row,
+        prompts=[len(r.input_ids) for r in requests],
+        answers=[lengths[r.key] for r in requests],
+    )
+    return speeds, [row for row in rows if sum(row.loss_mask) >= 2]
+
+
+def _answered(target: Target, prompt: Conversation, answer: Generation) -> Conversation:
+    assert target.tokenizer is not None
+    text = target.tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip() or " "
+    messages = (*prompt_messages(prompt), Message(role="assistant", content=text))
+    return replace(prompt, messages=messages, meta={"answer_ids": answer.token_ids})
+
+
+def _caching(target: Target, recipes: Sequence[Recipe], rows: Sequence[Encoded]) -> float:
+    """Seconds per token of what one cache for the recipes holds: computed and rounded, not yet on disk.
+
+    The few rows of a sample share passes with rows of other lengths, so padding is counted among the tokens;
+    a cache of many rows has next to none.
+    """
+    layers = {layer for recipe in recipes for layer in feature_layers(recipe, target.spec.config)}
+    reads = {rule for recipe in recipes for rule in read_rules(recipe)}
+    plan = plan_cache(rows, target, sorted(layers), sorted(reads), about={})
+    began = _clock(target)
+    shard_tensors(rows, online(target, plan.facts["layers"]), plan.facts)
+    spent = _clock(target) - began
+    return spent / sum(len(b) * len(rows[b[0]].ids) for b in batch_rows(rows, plan.facts["batch_tokens"]))
+
+
+def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainSpeed:
+    """A fresh draft of the recipe: steps, a held-out evaluation, a checkpoint."""
+    length = recipe.data.max_length
+    cut = [replace(r, ids=r.ids[:length], loss_mask=r.loss_mask[:length]) for r in rows]
+    began = _clock(target)
+    draft = build_draft(recipe, target, cut)
+    optimizer = Optimizer(draft, recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        open_trackers(recipe.trackers, Path(folder), recipe.name, recipe.model_dump()).close()
+        setup = _clock(target) - began
+        step, features, tokens = _steps(target, draft, optimizer, recipe, cut)
+        began = _clock(target)
+        save_checkpoint(recipe, Path(folder), draft, optimizer, Progress(1), target, {})
+        checkpoint = _clock(target) - began
+    draft.eval()
+    slots = min(HELD_OUT_ROWS, recipe.eval_prompts)
+    asked = [Request(cut[i % len(cut)].ids[:64], 1, i, str(i)) for i in range(slots)]
+    _, few = _decode(target, draft, asked, slots)
+    longer = [replace(r, max_new_tokens=1 + ROUNDS) for r in asked]
+    answers, many = _decode(target, draft, longer, slots)
+    rounds = max(len(g.kept) for g in answers)
+    # A budget of one token is full after the prefill, yet one round may still run on it.
+    return TrainSpeed(
+        step=step,
+        features=features,
+        tokens=tokens,
+        held_out_round=max(many - few, 0.0) / max(rounds - 1, 1),
+        held_out_prompt=max(few - max(many - few, 0.0) / max(rounds - 1, 1), 0.0) / slots,
+        checkpoint=checkpoint,
+        setup=setup,
+    )
+
+
+def _steps(
+    target: Target, draft: AnyDraft, optimizer: Optimizer, recipe: Recipe, rows: Sequence[Encoded]
+) -> tuple[float, float, float]:
+    """(seconds, of which the target's pass, tokens) of one optimiser step. The loop's own measurements come
+    as often as in a run."""
+    reading = 0.0
+    online_source = online(target, draft.feature_layers)
+
+    def source(picked: Sequence[Encoded], width: int) -> FeatureBatch:
+        nonlocal reading
+        began = _clock(target)
+        batch = online_source(picked, width)
+        reading += _clock(target) - began
+        return batch
+
+    batches = batches_from(rows, recipe.optim.batch_size, recipe.seed, 0)
+    draft.train()
+    done = tokens = 0
+    began = _clock(target)
+    while done < WARM_UP + 2 or (done < WARM_UP + STEPS and _clock(target) - began < STEP_SECONDS):
+        if done == WARM_UP:
+            began, reading, tokens = _clock(target), 0.0, 0
+        _, picked = next(batches)
+        measured = done % LOG_EVERY == 0
+        train_step(draft, source, picked, recipe, done, measure=measured, optimizer=optimizer)
+        optimizer.step(0.5)
+        done, tokens = done + 1, tokens + sum(len(r.ids) for r in picked)
+    spent, counted = _clock(target) - began, done - WARM_UP
+    return spent / counted, reading / counted, tokens / counted
+
+
+def _evaluation(
+    target: Target, drafts: Mapping[str, Draft], prompt: Conversation, prefill: float
+) -> dict[str, float]:
+    """Seconds of a round of one prompt decoded alone, by method, its prefill left out."""
+    assert target.tokenizer is not None
+    ids = tuple(prompt_ids(target.tokenizer, prompt_messages(prompt), False))
+    task = Prompt(prompt.id, prompt.domain or "all", "", ids)
+    with one_thread():  # as the quickstart does
+        result = evaluate_drafts(target, drafts, [task], Sampling(1.0), max_new_tokens=EVALUATED)
+    found = {}
+    for row in result["rows"]:
+        (seen,) = row["per_prompt"]
+        rounds = max(seen["rounds"] or seen["tokens"], 1)
+        found[row["method"]] = max(seen["seconds"] - prefill, 0.0) / rounds
+    return found

@@ -1,6 +1,0 @@
-"""The model that is made faster: what is known of it without its weights, and the frozen model itself."""
-
-from deepspec.target.model import StepOutput, Target
-from deepspec.target.spec import TargetSpec
-
-__all__ = ["StepOutput", "Target", "TargetSpec"]

@@ -1,0 +1,462 @@
+"""The frozen model that is made faster: features, last hidden states, embedding, head, cached steps.
+
+R rows, Q new tokens per row (padded), S tokens, m captured layers, d hidden, V vocabulary.
+Any Hugging Face decoder serves: its modules are found, not re-implemented, and hooks read the
+residual stream after chosen layers. The key/value slots are ours (`slots.py`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.utils import logging as hf_logging
+
+from deepspec import families
+from deepspec.errors import TargetError
+from deepspec.log import note
+from deepspec.maths.slots import Rows, SlotStore, causal_rows_mask
+from deepspec.pocket import packaged
+from deepspec.targets.anatomy import (
+    final_norm,
+    find_decoder,
+    find_embedding,
+    find_head,
+    steady_length,
+    text_config,
+)
+from deepspec.targets.hub import check_whole, first_line, unreadable
+from deepspec.targets.spec import TargetSpec, read_tokenizer
+
+LONG = 10**9
+"""Bytes of weights from which loading shows a bar."""
+
+
+class StepOutput(NamedTuple):
+    """last_hidden [R, Q, d] after the final norm; features [R, Q, m*d], or None when none were asked for.
+    Row r's real entries are its first len(tokens[r])."""
+
+    last_hidden: Tensor
+    features: Tensor | None
+
+
+class _SlotLayer(CacheLayerMixin):
+    """One layer of transformers' cache interface over a `SlotStore`; `rows` is set before each step."""
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = SlotStore()
+        self.rows = Rows((0,), (0,), 0)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self.store.write(key_states, value_states, self.rows)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.rows.end, 0
+
+    def get_seq_length(self) -> int:
+        return max(self.rows.starts)
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class Target:
+    """A spec plus weights: frozen, in eval mode, without autograd.
+
+    cached: whether a step reads its new tokens only. Hybrids with linear attention, convolutions or
+    state-space layers carry a running state that cannot be rolled back: there it is the whole sequence.
+    Raises TargetError for a model without the parts that drafts need, or without anything to roll back.
+    """
+
+    def __init__(
+        self, spec: TargetSpec, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        self.spec = spec
+        self.model: Any = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self._config = text_config(model)
+        self.cached = _can_roll_back(self.model, self._config, spec.name)
+        self.decoder: Any = find_decoder(model, spec.name)
+        self.embedding = find_embedding(self.model, self._config, spec.family, spec.name)
+        self.head = find_head(self.model, self._config, spec.family, spec.name, self.device)
+        self._cache = Cache(layers=[_SlotLayer() for _ in range(spec.num_layers)])
+        self._steady_length = steady_length(self._config)
+        self._tokens: dict[int, list[int]] = {}
+        self._captured: dict[int, Tensor] = {}
+        self._hooked: tuple[int, ...] = ()
+        self._hooks: list[Any] = []
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        dtype: str = "auto",
+        device: str = "auto",
+        device_map: str | dict[str, Any] | None = None,
+    ) -> Target:
+        """Load a local directory, a Hub id, or the built-in `pocket`.
+
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". device: "auto" is the
+        accelerator when there is one. device_map: as transformers takes it ("auto", "balanced", or modules
+        to devices), to spread the layers over several; `device` then says nothing. A quantised checkpoint is
+        loaded as transformers loads it. A missing tokenizer is not an error. Raises TargetError.
+        """
+        name = str(name_or_path)
+        spec = TargetSpec.from_pretrained(name)
+        path = packaged(name)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device_map is None and spec.quantised:
+            # Packed weights are often bound to where they were loaded: they cannot be moved afterwards.
+            device_map = {"": device}
+        if device_map is not None and find_spec("accelerate") is None:
+            raise TargetError(
+                f"transformers places the weights of {name} itself (quantised, or `device_map`), and needs "
+                "the accelerate package for it",
+                next_step="pip install accelerate",
+            )
+        chosen = "auto" if dtype == "auto" else getattr(torch, dtype)
+        try:
+            with _bars(long=_takes_long(path)):
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    path,
+                    dtype=chosen,
+                    device_map=device_map,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                )
+        except ImportError as error:
+            raise TargetError(
+                f"transformers needs another package to load {name}: {first_line(error)}",
+                next_step="install what it names, or use a checkpoint that is not quantised",
+            ) from error
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise unreadable(name, path, error, weights=True) from error
+        check_whole(name, path, info["missing_keys"])
+        target = cls(spec, model if device_map is not None else model.to(device), read_tokenizer(path))
+        target.check_head()
+        if not target.cached:
+            note(
+                f"{name} ({spec.model_type}) has layers whose state cannot be rolled back to a position: "
+                "each step reads the whole sequence again. Outputs and accepted lengths are right; speeds, "
+                "of plain decoding too, are not what an engine reaches."
+            )
+        return target
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in, and features and last hidden states come out."""
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head: the width of its logits."""
+        return self.head.vocab_size
+
+    @torch.no_grad()
+    def check_head(self) -> None:
+        """Raise TargetError unless `head` of the last hidden state is the model's own logits (two tokens)."""
+        last_hidden: list[Tensor] = []
+        self._hook(())
+        watch = self.decoder.register_forward_hook(lambda m, i, o: last_hidden.append(o.last_hidden_state))
+        try:
+            # From the middle of the vocabulary: a padding token's embedding, and so its logits, may be zero.
+            ids = torch.tensor([[self.vocab_size // 3, self.vocab_size // 2]], device=self.device)
+            theirs = self.model(input_ids=ids, use_cache=False).logits.to(self.device).float()
+        finally:
+            watch.remove()
+        ours = self.logits(last_hidden[0].to(self.device)).float()
+        if ours.shape != theirs.shape or (ours - theirs).abs().max() > 0.02 * theirs.abs().max():
+            raise TargetError(
+                f"{self.spec.name}: the logits of a {self.spec.model_type!r} model are not its head times "
+                "its last hidden state; the family puts a factor, a cap or a layer between them that is not "
+                "known here",
+                next_step="add a row for it to TARGET_FAMILIES in deepspec/families.py (logit_factor)",
+            )
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that a sequence may hold, as the config says; None where it says nothing."""
+        limits = [self.spec.config.get("max_position_embeddings"), self._steady_length]
+        return min((int(n) for n in limits if n), default=None)
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """End-of-sequence ids of the generation config and the tokenizer; empty without either."""
+        found: set[int] = set()
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            found.add(int(self.tokenizer.eos_token_id))
+            ids = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+            found.update([ids] if isinstance(ids, int) else ids or [])
+        return frozenset(found)
+
+    # ── features of whole rows ────────────────────────────────────────────────────────────────────
+
+    @torch.no_grad()
+    def read(self, input_ids: Tensor, layers: Sequence[int]) -> StepOutput:
+        """Features and last hidden states of right-padded rows [B, S], no cache: one forward pass.
+
+        Attention is causal, so what padding holds changes nothing before it. Raises TargetError for
+        sequences past the length up to which the model's positions hold still.
+        """
+        self._hook(tuple(layers))
+        self._check_length(input_ids.shape[1])
+        output = self.decoder(input_ids=input_ids.to(self.device), use_cache=False)
+        return self._output(output)
+
+    @torch.no_grad()
+    def finish(self, stream: Tensor) -> Tensor:
+        """[..., d] residual stream after the last layer -> last hidden state, through the final norm.
+
+        Servers give the stream before it, where this program means what comes after (method.md 2).
+        """
+        norm = final_norm(self.decoder)
+        weight = next(norm.parameters(), self.embedding.weight)
+        return norm(stream.to(weight.device)).to(self.device)
+
+    # ── cached steps over slots ───────────────────────────────────────────────────────────────────
+
+    def open(self, slot: int) -> None:
+        """Start an empty sequence in a slot."""
+        self._tokens[slot] = []
+
+    def length(self, slot: int) -> int:
+        """Tokens in a slot."""
+        return len(self._tokens[slot])
+
+    def rollback(self, slot: int, length: int) -> None:
+        """Forget a slot's tokens from position `length` on."""
+        held = self.length(slot)
+        assert 0 <= length <= held, f"slot {slot} holds {held} tokens, not {length}"
+        del self._tokens[slot][length:]
+
+    def free(self, slot: int) -> None:
+        del self._tokens[slot]
+
+    @torch.inference_mode()
+    def step(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], layers: Sequence[int] = ()
+    ) -> StepOutput:
+        """Append each row's new tokens (any number, not the same) to its slot, in one forward pass.
+
+        What it gives are inference tensors: cheaper by the bookkeeping, and not to be trained on (`read` is).
+        Raises TargetError where `read` does.
+        """
+        if self.cached:
+            output = self._step_cached(slots, tokens, layers)
+        else:
+            output = self._step_again(slots, tokens, layers)
+        for slot, new in zip(slots, tokens, strict=True):
+            self._tokens[slot].extend(new)
+        return output
+
+    def _step_cached(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], layers: Sequence[int]
+    ) -> StepOutput:
+        """The new tokens alone, over the keys and values of the slots."""
+        rows = Rows(tuple(slots), tuple(self.length(s) for s in slots), max(map(len, tokens)))
+        self._hook(tuple(layers))
+        self._check_length(rows.end)
+        for layer in self._cache.layers:
+            layer.rows = rows
+        output = self.decoder(
+            input_ids=_padded(tokens).to(self.device),
+            position_ids=rows.positions(self.device),
+            attention_mask=self._mask(rows),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return self._output(output)
+
+    def _step_again(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], layers: Sequence[int]
+    ) -> StepOutput:
+        """One pass over everything in the slots, for models whose state cannot be rolled back."""
+        whole = [[*self._tokens[s], *new] for s, new in zip(slots, tokens, strict=True)]
+        output = self.read(_padded(whole), layers)
+        width = max(map(len, tokens))
+        # Row r's new tokens are its last ones; past them, its very last stands for padding.
+        ends = torch.tensor([[len(w)] for w in whole], device=self.device)
+        counts = torch.tensor([[len(new)] for new in tokens], device=self.device)
+        new = torch.minimum(ends - counts + torch.arange(width, device=self.device), ends - 1)
+        rows = torch.arange(len(whole), device=self.device)[:, None]
+        features = None if output.features is None else output.features[rows, new]
+        return StepOutput(output.last_hidden[rows, new], features)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d] last hidden states -> [..., V]."""
+        return self.head.logits(hidden)
+
+    @torch.no_grad()
+    def transformers_generate(
+        self, input_ids: Sequence[int], max_new_tokens: int, temperature: float, stops: Sequence[int]
+    ) -> list[int]:
+        """New tokens by transformers' own `generate`: the baseline that users already have.
+
+        Greedy at temperature 0; above it, sampling without top-k or top-p from torch's global generator.
+        """
+        ids = torch.tensor([list(input_ids)], device=self.device)
+        self._hook(())
+        output = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature if temperature > 0 else None,
+            top_k=0 if temperature > 0 else None,
+            top_p=1.0 if temperature > 0 else None,
+            eos_token_id=list(stops) or None,
+            pad_token_id=0,
+        )
+        return [int(t) for t in output[0, ids.shape[1] :]]
+
+    def _mask(self, rows: Rows) -> Tensor | dict[str, Tensor] | None:
+        """None where the model's own mask is right (one row); ours where rows are ragged or partly cached."""
+        if len(rows.slots) == 1 and (rows.width == 1 or rows.starts[0] == 0):
+            return None
+        kinds = getattr(self._config, "layer_types", None)
+        window = getattr(self._config, "sliding_window", None)
+        if kinds is None or "sliding_attention" not in kinds:
+            return self._attention_mask(causal_rows_mask(rows, self.device, None if kinds else window))
+        return {
+            "full_attention": self._attention_mask(causal_rows_mask(rows, self.device)),
+            "sliding_attention": self._attention_mask(causal_rows_mask(rows, self.device, window)),
+        }
+
+    def _attention_mask(self, seen: Tensor) -> Tensor:
+        """In the form that the model's attention takes: eager attention adds its mask to the scores."""
+        if self.model.config._attn_implementation != "eager":
+            return seen
+        unseen = torch.finfo(self.dtype).min
+        return torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill(~seen, unseen)
+
+    def _check_length(self, length: int) -> None:
+        if self._steady_length is not None and length > self._steady_length:
+            raise TargetError(
+                f"a sequence of {length} tokens is too long for {self.spec.name}: past {self._steady_length} "
+                "its rotary frequencies change with the length, also those of keys that are already stored",
+                next_step=f"keep prompts and answers within {self._steady_length} tokens (data.max_length)",
+            )
+
+    # ── hooks ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _hook(self, layers: tuple[int, ...]) -> None:
+        """Capture the outputs of `layers` (-1: the embedding) from the next forward pass on."""
+        self._captured.clear()
+        if layers == self._hooked:
+            return
+        if any(not -1 <= i < self.spec.num_layers - 1 for i in layers):
+            raise TargetError(
+                f"feature layers {list(layers)} do not fit {self.spec.name}, "
+                f"which has {self.spec.num_layers} layers",
+                next_step=f"use ids from -1 (the embedding) to {self.spec.num_layers - 2}; "
+                "the last layer's output is never a feature",
+            )
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [self._capture(i) for i in layers]
+        self._hooked = layers
+
+    def _capture(self, layer: int) -> Any:
+        """Keep a layer's output on every pass. The embedding is what the first layer reads: some families
+        scale it after the embedding module."""
+
+        def after(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._captured[layer] = output[0] if isinstance(output, tuple) else output
+
+        def before(module: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
+            self._captured[layer] = inputs[0] if inputs else named["hidden_states"]
+
+        if layer == -1:
+            return self.decoder.layers[0].register_forward_pre_hook(before, with_kwargs=True)
+        return self.decoder.layers[layer].register_forward_hook(after)
+
+    def _output(self, output: Any) -> StepOutput:
+        """Of a pass through the decoder, on one device wherever its layers are."""
+        last_hidden = output.last_hidden_state.to(self.device)
+        if not self._hooked:
+            return StepOutput(last_hidden, None)
+        parts = [self._captured[i].to(self.device) for i in self._hooked]
+        if any(p.shape != last_hidden.shape for p in parts):
+            raise TargetError(
+                f"{self.spec.name}: between its layers a {self.spec.model_type!r} model carries "
+                f"{list(parts[0].shape)}, not one residual stream of {list(last_hidden.shape)}, so there are "
+                "no features to draft from",
+                next_step="use a target of another family (docs/targets.md lists those that are tested)",
+            )
+        return StepOutput(last_hidden, torch.cat(parts, dim=-1))
+
+
+# ── loading ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _takes_long(path: str) -> bool:
+    """Whether somebody will wait for a target: a download, or weights that take seconds to read."""
+    if not Path(path).is_dir():
+        return True
+    weights = [f for kind in ("*.safetensors", "*.bin") for f in Path(path).glob(kind) if f.is_file()]
+    return sum(f.stat().st_size for f in weights) > LONG
+
+
+@contextmanager
+def _bars(long: bool) -> Iterator[None]:
+    """transformers' own bars, of a download and of loading, where it is long and a terminal shows them."""
+    usual = hf_logging.is_progress_bar_enabled()
+    if not (long and sys.stderr.isatty()):
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if usual:
+            hf_logging.enable_progress_bar()
+
+
+# ── what a step needs ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _can_roll_back(model: Any, config: Any, name: str) -> bool:
+    """Whether keys and values by position are all that the model remembers. Raises TargetError where it
+    keeps none at all, or something outside transformers' cache."""
+    try:
+        layers = DynamicCache(config=config).layers
+    except KeyError:
+        layers = []  # kinds of layers that transformers itself has no cache for
+    by_position = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+    plain = all(type(layer).__name__ in by_position for layer in layers)
+    if not any(isinstance(layer, CacheLayerMixin) for layer in layers) or (
+        plain and getattr(model, "_is_stateful", False)
+    ):
+        raise TargetError(
+            f"{name} is a state-space or recurrent model ({config.model_type}): it keeps one running state "
+            "and no keys and values by position, so rejected tokens cannot be taken back",
+            next_step="use a target with attention layers; plain decoding of this one is already cheap",
+        )
+    return plain and set(getattr(config, "layer_types", None) or ()) <= families.MASKED_LAYERS
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """[R, longest] token ids; a row's last token fills its end."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows])

@@ -1,0 +1,1 @@
+"""Training a draft: what a recipe builds, the loop, and a run from data to best checkpoint."""

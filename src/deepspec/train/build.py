@@ -1,0 +1,206 @@
+"""From a recipe and a target to the draft that is trained: shape, mask token, vocabulary, first weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from deepspec.checkpoints.draft import AnyDraft, load_draft, new_draft
+from deepspec.config import Recipe
+from deepspec.data.rows import frequent_ids, supervised_counts
+from deepspec.data.tokens import Encoded
+from deepspec.drafts.base import DraftSpec, LossSettings
+from deepspec.drafts.layers import DraftLayer
+from deepspec.drafts.spec import SpecError, new_spec
+from deepspec.errors import RecipeError
+from deepspec.targets import Target
+
+READ_INPUT = tuple(f"self_attn.{name}_proj.weight" for name in "qkv")
+
+
+def build_draft(recipe: Recipe, target: Target, rows: Sequence[Encoded] = ()) -> AnyDraft:
+    """A draft as the recipe describes it: fresh, or with the weights of `start_from`.
+
+    rows: what a reduced vocabulary is counted in (one that is fine-tuned keeps its own). Raises RecipeError
+    where it cannot fit the target or is not shaped as `start_from` is.
+    """
+    mask = None if recipe.algorithm == "eagle3" else mask_token(target, recipe.draft.mask_token_id)
+    spec = draft_spec(recipe, target.spec.config, mask)
+    if recipe.start_from is None:
+        size = spec.draft_vocab_size
+        kept = size and frequent_ids(rows, size, target.stop_token_ids, spec.vocab_size)
+        draft = new_draft(spec, target, seed=recipe.seed, kept=kept or None)
+        if recipe.draft.init == "target":
+            copy_last_layers(draft, target)
+    else:
+        draft = trained_draft(recipe.start_from, spec, target)
+    return draft.to(torch.bfloat16) if recipe.precision == "bfloat16" else draft.float()
+
+
+@torch.no_grad()
+def copy_last_layers(draft: AnyDraft, target: Target) -> None:
+    """Begin a draft as the target's end: its layers get the matrices of the target's last ones, and its
+    projection passes the deepest feature layer on.
+
+    A fresh draft spends its first minutes learning what the target's last layers do already: turn a late
+    hidden state into one that the head reads. Norms keep their ones (families scale them differently).
+    Eagle-3's attention reads twice the width: the half of its hidden state gets the target's. Raises
+    RecipeError where a matrix has no counterpart of its shape.
+    """
+    width = draft.spec.shape.hidden
+    layers = [part for part in draft.modules() if isinstance(part, DraftLayer)]
+    for layer, last in zip(layers, target.decoder.layers[-len(layers) :], strict=True):
+        theirs = dict(last.named_parameters())
+        for name, matrix in layer.named_parameters():
+            if matrix.dim() < 2:
+                continue
+            place = matrix[:, -width:] if name in READ_INPUT else matrix
+            found = theirs.get(name)
+            if found is None or found.shape != place.shape:
+                shape = "none" if found is None else list(found.shape)
+                raise RecipeError(
+                    f"draft.init=target: the draft's layers need a {name} of {list(place.shape)}, "
+                    f"the last layers of {target.spec.name} have {shape}",
+                    next_step="train it from drawn weights: draft.init=random",
+                )
+            place.copy_(found)
+    draft.fc.weight.zero_()
+    draft.fc.weight[:, -width:].fill_diagonal_(1.0)
+
+
+def vocabulary_facts(draft: AnyDraft, rows: Sequence[Encoded]) -> dict[str, Any]:
+    """Of a reduced vocabulary: its size, a hash of its ids, and the share of the data's tokens it covers."""
+    kept = draft.head.kept
+    if kept is None:
+        return {}
+    ids, counts = kept.tolist(), supervised_counts(rows, draft.spec.vocab_size)
+    coverage = int(counts[ids].sum()) / max(int(counts.sum()), 1)
+    digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+    return {"vocabulary": {"ids": len(ids), "ids_hash": digest, "coverage": coverage}}
+
+
+def draft_spec(recipe: Recipe, target_config: dict[str, Any], mask_token_id: int | None = None) -> DraftSpec:
+    """What the recipe's draft is for a target of this raw text config; needs no weights.
+
+    mask_token_id: the recipe's own where None. Raises RecipeError where no such draft can be.
+    """
+    d = recipe.draft
+    try:
+        return new_spec(
+            target_config,
+            algorithm=recipe.algorithm,
+            num_layers=d.num_layers,
+            block=d.block,
+            target_layer_ids=d.target_layer_ids,
+            mask_token_id=d.mask_token_id if mask_token_id is None else mask_token_id,
+            markov_rank=d.markov_rank,
+            markov_head=d.markov_head,
+            confidence=d.confidence,
+            confidence_with_markov=d.confidence_with_markov,
+            intermediate_size=d.intermediate_size,
+            qk_norm=d.qk_norm,
+            draft_vocab_size=d.vocab_size,
+        )
+    except (SpecError, ValueError) as error:
+        raise RecipeError(
+            str(error), where=recipe.name, next_step="change the recipe's `draft` section"
+        ) from error
+
+
+def trained_draft(name: str, spec: DraftSpec, target: Target) -> AnyDraft:
+    """A draft to go on training from. Raises RecipeError where it is not what the recipe describes."""
+    draft = load_draft(name, target)
+    other = [f.name for f in fields(spec) if getattr(draft.spec, f.name) != getattr(spec, f.name)]
+    if other:
+        sides = "; ".join(f"{n} {getattr(draft.spec, n)}, the recipe {getattr(spec, n)}" for n in other)
+        raise RecipeError(
+            f"{name} is not the draft that the recipe describes: it has {sides}",
+            next_step="change the recipe's `algorithm` and `draft` section to the draft's, "
+            "or train without --from",
+        )
+    return draft.requires_grad_(True)
+
+
+def mask_token(target: Target, chosen: int | None = None) -> int:
+    """The id whose embedding stands for "not known yet" in a block: `chosen`, or by rule.
+
+    The rule: the tokenizer's own mask token, else the family's reserved id, else an embedding row that the
+    tokenizer has no token for, else a token that is reserved by name, else the unknown or the first token
+    of a text. Raises RecipeError where the id is one that the target reads or writes (`unfit_for_mask`).
+    """
+    if chosen is not None:
+        why = unfit_for_mask(target, chosen)
+        if why is None:
+            return chosen
+        raise RecipeError(
+            f"draft.mask_token_id {chosen} {why}: a block's unknown tokens would look like that",
+            where=target.spec.name,
+            next_step="leave draft.mask_token_id out to have one chosen",
+        )
+    for candidate in _mask_candidates(target):
+        if unfit_for_mask(target, candidate) is None:
+            return candidate
+    raise RecipeError(
+        f"{target.spec.name} has no token to spare for the mask: every id is text or has a use",
+        next_step="train Eagle-3, which needs no mask token (such as `eagle3/generic`)",
+    )
+
+
+def _mask_candidates(target: Target) -> Iterator[int]:
+    """Best first; some may be unfit."""
+    tokenizer, reserved = target.tokenizer, target.spec.family.mask_token_id
+    tokens: dict[str, int] = {} if tokenizer is None else tokenizer.get_vocab()
+    yield from (tokens[name] for name in ("<|mask|>", "<|MASK|>", "<mask>", "[MASK]") if name in tokens)
+    if reserved is not None:
+        yield reserved
+    taken = set(tokens.values())
+    # The last row first where there is no tokenizer to say which rows are free.
+    rows = range(len(target.embedding.weight))
+    yield from (row for row in (rows if taken else reversed(rows)) if row not in taken)
+    yield from (tokens[name] for name in sorted(tokens) if re.search("unused|reserved", name))
+    for special in ("unk_token_id", "bos_token_id"):
+        if (found := getattr(tokenizer, special, None)) is not None:
+            yield int(found)
+
+
+def unfit_for_mask(target: Target, token: int) -> str | None:
+    """Why an id cannot be the mask, or None: it has no embedding, ends or pads, or is found in text."""
+    rows, tokenizer, config = len(target.embedding.weight), target.tokenizer, target.spec.config
+    if not 0 <= token < rows:
+        return f"is outside the target's embedding of {rows} rows"
+    ends = config.get("eos_token_id")
+    if token in {*target.stop_token_ids, *(ends if isinstance(ends, list) else [ends])}:
+        return "ends the target's answers"
+    if token in (config.get("pad_token_id"), getattr(tokenizer, "pad_token_id", None)):
+        return "is the padding, whose embedding may be zero"
+    text = None if tokenizer is None else {i: t for t, i in tokenizer.get_vocab().items()}.get(token)
+    if tokenizer is None or text is None:
+        return None
+    if token not in tokenizer.added_tokens_decoder and token not in tokenizer.all_special_ids:
+        return f"is {text!r}, which is ordinary text"
+    written = text in str(tokenizer.chat_template or "")
+    return f"is {text!r}, which the chat template writes" if written else None
+
+
+def feature_layers(recipe: Recipe, target_config: dict[str, Any]) -> tuple[int, ...]:
+    """The target's layers that the recipe's draft reads; needs no weights. Raises RecipeError."""
+    return draft_spec(recipe, target_config).target_layer_ids
+
+
+def loss_settings(recipe: Recipe) -> LossSettings:
+    """The recipe's loss weights in the form that drafts read."""
+    loss = recipe.loss
+    return LossSettings(loss.ce, loss.l1, loss.confidence, loss.decay_gamma, recipe.draft.step_loss_decay)
+
+
+def read_rules(recipe: Recipe) -> tuple[str, ...]:
+    """Names of the `blocks.READ_RULES` that say which of the target's outputs the recipe's loss reads."""
+    if recipe.algorithm == "eagle3":
+        return ("unroll",)
+    return ("context", "labels") if recipe.loss.l1 or recipe.loss.confidence else ("context",)

@@ -1,0 +1,1 @@
+"""Programs for the maintainers of deepspec; none of them is in the wheel."""
