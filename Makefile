@@ -17,8 +17,8 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' requirements.lock)
 # Some environments forbid Python to keep what it compiled; each process would then compile again for ten seconds.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 unexport PYTHONDONTWRITEBYTECODE
-# One process per processor and one thread in each: small tensors are not worth a second thread.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+# One process per processor; tests/conftest.py gives each one thread, as small tensors are not worth a second one.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
 .PHONY: help quickstart test test-servers docs lint format soak clean
 .DEFAULT_GOAL := help
