@@ -1,8 +1,8 @@
-"""Data sets known by name: where their rows lie on the Hub, which columns matter, how a prompt is worded.
+"""Data sets known by name: where the Hub keeps their rows, which columns matter, how a prompt is worded.
 
-One row per data set; `data.sources` reads them all alike. The nine benchmarks are worded as in the published
-measurements of speculative drafts, so that acceptance can be compared; LiveCodeBench's instructions are in
-our own words, in the same order.
+There is one row per data set, and `data.sources` reads them all. The nine benchmarks are worded as in the
+published measurements of speculative drafts, so that acceptance can be compared; LiveCodeBench's instructions
+are in our own words, in the same order.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _PLACEHOLDER = (
 
 
 @dataclass(frozen=True)
-class NamedSource:
+class NamedDataset:
     """A data set on the Hub and how its columns become a prompt.
 
-    `files`: JSONL files of the repository, read in this order in place of a config and a split. `rows`: how
-    many the published protocol uses, of a larger set those that a seed chooses. `fields`: field of our row ->
-    column. `wordings`: (column, template) pairs; the first whose column holds text words the prompt, and no
-    column ("") always does. Templates name columns in braces.
+    `files`: JSONL files of the repository, read in this order instead of a config and a split. `rows`: how
+    many the published protocol uses; a seed chooses them from a larger set. `fields`: field of our row ->
+    column. `wordings`: (column, template) pairs; the first one whose column holds text is used, and an empty
+    column name always matches. Templates name columns in braces.
     """
 
     repo: str
@@ -66,18 +66,18 @@ def _prompt(text: str) -> tuple[tuple[str, str], ...]:
     return (("", text),)
 
 
-SOURCES: dict[str, NamedSource] = {
-    "open-perfectblend": NamedSource(
+DATASETS: dict[str, NamedDataset] = {
+    "open-perfectblend": NamedDataset(
         "mlabonne/open-perfectblend", "training", fields={"conversations": "conversations"}
     ),
-    "gsm8k": NamedSource(
+    "gsm8k": NamedDataset(
         "openai/gsm8k", "math", config="main", split="test", rows=500, wordings=_prompt("{question}" + STEPS)
     ),
-    "math500": NamedSource(
+    "math500": NamedDataset(
         "HuggingFaceH4/MATH-500", "math", split="test", rows=500, wordings=_prompt("{problem}" + STEPS)
     ),
-    "aime25": NamedSource("MathArena/aime_2025", "math", rows=30, wordings=_prompt("{problem}" + STEPS)),
-    "humaneval": NamedSource(
+    "aime25": NamedDataset("MathArena/aime_2025", "math", rows=30, wordings=_prompt("{problem}" + STEPS)),
+    "humaneval": NamedDataset(
         "openai/openai_humaneval",
         "code",
         split="test",
@@ -87,7 +87,7 @@ SOURCES: dict[str, NamedSource] = {
             "```python\n{prompt}\n```"
         ),
     ),
-    "mbpp": NamedSource(
+    "mbpp": NamedDataset(
         "google-research-datasets/mbpp",
         "code",
         config="sanitized",
@@ -95,21 +95,21 @@ SOURCES: dict[str, NamedSource] = {
         rows=256,
         wordings=_prompt("{prompt}"),
     ),
-    "livecodebench": NamedSource(
+    "livecodebench": NamedDataset(
         "livecodebench/code_generation_lite",
         "code",
         files=("test.jsonl", *(f"test{i}.jsonl" for i in range(2, 7))),
         rows=500,
         wordings=(("starter_code", _CODE_TASK + _STARTER_CODE), ("", _CODE_TASK + _PLACEHOLDER)),
     ),
-    "mt-bench": NamedSource("HuggingFaceH4/mt_bench_prompts", "chat", rows=80, fields={"turns": "prompt"}),
-    "alpaca": NamedSource(
+    "mt-bench": NamedDataset("HuggingFaceH4/mt_bench_prompts", "chat", rows=80, fields={"turns": "prompt"}),
+    "alpaca": NamedDataset(
         "tatsu-lab/alpaca",
         "chat",
         rows=500,
         wordings=(("input", "{instruction}\n\nInput:\n{input}"), ("", "{instruction}")),
     ),
-    "arena-hard-v2": NamedSource(
+    "arena-hard-v2": NamedDataset(
         "lmarena-ai/arena-hard-auto",
         "chat",
         files=("data/arena-hard-v2.0/question.jsonl",),
@@ -119,8 +119,8 @@ SOURCES: dict[str, NamedSource] = {
 }
 
 
-def worded(source: NamedSource, row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The row's fields as `source` makes them. Raises DataError where a column is missing or no text."""
+def worded(source: NamedDataset, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The row's fields as `source` words them. Raises DataError if a column is missing or not text."""
     missing = [column for column in source.columns if column not in row]
     if missing:
         raise DataError(
@@ -134,7 +134,7 @@ def worded(source: NamedSource, row: Mapping[str, Any], where: str) -> dict[str,
             continue
         for _, name, _, _ in Formatter().parse(template):
             if name and not isinstance(row[name], str):
-                raise DataError(f"column '{name}' is no text: {row[name]!r}"[:200], where=where)
+                raise DataError(f"column '{name}' is not text: {row[name]!r}"[:200], where=where)
         made["prompt"] = template.format_map(row)
         break
     return made
