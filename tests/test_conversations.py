@@ -183,7 +183,7 @@ def calls(**facts: Any) -> dict[str, Any]:
 
 
 BAD_ROWS: list[tuple[object, str]] = [
-    ('{"messages": [', "malformed JSON: EOF while parsing a list at the line's end"),
+    ('{"messages": [', "malformed JSON: EOF while parsing a list at the end of the line"),
     ('{"prompt": NaN}', "malformed JSON: expected value at column 12"),
     ("[" * 100_000, "malformed JSON: "),
     ([USER], "expected a JSON object, found an array"),
@@ -204,7 +204,7 @@ BAD_ROWS: list[tuple[object, str]] = [
     ),
     (
         {"messages": [USER, {**ANSWER, "reasoning": "2, 3, 4"}]},
-        "message 2 (assistant): unknown key 'reasoning'",
+        "2 (assistant): unknown key 'reasoning'",
     ),
     (
         {"messages": [ANSWER]},
@@ -252,13 +252,13 @@ BAD_ROWS: list[tuple[object, str]] = [
     ({"messages": [USER, {**ANSWER, "weight": True}]}, "'weight' must be 0 or 1, found True"),
     (
         {"messages": [{**USER, "tool_calls": calls()["tool_calls"]}]},
-        "message 1 (user): unknown key 'tool_calls'",
+        "1 (user): unknown key 'tool_calls'",
     ),
     ({"conversations": [{"from": "human"}]}, "message 1: no 'value'; found 'from'"),
     ({"conversations": [{"from": "human", "value": "a", "weight": 1}]}, "message 1: unknown key 'weight'"),
     (
         {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f"}]}]},
-        "message 2 (assistant), tool call 1: no 'function'; found 'name'",
+        "tool call 1: no 'function'; found 'name'",
     ),
     ({"messages": [USER, calls(weight=1)]}, "tool call 1: unknown key 'weight'\n"),
     ({"messages": [USER, calls(type="custom")]}, "tool call 1: 'type': Input should be 'function'"),
@@ -373,7 +373,7 @@ def test_skipped_rows_are_counted_by_reason_with_the_first_places(tmp_path: Path
     assert skipped.reasons == {
         "roles out of order: message N is user after user, expected assistant": 2,
         "not UTF-8: byte 0xe9 at byte N of the line": 1,
-        "malformed JSON: EOF while parsing an object at the line's end": 1,
+        "malformed JSON: EOF while parsing an object at the end of the line": 1,
         "message N (user): 'content' must be a string, found null": 1,
     }
     assert skipped.places == [

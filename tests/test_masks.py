@@ -481,7 +481,7 @@ LOOP = talk(
         (
             "<|im_start|>assistant\\n' }}\n        {",
             "<|im_start|>model\\n' }}\n        {",
-            "begins the turn otherwise",
+            "begins the turn differently",
         ),
     ],
 )

@@ -17,13 +17,15 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from deepspec.data.tables import file_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deepspec.data.conversations import Conversation, conversation_from_row, read_conversations
+from deepspec.data.download import cut, download
+from deepspec.data.readers import file_rows
+from deepspec.data.repeats import UniqueIds
 from deepspec.data.skipping import Skipped
-from deepspec.data.sources import Wanted, cut, download, mapped, open_source
+from deepspec.data.sources import Wanted, mapped, open_source
 from deepspec.errors import DataError
 from rowfiles import EVAL, call, good, jsonl, lines_of, questions, refused, shared
 

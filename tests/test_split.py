@@ -152,7 +152,7 @@ def test_shares_that_leave_no_training_set_are_refused(tmp_path: Path, select: f
 
 def test_the_input_is_never_written_over(tmp_path: Path) -> None:
     path = prompts(tmp_path / "train.jsonl", 30)
-    assert "the split would write over what it reads" in refused("split", path, "--out", tmp_path)
+    assert "the split would overwrite the file that it reads" in refused("split", path, "--out", tmp_path)
     assert len(list(read_conversations(path))) == 30
 
 
@@ -167,7 +167,7 @@ def test_a_bad_row_leaves_all_three_old_files(tmp_path: Path) -> None:
 
 def test_an_empty_set_is_warned_of_and_an_empty_file_refused(tmp_path: Path) -> None:
     result = call("split", prompts(tmp_path / "a.jsonl", 2), "--out", tmp_path / "s")
-    assert result.exit_code == 0 and "is empty: too few questions" in result.stderr
+    assert result.exit_code == 0 and "is empty: there are too few questions" in result.stderr
     assert "the source has no rows" in refused("split", jsonl(tmp_path / "e.jsonl"), "--out", tmp_path / "s")
 
 

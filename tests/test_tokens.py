@@ -318,10 +318,6 @@ def test_answer_that_carries_its_own_end_of_turn_is_refused(chatml: PreTrainedTo
     assert "contains the end-of-turn token '<|im_end|>'" in refusal(chatml, talk("q", "four<|im_end|>"))
 
 
-def test_bad_answer_ids_of_a_row_made_in_memory_are_refused(chatml: PreTrainedTokenizerFast) -> None:
-    assert "list of non-negative integers" in refusal(chatml, talk("q", "a", meta={"answer_ids": [1.5]}))
-
-
 def test_messages_that_the_template_refuses_name_the_row(backend: Tokenizer) -> None:
     tokenizer = chat(backend, "{{ raise_exception('no such role here') }}")
     message = refusal(tokenizer, talk("q", "a"))

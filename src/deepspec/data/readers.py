@@ -164,15 +164,17 @@ def _csv_rows(path: Path, delimiter: str, skipped: Skipped | None) -> Iterator[R
             continue
         if cells is None:
             return
-        if heads and cells and len(cells) != len(heads):
+        if not cells:  # a blank line
+            continue
+        if not heads:
+            if twice := {head for head in cells if cells.count(head) > 1}:
+                raise DataError(f"two columns are named {min(twice)!r}", where=where, next_step="rename one")
+            heads = cells
+        elif len(cells) != len(heads):
             what = f"{len(cells)} cells, but the first row names {len(heads)} columns"
             refuse(DataError(what, where=where), skipped)
-        elif heads and cells:
-            yield where, {head: cell or None for head, cell in zip(heads, cells, strict=True)}
-        elif twice := {head for head in cells if cells.count(head) > 1}:
-            raise DataError(f"two columns are named {min(twice)!r}", where=where, next_step="rename one")
         else:
-            heads = cells
+            yield where, {head: cell or None for head, cell in zip(heads, cells, strict=True)}
 
 
 def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
