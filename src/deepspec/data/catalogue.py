@@ -16,6 +16,10 @@ from deepspec.errors import DataError
 
 STEPS = "\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
+_PYTHON_TASK = (
+    "Write a solution to the following problem and make sure that it passes the tests:\n"
+    "```python\n{prompt}\n```"
+)
 _CODE_TASK = (
     "You are an expert Python programmer. Read the problem below and write a correct Python program that "
     "does what it asks and passes every test.\n\n### Question:\n{question_content}\n\n### Format: "
@@ -36,25 +40,25 @@ class NamedDataset:
 
     `files`: JSONL files of the repository, read in this order instead of a config and a split. `rows`: how
     many the published protocol uses; a seed chooses them from a larger set. `fields`: field of our row ->
-    column. `wordings`: (column, template) pairs; the first one whose column holds text is used, and an empty
-    column name always matches. Templates name columns in braces.
+    column. `prompt`: the prompt's template, which names columns in braces. `variant`: (column, template),
+    the template to use instead if that column is not empty.
     """
 
     repo: str
-    use: str
     config: str | None = None
     split: str = "train"
     files: tuple[str, ...] = ()
     rows: int | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
-    wordings: tuple[tuple[str, str], ...] = ()
+    prompt: str = ""
+    variant: tuple[str, str] = ("", "")
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Every column that is read, each once."""
-        named = [column for column, _ in self.wordings if column]
-        used = [name for _, text in self.wordings for _, name, _, _ in Formatter().parse(text) if name]
-        return tuple(dict.fromkeys((*self.fields.values(), *used, *named)))
+        column, template = self.variant
+        used = (*self.fields.values(), *_columns_of(template), *_columns_of(self.prompt), column)
+        return tuple(dict.fromkeys(filter(None, used)))
 
     @property
     def place(self) -> str:
@@ -62,79 +66,54 @@ class NamedDataset:
         return ", ".join(self.files or filter(None, (self.config, self.split)))
 
 
-def _prompt(text: str) -> tuple[tuple[str, str], ...]:
-    return (("", text),)
-
-
 DATASETS: dict[str, NamedDataset] = {
     "open-perfectblend": NamedDataset(
-        "mlabonne/open-perfectblend", "training", fields={"conversations": "conversations"}
+        "mlabonne/open-perfectblend", fields={"conversations": "conversations"}
     ),
-    "gsm8k": NamedDataset(
-        "openai/gsm8k", "math", config="main", split="test", rows=500, wordings=_prompt("{question}" + STEPS)
-    ),
-    "math500": NamedDataset(
-        "HuggingFaceH4/MATH-500", "math", split="test", rows=500, wordings=_prompt("{problem}" + STEPS)
-    ),
-    "aime25": NamedDataset("MathArena/aime_2025", "math", rows=30, wordings=_prompt("{problem}" + STEPS)),
-    "humaneval": NamedDataset(
-        "openai/openai_humaneval",
-        "code",
-        split="test",
-        rows=164,
-        wordings=_prompt(
-            "Write a solution to the following problem and make sure that it passes the tests:\n"
-            "```python\n{prompt}\n```"
-        ),
-    ),
-    "mbpp": NamedDataset(
-        "google-research-datasets/mbpp",
-        "code",
-        config="sanitized",
-        split="test",
-        rows=256,
-        wordings=_prompt("{prompt}"),
-    ),
+    "gsm8k": NamedDataset("openai/gsm8k", "main", "test", rows=500, prompt="{question}" + STEPS),
+    "math500": NamedDataset("HuggingFaceH4/MATH-500", split="test", rows=500, prompt="{problem}" + STEPS),
+    "aime25": NamedDataset("MathArena/aime_2025", rows=30, prompt="{problem}" + STEPS),
+    "humaneval": NamedDataset("openai/openai_humaneval", split="test", rows=164, prompt=_PYTHON_TASK),
+    "mbpp": NamedDataset("google-research-datasets/mbpp", "sanitized", "test", rows=256, prompt="{prompt}"),
     "livecodebench": NamedDataset(
         "livecodebench/code_generation_lite",
-        "code",
         files=("test.jsonl", *(f"test{i}.jsonl" for i in range(2, 7))),
         rows=500,
-        wordings=(("starter_code", _CODE_TASK + _STARTER_CODE), ("", _CODE_TASK + _PLACEHOLDER)),
+        prompt=_CODE_TASK + _PLACEHOLDER,
+        variant=("starter_code", _CODE_TASK + _STARTER_CODE),
     ),
-    "mt-bench": NamedDataset("HuggingFaceH4/mt_bench_prompts", "chat", rows=80, fields={"turns": "prompt"}),
+    "mt-bench": NamedDataset("HuggingFaceH4/mt_bench_prompts", rows=80, fields={"turns": "prompt"}),
     "alpaca": NamedDataset(
         "tatsu-lab/alpaca",
-        "chat",
         rows=500,
-        wordings=(("input", "{instruction}\n\nInput:\n{input}"), ("", "{instruction}")),
+        prompt="{instruction}",
+        variant=("input", "{instruction}\n\nInput:\n{input}"),
     ),
     "arena-hard-v2": NamedDataset(
         "lmarena-ai/arena-hard-auto",
-        "chat",
         files=("data/arena-hard-v2.0/question.jsonl",),
         rows=500,
-        wordings=_prompt("{prompt}"),
+        prompt="{prompt}",
     ),
 }
 
 
 def worded(source: NamedDataset, row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The row's fields as `source` words them. Raises DataError if a column is missing or not text."""
-    missing = [column for column in source.columns if column not in row]
-    if missing:
+    if missing := [column for column in source.columns if column not in row]:
         raise DataError(
             f"no column '{missing[0]}'; found {', '.join(map(repr, list(row)[:8]))}",
             where=where,
             next_step=f"expected a copy of {source.repo} ({source.place})",
         )
     made = {name: row[column] for name, column in source.fields.items()}
-    for column, template in source.wordings:
-        if column and not row[column]:
-            continue
-        for _, name, _, _ in Formatter().parse(template):
-            if name and not isinstance(row[name], str):
-                raise DataError(f"column '{name}' is not text: {row[name]!r}"[:200], where=where)
-        made["prompt"] = template.format_map(row)
-        break
-    return made
+    column, variant = source.variant
+    template = variant if column and row[column] else source.prompt
+    for name in _columns_of(template):
+        if not isinstance(row[name], str):
+            raise DataError(f"column '{name}' is not text: {row[name]!r}"[:200], where=where)
+    return {**made, "prompt": template.format_map(row)} if template else made
+
+
+def _columns_of(template: str) -> list[str]:
+    return [name for _, name, _, _ in Formatter().parse(template) if name]

@@ -1,4 +1,4 @@
-"""From conversations to token ids and loss masks, through the target's own chat template.
+"""From conversations to token ids and loss masks, through the target's own chat template (docs/masks.md).
 
 A draft must learn what the target *saw and produced*, so the supervised tokens are built, not searched for in
 rendered text. For every assistant turn:
@@ -7,25 +7,15 @@ rendered text. For every assistant turn:
     mask     = 0 …                   1 …        1 …
 
 * The generation prompt is the template over everything before the turn with ``add_generation_prompt=True``:
-  the ids that a server would feed the target. The finished conversation may be rendered differently: Qwen3's
-  template, for example, writes the empty think block of non-thinking mode into the generation prompt only.
-* The answer is ``meta["answer_ids"]`` verbatim if the row has them: the ids as the target produced them, with
-  its end-of-turn token unless the answer was cut. Otherwise a plain answer is its text, tokenised alone,
-  whatever the template would strip from it. A turn with tool calls or ``reasoning_content`` is what the
-  template writes for it.
+  the ids that a server would feed the target. The finished conversation may be rendered differently.
+* The answer is ``meta["answer_ids"]`` verbatim if the row has them. Otherwise a plain answer is its text,
+  tokenised alone, and a turn with tool calls or ``reasoning_content`` is what the template writes for it.
 * The end of turn is what the template writes after an assistant's text up to and including the first special
-  token (``<|im_end|>``, without the newline after it, which the target never produces). If a template does
-  not end a turn after its tool calls, the last special token that it writes for them ends the turn (Gemma-4
-  leaves the turn open for the result: the target stops at ``<|tool_response>``).
+  token. If a template leaves a turn with tool calls open, the last special token of the turn ends it.
 
-A turn of weight 0 was not written by the target: it is context, even if the row has ids for it.
-
-In a conversation of several turns, the last turn's sequence also supervises every earlier turn that its
-prompt holds id for id. If a template rewrites or strips a turn later on (thoughts, think blocks), that turn
-gets a sequence of its own, with the prompt that the target saw at the time.
-
-A row is refused, with the reason, if the target could not have seen or produced what would be built: if the
-template leaves out messages or tools, or drops or alters parts of a rendered turn.
+The last turn's sequence also supervises every earlier turn that its prompt holds id for id. A turn that the
+template rewrites later on gets a sequence of its own. A row is refused if the template leaves out messages or
+tools, or drops or alters parts of a rendered turn: the target could not have seen or produced the result.
 """
 
 from __future__ import annotations
@@ -328,9 +318,8 @@ def _rendered(chat: _Chat, messages: Sequence[Message], prompt: str, head: str) 
     # Stand-ins show whether every part is written, and in the order in which the target produces them.
     twin, marks = _marked(message)
     written = chat.write([*before, twin], ask=False)
-    lost = next((what for mark, what in marks.items() if mark not in written), None)
-    if lost is not None:
-        raise _altered(chat, messages, f"leaves out or changes {lost}")
+    if lost := [what for mark, what in marks.items() if mark not in written]:
+        raise _altered(chat, messages, f"leaves out or changes {lost[0]}")
     places = [written.index(mark) for mark, what in marks.items() if what != _ARGUMENT]
     if places != sorted(places):
         raise _altered(chat, messages, "does not write thoughts, text and tool calls in that order")
@@ -388,13 +377,9 @@ def _check_calls(chat: _Chat, messages: Sequence[Message]) -> None:
     *before, message = messages
     twin, marks = _marked(message)
     written = chat.write([*before, twin], ask=False)
-    lost = next((w for mark, w in marks.items() if w in (_CALL, _ARGUMENT) and mark not in written), None)
-    if lost is not None:
-        raise DataError(
-            f"message {len(messages)} (assistant): the target's chat template leaves out or changes {lost}",
-            where=chat.where,
-            next_step="remove the row: the target would never see the call that the result answers",
-        )
+    for mark, what in marks.items():
+        if what in (_CALL, _ARGUMENT) and mark not in written:
+            raise _left_out(chat, f"or changes {what} of message {len(messages)} (assistant)", "the row")
 
 
 def _check_kept(chat: _Chat, messages: Sequence[Message]) -> None:
@@ -404,23 +389,23 @@ def _check_kept(chat: _Chat, messages: Sequence[Message]) -> None:
     marks = {i: _stand_in(i) for i, m in enumerate(before) if m["content"].strip() and "tool_calls" not in m}
     twins = [Message(**{**m, "content": marks.get(i, m["content"])}) for i, m in enumerate(before)]
     written = chat.write([*twins, _plain(_STAND_IN)], ask=False)
-    lost = next((i for i, mark in marks.items() if mark not in written), None)
-    if lost is not None:
-        raise DataError(
-            f"the target's chat template leaves out message {lost + 1} ({before[lost]['role']})",
-            where=chat.where,
-            next_step="remove the message or the row: the target would never see it",
-        )
+    for i, mark in marks.items():
+        if mark not in written:
+            raise _left_out(chat, f"message {i + 1} ({before[i]['role']})", "the message or the row")
     for k, tool in enumerate(chat.tools or []):
         function = tool.get("function", tool)
         twin = {**function, "name": _stand_in(k)}
         offered = replace(chat, tools=[{**tool, "function": twin} if function is not tool else twin])
         if _stand_in(k) not in offered.write([*before, _plain(_STAND_IN)], ask=False):
-            raise DataError(
-                f"the target's chat template leaves out tool {k + 1}",
-                where=chat.where,
-                next_step="remove 'tools' or the row: the target would never see them",
-            )
+            raise _left_out(chat, f"tool {k + 1}", "'tools' or the row")
+
+
+def _left_out(chat: _Chat, what: str, remove: str) -> DataError:
+    return DataError(
+        f"the target's chat template leaves out {what}",
+        where=chat.where,
+        next_step=f"remove {remove}: the target would never see this part",
+    )
 
 
 def _altered(chat: _Chat, messages: Sequence[Message], how: str) -> DataError:
