@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from deepspec.answers import in_process
 from deepspec.data import readers
 from deepspec.data.conversations import (
     Conversation,
@@ -32,6 +33,7 @@ from deepspec.data.identity import holdout_bucket, normalise, row_seed
 from deepspec.data.messages import MAY_FOLLOW
 from deepspec.data.skipping import Skipped
 from deepspec.errors import DataError
+from deepspec.measure import evaluate
 
 EVAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "eval"
 USER = {"role": "user", "content": "2+2?"}
@@ -635,7 +637,8 @@ def test_bucket_spreads_evenly() -> None:
 
 
 def test_a_rows_seed_never_changes_between_releases() -> None:
-    """Answers on disk resume with it."""
+    """Answers on disk resume with it, and evaluations use the same."""
+    assert evaluate.row_seed is in_process.row_seed is row_seed
     seeds = [row_seed(0, "a"), row_seed(0, "a", 1), row_seed(5, "a")]
     assert seeds == [44459602984103823, 7621350981828360, 48803348171836419]
 

@@ -278,9 +278,9 @@ def test_words_that_do_not_fit_together_are_refused(
 
 def test_a_map_reaches_into_objects(tmp_path: Path) -> None:
     row = {"input": {"text": "q"}, "a.b": "literal"}
-    assert mapped(row, {"prompt": "input.text", "id": "a.b"}, None, "") == {"prompt": "q", "id": "literal"}
+    assert mapped(row, {"prompt": "input.text", "id": "a.b"}, "") == {"prompt": "q", "id": "literal"}
     with pytest.raises(DataError, match=re.escape("no column 'input.txt'; found 'input', 'a.b'")):
-        mapped(row, {"prompt": "input.txt"}, None, "x:1")
+        mapped(row, {"prompt": "input.txt"}, "x:1")
 
 
 def test_skip_bad_goes_on_and_says_what_was_left_out(tmp_path: Path) -> None:

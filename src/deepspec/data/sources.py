@@ -48,7 +48,7 @@ def open_source(wanted: Wanted, skipped: Skipped | None = None) -> Iterator[Conv
     if wanted.names and (known := DATASETS.get(wanted.names[0])):
         domain = wanted.domain or (wanted.names[0] if known.rows else None)
         rows = _known_rows(wanted, known, skipped)
-        return _conversations(rows, lambda row, at: _with_domain(worded(known, row, at), domain), skipped)
+        return _conversations(rows, lambda row, at: worded(known, row, at), domain, skipped)
     unknown = next((field for field in wanted.columns if field not in FIELDS), None)
     if unknown is not None:
         near = nearest(unknown, FIELDS)
@@ -62,12 +62,10 @@ def open_source(wanted: Wanted, skipped: Skipped | None = None) -> Iterator[Conv
             next_step=f"the names are {', '.join(DATASETS)}",
         )
     rows = _other_rows(wanted, skipped)
-    return _conversations(rows, lambda row, at: mapped(row, wanted.columns, wanted.domain, at), skipped)
+    return _conversations(rows, lambda row, at: mapped(row, wanted.columns, at), wanted.domain, skipped)
 
 
-def mapped(
-    row: Mapping[str, Any], columns: Mapping[str, str], domain: str | None, where: str
-) -> dict[str, Any]:
+def mapped(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
     """A row with our field names. Raises DataError if a mapped column is missing."""
     made: dict[str, Any] = {field: _column(row, name, where) for field, name in columns.items()} or dict(row)
     if isinstance(made.get("id"), int):
@@ -77,15 +75,20 @@ def mapped(
         text = made.get(field)
         if isinstance(text, str) and text.lstrip()[:1] in ("[", "{"):
             made[field] = parse_json(text, where, field)
-    return _with_domain(made, domain)
+    return made
 
 
 def _conversations(
-    rows: Iterable[Row], make: Callable[[Mapping[str, Any], str], dict[str, Any]], skipped: Skipped | None
+    rows: Iterable[Row],
+    make: Callable[[Mapping[str, Any], str], dict[str, Any]],
+    domain: str | None,
+    skipped: Skipped | None,
 ) -> Iterator[Conversation]:
     for where, row in rows:
         try:
             fields = make(row, where) if isinstance(row, Mapping) else row
+            if domain is not None and isinstance(fields, dict):
+                fields["domain"] = domain
             conversation = conversation_from_row(fields, where)
         except DataError as error:
             refuse(error, skipped)
@@ -156,7 +159,3 @@ def _column(row: Mapping[str, Any], name: str, where: str) -> Any:
             )
         value = value[part]
     return value
-
-
-def _with_domain(row: dict[str, Any], domain: str | None) -> dict[str, Any]:
-    return row if domain is None else {**row, "domain": domain}
