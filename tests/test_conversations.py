@@ -158,7 +158,16 @@ def test_empty_fields_of_server_logs_say_nothing_and_go(tmp_path: Path) -> None:
 
 def test_text_parts_become_one_text(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]
-    assert read_one(tmp_path, {"messages": [{"role": "user", "content": parts}]}).messages == (USER,)
+    for row in (
+        {"messages": [{"role": "user", "content": parts}]},
+        {"conversations": [{"from": "human", "value": parts}]},
+    ):
+        assert read_one(tmp_path, row).messages == (USER,)
+
+
+def test_a_message_of_tool_calls_needs_no_content(tmp_path: Path) -> None:
+    bare = {"role": "assistant", "tool_calls": calls()["tool_calls"]}
+    assert read_one(tmp_path, {"messages": [USER, bare]}).messages[1] == {**bare, "content": ""}
 
 
 def test_answer_ids_are_for_the_last_turn_or_for_each(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def prompt_of(messages: tuple[Message, ...]) -> tuple[Message, ...]:
 
 
 def prompt_id(conversation: Conversation) -> str:
-    """The id that the row has if it brings none of its own: the hash of its prompt."""
+    """The default id of the row: the hash of its prompt, as 16 hex digits."""
     return prompt_hash(prompt_messages(conversation), conversation.meta.get("tools"))
 
 

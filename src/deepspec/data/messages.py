@@ -43,7 +43,7 @@ def known_role(role: str, roles: Sequence[str] = tuple(KEYS)) -> str:
     )
 
 
-def _text(content: Any) -> Any:
+def joined_parts(content: Any) -> Any:
     """OpenAI's list of text parts as one text."""
     if not isinstance(content, list):
         return content
@@ -104,7 +104,7 @@ class Message(TypedDict, total=False):
     """One message of any role."""
 
     role: Required[Annotated[str, AfterValidator(known_role)]]
-    content: Required[Annotated[str, BeforeValidator(_text)]]
+    content: Required[Annotated[str, BeforeValidator(joined_parts)]]
     reasoning_content: str
     tool_calls: Annotated[list[ToolCall], WrapValidator(_as_given)]
     tool_call_id: str

@@ -5,8 +5,8 @@ would come under the same id. It is kept as `<hash>-2`, `<hash>-3`, … (a bench
 data set may answer one in several ways), or dropped on request.
 
 Memory: a 64-bit hash and a 64-bit place for each id, a 64-bit hash and a count for each prompt: about 200
-bytes a row as Python objects (measured), 260 MB for 1.3 million rows. Among 10 million rows two hashes are equal with a
-probability of 3 in a million; the later row would then be reported as a repeat.
+bytes a row as Python objects (measured), 260 MB for 1.3 million rows. Among 10 million rows two hashes are
+equal with a probability of 3 in a million; the later row would then be reported as a repeat.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from pydantic import (
 )
 from typing_extensions import TypedDict
 
-from deepspec.data.messages import KEYS, SHAREGPT_ROLES, Message, known_role
+from deepspec.data.messages import KEYS, SHAREGPT_ROLES, Message, joined_parts, known_role
 from deepspec.errors import DataError
 
 _OPEN = with_config(ConfigDict(extra="allow"))
@@ -29,7 +29,7 @@ def _tidy(item: Any) -> Any:
     """A message without the empty fields that servers log ("refusal": null, "annotations": [])."""
     if not isinstance(item, dict):
         return item
-    if len(item) > 2:
+    if len(item) > 2 or "tool_calls" in item:
         kept = ("role", "content", "from", "value")
         item = {k: v for k, v in item.items() if k in kept or v not in (None, "", [], {})}
         if item.get("content") is None and "tool_calls" in item:
@@ -40,9 +40,8 @@ def _tidy(item: Any) -> Any:
 def _only_its_keys(message: Message) -> Message:
     role = message["role"]
     if wrong := message.keys() - set(KEYS[role]):
-        raise ValueError(
-            f"unknown key {names_of(wrong)}, a {role} message may have {names_of(KEYS[role])}", _UNKNOWN
-        )
+        known = f"a {role} message may have {names_of(KEYS[role])}"
+        raise ValueError(f"unknown key {names_of(sorted(wrong))}, {known}", _UNKNOWN)
     return message
 
 
@@ -54,7 +53,7 @@ class _ShareGPT(TypedDict):
         AfterValidator(SHAREGPT_ROLES.__getitem__),
         Field(validation_alias="from"),
     ]
-    content: Annotated[str, Field(validation_alias="value")]
+    content: Annotated[str, BeforeValidator(joined_parts), Field(validation_alias="value")]
 
 
 @_OPEN
