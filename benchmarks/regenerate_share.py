@@ -34,10 +34,11 @@ import torch
 
 import servers
 from deepspec.answers.dialogue import turns_of
-from deepspec.answers.in_process import regenerate, row_seed
+from deepspec.answers.in_process import regenerate
 from deepspec.answers.pool import Policy
 from deepspec.answers.through_servers import regenerate_served
 from deepspec.data.conversations import Conversation, conversation_from_row, read_conversations
+from deepspec.data.identity import row_seed
 from deepspec.data.tokens import prompt_ids
 from deepspec.decode.engine import Decoder, Request
 from deepspec.maths.verify import Sampling

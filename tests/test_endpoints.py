@@ -17,7 +17,6 @@ import pytest
 from typer.testing import CliRunner
 
 from deepspec.answers.file import Conditions, beside
-from deepspec.answers.in_process import row_seed
 from deepspec.answers.pool import (
     Call,
     Endpoint,
@@ -33,6 +32,7 @@ from deepspec.answers.requests import Reply, completion, read_chat, read_complet
 from deepspec.answers.through_servers import HOPELESS, regenerate_served
 from deepspec.cli import app
 from deepspec.data.conversations import conversation_from_row
+from deepspec.data.identity import row_seed
 from deepspec.data.tokens import prompt_ids
 from deepspec.errors import DataError, UserError
 from deepspec.maths.verify import Sampling

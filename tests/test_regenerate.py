@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 from deepspec.answers import in_process as module
 from deepspec.answers.dialogue import Dialogue, turns_of
 from deepspec.answers.file import beside
-from deepspec.answers.in_process import regenerate, row_seed
+from deepspec.answers.in_process import regenerate
 from deepspec.cli import app
 from deepspec.data.conversations import Conversation, conversation_from_row, read_conversations
+from deepspec.data.identity import row_seed
 from deepspec.data.tokens import encode_turns, prompt_ids
 from deepspec.decode.engine import generate
 from deepspec.errors import DataError, UserError

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepspec.answers.in_process import row_seed
 from deepspec.checkpoints.draft import load_draft
 from deepspec.config import HELD_OUT_ROWS, Recipe
 from deepspec.cost.machines import Machine, host_memory, row_of_device
 from deepspec.cost.phases import Speeds, TrainSpeed, speed_key, speeds_from
 from deepspec.data.conversations import Conversation, Message, prompt_messages
+from deepspec.data.identity import row_seed
 from deepspec.data.tokens import Encoded, encode_turns, prompt_ids
 from deepspec.decode.engine import Decoder, Generation, NoDraft, Request
 from deepspec.drafts.base import Draft, NeuralDraft, Proposal

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from deepspec.data.tokens import prompt_ids
+from deepspec.data.tokens import prompt_ids, require_tokenizer
 from deepspec.decode.engine import Decoder, Request
-from deepspec.errors import TargetError
 from deepspec.log import progress
 from deepspec.maths.verify import Sampling
 from deepspec.targets import Target
@@ -68,8 +67,7 @@ def check(model: str = "pocket", *, problems: int = 200, functions: int = 100) -
     Raises TargetError for a model that cannot be loaded or has no tokenizer.
     """
     target = Target.from_pretrained(model)
-    if target.tokenizer is None:
-        raise TargetError(f"{model} has no tokenizer", next_step="check the directory that the build wrote")
+    require_tokenizer(target.tokenizer, model)
     examples = held_out(problems, functions)
     math, code, chat = (examples[domain] for domain in corpus.DOMAINS)
     solved = answers(target, math, thinking=False)

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from deepspec.answers.dialogue import Dialogue
 from deepspec.answers.file import AnswerFile, Conditions, Tally, beside
-from deepspec.answers.in_process import row_seed
 from deepspec.answers.pool import Exhausted, Policy, Pool, Refused
 from deepspec.answers.requests import completion, greeter
 from deepspec.data.conversations import Conversation, tools_of
-from deepspec.data.tokens import prompt_ids, template_hash
-from deepspec.errors import DataError, TargetError, UserError
+from deepspec.data.identity import row_seed
+from deepspec.data.tokens import prompt_ids, require_tokenizer, template_hash
+from deepspec.errors import DataError, UserError
 from deepspec.log import Bar, progress
 from deepspec.maths.verify import Sampling
 
@@ -61,9 +61,9 @@ def regenerate_served(
     Raises UserError when no server is well for `policy.patience` seconds, or can never do; what is answered
     by then is kept. DataError where `out` holds answers made under other conditions.
     """
-    tokenizer = None if target is None else target.tokenizer()
-    if target is not None and tokenizer is None:
-        raise TargetError(f"{target.name} has no tokenizer", next_step="leave --target out")
+    tokenizer = None
+    if target is not None:
+        tokenizer = require_tokenizer(target.tokenizer(), target.name, "leave --target out")
     if total is None and isinstance(conversations, Sequence):
         total = len(conversations)
 

@@ -20,7 +20,7 @@ from deepspec.errors import DataError, UserError
 from deepspec.log import note
 
 if TYPE_CHECKING:
-    from deepspec.data.lines import Skipped
+    from deepspec.data.skipping import Skipped
     from deepspec.maths.verify import Sampling
     from deepspec.targets import Target
 
@@ -95,7 +95,7 @@ def prompt_file(name: str | None, target: str) -> Path:
 
 def skipping(skip_bad: bool) -> Skipped:
     """What becomes of bad rows: counted, or refused with a word on --skip-bad."""
-    from deepspec.data.lines import SkipNothing, Skipped
+    from deepspec.data.skipping import SkipNothing, Skipped
 
     return Skipped() if skip_bad else SkipNothing()
 

@@ -46,14 +46,13 @@ def generate(
         raise UserError(f"no draft for {target}", next_step="add --draft NAME, or --plain to decode without")
     sampling_of(temperature)
     from deepspec.checkpoints.draft import load_draft
-    from deepspec.data.tokens import prompt_ids
+    from deepspec.data.tokens import prompt_ids, require_tokenizer
     from deepspec.decode.engine import generate as decode
 
     model = load_target(target)
-    if model.tokenizer is None:
-        raise UserError(f"{target} has no tokenizer", next_step="put its tokenizer files beside its weights")
+    tokenizer = require_tokenizer(model.tokenizer, target)
     chosen = None if plain or draft is None else load_draft(draft, model)
-    ids = prompt_ids(model.tokenizer, [{"role": "user", "content": prompt}], thinking)
+    ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}], thinking)
     answer = decode(model, chosen, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     stdout().print(coloured(model, answer), soft_wrap=True)
     rate = f"{len(answer.token_ids)} tokens, {len(answer.token_ids) / answer.seconds:.1f} tokens/s"

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from deepspec.data.conversations import read_conversations
 from deepspec.data.rows import Rows, distinct, pack, row_lengths
-from deepspec.data.tokens import Encoded, OverlongError, encode_turns
-from deepspec.errors import DataError, TargetError
+from deepspec.data.tokens import Encoded, OverlongError, encode_turns, require_tokenizer
+from deepspec.errors import DataError
 from deepspec.files import count_lines
 from deepspec.log import progress, warn
 from deepspec.maths.blocks import FeatureBatch
@@ -45,11 +45,7 @@ def load_rows(
     `max_length` is the reason. Raises DataError where a row is broken or nothing is left, TargetError for a
     target without a tokenizer.
     """
-    if target.tokenizer is None:
-        raise TargetError(
-            f"{target.spec.name} has no tokenizer, so text cannot become tokens",
-            next_step="put the target's tokenizer files beside its weights",
-        )
+    require_tokenizer(target.tokenizer, target.spec.name)
     overlong: list[OverlongError] = []
     rows = pack(_sequences(path, target, thinking, max_length, min_supervised, limit, overlong))
     if not rows and overlong:

@@ -20,11 +20,12 @@ import torch
 
 from deepspec.config import HELD_OUT_ROWS
 from deepspec.data.conversations import Conversation, prompt_messages, read_conversations, tools_of
-from deepspec.data.tokens import prompt_ids, system_hash, template_hash
+from deepspec.data.identity import row_seed
+from deepspec.data.tokens import prompt_ids, require_tokenizer, system_hash, template_hash
 from deepspec.decode.engine import Decoder, Generation, Request
 from deepspec.drafts.base import Draft
 from deepspec.drafts.lookup import PromptLookup
-from deepspec.errors import DataError, TargetError
+from deepspec.errors import DataError
 from deepspec.files import plain, write_json
 from deepspec.log import note, progress
 from deepspec.maths import acceptance
@@ -65,11 +66,7 @@ def load_prompts(
     Raises DataError for a broken or empty file or an id that comes twice (its prompt would count twice),
     TargetError for a target without a tokenizer.
     """
-    if target.tokenizer is None:
-        raise TargetError(
-            f"{target.spec.name} has no tokenizer, so prompts cannot become tokens",
-            next_step="put the target's tokenizer files beside its weights",
-        )
+    tokenizer = require_tokenizer(target.tokenizer, target.spec.name)
     rows = list(read_conversations(path))
     if not rows:
         raise DataError("no prompts", where=str(path))
@@ -86,9 +83,7 @@ def load_prompts(
             c.id,
             c.domain or "all",
             c.messages[-1]["content"] if c.messages else "",
-            tuple(
-                prompt_ids(target.tokenizer, prompt_messages(c), thinking, tools=tools_of(c), where=c.where)
-            ),
+            tuple(prompt_ids(tokenizer, prompt_messages(c), thinking, tools=tools_of(c), where=c.where)),
             system_hash(c.messages),
         )
         for c in spread(rows, limit)
@@ -240,11 +235,6 @@ def evaluate_at(
 def evaluate_draft(target: Target, draft: Draft, prompts: Sequence[Prompt], **options: Any) -> dict[str, Any]:
     """One draft beside the baselines; options as for `evaluate_drafts`."""
     return evaluate_drafts(target, {draft.name: draft}, prompts, **options)
-
-
-def row_seed(seed: int, key: str) -> int:
-    """A prompt's own seed, whatever else is in the run."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big")
 
 
 def fingerprint(model: object) -> str | None:
