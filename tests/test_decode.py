@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from conftest import FAMILIES, NoisyTarget, TableDraft, prompts_of, save_tiny, teach, tiny_draft
+from conftest import DEVICE, FAMILIES, NoisyTarget, TableDraft, prompts_of, save_tiny, teach, tiny_draft
 from deepspec.checkpoints.draft import new_draft
 from deepspec.decode import engine as decode
 from deepspec.decode.engine import Decoder, Generation, Request, generate
@@ -38,7 +38,7 @@ def naive_greedy(target: Target, prompt: Sequence[int], count: int) -> list[int]
     tokens = list(prompt)
     with torch.no_grad():
         for _ in range(count):
-            tokens.append(int(target.model(torch.tensor([tokens])).logits[0, -1].argmax()))
+            tokens.append(int(target.model(torch.tensor([tokens], device=DEVICE)).logits[0, -1].argmax()))
     return tokens[len(prompt) :]
 
 
@@ -179,9 +179,9 @@ def test_draft_observes_each_committed_token_once_with_its_own_features(
     found = generate(scene.target, witness, scene.prompts[:3], 8)
     assert len({len(g.accepted) for g in found} | {a for g in found for a in g.accepted}) > 1
     for slot, row in enumerate(scene.rows[:3]):
-        length = len(witness.history[slot])
+        length = len(witness.closed[slot])
         assert length >= len(row) - NEW + 7
-        assert witness.history[slot] == row[:length]
+        assert witness.closed[slot] == row[:length]
 
 
 def test_confidence_is_conditioned_on_the_token_before_each_slot(llama: Scene) -> None:
@@ -355,9 +355,10 @@ def test_more_requests_than_rows_give_what_each_gives_alone(
     prompts = [*scene.prompts, *prompts_of(target, [3, 22, 5], seed=1)]
     budgets = [9, 2, 14, 1, 11, 6, 10]
     requests = [
-        Request(p, b, seed=40 + i, key=str(i)) for i, (p, b) in enumerate(zip(prompts, budgets, strict=True))
+        Request(p, b, 40 + i, str(i), Sampling(temperature))
+        for i, (p, b) in enumerate(zip(prompts, budgets, strict=True))
     ]
-    decoder = Decoder(target, draft, Sampling(temperature), max_rows=3)
+    decoder = Decoder(target, draft, max_rows=3)
     found = {g.key: g for g in decoder.run(iter(requests))}
     assert list(found) != sorted(found), "short requests finish before long ones that began earlier"
     assert set(target.opened) == {0, 1, 2} and len(target.opened) == len(requests)
@@ -433,7 +434,7 @@ def three_words() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Target:
     path = save_tiny(three_words, tmp_path_factory.mktemp("law") / "target")
-    return Target.from_pretrained(path, dtype="float32", device="cpu")
+    return Target.from_pretrained(path, dtype="float32", device=DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -444,8 +445,8 @@ def mismatched() -> TableDraft:
 
 def sample(target: Target, draft: Draft | None, first_seed: int) -> Counter[tuple[int, ...]]:
     """Three new tokens after one prompt: the prefill's, and two of the first rounds'."""
-    decoder = Decoder(target, draft, Sampling(1.0), max_rows=100)
-    requests = (Request(START, 3, seed=first_seed + i) for i in range(SAMPLES))
+    decoder = Decoder(target, draft, max_rows=100)
+    requests = (Request(START, 3, first_seed + i, sampling=Sampling(1.0)) for i in range(SAMPLES))
     return Counter(tuple(g.token_ids) for g in decoder.run(requests))
 
 
@@ -522,7 +523,7 @@ def committed_law(target: Target, position: Callable[[Tensor, Tensor], Tensor], 
     q = torch.full((VOCABULARY, VOCABULARY), 1 / 3) if table is None else table
     for tokens in product(range(VOCABULARY), repeat=3):
         hidden = target.read(torch.tensor([START + list(tokens[:2])]), []).last_hidden[0, -3:]
-        p = target.logits(hidden).double().softmax(-1)
+        p = target.logits(hidden).double().softmax(-1).cpu()
         drafted = q.double().softmax(-1) if table is not None else q.double()
         chance = float(p[0, tokens[0]])
         for k in (1, 2):
@@ -552,8 +553,8 @@ def power(a: Law, b: Law, samples: int, level: float) -> float:
 def test_power_of_the_two_sample_test_against_each_mutant(
     small: Target, mismatched: TableDraft, name: str
 ) -> None:
-    right = committed_law(small, committed, mismatched.logits)
-    wrong = committed_law(small, MUTANTS[name][1], mismatched.logits)
+    right = committed_law(small, committed, mismatched.logits.cpu())
+    wrong = committed_law(small, MUTANTS[name][1], mismatched.logits.cpu())
     assert math.isclose(sum(right.values()), 1, rel_tol=1e-6)
     assert math.isclose(sum(wrong.values()), 1, rel_tol=1e-6)
     assert power(right, wrong, SAMPLES, LEVEL) > 0.99
@@ -574,6 +575,6 @@ def test_mutant_of_verify_is_caught_by_the_two_sample_test(
 
 def test_exact_law_is_the_plain_one_under_the_published_rule(small: Target, mismatched: TableDraft) -> None:
     """The yardstick of the power computation is itself right."""
-    right = committed_law(small, committed, mismatched.logits)
+    right = committed_law(small, committed, mismatched.logits.cpu())
     for tokens, chance in committed_law(small, lambda p, q: p, None).items():
         assert math.isclose(right[tokens], chance, rel_tol=1e-9)

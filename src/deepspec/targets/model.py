@@ -2,7 +2,7 @@
 
 R rows, Q new tokens per row (padded), S tokens, m captured layers, d hidden, V vocabulary.
 Any Hugging Face decoder serves: its modules are found, not re-implemented, and hooks read the
-residual stream after chosen layers. The key/value slots are ours (`slots.py`).
+residual stream after chosen layers. The key/value slots are ours (`cache.py`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.utils import logging as hf_logging
 
-from deepspec import families
 from deepspec.errors import TargetError
 from deepspec.log import note
-from deepspec.maths.slots import Rows, SlotStore, causal_rows_mask
+from deepspec.maths.slots import Rows, causal_rows_mask
 from deepspec.pocket import packaged
 from deepspec.targets.anatomy import (
     final_norm,
@@ -34,6 +32,7 @@ from deepspec.targets.anatomy import (
     steady_length,
     text_config,
 )
+from deepspec.targets.cache import SlotCache, can_roll_back
 from deepspec.targets.hub import check_whole, first_line, unreadable
 from deepspec.targets.spec import TargetSpec, read_tokenizer
 
@@ -47,34 +46,6 @@ class StepOutput(NamedTuple):
 
     last_hidden: Tensor
     features: Tensor | None
-
-
-class _SlotLayer(CacheLayerMixin):
-    """One layer of transformers' cache interface over a `SlotStore`; `rows` is set before each step."""
-
-    is_sliding = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.store = SlotStore()
-        self.rows = Rows((0,), (0,), 0)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        return self.store.write(key_states, value_states, self.rows)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.rows.end, 0
-
-    def get_seq_length(self) -> int:
-        return max(self.rows.starts)
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 class Target:
@@ -92,11 +63,11 @@ class Target:
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self._config = text_config(model)
-        self.cached = _can_roll_back(self.model, self._config, spec.name)
+        self.cached = can_roll_back(self.model, self._config, spec.name)
         self.decoder: Any = find_decoder(model, spec.name)
         self.embedding = find_embedding(self.model, self._config, spec.family, spec.name)
         self.head = find_head(self.model, self._config, spec.family, spec.name, self.device)
-        self._cache = Cache(layers=[_SlotLayer() for _ in range(spec.num_layers)])
+        self._cache = SlotCache(spec.num_layers)
         self._steady_length = steady_length(self._config)
         self._tokens: dict[int, list[int]] = {}
         self._captured: dict[int, Tensor] = {}
@@ -278,8 +249,7 @@ class Target:
         rows = Rows(tuple(slots), tuple(self.length(s) for s in slots), max(map(len, tokens)))
         self._hook(tuple(layers))
         self._check_length(rows.end)
-        for layer in self._cache.layers:
-            layer.rows = rows
+        self._cache.step(rows)
         output = self.decoder(
             input_ids=_padded(tokens).to(self.device),
             position_ids=rows.positions(self.device),
@@ -431,29 +401,6 @@ def _bars(long: bool) -> Iterator[None]:
     finally:
         if usual:
             hf_logging.enable_progress_bar()
-
-
-# ── what a step needs ─────────────────────────────────────────────────────────────────────────────────
-
-
-def _can_roll_back(model: Any, config: Any, name: str) -> bool:
-    """Whether keys and values by position are all that the model remembers. Raises TargetError where it
-    keeps none at all, or something outside transformers' cache."""
-    try:
-        layers = DynamicCache(config=config).layers
-    except KeyError:
-        layers = []  # kinds of layers that transformers itself has no cache for
-    by_position = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
-    plain = all(type(layer).__name__ in by_position for layer in layers)
-    if not any(isinstance(layer, CacheLayerMixin) for layer in layers) or (
-        plain and getattr(model, "_is_stateful", False)
-    ):
-        raise TargetError(
-            f"{name} is a state-space or recurrent model ({config.model_type}): it keeps one running state "
-            "and no keys and values by position, so rejected tokens cannot be taken back",
-            next_step="use a target with attention layers; plain decoding of this one is already cheap",
-        )
-    return plain and set(getattr(config, "layer_types", None) or ()) <= families.MASKED_LAYERS
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
