@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -464,15 +464,31 @@ DRAFTS: dict[str, Callable[[], Any]] = {
 every_draft = pytest.mark.parametrize("make", DRAFTS.values(), ids=DRAFTS.keys())
 
 
-def propose(draft: Any, slots: list[int], batch: FeatureBatch, rows: list[int], ends: list[int]) -> Any:
+ALIKE = (Sampling(1.0),) * 3
+MIXED = (Sampling(0.7, top_k=9, top_p=0.9), Sampling(), Sampling(1.0))
+"""Samplings of rows 0, 1 and 2."""
+
+
+def propose(
+    draft: Any,
+    slots: list[int],
+    batch: FeatureBatch,
+    rows: list[int],
+    ends: list[int],
+    samplings: Sequence[Sampling] = ALIKE,
+) -> Any:
     uniforms = torch.stack([torch.rand(BLOCK, generator=torch.Generator().manual_seed(r)) for r in rows])
     anchors = [int(batch.input_ids[r, e]) for r, e in zip(rows, ends, strict=True)]
-    return draft.propose(slots, anchors, Sampling(temperature=1.0), uniforms[:, : draft.max_proposals])
+    chosen = [samplings[r] for r in rows]
+    return draft.propose(slots, anchors, chosen, uniforms[:, : draft.max_proposals])
 
 
 @every_draft
 @pytest.mark.parametrize("slots", [[0, 1, 2], [4, 0, 2]], ids=["neighbours", "scattered"])
-def test_a_ragged_batch_of_slots_is_each_slot_alone(make: Callable[[], Any], slots: list[int]) -> None:
+@pytest.mark.parametrize("samplings", [ALIKE, MIXED], ids=["one sampling", "three samplings"])
+def test_a_ragged_batch_of_slots_is_each_slot_alone(
+    make: Callable[[], Any], slots: list[int], samplings: Sequence[Sampling]
+) -> None:
     together, batch = make(), make_batch((11, 11, 11), seed=2)
     alone = [copy.deepcopy(together) for _ in slots]
     for slot, lone in zip(slots, alone, strict=True):
@@ -489,9 +505,9 @@ def test_a_ragged_batch_of_slots_is_each_slot_alone(make: Callable[[], Any], slo
             following.append(batch.input_ids[row, start + 1 : end + 1].tolist())
             observe(alone[row], 0, batch, row, start, end)
         together.observe(slots, features, tokens, following)
-        found = propose(together, slots, batch, [0, 1, 2], ends)
+        found = propose(together, slots, batch, [0, 1, 2], ends, samplings)
         for row, end in enumerate(ends):
-            want = propose(alone[row], [0], batch, [row], [end])
+            want = propose(alone[row], [0], batch, [row], [end], samplings)
             assert torch.equal(found.tokens[row], want.tokens[0])
             close(found.q[row], want.q[0])
             if want.confidence is not None:
@@ -515,6 +531,20 @@ def test_observing_in_pieces_is_observing_at_once(make: Callable[[], Any]) -> No
     want = propose(whole, [0], batch, [0], [9])
     assert torch.equal(found.tokens, want.tokens)
     close(found.q, want.q)
+
+
+@every_draft
+def test_a_freed_slot_is_forgotten_and_leaves_its_neighbours(make: Callable[[], Any]) -> None:
+    draft, batch = make(), make_batch((11, 11, 11), seed=2)
+    for slot in range(3):
+        draft.open(slot)
+        observe(draft, slot, batch, slot, 0, 4 + slot)
+    want = propose(draft, [0, 2], batch, [0, 2], [4, 6])
+    draft.free(1)
+    found = propose(draft, [0, 2], batch, [0, 2], [4, 6])
+    assert torch.equal(found.q, want.q)
+    assert set(draft.lengths.of) == {0, 2}
+    assert 1 not in getattr(draft, "last_hidden", {})
 
 
 @every_draft
@@ -688,3 +718,5 @@ def test_prompt_lookup_keeps_slots_apart_and_forgets_on_open() -> None:
     assert both.tokens.tolist() == [[7, 8], [2, 3]]
     lookup.open(0)
     assert lookup.propose([0], [1], Sampling(), torch.zeros(1, 2)).tokens.tolist() == [[1, 1]]
+    lookup.free(0)
+    assert set(lookup.history) == set(lookup.seen) == {1}

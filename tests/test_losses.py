@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +16,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from deepspec.maths.chunking import default_chunk_rows
 from deepspec.maths.head import Head
 from deepspec.maths.losses import (
     TERMS,
     HeadLoss,
     confidence_loss,
-    default_chunk_rows,
     head_loss,
     position_weights,
 )
@@ -317,6 +319,12 @@ def test_default_chunk_is_bounded_in_bytes_and_never_empty() -> None:
     assert default_chunk_rows(4096) >= 1024
     assert 16 * 2**20 <= default_chunk_rows(151_936) * 151_936 * 4 <= 32 * 2**20
     assert default_chunk_rows(10**9) == 1
+
+
+def test_the_chunk_size_is_known_without_torch() -> None:
+    """The planner asks for it, and must start at once."""
+    code = "import sys, deepspec.maths.chunking; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 
 @pytest.mark.parametrize(
