@@ -196,8 +196,10 @@ def test_confidence_is_conditioned_on_the_token_before_each_slot(llama: Scene) -
     draft.open(0)
     with torch.no_grad():
         draft.observe([0], features, [prompt], [[*prompt[1:], anchor]])
-        found = draft.propose([0], [anchor], Sampling(1.0), torch.tensor([[0.1, 0.9, 0.5, 0.3]]))
-        previous = torch.tensor([[anchor, *found.tokens[0, :-1].tolist()]])
+        found = draft.propose(
+            [0], [anchor], Sampling(1.0), torch.tensor([[0.1, 0.9, 0.5, 0.3]], device=DEVICE)
+        )
+        previous = torch.tensor([[anchor, *found.tokens[0, :-1].tolist()]], device=DEVICE)
         want = draft.confidence_logits(previous, draft.block_hidden([0], [anchor]))
     assert len(set(previous[0].tolist())) > 1
     assert want is not None and found.confidence is not None

@@ -142,7 +142,7 @@ class DFlashDraft(NeuralDraft):
         )
 
     def markov_rows(self, blocks: Blocks, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(z [N, r], W2 [V, r]) of the valid slots, where there is a sequential head; DFlash has none."""
+        """(z [N, r], W2 [V, r]) of the valid slots if there is a sequential head; DFlash has none."""
         return None
 
     def confidence_term(

@@ -20,10 +20,10 @@ class Head:
 
     weight: [V, d]. bias: [V] or None. scale multiplies the matrix product, before the bias.
     softcap: c > 0 bounds logits to (-c, c) as c * tanh(x / c) (Gemma 2, section 2), or None.
-    kept: for a reduced vocabulary, [V] int64 distinct target ids, one for each row of `weight`; None where
+    kept: for a reduced vocabulary, [V] int64 distinct target ids, one for each row of `weight`; None if
     row i is target id i.
 
-    Raises ValueError where shapes do not fit each other, or the soft-cap is not positive.
+    Raises ValueError if shapes do not fit each other or the soft-cap is not positive.
     """
 
     weight: Tensor

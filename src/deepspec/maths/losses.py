@@ -1,8 +1,8 @@
-"""The head and the losses of every draft, walked in row chunks so that the vocabulary-wide world stays small.
+"""The head and the losses of every draft, in chunks of rows: tensors as wide as the vocabulary stay small.
 
 A draft's logits are the widest tensors of training: 448 rows of a 151,936-word vocabulary are 272 MB in
-float32, and a loss written out plainly keeps half a dozen of them. Here the gradient is formed beside the
-loss, one chunk of rows at a time, and only what is as narrow as the inputs outlives its chunk.
+float32, and a loss written out plainly keeps half a dozen of them. Here the gradient is formed together
+with the loss, one chunk of rows at a time, and only tensors as narrow as the inputs outlive their chunk.
 
 Shapes: N loss rows; n rows of one chunk; d draft hidden width; dt target hidden width; V vocabulary of the
 draft's head; W vocabulary of the teacher's head (W = V, unless the draft's is reduced); r Markov rank.
@@ -117,7 +117,7 @@ class HeadLoss(NamedTuple):
 
 
 class _Wants(NamedTuple):
-    """Which gradients somebody will read."""
+    """Which gradients a backward pass can ask for."""
 
     hidden: bool
     z: bool
@@ -309,7 +309,7 @@ def _chunk_terms(task: _Task, rows: slice, space: _Workspace, result: _Result) -
         found["kl"] = found["soft_ce"] + teacher.negative_entropy
     if teacher is not None and result.accept is not None:
         found["l1"], accept = _overlap(draft, teacher, spare)
-        # A row without weight may hold NaN; nobody should meet it in a sum later.
+        # A row without weight may hold NaN, which must not reach a sum later.
         result.accept[rows] = accept.nan_to_num(nan=0.0).clamp(0.0, 1.0)
     for term, weight in task.weights.items():
         part = weight[rows]

@@ -53,8 +53,9 @@ class _SlotLayer(CacheLayerMixin):
 
 
 def can_roll_back(model: Any, config: Any, name: str) -> bool:
-    """Whether keys and values by position are all that the model remembers. Raises TargetError where it
-    keeps none at all, or something outside transformers' cache."""
+    """Whether keys and values by position are all that the model remembers.
+
+    Raises TargetError for a model that keeps none at all, or keeps state outside transformers' cache."""
     try:
         layers = DynamicCache(config=config).layers
     except KeyError:

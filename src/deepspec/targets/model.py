@@ -1,7 +1,7 @@
 """The frozen model that is made faster: features, last hidden states, embedding, head, cached steps.
 
 R rows, Q new tokens per row (padded), S tokens, m captured layers, d hidden, V vocabulary.
-Any Hugging Face decoder serves: its modules are found, not re-implemented, and hooks read the
+Any Hugging Face decoder will do: its modules are found, not re-implemented, and hooks read the
 residual stream after chosen layers. The key/value slots are ours (`cache.py`).
 """
 
@@ -52,8 +52,8 @@ class Target:
     """A spec plus weights: frozen, in eval mode, without autograd.
 
     cached: whether a step reads its new tokens only. Hybrids with linear attention, convolutions or
-    state-space layers carry a running state that cannot be rolled back: there it is the whole sequence.
-    Raises TargetError for a model without the parts that drafts need, or without anything to roll back.
+    state-space layers carry a running state that cannot be rolled back; their steps read the whole sequence.
+    Raises TargetError for a model without the parts that drafts need, or with nothing to roll back.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class Target:
         """Load a local directory, a Hub id, or the built-in `pocket`.
 
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". device: "auto" is the
-        accelerator when there is one. device_map: as transformers takes it ("auto", "balanced", or modules
-        to devices), to spread the layers over several; `device` then says nothing. A quantised checkpoint is
+        accelerator if there is one. device_map: as transformers takes it ("auto", "balanced", or modules
+        to devices), to spread the layers over several; `device` then has no effect. A quantised checkpoint is
         loaded as transformers loads it. A missing tokenizer is not an error. Raises TargetError.
         """
         name = str(name_or_path)
@@ -168,7 +168,7 @@ class Target:
 
     @property
     def max_length(self) -> int | None:
-        """Tokens that a sequence may hold, as the config says; None where it says nothing."""
+        """Tokens that a sequence may hold according to the config; None if it gives no limit."""
         limits = [self.spec.config.get("max_position_embeddings"), self._steady_length]
         return min((int(n) for n in limits if n), default=None)
 
@@ -200,7 +200,7 @@ class Target:
     def finish(self, stream: Tensor) -> Tensor:
         """[..., d] residual stream after the last layer -> last hidden state, through the final norm.
 
-        Servers give the stream before it, where this program means what comes after (method.md 2).
+        Servers return the residual stream before the norm; this program uses what comes after (method.md 2).
         """
         norm = final_norm(self.decoder)
         weight = next(norm.parameters(), self.embedding.weight)
@@ -231,8 +231,8 @@ class Target:
     ) -> StepOutput:
         """Append each row's new tokens (any number, not the same) to its slot, in one forward pass.
 
-        What it gives are inference tensors: cheaper by the bookkeeping, and not to be trained on (`read` is).
-        Raises TargetError where `read` does.
+        The outputs are inference tensors, which are cheaper because nothing is recorded; train on those of
+        `read`. Raises TargetError when `read` does.
         """
         if self.cached:
             output = self._step_cached(slots, tokens, layers)
@@ -364,7 +364,7 @@ class Target:
         return self.decoder.layers[layer].register_forward_hook(after)
 
     def _output(self, output: Any) -> StepOutput:
-        """Of a pass through the decoder, on one device wherever its layers are."""
+        """The outputs of a pass through the decoder, brought to one device from wherever its layers are."""
         last_hidden = output.last_hidden_state.to(self.device)
         if not self._hooked:
             return StepOutput(last_hidden, None)
@@ -383,7 +383,7 @@ class Target:
 
 
 def _takes_long(path: str) -> bool:
-    """Whether somebody will wait for a target: a download, or weights that take seconds to read."""
+    """Whether loading takes long: a download, or weights that take seconds to read."""
     if not Path(path).is_dir():
         return True
     weights = [f for kind in ("*.safetensors", "*.bin") for f in Path(path).glob(kind) if f.is_file()]
@@ -392,7 +392,7 @@ def _takes_long(path: str) -> bool:
 
 @contextmanager
 def _bars(long: bool) -> Iterator[None]:
-    """transformers' own bars, of a download and of loading, where it is long and a terminal shows them."""
+    """transformers' own progress bars for downloads and loading, if it takes long and there is a terminal."""
     usual = hf_logging.is_progress_bar_enabled()
     if not (long and sys.stderr.isatty()):
         hf_logging.disable_progress_bar()
