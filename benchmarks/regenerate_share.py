@@ -79,7 +79,14 @@ def in_process(target: Target, rows: Sequence[Conversation], folder: Path, repea
     """`regenerate` beside the decoder alone, at temperature 1."""
     sampling, counter = Sampling(1.0), iter(range(10**6))
     requests = [
-        Request(prompt_ids(target.tokenizer, row.messages, False), BUDGET, row_seed(0, row.id), row.id)
+        Request(
+            prompt_ids(target.tokenizer, row.messages, False),
+            BUDGET,
+            row_seed(0, row.id),
+            row.id,
+            sampling,
+            target.stop_token_ids,
+        )
         for row in rows
     ]
     requests.sort(key=lambda r: len(r.input_ids))
@@ -89,7 +96,7 @@ def in_process(target: Target, rows: Sequence[Conversation], folder: Path, repea
         return regenerate(target, rows, out, sampling=sampling, max_new_tokens=BUDGET, max_rows=ROWS).tokens
 
     def alone() -> int:
-        decoder = Decoder(target, None, sampling, stop_token_ids=target.stop_token_ids, max_rows=ROWS)
+        decoder = Decoder(target, None, max_rows=ROWS)
         return sum(len(answer.token_ids) for answer in decoder.run(requests))
 
     shares = in_turns(ours, alone, repeats, time.process_time)

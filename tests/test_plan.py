@@ -684,8 +684,8 @@ def test_rounds_are_timed_from_a_drafts_place_without_the_prefills(llama_dir: Pa
     ticks = iter(range(1000))
     monkeypatch.setattr(profile, "_clock", lambda target: float(next(ticks)))
     clock = profile._Clock(target)
-    requests = [Request([5, 6, 7 + i], 6 + 2 * i, i, str(i)) for i in range(3)]
-    decoder = Decoder(target, clock, Sampling(1.0), max_rows=2)
+    requests = [Request([5, 6, 7 + i], 6 + 2 * i, i, str(i), Sampling(1.0)) for i in range(3)]
+    decoder = Decoder(target, clock, max_rows=2)
     assert sum(len(answer.token_ids) for answer in decoder.run(requests)) == 6 + 8 + 10
     assert clock.prefills == [1.0] * 3
     # Five rounds of two rows until the first answer ends; the round that the third prompt's prefill followed

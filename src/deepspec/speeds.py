@@ -36,7 +36,7 @@ from deepspec.features.cache_write import batch_rows, plan_cache, shard_tensors
 from deepspec.files import write_json
 from deepspec.log import note, open_trackers, progress
 from deepspec.maths.blocks import FeatureBatch
-from deepspec.maths.verify import Sampling
+from deepspec.maths.verify import Sampling, Samplings
 from deepspec.measure.evaluate import evaluate_drafts
 from deepspec.measure.traces import Prompt
 from deepspec.targets import Target
@@ -150,7 +150,8 @@ def _decode(
 ) -> tuple[list[Generation], float]:
     """(answers at temperature 1, seconds)."""
     ends = target.stop_token_ids if stops else frozenset()
-    decoder = Decoder(target, draft, Sampling(1.0), stop_token_ids=ends, max_rows=min(slots, len(requests)))
+    requests = [replace(r, sampling=Sampling(1.0), stop_token_ids=ends) for r in requests]
+    decoder = Decoder(target, draft, max_rows=min(slots, len(requests)))
     began = _clock(target)
     found = list(decoder.run(requests))
     return found, _clock(target) - began
@@ -183,14 +184,14 @@ class _Clock(NoDraft):
             self._opened, self._filled = None, True
 
     def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
+        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
     ) -> Proposal:
         now = _clock(self.target)
         if self._last is not None and not self._filled:
             rows, before = self._last
             self.rounds.append((rows, now - before))
         self._filled, self._last = False, (len(slots), now)
-        return super().propose(slots, anchors, sampling, uniforms)
+        return super().propose(slots, anchors, samplings, uniforms)
 
 
 def line_through(rounds: Sequence[tuple[int, float]]) -> tuple[float, float]:

@@ -19,7 +19,6 @@ import torch
 from deepspec.data.tokens import prompt_ids, require_tokenizer
 from deepspec.decode.engine import Decoder, Request
 from deepspec.log import progress
-from deepspec.maths.verify import Sampling
 from deepspec.targets import Target
 from tools.pocket import arithmetic, corpus
 from tools.pocket.build import BuildSettings
@@ -132,18 +131,13 @@ def parses(answer: str) -> bool:
 def answers(target: Target, examples: Sequence[corpus.Example], *, thinking: bool) -> list[str]:
     """Greedy answers, in the order of the examples."""
     tokenizer: Any = target.tokenizer
-    decoder = Decoder(
-        target,
-        None,
-        Sampling(0.0),
-        stop_token_ids=target.stop_token_ids,
-        max_rows=min(ROWS, len(examples)),
-    )
+    decoder = Decoder(target, None, max_rows=min(ROWS, len(examples)))
     requests = [
         Request(
             prompt_ids(tokenizer, [{"role": "user", "content": e.question}], thinking),
             ANSWER_TOKENS[e.domain],
             key=str(i),
+            stop_token_ids=target.stop_token_ids,
         )
         for i, e in enumerate(examples)
     ]

@@ -163,13 +163,7 @@ def decoded(
                 yield dialogue
             else:
                 requests.append(request)
-        decoder = Decoder(
-            target,
-            None,
-            now.sampling,
-            stop_token_ids=target.stop_token_ids,
-            max_rows=min(max_rows, len(requests) or 1),
-        )
+        decoder = Decoder(target, None, max_rows=min(max_rows, len(requests)))
         assert target.tokenizer is not None
         for answer in decoder.run(requests):
             dialogue = open_[int(answer.key)]
@@ -201,7 +195,8 @@ def _request(dialogue: Dialogue, key: str, target: Target, now: Conditions) -> R
     if room < 1:
         dialogue.trouble = f"the prompt is {len(ids)} tokens, and {target.spec.name} reads at most {limit}"
         return None
-    return Request(ids, room, row_seed(now.seed, conversation.id, len(dialogue.ids)), key)
+    seed = row_seed(now.seed, conversation.id, len(dialogue.ids))
+    return Request(ids, room, seed, key, now.sampling, target.stop_token_ids)
 
 
 def answered(name: str, target: Target, thinking: bool, beside: Path) -> Path:

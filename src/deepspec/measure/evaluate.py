@@ -116,11 +116,10 @@ def held_out_tau(
     decoder = Decoder(
         target,
         draft,
-        Sampling(temperature),
-        stop_token_ids=target.stop_token_ids,
         max_rows=min(HELD_OUT_ROWS, len(prompts)),
     )
-    requests = [Request(p.ids, max_new_tokens, seed=i, key=p.id) for i, p in enumerate(prompts)]
+    sampling, stops = Sampling(temperature), target.stop_token_ids
+    requests = [Request(p.ids, max_new_tokens, i, p.id, sampling, stops) for i, p in enumerate(prompts)]
     return acceptance.tau([rounds_of(g)[2] for g in decoder.run(requests)]) or 1.0
 
 
@@ -152,9 +151,9 @@ def evaluate_drafts(
 
     def ours(draft: Draft | None) -> Method:
         def run(group: Sequence[Prompt], budget: int) -> list[Generation]:
-            decoder = Decoder(target, draft, sampling, stop_token_ids=stops, max_rows=len(group))
+            decoder = Decoder(target, draft, max_rows=len(group))
             seeds = {p.id: row_seed(seed, p.id) for p in group}
-            requests = [Request(p.ids, budget, seeds[p.id], p.id) for p in group]
+            requests = [Request(p.ids, budget, seeds[p.id], p.id, sampling, stops) for p in group]
             found = {g.key: g for g in decoder.run(requests)}
             return [found[p.id] for p in group]
 
