@@ -16,7 +16,7 @@ from deepspec.drafts.lookup import PromptLookup
 from deepspec.maths.verify import Sampling
 from deepspec.measure import evaluate as module
 from deepspec.measure.evaluate import WARM_UP_TOKENS, evaluate_at, evaluate_drafts, fingerprint
-from deepspec.measure.journal import beside
+from deepspec.measure.evaluate import partial_path as beside
 from deepspec.measure.traces import Prompt
 from deepspec.targets import Target
 from kills import killed_at, needs_fork
@@ -115,7 +115,7 @@ def test_beginning_of_another_evaluation_steps_aside(target, tmp_path, monkeypat
     assert measured(target, out, **changes)["rows"]
     assert (tmp_path / "eval.partial.old-1.jsonl").read_bytes() == before
     assert not beside(out).exists()
-    assert f"an evaluation with another '{named}'" in " ".join(capsys.readouterr().err.split())
+    assert f"was begun with another '{named}'" in " ".join(capsys.readouterr().err.split())
 
 
 def test_kill_during_the_last_temperature_costs_the_first_one_nothing(target, tmp_path, monkeypatch):

@@ -442,7 +442,7 @@ def test_answers_end_where_the_target_ends(fussy, tmp_path):
 
 def test_a_line_that_is_no_answer_stops_the_run_before_it_starts(target, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(DataError, match="no answered row") as caught:
+    with pytest.raises(DataError, match="this line has no 'thinking'") as caught:
         regenerate(target, PROMPTS, tmp_path / "a.jsonl")
     assert "a.jsonl:1" in str(caught.value)
 
@@ -466,16 +466,16 @@ def test_command_says_what_was_done_and_what_comes_next(target, tmp_path):
     assert "made with thinking False" in text
     text = call(*words).stdout
     assert "1 new answers, 2 were there already" in text
-    assert "2 rows left out: their id had come before" in text
+    assert "2 rows left out: an earlier row has the same id" in text
     assert len(list(read_conversations(out))) == 3
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--server", "http://127.0.0.1:1", "--rows", 4], "--rows says nothing with --server"),
-        (["--concurrency", 4], "--concurrency says nothing without --server"),
-        (["--model", "m"], "--model says nothing without --server"),
+        (["--server", "http://127.0.0.1:1", "--rows", 4], "--rows has no effect with --server"),
+        (["--concurrency", 4], "--concurrency has no effect without --server"),
+        (["--model", "m"], "--model has no effect without --server"),
         (["--server", "127.0.0.1:8000"], "not a server's address"),
     ],
 )

@@ -20,12 +20,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from deepspec.answers.pool import Policy
 from typer.testing import CliRunner
 
 from deepspec.answers.dialogue import turns_of
 from deepspec.answers.file import beside, last_mark
 from deepspec.answers.in_process import regenerate
-from deepspec.answers.pool import Policy
 from deepspec.answers.through_servers import regenerate_served
 from deepspec.cli import app
 from deepspec.data.conversations import Conversation, conversation_from_row
