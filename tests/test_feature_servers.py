@@ -25,7 +25,7 @@ from deepspec.config import Recipe
 from deepspec.data.tokens import Encoded
 from deepspec.errors import ServerError
 from deepspec.features.batches import announced, batches_from, online
-from deepspec.features.vllm import ServerSource, vllm_source
+from deepspec.features.vllm import VllmSource
 from deepspec.features.vllm_layers import vllm_command
 from deepspec.http_client import Policy
 from deepspec.targets import Target
@@ -73,9 +73,9 @@ def talking_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def llama_source(
     server: FeatureStandIn, target: Target, policy: Policy = FAST, reads: Sequence[str] = DSPARK, **how: Any
-) -> ServerSource:
+) -> VllmSource:
     """Layers 0 and 2 of the four-layer target, with the last hidden state: 1, 3 and 4 as vLLM counts."""
-    return vllm_source(server.url, target, [0, 2], reads, policy=policy, **how)
+    return VllmSource(server.url, target, [0, 2], reads, policy=policy, **how)
 
 
 # ── the same numbers ──────────────────────────────────────────────────────────────────────────────────
@@ -86,7 +86,7 @@ def llama_source(
 def test_vllm_gives_what_online_gives_bit_for_bit(targets, start, family, layers):
     target = targets[family]
     server = start(family, [*(k + 1 for k in layers), target.spec.num_layers])
-    source, here = vllm_source(server.url, target, layers, DSPARK, policy=FAST), online(target, layers)
+    source, here = VllmSource(server.url, target, layers, DSPARK, policy=FAST), online(target, layers)
     for row in rows_of(target, [3, 17]):
         theirs, ours = source([row], len(row.ids)), here([row], len(row.ids))
         assert torch.equal(theirs.features, ours.features)
@@ -98,7 +98,7 @@ def test_vllm_gives_what_online_gives_bit_for_bit(targets, start, family, layers
 def test_bfloat16_stays_what_it_is_on_the_wire(target_dirs, start, family):
     target = Target.from_pretrained(target_dirs[family], dtype="bfloat16", device="cpu")
     server = start(family, [1, target.spec.num_layers], dtype=torch.bfloat16)
-    source, row = vllm_source(server.url, target, [0], DSPARK, policy=FAST), rows_of(target, [19])[0]
+    source, row = VllmSource(server.url, target, [0], DSPARK, policy=FAST), rows_of(target, [19])[0]
     theirs, ours = source([row], 19), online(target, [0])([row], 19)
     assert theirs.features.dtype == torch.bfloat16
     assert torch.equal(theirs.features, ours.features)
@@ -123,7 +123,7 @@ def test_rows_of_a_batch_stay_apart_and_are_padded_like_online(targets, start):
 def test_features_come_in_the_drafts_order_whatever_else_the_server_gives(targets, start):
     target = targets["llama"]
     row = rows_of(target, [8])[0]
-    source = vllm_source(start("llama", [0, 1, 2, 3, 4]).url, target, [2, -1], DSPARK, policy=FAST)
+    source = VllmSource(start("llama", [0, 1, 2, 3, 4]).url, target, [2, -1], DSPARK, policy=FAST)
     theirs, ours = source([row], 8), online(target, [2, -1])([row], 8)
     assert torch.equal(theirs.features, ours.features)
     assert torch.equal(theirs.last_hidden, ours.last_hidden)
@@ -133,7 +133,7 @@ def test_counting_layers_one_off_on_our_side_shows(targets, start, monkeypatch):
     target = targets["llama"]
     row = rows_of(target, [8])[0]
     monkeypatch.setattr(room, "server_layers", lambda layers, depth, last: [*layers, depth])
-    source = vllm_source(start("llama", [0, 1, 2, 3, 4]).url, target, [1, 2], DSPARK, policy=FAST)
+    source = VllmSource(start("llama", [0, 1, 2, 3, 4]).url, target, [1, 2], DSPARK, policy=FAST)
     assert not torch.allclose(source([row], 8).features, online(target, [1, 2])([row], 8).features, atol=0.1)
 
 
@@ -153,7 +153,7 @@ def test_server_started_with_layers_one_off_is_refused_by_name(targets, start, s
     target = targets["llama"]
     server = start("llama", [1 + shift, 2 + shift, 4])
     with pytest.raises(ServerError) as caught:
-        vllm_source(server.url, target, [0, 1], DSPARK, policy=FAST)
+        VllmSource(server.url, target, [0, 1], DSPARK, policy=FAST)
     assert f"after [{1 + shift}, {2 + shift}, 4] layers, and those after [1, 2, 4] are needed" in str(
         caught.value
     )
@@ -357,7 +357,7 @@ def test_attempts_end_and_say_what_the_last_one_met(targets, start):
 
 def test_server_that_is_not_there_is_named_with_the_line_that_starts_it(targets):
     with pytest.raises(ServerError, match="the server gives no features: no connection") as caught:
-        vllm_source("http://127.0.0.1:9", targets["llama"], [0, 2], DSPARK, policy=FAST)
+        VllmSource("http://127.0.0.1:9", targets["llama"], [0, 2], DSPARK, policy=FAST)
     assert "where: http://127.0.0.1:9" in str(caught.value)
     assert "vllm serve" in str(caught.value)
 
@@ -374,7 +374,7 @@ def test_server_that_comes_back_with_other_layers_is_caught(targets, start):
 def test_several_servers_take_turns_and_one_may_die(targets, start):
     target = targets["llama"]
     first, second = start("llama", [1, 3, 4]), start("llama", [0, 1, 2, 3, 4])
-    source = vllm_source(f"{first.url}, {second.url}/v1/", target, [0, 2], DSPARK, policy=FAST)
+    source = VllmSource(f"{first.url}, {second.url}/v1/", target, [0, 2], DSPARK, policy=FAST)
     rows = rows_of(target, [4, 5, 6, 7])
     source(rows, 7)
     assert [len(s.asked) for s in (first, second)] == [3, 3]
@@ -431,7 +431,7 @@ def test_key_from_the_environment_is_sent(targets, start, monkeypatch):
 @pytest.mark.parametrize("url", ["localhost:8000", "http://a:1?in_flight=2", "http://a:1,"])
 def test_addresses_that_are_none_are_refused(targets, url):
     with pytest.raises(ServerError, match="address"):
-        vllm_source(url, targets["llama"], [0, 2], DSPARK)
+        VllmSource(url, targets["llama"], [0, 2], DSPARK)
 
 
 # ── training from it ──────────────────────────────────────────────────────────────────────────────────
@@ -445,7 +445,7 @@ def recipe_for(algorithm: str, **optim: Any) -> Recipe:
 def test_a_step_of_training_is_the_same_from_a_server(targets, start, algorithm):
     target, recipe = targets["llama"], recipe_for(algorithm, micro_batch_size=2)
     rows, layers = rows_of(target, [12, 9, 15, 11]), [0, 1, 2]
-    source = vllm_source(start("llama", [1, 2, 3, 4]).url, target, layers, DSPARK, policy=FAST)
+    source = VllmSource(start("llama", [1, 2, 3, 4]).url, target, layers, DSPARK, policy=FAST)
     losses, gradients = [], []
     for each in (source, online(target, layers)):
         draft = tiny_draft(target, algorithm)
@@ -461,7 +461,7 @@ def test_a_step_of_training_is_the_same_from_a_server(targets, start, algorithm)
 
 def test_a_loss_that_reads_the_targets_distribution_does_not_run_without_it(targets, start):
     target, recipe = targets["llama"], recipe_for("dspark")
-    source = vllm_source(start("llama", [1, 2, 3]).url, target, [0, 1, 2], DFLASH, policy=FAST)
+    source = VllmSource(start("llama", [1, 2, 3]).url, target, [0, 1, 2], DFLASH, policy=FAST)
     draft = tiny_draft(target, "dspark")
     batch = source(rows_of(target, [9]), 9)
     with pytest.raises(AssertionError, match="the source has none"):

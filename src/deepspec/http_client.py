@@ -19,6 +19,7 @@ one environment variable and never appears in an error.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -40,7 +41,6 @@ CHECK_TIMEOUT = 10.0
 """Seconds for an answer that costs the server nothing, such as the list of its models."""
 TOLD_AFTER = 3
 """Failures in a row after which the user is told about a server."""
-RETRY = Retry(status_forcelist=[408, 425, 429, *range(500, 600)])
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,23 @@ class Servers:
         self.servers = [Server(url, name) for url, name in named.items()]
         self.concurrency, self.policy = concurrency, policy or Policy()
         self._check, self._key_env, self._key = check, api_key_env, _key_of(api_key_env)
+        self._retry = Retry(
+            status_forcelist=[408, 425, 429, *range(500, 600)],
+            backoff_factor=self.policy.first_rest,
+            max_backoff_wait=self.policy.longest_rest,
+            backoff_jitter=0.5,
+        )
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            timeout=httpx.Timeout(self.policy.timeout, connect=min(10.0, self.policy.timeout), pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             trust_env=True,
         )
         self._changed = threading.Condition()
         self._lost_since: float | None = None
         self._closed = False
+
+    def __str__(self) -> str:
+        return ", ".join(server.name for server in self.servers)
 
     def ask(self, question: Callable[[Server], T]) -> T:
         """What `question` makes of the server that it is given: it sends requests, and may be called again.
@@ -147,19 +155,19 @@ class Servers:
             failed_at = server
 
     def send(
-        self, server: Server, path: str, body: dict[str, Any] | None = None, timeout: float | None = None
+        self, server: Server, path: str, body: dict[str, Any] | None = None, timeout: float = math.inf
     ) -> dict[str, Any]:
         """The JSON object with which a server answers one request: POST with a body, GET without.
 
         Raises Passing, Unanswered, or ServerError for a key that is refused.
         """
-        limit = self.policy.timeout if timeout is None else min(timeout, self.policy.timeout)
+        limit = min(timeout, self.policy.timeout)
         try:
             response = self._client.request(
                 "GET" if body is None else "POST",
                 server.url + path,
                 json=body,
-                timeout=self._client.timeout if timeout is None else limit,
+                timeout=httpx.Timeout(limit, connect=min(10.0, limit), pool=None),
             )
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
             raise Passing(f"no connection ({self._words(error)})", costs=False) from error
@@ -228,7 +236,8 @@ class Servers:
         """Leave a server alone for a while. Raises ServerError if none could be asked for too long."""
         with self._changed:
             now = time.monotonic()
-            rest = max(trouble.after, rest_after(server.failures, self.policy))
+            doubled = self._retry.copy_with(attempts_made=min(server.failures, 30)).backoff_strategy()
+            rest = max(trouble.after, doubled)
             server.rests_until = max(server.rests_until, now + rest)
             server.failures += 1
             told = f"{server.name} failed {TOLD_AFTER} times in a row, the last time with: {trouble}"
@@ -238,7 +247,7 @@ class Servers:
                 if rest > left:
                     raise ServerError(
                         f"no server could be asked for {now - since:.0f} s; the last failure: {trouble}",
-                        where=", ".join(s.name for s in self.servers),
+                        where=str(self),
                         next_step="start the servers and run the same command again: it continues where it "
                         "stopped",
                     )
@@ -257,10 +266,10 @@ class Servers:
                 where=server.name,
                 next_step=f"put the right key in the environment variable {self._key_env}",
             )
-        if RETRY.is_retryable_status_code(status):
+        if self._retry.is_retryable_status_code(status):
             asks = response.headers.get("retry-after", "")
             try:
-                after = RETRY.parse_retry_after(asks)
+                after = self._retry.parse_retry_after(asks)
             except ValueError:
                 after = 0.0
             raise Passing(text, after=after, costs=not (status == 429 or (status == 503 and asks)))
@@ -281,18 +290,6 @@ class Servers:
                 text = said.text or said.reason_phrase
         line = " ".join(str(text).split())[:300] or type(said).__name__
         return line.replace(self._key, "[API key]") if self._key else line
-
-
-def rest_after(failures: int, policy: Policy) -> float:
-    """Seconds to leave a server alone after one more failure: doubling, bounded, less up to half by
-    chance."""
-    retry = Retry(
-        backoff_factor=policy.first_rest,
-        max_backoff_wait=policy.longest_rest,
-        backoff_jitter=0.5,
-        attempts_made=min(failures, 30),
-    )
-    return retry.backoff_strategy()
 
 
 def _address(url: str) -> tuple[str, str]:
@@ -318,10 +315,6 @@ def _address(url: str) -> tuple[str, str]:
 def _key_of(variable: str) -> str:
     """The API key in an environment variable; empty if there is none. Raises ServerError."""
     key = os.environ.get(variable, "").strip()
-    if not key and variable != API_KEY:
-        raise ServerError(
-            f"the environment variable {variable} holds no API key", next_step=f"export {variable}=KEY"
-        )
     if not (key.isascii() and key.isprintable()):
         raise ServerError(
             f"the environment variable {variable} holds characters that no API key has",

@@ -8,7 +8,7 @@ from pathlib import Path
 from deepspec.config import feature_source
 from deepspec.features.batches import Source, online
 from deepspec.features.cache_read import cached, open_cache
-from deepspec.features.vllm import vllm_source
+from deepspec.features.vllm import VllmSource
 from deepspec.targets import Target
 
 
@@ -31,4 +31,4 @@ def open_features(
         return online(target, layers)
     if kind == "cache":
         return cached(open_cache(Path(place)), target, layers, reads, remedy)
-    return vllm_source(place, target, layers, reads, max_length=max_length)
+    return VllmSource(place, target, layers, reads, max_length=max_length)

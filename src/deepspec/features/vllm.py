@@ -52,35 +52,42 @@ class Served(NamedTuple):
     columns: tuple[int, ...]
 
 
-class ServerSource:
-    """A feature source (`batches.Source`) that asks servers; `expect` announces rows before their step.
+class VllmSource:
+    """A feature source (`batches.Source`) that asks vLLM servers, started as `vllm_command` says.
 
-    layers: of the target, in the order of the features; max_length: longest row in tokens. Opening it checks
-    every server. Raises ServerError for a wrong server, and later if a row's features cannot be fetched.
+    urls: one address, or several with commas between. layers: of the target, in the order of the features.
+    reads: names of the `blocks.READ_RULES` of the loss. max_length: longest row in tokens. Opening it checks
+    every server, and `expect` announces rows before their step. Raises ServerError for a wrong server, and
+    later if a row's features cannot be fetched.
     """
 
     def __init__(
         self,
-        urls: Sequence[str],
+        urls: str,
         target: Target,
         layers: Sequence[int],
-        last_hidden: bool,
-        max_length: int | None,
+        reads: Sequence[str],
+        *,
+        max_length: int | None = None,
         policy: Policy | None = None,
     ) -> None:
         model, depth = packaged(target.spec.name), target.spec.num_layers
-        self.target, self.layers, self.last_hidden = target, tuple(layers), last_hidden
-        self.max_length = max_length
-        self.wanted = server_layers(layers, depth, last_hidden)
-        self.command = vllm_command(model, layers, depth, last_hidden=last_hidden, max_length=max_length)
+        last = self.last_hidden = with_last_hidden(reads)
+        self.target, self.layers, self.max_length = target, tuple(layers), max_length
+        self.wanted = server_layers(layers, depth, last)
+        self.command = vllm_command(model, layers, depth, last_hidden=last, max_length=max_length)
         self.probe = Probe(target)
         policy = policy or Policy(timeout=TIMEOUT)
-        self.servers = Servers(urls, self._check, concurrency=IN_FLIGHT, policy=policy)
+        self.servers = Servers(urls.split(","), self._check, concurrency=IN_FLIGHT, policy=policy)
         for server in self.servers.servers:
             try:
                 server.facts = self._check(server)
             except (Passing, Unanswered) as error:
                 raise self._wrong(server, f"the server gives no features: {error}") from error
+        note(
+            f"features come from vLLM at {self.servers}, whose layers agree with this target's; this source "
+            "is not verified on a real server"
+        )
         self._threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="features")
         self._expected: deque[Encoded] = deque()
         self._asked: deque[tuple[Encoded, Future[Tensor]]] = deque()
@@ -143,7 +150,7 @@ class ServerSource:
         except Unanswered as error:
             raise ServerError(
                 f"no features of row {row.id}: {error}",
-                where=", ".join(s.name for s in self.servers.servers),
+                where=str(self.servers),
                 next_step="correct the server and run the same command again: it continues from the last "
                 f"checkpoint. The server is started with\n{self.command}",
             ) from error
@@ -253,11 +260,8 @@ class ServerSource:
                     time.sleep(0.02)
                     continue
                 if file.exists() and not lock.exists():
-                    raise self._wrong(
-                        server,
-                        f"the server writes {file} without a lock, so it is unknown when it is whole "
-                        "(use_synchronization_lock is off)",
-                    ) from error
+                    what = f"the server writes {file} without a lock, so it is unknown when it is whole"
+                    raise self._wrong(server, what) from error
                 raise ServerError(
                     f"the server put features into {file}, and they cannot be read here ({error.strerror})",
                     where=server.name,
@@ -268,26 +272,3 @@ class ServerSource:
     def _wrong(self, server: Server, what: str) -> ServerError:
         """The error for a server that only another start puts right."""
         return ServerError(what, where=server.name, next_step=f"start it with\n{self.command}")
-
-
-def vllm_source(
-    urls: str,
-    target: Target,
-    layers: Sequence[int],
-    reads: Sequence[str],
-    *,
-    max_length: int | None = None,
-    policy: Policy | None = None,
-) -> ServerSource:
-    """Features from vLLM servers that were started as `vllm_layers.vllm_command` says.
-
-    urls: one address, or several with commas between. reads: names of the `blocks.READ_RULES` of the loss.
-    max_length: longest row in tokens. Raises ServerError.
-    """
-    addresses = urls.split(",")
-    source = ServerSource(addresses, target, layers, with_last_hidden(reads), max_length, policy)
-    note(
-        f"features come from vLLM at {', '.join(s.name for s in source.servers.servers)}, whose layers agree "
-        "with this target's. This source is tested on a stand-in, and not verified on a real server."
-    )
-    return source

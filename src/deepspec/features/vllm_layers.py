@@ -89,40 +89,32 @@ class Probe:
         self.inner = ours.features[0].view(len(self.ids), depth, -1)
         self.last = ours.last_hidden[0]
 
-    def recognise(self, theirs: Tensor) -> list[tuple[int, float]]:
-        """For each of a server's [T, L, d]: after how many layers the target computes it, and how far off it
+    def columns(self, theirs: Tensor, wanted: Sequence[int]) -> tuple[tuple[int, ...], float]:
+        """Which of a server's [T, L, d] are the wanted layers (vLLM's numbers), and how far off the furthest
         is.
 
-        The last layer's output is compared past the final norm; n + 1 stands for one that is past it already.
+        Each is taken for the layer of the target that it is nearest to. The last layer's output is compared
+        past the final norm; n + 1 stands for one that is past it already. Raises ServerError, without where
+        and next step, if a wanted one is missing or they are not this target's.
         """
-        depth, found = self.inner.shape[1], []
+        name, size, depth = self.target.spec.name, self.target.spec.hidden_size, self.inner.shape[1]
+        if theirs.shape[-1] != size:
+            raise ServerError(
+                f"the server gives hidden states of width {theirs.shape[-1]}, and {name} has {size}"
+            )
+        given, furthest = [], 0.0
         for state in theirs.to(self.target.device, self.target.dtype).unbind(1):
             distances = [distance(state, self.inner[:, j]) for j in range(depth)]
             distances += [distance(self.target.finish(state), self.last), distance(state, self.last)]
-            best = min(range(depth + 2), key=distances.__getitem__)
-            found.append((best, distances[best]))
-        return found
-
-    def columns(self, theirs: Tensor, wanted: Sequence[int]) -> tuple[tuple[int, ...], float]:
-        """Which of a server's [T, L, d] are the wanted layers (vLLM's numbers), and the furthest of them all.
-
-        Raises ServerError, without where and next step, if one is missing or they are not this target's.
-        """
-        name = self.target.spec.name
-        if theirs.shape[-1] != self.target.spec.hidden_size:
-            raise ServerError(
-                f"the server gives hidden states of width {theirs.shape[-1]}, and {name} has "
-                f"{self.target.spec.hidden_size}"
-            )
-        found = self.recognise(theirs)
-        given, furthest = [layer for layer, _ in found], max(far for _, far in found)
+            given.append(min(range(depth + 2), key=distances.__getitem__))
+            furthest = max(furthest, min(distances))
         if furthest > REFUSED:
             raise ServerError(
                 f"the server computes other numbers than {name} does here from the same tokens (relative "
                 f"distance {furthest:.2f}): another model, other weights, or not the outputs of layers"
             )
         if not set(wanted) <= set(given):
-            past = " (the last one past the final norm)" if self.inner.shape[1] + 1 in given else ""
+            past = " (the last one past the final norm)" if depth + 1 in given else ""
             raise ServerError(
                 f"the server gives the hidden states after {given} layers{past}, and those after "
                 f"{sorted(wanted)} are needed"
