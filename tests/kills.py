@@ -1,4 +1,4 @@
-"""Processes that die at a chosen durable operation, as SIGKILL leaves them, and disks that fill up in mid-line.
+"""Processes that are killed at a chosen durable operation, and disks that fill up in the middle of a line.
 
 The operations are a write to a file (of which half arrives), an fsync and a rename, through which
 `deepspec.files` makes things last; they count from 1. A child is forked from a process that has everything

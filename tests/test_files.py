@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -255,7 +256,12 @@ def test_a_folder_is_kept_to_one_process_and_a_killed_one_holds_nothing(tmp_path
         pass
     with alone_in(tmp_path, "training"):
         pass
-    os.waitpid(in_child(lambda: alone_in(tmp_path, "training").__enter__() or os.abort()), 0)
+
+    def killed() -> None:
+        with alone_in(tmp_path, "training"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert os.WIFSIGNALED(os.waitpid(in_child(killed), 0)[1])
     with alone_in(tmp_path, "training"):
         pass
 
