@@ -15,7 +15,7 @@ import pytest
 from deepspec import http_client
 from deepspec.answers.requests import read_completion
 from deepspec.errors import ServerError
-from deepspec.http_client import Exhausted, Policy, Server, Servers, Unanswered
+from deepspec.http_client import Exhausted, Passing, Policy, Server, Servers, Unanswered
 from standin import PASSING, StandIn, no_certificates  # noqa: F401
 
 QUICK = Policy(timeout=0.15, attempts=3, first_rest=0.01, longest_rest=0.05, patience=20)
@@ -228,6 +228,21 @@ def test_when_all_are_down_questions_wait_for_one_to_come_up():
     starter.start()
     assert ask(servers_at(server), *"abc") == ["echo a", "echo b", "echo c"]
     server.kill()
+
+
+def test_a_failed_check_costs_a_question_no_attempt():
+    """A server that is still loading its model is not ready, and no row is to blame for that."""
+    checks = iter([Passing("loading"), Passing("loading"), Passing("loading"), "checked"])
+
+    def check(server: Server) -> str:
+        found = next(checks)
+        if isinstance(found, Passing):
+            raise found
+        return found
+
+    with StandIn() as server:
+        servers = Servers([server.url], check, policy=Policy(attempts=1, first_rest=0.001))
+        assert ask(servers, "a") == ["echo a"]
 
 
 def test_when_all_stay_down_the_run_is_given_up_after_the_patience(monkeypatch, capsys):

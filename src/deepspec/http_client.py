@@ -2,8 +2,8 @@
 
 A question goes to the server with the fewest questions under way. What happens to one that fails:
 
-* no connection, or the server says that it is busy (429, or 503 with Retry-After): the question goes to the
-  next free server, and this costs it no attempt;
+* no connection, a failed check, or the server says that it is busy (429, or 503 with Retry-After): the
+  question goes to the next free server, and this costs it no attempt;
 * 408, 425, 5xx, a time-out, or an answer that cannot be read: the question is asked again, at another server
   if there is one, up to `Policy.attempts` times in all (`Unanswered`);
 * any other 4xx: the question itself is refused, and is not asked again (`Unanswered`).
@@ -133,13 +133,16 @@ class Servers:
         attempts = 0
         while True:
             server = self._take(failed_at)
+            checked = False
             try:
                 if server.facts is None or server.failures:
                     server.facts = self._check(server)
+                checked = True
                 answer = question(server)
             except Passing as trouble:
-                self._failed(server, trouble)
-                attempts += trouble.costs
+                costs = checked and trouble.costs
+                self._failed(server, trouble, costs)
+                attempts += costs
                 if attempts >= self.policy.attempts:
                     raise Exhausted(f"after {attempts} attempts: {trouble}") from trouble
             except Unanswered:
@@ -181,7 +184,7 @@ class Servers:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise Passing(f"the answer is not a JSON object: {response.text[:80]!r}")
+            raise Passing(f"the answer is not a JSON object: {self._without_key(response.text)[:80]!r}")
         return found
 
     def models(self, server: Server) -> dict[str, dict[str, Any]]:
@@ -232,7 +235,7 @@ class Servers:
                 note(f"{server.name} answers again")
             server.failures, self._lost_since = 0, None  # a rest that it asked for still holds
 
-    def _failed(self, server: Server, trouble: Passing) -> None:
+    def _failed(self, server: Server, trouble: Passing, costs: bool) -> None:
         """Leave a server alone for a while. Raises ServerError if none could be asked for too long."""
         with self._changed:
             now = time.monotonic()
@@ -241,7 +244,7 @@ class Servers:
             server.rests_until = max(server.rests_until, now + rest)
             server.failures += 1
             told = f"{server.name} failed {TOLD_AFTER} times in a row, the last time with: {trouble}"
-            if all(s.failures for s in self.servers) and not trouble.costs:
+            if all(s.failures for s in self.servers) and not costs:
                 self._lost_since = since = now if self._lost_since is None else self._lost_since
                 left = since + self.policy.patience - now
                 if rest > left:
@@ -278,18 +281,18 @@ class Servers:
 
     def _words(self, said: httpx.Response | Exception) -> str:
         """An error in the server's or the system's own words, on one line, without the key."""
-        text: object = said
+        text: Any = said
         if isinstance(said, httpx.Response):
             try:
-                found = said.json()
-                inner = found.get("error", found)
-                text = (
-                    inner if isinstance(inner, str) else inner.get("message") or inner.get("detail") or inner
-                )
+                text = said.json()
+                text = text.get("error", text)
+                text = text.get("message") or text.get("detail") or text
             except (ValueError, AttributeError):
-                text = said.text or said.reason_phrase
-        line = " ".join(str(text).split())[:300] or type(said).__name__
-        return line.replace(self._key, "[API key]") if self._key else line
+                text = text if isinstance(text, str) else said.text or said.reason_phrase
+        return " ".join(self._without_key(str(text)).split())[:300] or type(said).__name__
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "[API key]") if self._key else text
 
 
 def _address(url: str) -> tuple[str, str]:
