@@ -11,6 +11,7 @@ vLLM (`return_token_ids`) and llama-server give token ids back; other servers gi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ LLAMA_SERVER = "llamacpp"
 """What llama-server calls itself in /v1/models; vLLM and SGLang say `vllm` and `sglang`."""
 SEEDS = 2**31
 """Servers take seeds of 32 bits, some of them signed."""
+TOKENIZING = threading.Lock()
+"""Held by the thread that uses a tokenizer: one of transformers may fail if two threads use it at once."""
 SPECIMEN = "Anna's 12 apples cost 3.50 each.\n\ndef total(n):\n    return n * 3.5  # naïve\n"
 
 
@@ -91,7 +94,8 @@ def _check_tokens(servers: Servers, server: Server, model: str, tokenizer: Any) 
         theirs = _ids(servers.send(server, "/tokenize", body, CHECK_TIMEOUT).get("tokens"))
     except Unanswered:
         return  # a server without that route
-    ours = list(tokenizer(SPECIMEN, add_special_tokens=False)["input_ids"])
+    with TOKENIZING:
+        ours = list(tokenizer(SPECIMEN, add_special_tokens=False)["input_ids"])
     if theirs is not None and theirs != ours:
         raise ServerError(
             f"{model} splits text into other tokens than the target, so it is another model",

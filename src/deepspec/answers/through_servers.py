@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from deepspec.answers.dialogue import Dialogue
 from deepspec.answers.file import AnswerFile, Conditions, Tally, beside
 from deepspec.answers.in_process import row_seed
-from deepspec.answers.requests import Reply, Served, check_model, completion
+from deepspec.answers.requests import TOKENIZING, Reply, Served, check_model, completion
 from deepspec.data.conversations import Conversation, tools_of
 from deepspec.data.tokens import prompt_ids, template_hash
 from deepspec.errors import DataError, TargetError, UserError
@@ -104,8 +104,7 @@ def regenerate_served(
 def _answered(
     wanted: Iterable[Conversation], servers: Servers, now: Conditions, tokenizer: Any
 ) -> Iterator[Outcome]:
-    """The outcome of every conversation, in order of arrival; threads ask, this one hands out and
-    collects."""
+    """The outcome of every conversation, in order of arrival. Threads ask; this one feeds and collects."""
     room = servers.concurrency * len(servers.servers)
     asked: SimpleQueue[Conversation | None] = SimpleQueue()
     found: SimpleQueue[Outcome | BaseException] = SimpleQueue()
@@ -148,7 +147,8 @@ def _converse(conversation: Conversation, servers: Servers, now: Conditions, tok
         while not dialogue.answered:
             said, prompt, tools = dialogue.prompt(), None, tools_of(conversation)
             if tokenizer is not None:
-                prompt = prompt_ids(tokenizer, said, now.thinking, tools=tools, where=conversation.where)
+                with TOKENIZING:
+                    prompt = prompt_ids(tokenizer, said, now.thinking, tools=tools, where=conversation.where)
             seed = row_seed(now.seed, conversation.id, len(dialogue.ids))
 
             def question(
@@ -160,7 +160,8 @@ def _converse(conversation: Conversation, servers: Servers, now: Conditions, tok
             reply, engine = servers.ask(question)
             text = reply.text
             if tokenizer is not None and reply.ids is not None:
-                text = tokenizer.decode(reply.ids, skip_special_tokens=True)
+                with TOKENIZING:
+                    text = tokenizer.decode(reply.ids, skip_special_tokens=True)
             if not reply.ids and not text.strip():
                 raise Unanswered("the server gave an empty answer")
             dialogue.answer(text, reply.ids, reply.finished, reply.tokens)
