@@ -35,12 +35,12 @@ import torch
 import servers
 from deepspec.answers.dialogue import turns_of
 from deepspec.answers.in_process import regenerate
-from deepspec.answers.pool import Policy
 from deepspec.answers.through_servers import regenerate_served
 from deepspec.data.conversations import Conversation, conversation_from_row, read_conversations
 from deepspec.data.identity import row_seed
 from deepspec.data.tokens import prompt_ids
 from deepspec.decode.engine import Decoder, Request
+from deepspec.http_client import Policy
 from deepspec.maths.verify import Sampling
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target
@@ -242,7 +242,7 @@ def with_a_death(limit: int = 120) -> dict[str, Any]:
                 theirs,
                 target=target.spec,
                 concurrency=SLOTS,
-                policy=Policy(first_wait=0.2),
+                policy=Policy(first_rest=0.2),
                 **settings,
             )
             watcher.join()

@@ -39,22 +39,27 @@ KEPT_CHECKPOINTS = 2
 HELD_OUT_ROWS = 16
 """Prompts that a held-out evaluation decodes together."""
 
-FEATURE_SOURCES = ("online", "cache", "vllm", "sglang")
+FEATURE_SOURCES = ("online", "cache", "vllm")
 
 
 def feature_source(text: str) -> tuple[str, str]:
     """A recipe's `data.features` as (form, directory or URL).
 
-    `online`, `cache:DIR`, `vllm:URL` or `sglang:URL`. Raises ValueError where it is none of them.
+    `online`, `cache:DIR` or `vllm:URL`. Raises ValueError if it is none of them.
     """
     form, _, place = text.partition(":")
+    if form == "sglang":
+        raise ValueError(
+            "SGLang is no longer a feature source: it gives too little for most drafts. Write "
+            "vllm:http://HOST:PORT for a vLLM server, cache:DIRECTORY for a cache that `deepspec data cache` "
+            "wrote, or online to compute features in the step"
+        )
     known = text == "online" or (form in FEATURE_SOURCES[1:] and bool(place))
-    if known and form in ("vllm", "sglang"):
+    if known and form == "vllm":
         known = place.startswith(("http://", "https://"))
     if not known:
         raise ValueError(
-            f"{text!r} is no feature source: write online, cache:DIRECTORY, vllm:http://HOST:PORT or "
-            "sglang:http://HOST:PORT"
+            f"{text!r} is not a feature source: write online, cache:DIRECTORY or vllm:http://HOST:PORT"
         )
     return form, place
 
@@ -114,7 +119,7 @@ class DataConfig(Section):
     select: str = (
         "pocket:select"  # held-out prompts that choose the best checkpoint; neither trained nor reported
     )
-    features: str = "online"  # or cache:DIR, vllm:URL, sglang:URL: where the target's features come from
+    features: str = "online"  # or cache:DIR, vllm:URL: where the target's features come from
     max_length: Count = 512  # tokens per sequence, longer ones are cut
     min_supervised: Count = 2  # sequences with fewer supervised tokens are left out; an anchor needs two
 

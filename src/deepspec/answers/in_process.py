@@ -6,7 +6,7 @@ alone, and rounding is decided by what is decoded together, so the file comes ou
 often the run was killed: a stretch that is on disk in part is decoded again as a whole, and only what is
 missing is appended. (The same machine and libraries, that is, and the same `max_rows`.)
 
-Answers through servers are in `served.py`.
+Answers through servers are in `through_servers.py`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -103,24 +102,6 @@ def skipping(skip_bad: bool) -> Skipped:
 def report_skipped(skipped: Skipped) -> None:
     for line in skipped.lines():
         note(line, style="yellow" if not line.startswith(" ") else "")
-
-
-def check_out(path: Path | None) -> None:
-    """Raise UserError where a file could not be written, before the work whose result it is to hold."""
-    if path is None:
-        return
-    nearest = next(p for p in path.absolute().parents if p.exists())
-    if path.is_dir():
-        why = "it is a folder"
-    elif not nearest.is_dir():
-        why = f"{nearest} is not a folder"
-    elif not os.access(nearest, os.W_OK | os.X_OK):
-        why = f"{nearest} may not be written to"
-    else:
-        return
-    raise UserError(
-        f"{path} cannot be written: {why}", next_step="name a file in a folder that you may write to"
-    )
 
 
 def stdout() -> Console:
