@@ -411,6 +411,15 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     tree: dict[str, Any] = {}
     origins: dict[Keys, str] = {}
     _lay(str(name_or_path), None, tree, origins)
+    return _resolved(tree, origins, overrides, label)
+
+
+def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with `key.path=value` overrides laid over it. Raises RecipeError as `load_recipe` does."""
+    return _resolved(recipe.model_dump(), {}, overrides, recipe.name)
+
+
+def _resolved(tree: dict[str, Any], origins: dict[Keys, str], overrides: Sequence[str], label: str) -> Recipe:
     for text in overrides:
         _merge(tree, _override(text), origins, f"override {text}", ())
     try:

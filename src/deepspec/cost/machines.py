@@ -38,8 +38,19 @@ class Machine(NamedTuple):
     """Assumed: seconds that Python and kernel launches add to a decoder layer of one decoding step, in
     process. An inference engine with captured graphs has next to none."""
 
-    def peak(self, precision: str) -> float:
-        return self.float32 if precision == "float32" else self.bfloat16
+    def peak(self, width: float) -> float:
+        """Operations per second on numbers of `width` bytes."""
+        return self.float32 if width == 4 else self.bfloat16
+
+    def numbers(self, width: float) -> dict[str, float]:
+        """What decoding steps in numbers of `width` bytes depend on, by name."""
+        return {
+            "peak": self.peak(width),
+            "share": self.share,
+            "bandwidth": self.bandwidth,
+            "bandwidth_share": self.bandwidth_share,
+            "launch": self.launch,
+        }
 
 
 MACHINES = {
