@@ -24,8 +24,6 @@ from deepspec.train.data import cache_features
 from deepspec.train.facts import data_facts, read_metrics
 from deepspec.train.run import train_draft
 
-ALGORITHMS = ("eagle3", "dflash", "dspark")
-
 
 class QuickstartSize(NamedTuple):
     """Prompts answered, minutes of training per draft, held-out prompts evaluated by temperature."""
@@ -61,7 +59,7 @@ def quickstart_recipes(fast: bool) -> dict[str, Recipe]:
         algorithm: load_recipe(
             f"pocket-{algorithm}", [budget, *FOR_MINUTES, f"optim.lr={LEARNING_RATE[algorithm]}"]
         ).model_copy(update={"name": algorithm, **changes})
-        for algorithm in ALGORITHMS
+        for algorithm in LEARNING_RATE
     }
 
 

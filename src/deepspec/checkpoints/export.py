@@ -1,8 +1,8 @@
 """Drafts in the form that inference servers load, or a refusal that names the way out.
 
-What differs between servers is data: `SERVERS` says how each is started, `FORMS` under which name a kind of
-draft is registered, `LIMITS` what a server cannot run, why, and what to do instead. The facts come from the
-servers' own loaders (docs/serving.md has the versions); nothing of theirs is imported.
+What differs between servers is data: `SERVERS` says how each is started, `SERVED_AS` how they name a kind of
+draft, `LIMITS` what a server cannot run, why, and what to do instead. The facts come from the servers' own
+loaders (docs/serving.md has the versions); nothing of theirs is imported.
 
 m captured layers, d hidden width, V vocabulary, r Markov rank, N proposals per round.
 """
@@ -31,8 +31,8 @@ from deepspec.checkpoints.draft import (
     load_provenance,
     read_draft,
 )
-from deepspec.drafts.base import DraftSpec
-from deepspec.drafts.spec import proposals, write_config
+from deepspec.drafts import ALGORITHMS
+from deepspec.drafts.spec import DraftSpec, write_config
 from deepspec.errors import CheckpointError, UserError
 from deepspec.files import atomic_directory, write_json
 from deepspec.pocket import packaged
@@ -78,7 +78,7 @@ SERVERS: dict[str, Server] = {
 }
 
 
-class Form(NamedTuple):
+class Served(NamedTuple):
     """How servers know a kind of draft: its registered architecture, its model type, the method's name."""
 
     architecture: str
@@ -86,21 +86,17 @@ class Form(NamedTuple):
     method: str
 
 
-FORMS: dict[str, Form] = {
-    "eagle3": Form("LlamaForCausalLMEagle3", "llama", "eagle3"),
-    "eagle3, q/k norms": Form("Eagle3Qwen3ForCausalLM", "qwen3", "eagle3"),
-    "dflash, fill-in": Form("DFlashDraftModel", "qwen3", "dflash"),
-    "dspark": Form("Qwen3DSparkModel", "qwen3", "dspark"),
+SERVED_AS: dict[str, Served] = {
+    "eagle3": Served("LlamaForCausalLMEagle3", "llama", "eagle3"),
+    "eagle3, q/k norms": Served("Eagle3Qwen3ForCausalLM", "qwen3", "eagle3"),
+    "dflash, fill-in": Served("DFlashDraftModel", "qwen3", "dflash"),
+    "dspark": Served("Qwen3DSparkModel", "qwen3", "dspark"),
 }
 
 
-def kind_of(spec: DraftSpec) -> str:
-    """The row of `FORMS`. Servers know DFlash by its older alignment only; a DFlash draft that samples from
-    its anchor is to them a DSpark draft whose heads add nothing."""
-    if spec.algorithm == "eagle3":
-        return "eagle3, q/k norms" if spec.shape.qk_norm else "eagle3"
-    headless = not (spec.markov_rank or spec.confidence)
-    return "dflash, fill-in" if headless and not spec.sample_from_anchor else "dspark"
+def served_as(spec: DraftSpec) -> Served:
+    """How servers know this draft."""
+    return SERVED_AS[ALGORITHMS[spec.algorithm].served(spec)]
 
 
 class Facts(NamedTuple):
@@ -113,7 +109,7 @@ class Facts(NamedTuple):
 
     @property
     def eagle(self) -> bool:
-        return self.spec.algorithm == "eagle3"
+        return served_as(self.spec).method == "eagle3"
 
 
 class Limit(NamedTuple):
@@ -264,7 +260,7 @@ def export_draft(
         refuse(to, Facts(spec, bool(copies), target))
         spec, tensors, notes = complete(to, spec, tensors)
         config = server_config(spec, int(source.get("max_position_embeddings") or 4096))
-        if spec.algorithm == "eagle3":
+        if served_as(spec).method == "eagle3":
             # vLLM and llama.cpp read both names, SGLang's older releases this one alone.
             tensors = {k.replace("layers.0.", "midlayer."): v for k, v in tensors.items()}
     tensors = {k: _cast(v, dtype) for k, v in (tensors | copies).items()}
@@ -281,7 +277,7 @@ def export_draft(
         out,
         to,
         config["architectures"][0],
-        proposals(spec),
+        spec.proposals,
         config["dtype"],
         sum(t.numel() for t in tensors.values()),
         [] if to == NATIVE else launch_commands(to, spec, served, out),
@@ -328,7 +324,7 @@ def complete(
 ) -> tuple[DraftSpec, dict[str, Tensor], list[str]]:
     """Add the parts that a server insists on, all zero, so that no output changes: (spec, tensors, notes)."""
     tensors, notes = dict(tensors), []
-    if kind_of(spec) == "dspark" and not spec.markov_rank:
+    if served_as(spec).method == "dspark" and not spec.markov_rank:
         zeros = tensors["fc.weight"].new_zeros(spec.vocab_size, SILENT_RANK)
         tensors |= {f"markov_head.markov_{w}.weight": zeros.clone() for w in ("w1", "w2")}
         spec = replace(spec, markov_rank=SILENT_RANK)
@@ -346,7 +342,7 @@ def complete(
 def server_config(spec: DraftSpec, max_positions: int) -> dict[str, Any]:
     """The config.json that all servers read alike (tools differ in which spelling they look at, so both of
     every pair are there); without its dtype."""
-    shape, form = spec.shape, FORMS[kind_of(spec)]
+    shape, form = spec.shape, served_as(spec)
     layers = list(spec.target_layer_ids)
     theta = shape.rope.theta
     config: dict[str, Any] = {
@@ -370,7 +366,7 @@ def server_config(spec: DraftSpec, max_positions: int) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "num_target_layers": spec.num_target_layers,
     }
-    if spec.algorithm == "eagle3":
+    if form.method == "eagle3":
         return config | {
             # null: the target's whole vocabulary and its head. SGLang fails where the key is missing.
             "draft_vocab_size": spec.draft_vocab_size,
@@ -469,7 +465,7 @@ def check_tensors(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 
 def launch_commands(to: str, spec: DraftSpec, target: str, draft: Path) -> list[str]:
     """The commands that serve an exported draft beside its target."""
-    method, count = FORMS[kind_of(spec)].method, proposals(spec)
+    method, count = served_as(spec).method, spec.proposals
     # vLLM's takes the draft inside JSON inside quotes; in the others it is a word of its own.
     inside = json.dumps(str(draft))[1:-1].replace("'", "'\\''")
     words = {

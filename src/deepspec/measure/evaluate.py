@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from deepspec.config import HELD_OUT_ROWS
 from deepspec.data.conversations import Conversation, prompt_messages, read_conversations, tools_of
 from deepspec.data.tokens import prompt_ids, system_hash, template_hash
 from deepspec.decode.engine import Decoder, Generation, Request
@@ -34,8 +35,6 @@ from deepspec.report.compare import FORMAT
 from deepspec.targets import Target
 from deepspec.this_machine import read_joules, this_machine
 
-HELD_OUT_ROWS = 16
-"""Prompts that a held-out evaluation decodes together."""
 WARM_UP_TOKENS = 16
 """Of each method's answer before its first measured one: what a first call costs belongs to nobody."""
 FINGERPRINTED = 1024

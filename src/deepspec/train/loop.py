@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.checkpoints.draft import AnyDraft, load_provenance, save_draft
-from deepspec.config import OptimConfig, Recipe
+from deepspec.checkpoints.draft import load_provenance, save_draft
+from deepspec.config import KEPT_CHECKPOINTS, OptimConfig, Recipe
 from deepspec.data.tokens import Encoded
+from deepspec.drafts.base import NeuralDraft
 from deepspec.errors import CheckpointError, RecipeError
-from deepspec.features.batches import Source, announced, batches_from, steps_per_epoch
+from deepspec.features.batches import Source, announced, batches_from
 from deepspec.features.open import open_features
 from deepspec.files import JsonlWriter, write_json, write_text
 from deepspec.log import note, open_trackers, progress
@@ -33,7 +34,6 @@ from deepspec.targets import Target
 from deepspec.train.build import build_draft, loss_settings, read_rules, vocabulary_facts
 
 LOG_EVERY = 10
-KEPT_CHECKPOINTS = 2
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Optimizer:
     """AdamW with warm-up and cosine decay; float32 masters when the draft itself is narrower. Raises
     RecipeError where `optim.states` asks for a package that is not there."""
 
-    def __init__(self, draft: AnyDraft, recipe: Recipe) -> None:
+    def __init__(self, draft: NeuralDraft, recipe: Recipe) -> None:
         self.recipe = recipe
         self.parameters = [p for p in draft.parameters() if p.requires_grad]
         self.masters = [
@@ -136,7 +136,7 @@ def schedule(done: float, warmup: float) -> float:
 
 
 def train_step(
-    draft: AnyDraft,
+    draft: NeuralDraft,
     source: Source,
     rows: Sequence[Encoded],
     recipe: Recipe,
@@ -186,7 +186,7 @@ def train(
     rows: Sequence[Encoded],
     run: Path,
     provenance: dict[str, Any],
-    held_out: Callable[[AnyDraft], float] | None = None,
+    held_out: Callable[[NeuralDraft], float] | None = None,
     source: Source | None = None,
 ) -> Outcome:
     """Train (or go on training) a draft in `run`; keeps the last checkpoints and the best by held-out τ.
@@ -206,7 +206,7 @@ def train(
     if found is not None:
         _load_state(found, draft, optimizer, at, provenance)
         note(f"resuming {run} from step {at.step} ({at.seconds:.0f} s trained)")
-    total_steps = _total_steps(recipe, rows)
+    total_steps = recipe.total_steps(len(rows))
     metrics_path = run / "metrics.jsonl"
     _forget_after(metrics_path, at.step)
     tracker = open_trackers(recipe.trackers, run / "trackers", recipe.name, recipe.model_dump())
@@ -259,13 +259,6 @@ def finished_share(recipe: Recipe, total_steps: int | None, at: Progress) -> flo
     return min(max(shares), 1.0)
 
 
-def _total_steps(recipe: Recipe, rows: Sequence[Encoded]) -> int | None:
-    limits = [recipe.optim.max_steps] if recipe.optim.max_steps is not None else []
-    if recipe.optim.epochs is not None:
-        limits.append(math.ceil(recipe.optim.epochs * steps_per_epoch(rows, recipe.optim.batch_size)))
-    return min(limits) if limits else None
-
-
 def _metrics_row(
     at: Progress, epoch: int, loss: float, sums: dict[str, Tensor], lr: float, norm: float
 ) -> dict[str, Any]:
@@ -289,8 +282,8 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _judge(
-    draft: AnyDraft,
-    held_out: Callable[[AnyDraft], float],
+    draft: NeuralDraft,
+    held_out: Callable[[NeuralDraft], float],
     at: Progress,
     run: Path,
     target: Target,
@@ -317,7 +310,7 @@ def _judge(
 def save_checkpoint(
     recipe: Recipe,
     run: Path,
-    draft: AnyDraft,
+    draft: NeuralDraft,
     optimizer: Optimizer,
     at: Progress,
     target: Target,
@@ -352,7 +345,7 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def _load_state(
-    path: Path, draft: AnyDraft, optimizer: Optimizer, at: Progress, provenance: dict[str, Any]
+    path: Path, draft: NeuralDraft, optimizer: Optimizer, at: Progress, provenance: dict[str, Any]
 ) -> None:
     saved = torch.load(path / "optimizer.pt", weights_only=True, map_location=draft.device)
     if [m.shape for m in saved["masters"]] != [m.shape for m in optimizer.masters]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deepspec.checkpoints.draft import AnyDraft
 from deepspec.config import Recipe, dump_recipe, feature_source, load_recipe
 from deepspec.data.conversations import read_conversations
+from deepspec.drafts.base import NeuralDraft
 from deepspec.errors import RecipeError
 from deepspec.features.launch import refuse_sglang
 from deepspec.files import alone_in
@@ -46,7 +46,7 @@ def _train_in(run: Path, recipe: Recipe, target: Target, answers: Path | None) -
         prompts_path(recipe.data.select), target, thinking=recipe.thinking, limit=recipe.eval_prompts
     )
 
-    def held_out(draft: AnyDraft) -> float:
+    def held_out(draft: NeuralDraft) -> float:
         return held_out_tau(target, draft, prompts, recipe.eval_max_new_tokens)
 
     facts = provenance(recipe, target, data.about)
