@@ -36,6 +36,8 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 KEPT_CHECKPOINTS = 2
 """Latest checkpoints that a run keeps, besides the best one."""
+LOG_EVERY = 10
+"""Optimiser steps from one line of metrics to the next; only these steps compute the metrics."""
 HELD_OUT_ROWS = 16
 """Prompts that a held-out evaluation decodes together."""
 

@@ -133,8 +133,8 @@ def measured(recipe: Recipe, again: bool, prompts: Path, slots: int) -> Speeds:
     note("measuring this machine with this target; this takes about a minute")
     if (load := busy()) is not None:
         warn(
-            f"the machine was busy in the last minute (load {load:.1f} on {os.cpu_count()} cores): if it still "
-            "is, the measured times will be too long, and they are kept; --measure measures again"
+            f"the machine was busy in the last minute (load {load:.1f} on {os.cpu_count()} cores): if it "
+            "still is, the measured times will be too long, and they are kept; --measure measures again"
         )
     some = spread(list(islice(read_conversations(prompts), 4000)), SAMPLES[0])
     return measure(recipe, some, slots=slots, max_new_tokens=256)

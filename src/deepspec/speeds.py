@@ -44,7 +44,7 @@ SAMPLES, ANSWER_SECONDS = (96, 64, 48, 32, 24), 120.0
 """How many prompts are answered to learn the lengths of answers: the most that take so many seconds if none
 ends by itself and rows in flight do not help each other."""
 WARM_UP, STEPS, STEP_SECONDS = 2, 40, 3.0
-"""Training steps before the clock starts; then at most so many, for about so many seconds, but at least two."""
+"""Training steps before the clock starts; then at most so many, for about so many seconds, at least two."""
 ROUNDS = 8
 """Rounds of decoding that are timed."""
 READ_RECORD = TypeAdapter(Speeds).validate_json
@@ -54,7 +54,7 @@ READ_RECORD = TypeAdapter(Speeds).validate_json
 
 
 def here() -> Machine:
-    """This machine as a row: its memory, and the peaks of its kind, which nothing depends on once measured."""
+    """This machine as a row: its memory, and the peaks of its kind, which nothing needs once measured."""
     known = memory = None
     if torch.cuda.is_available():
         known = row_of_device(torch.cuda.get_device_name())
@@ -282,7 +282,7 @@ def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainS
 def _steps(
     target: Target, draft: NeuralDraft, optimizer: Optimizer, recipe: Recipe, rows: Sequence[Encoded]
 ) -> tuple[float, float]:
-    """(seconds of one optimiser step, of which the target's pass). Metrics are computed as often as in a run."""
+    """(seconds of an optimiser step, of which the target's pass), with metrics as often as in a run."""
     reading = 0.0
     online_source = online(target, draft.feature_layers)
 

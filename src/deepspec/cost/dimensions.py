@@ -5,10 +5,11 @@ kv (numbers kept for each token and layer), copies (1 where embedding and head a
 weights of a layer's attention, of a dense mlp, of a mixture's experts and of the chosen ones that a token
 passes; sparse (layers with a mixture); body (weights of all layers) and active (those that a token passes).
 
-Of the draft: parallel (1 if a block is filled in one pass, 0 if it is unrolled as in Eagle-3), draft_layers, block (γ; Eagle-3: unroll steps), feature_layers (m), rank (Markov head), own
-(parameters), own_vocab (rows of its head), draft_width, draft_queries, draft_kv, draft_mlp, draft_heads;
-matrix weights of fc, and of a layer, those of keys and values (kv_weights) and the others (row_weights);
-small (norms and confidence head: what is left of its own parameters).
+Of the draft: parallel (1 if a block is filled in one pass, 0 if it is unrolled as in Eagle-3), draft_layers,
+block (γ; Eagle-3: unroll steps), feature_layers (m), rank (Markov head), own (parameters), own_vocab (rows of
+its head), draft_width, draft_queries, draft_kv, draft_mlp, draft_heads; matrix weights of fc, and of a layer
+those of keys and values (kv_weights) and the others (row_weights); small (norms and confidence head: what is
+left of its own parameters).
 """
 
 from __future__ import annotations

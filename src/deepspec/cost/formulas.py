@@ -35,7 +35,7 @@ class Figure:
         return {"value": self.value, "unit": self.unit, "formula": f"{self.formula} = {self.numbers}"}
 
 
-Names = Mapping[str, float]
+Names = dict[str, float]
 
 
 def figure(unit: str, formula: str, names: Names | None = None, /, **more: float | Figure) -> Figure:
@@ -68,7 +68,7 @@ def number(value: float) -> str:
 
 
 def body_weights(target: Names, experts: float) -> Figure:
-    """Matrix weights of the layers. experts: weights of a mixture, all of them or those that a token passes."""
+    """Matrix weights of the layers. experts: weights of a mixture, all or those that a token passes."""
     formula = "layers * attention + (layers - sparse) * mlp + sparse * experts"
     return figure("parameters", formula, target, experts=experts)
 
@@ -115,7 +115,7 @@ def cache_bytes(tokens: float, each: Figure) -> Figure:
 
 
 def moment_bytes(states: str) -> float:
-    """Bytes of AdamW's two moments for one parameter: float32, or 8 bits with a float32 scale for every 256."""
+    """Bytes of AdamW's two moments of a parameter: float32, or 8 bits with a float32 scale for every 256."""
     return 2 * 4 if states == "float32" else 2 * (1 + 4 / 256)
 
 

@@ -1,4 +1,4 @@
-"""Everything that a plan depends on: a recipe, its target, its data, a machine, and what recipes leave open."""
+"""Everything that a plan depends on: recipe, target, data, machine, and what recipes leave open."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from deepspec.features.order import batches_by_length
 
 PUBLISHED_ROWS = 1_300_000
 PUBLISHED_TOKENS = 38e12 / 30_726
-"""Of the published training set: its cache for Qwen3-4B is 38 TB at 30,726 bytes a token (six vectors of 2,560
-bfloat16 numbers, an id and two masks; ours keeps one mask)."""
+"""Tokens of the published training set, whose cache for Qwen3-4B is 38 TB at 30,726 bytes a token: six
+vectors of 2,560 bfloat16 numbers, an id and two masks. Ours keeps one mask."""
 PUBLISHED_PROMPT = 200
 """Tokens of a prompt, on average: an assumption."""
 USUAL_BATCH = {"process": 16, "server": 256}
@@ -118,7 +118,7 @@ class Inputs:
 
 
 def data_names(recipe: Recipe, counts: Counts) -> dict[str, float]:
-    """The data as named numbers: rows cut to `data.max_length`, those with too few supervised tokens left out.
+    """The data as named numbers: rows cut to `data.max_length`, without those that have too little to learn.
 
     rows, tokens, prompts, answers (tokens of either). reach: the length that a token meets, on average over
     tokens. padding: tokens computed for each real one. anchors, slots: anchors of a sequence and slots of a
@@ -130,8 +130,8 @@ def data_names(recipe: Recipe, counts: Counts) -> dict[str, float]:
     kept = supervised >= recipe.data.min_supervised
     if not kept.any():
         raise DataError(
-            f"no row has {recipe.data.min_supervised} supervised tokens within {recipe.data.max_length} tokens",
-            next_step="raise data.max_length",
+            f"no row has {recipe.data.min_supervised} supervised tokens within data.max_length",
+            next_step=f"raise data.max_length above {recipe.data.max_length}",
         )
     lengths, supervised, prompts = lengths[kept], supervised[kept], prompts[kept]
     anchors = np.minimum(recipe.num_anchors, np.maximum(supervised - 1, 1))

@@ -40,7 +40,7 @@ class Plan:
                 title: {name: one.plain() for name, one in figures.items()}
                 for title, figures in self.sections.items()
             },
-            "needs": [need.plain() for need in self.needs],
+            "needs": [{**need._asdict(), "fits": need.fits} for need in self.needs],
             "fits": self.fits,
             "notes": list(self.notes),
         }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import NamedTuple
 
 from deepspec.config import HELD_OUT_ROWS, KEPT_CHECKPOINTS
 from deepspec.cost.formulas import (
@@ -27,8 +26,7 @@ PROCESS_BYTES = 1.5e9
 """Host memory of the program itself, libraries included: an assumption."""
 
 
-@dataclass(frozen=True)
-class Need:
+class Need(NamedTuple):
     """Bytes wanted of one kind of storage, and the bytes that it has."""
 
     what: str
@@ -38,10 +36,6 @@ class Need:
     @property
     def fits(self) -> bool:
         return self.wants <= self.has
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON data."""
-        return {**asdict(self), "fits": self.fits}
 
 
 def disk_figures(inputs: Inputs) -> dict[str, Figure]:
@@ -109,7 +103,7 @@ def memory_figures(inputs: Inputs) -> dict[str, Figure]:
 def host_figures(inputs: Inputs, memory: dict[str, Figure]) -> dict[str, Figure]:
     """Bytes of host memory: besides an accelerator's, or everything if there is none."""
     rows = figure("bytes", "tokens * token", inputs.names, token=TOKEN_BYTES)
-    given = {"program": PROCESS_BYTES, "rows": rows}
+    given: dict[str, float | Figure] = {"program": PROCESS_BYTES, "rows": rows}
     if inputs.machine.memory is not None:
         total = figure("bytes", "program + max(rows, loading)", **given, loading=memory["target weights"])
     else:

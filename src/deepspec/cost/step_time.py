@@ -1,4 +1,4 @@
-"""Seconds of the parts of a run. `StepTime` is what a plan asks for; each source of seconds is one class here.
+"""Seconds of the parts of a run. A plan asks a `StepTime`; each source of seconds is one class here.
 
 `FromRow` computes them from a machine's peaks and assumed shares: a pass over whole sequences takes its
 operations over the peak reached, a decoding step the larger of reading weights and keys and of computing,
@@ -88,12 +88,10 @@ class FromRow:
     def watts(self) -> float | None:
         return self.machine.watts
 
-    def _pass(self, flops: float | Figure, width: float, steps: float = 1) -> Figure:
+    def _pass(self, flops: Figure, width: float) -> Figure:
         """Seconds of passes over whole sequences, in numbers of `width` bytes."""
         given = {"peak": self.machine.peak(width), "share": self.machine.share}
-        if steps == 1:
-            return figure("s", "flops / (peak * share)", given, flops=flops)
-        return figure("s", "flops / steps / (peak * share)", given, flops=flops, steps=steps)
+        return figure("s", "flops / (peak * share)", given, flops=flops)
 
     def _decoding_step(
         self, names: Names, sequences: float, each: float, context: float, eager: bool = True
@@ -132,12 +130,11 @@ class FromRow:
         )
 
     def features_step(self, inputs: Inputs) -> Figure:
-        flops = operations(inputs)["features, an epoch"]
-        return self._pass(flops, inputs.names["width"], inputs.per_epoch)
+        return figure("s", "epoch / steps", epoch=self.cache(inputs), steps=inputs.per_epoch)
 
     def draft_step(self, inputs: Inputs) -> Figure:
-        flops = operations(inputs)["training, an epoch"]
-        return self._pass(flops, inputs.names["draft_width"], inputs.per_epoch)
+        epoch = self._pass(operations(inputs)["training, an epoch"], inputs.names["draft_width"])
+        return figure("s", "epoch / steps", epoch=epoch, steps=inputs.per_epoch)
 
     def cache(self, inputs: Inputs) -> Figure:
         return self._pass(operations(inputs)["features, an epoch"], inputs.names["width"])
@@ -172,9 +169,9 @@ class FromRow:
 
 @dataclass(frozen=True)
 class TrainSpeed:
-    """Seconds of the parts of one recipe's training. step: an optimiser step, of which the target's pass takes
-    `features`. held_out_prompt, held_out_round: prefill and round of a held-out evaluation. setup: from the
-    call to the first step."""
+    """Seconds of the parts of a recipe's training. step: an optimiser step, `features` of them the target's
+    pass. held_out_prompt, held_out_round: prefill and round of a held-out evaluation. setup: from the call to
+    the first step."""
 
     step: float
     features: float
@@ -239,8 +236,8 @@ class Measured:
         found = [f"speeds measured on {self.speeds.machine}"]
         if self.on_processor and self.speeds.share < QUIET:
             found.append(
-                f"the machine was busy: the measurement got {self.speeds.share:.0%} of a core, so the hours are "
-                "too long; run again with --measure once it is quiet"
+                f"the machine was busy: the measurement got {self.speeds.share:.0%} of a core, so the hours "
+                "are too long; run again with --measure once it is quiet"
             )
         return found
 
