@@ -4,7 +4,7 @@
     python benchmarks/plan_pocket.py --write             into the table of docs/plan.md
 
 The run answers some packaged prompts and then trains for a fixed number of steps, so that its time is a
-prediction and not a budget. Measurement and run follow each other. Each reports the share of a core that it got:
+prediction and not a budget. Measurement and run follow each other. Each reports the share of a core it got:
 if the two differ, other work on the machine came between, and the comparison says little. The goal is 30%.
 """
 
@@ -76,8 +76,8 @@ def main() -> None:
     lines += [
         "",
         f"`python benchmarks/plan_pocket.py --prompts {given.prompts} --steps {given.steps}`, "
-        f"{date.today().isoformat()}, {os.cpu_count()} cores; the measurement got {measuring:.2f} of a core, the "
-        f"run {running:.2f}.",
+        f"{date.today().isoformat()}, {os.cpu_count()} cores; the measurement got {measuring:.2f} of a core, "
+        f"the run {running:.2f}.",
     ]
     text = "\n".join(lines) + "\n"
     print(text)

@@ -538,8 +538,8 @@ def test_prompts_without_answers_are_counted_and_their_answers_noted_as_assumed(
     path = write_rows(tmp_path / "prompts.jsonl", [("x" * 40, None), ("y" * 80, None)])
     counts = count_file(path, None, answer=300.0)
     assert (counts.prompts, counts.answers, counts.answered) == ((10.0, 20.0), (300.0, 300.0), False)
-    assert "4 characters a token (assumed)" in counts.notes[0]
-    assert "answers of 300 tokens (expected" in counts.notes[1]
+    assert "assumed to have 4 characters" in counts.notes[0]
+    assert "answers are assumed to have 300 tokens" in counts.notes[1]
 
 
 def test_long_file_is_sampled_over_all_of_it_and_long_lines_count_once(tmp_path: Path):
@@ -644,7 +644,7 @@ def test_measured_speeds_are_kept_by_machine_and_target_and_the_second_plan_meas
     assert json.loads(first.stdout)["sections"] == found["sections"]
     assert found["machine"]["name"] == "here"
     assert found["sections"]["time"]["training"]["value"] > 0
-    assert any(note.startswith("speeds measured on") for note in found["notes"])
+    assert any(note.startswith("the speeds were measured on") for note in found["notes"])
     # Another micro-batch has another speed: that one has to be measured.
     with pytest.raises(pytest.fail.Exception):
         CliRunner().invoke(app, ["plan", str(recipe), "optim.batch_size=2"], catch_exceptions=False)

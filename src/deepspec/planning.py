@@ -19,7 +19,7 @@ from deepspec.answers.in_process import PACKAGED_ROWS
 from deepspec.checkpoints.inspect import parameters
 from deepspec.config import Recipe, feature_source
 from deepspec.cost import MACHINES, Counts, Inputs, Machine, assumed_counts, published_counts
-from deepspec.cost.inputs import PUBLISHED_PROMPT, USUAL_BATCH
+from deepspec.cost.inputs import USUAL_BATCH
 from deepspec.cost.step_time import FromRow, Measured, Speeds, StepTime, speed_key
 from deepspec.data.conversations import Conversation, conversation_from_row, read_conversations
 from deepspec.data.messages import is_trained
@@ -36,9 +36,9 @@ from deepspec.targets import TargetSpec
 from deepspec.this_machine import busy
 from deepspec.train.build import draft_spec
 
-DEFAULT_MACHINE = "h100"
-PUBLISHED_ANSWER, POCKET_ANSWER = 751.0, 60.0
-"""Tokens assumed for an answer that is not there yet: the means of the published set and of the pocket's."""
+DEFAULT_MACHINE, ASSUMED_ROWS = "h100", 10_000
+POCKET_ANSWER = 60.0
+"""Mean tokens of the pocket target's answers, assumed before there are any."""
 
 
 def prepare(
@@ -67,14 +67,22 @@ def prepare(
     packaged_rows = data is None and recipe.data.train.startswith("pocket:")
     batch = batch or (PACKAGED_ROWS if packaged_rows else None)
     row = machine_row(recipe, machine)
-    row = row._replace(watts=watts or row.watts, share=share or row.share)
+    row = row._replace(watts=row.watts if watts is None else watts, share=share or row.share)
     source: StepTime = FromRow(row)
     if row.name == "here":
         speeds = measured(recipe, again, path, batch or USUAL_BATCH["process"])
-        source = Measured(replace(speeds, watts=watts or speeds.watts), on_processor=row.memory is None)
+        source = Measured(speeds if watts is None else replace(speeds, watts=watts))
         answer_tokens = answer_tokens or sum(speeds.answers) / len(speeds.answers)
     config, tokenizer, notes = target_facts(recipe.target)
-    counts = training_counts(recipe, tokenizer, path, data is not None, rows, prompt_tokens, answer_tokens)
+    published = published_counts()
+    answer = answer_tokens or (POCKET_ANSWER if recipe.target == "pocket" else published.answers[0])
+    if data is not None or path.is_file():
+        counts = count_file(path, tokenizer, thinking=recipe.thinking, answer=answer)
+    elif prompt_tokens is None and answer_tokens is None:
+        counts = published
+    else:
+        counts = assumed_counts(ASSUMED_ROWS, prompt_tokens or published.prompts[0], answer)
+    counts = counts if rows is None else counts.of(rows)
     counts = replace(counts, notes=(*notes, *counts.notes))
     if features is None:
         features = "cache" if feature_source(recipe.data.features)[0] == "cache" else "online"
@@ -100,7 +108,7 @@ def target_facts(name: str) -> tuple[dict[str, Any], Any, list[str]]:
     Raises TargetError for any other that is neither on this disk nor on the Hub.
     """
     if name in PUBLISHED_TARGETS and not Path(name).is_dir():
-        return PUBLISHED_TARGETS[name], None, [f"dimensions of {name} as they ship with this package"]
+        return PUBLISHED_TARGETS[name], None, [f"the dimensions of {name} ship with this package"]
     spec = TargetSpec.from_pretrained(name)
     return spec.config, spec.tokenizer(), []
 
@@ -115,7 +123,7 @@ def machine_row(recipe: Recipe, name: str | None) -> Machine:
         local = Path(packaged(recipe.target)).is_dir()
         name = "here" if local else DEFAULT_MACHINE
         if not local:
-            note(f"planned for {name}; other machines: --machine {'|'.join(MACHINES)}, or here to measure")
+            note(f"this plan is for {name}; --machine {'|'.join(MACHINES)} plans for others, here measures")
     if name != "here" and name not in MACHINES:
         close = nearest(name, MACHINES)
         raise UserError(
@@ -152,26 +160,6 @@ CHARACTERS = 4.0
 """Characters of a token if there is no tokenizer: an assumption."""
 
 
-def training_counts(
-    recipe: Recipe,
-    tokenizer: Any,
-    path: Path,
-    given: bool,
-    rows: int | None,
-    prompt_tokens: float | None,
-    answer_tokens: float | None,
-) -> Counts:
-    """Counted in the file at `path`; assumed if there is none. given: whether the user named the file."""
-    answer = answer_tokens or (POCKET_ANSWER if recipe.target == "pocket" else PUBLISHED_ANSWER)
-    if path.is_file():
-        counts = count_file(path, tokenizer, thinking=recipe.thinking, answer=answer)
-    elif not given and prompt_tokens is None and answer_tokens is None:
-        counts = published_counts()
-    else:
-        return assumed_counts(rows or 10_000, prompt_tokens or PUBLISHED_PROMPT, answer)
-    return counts if rows is None else counts.of(rows)
-
-
 def count_file(path: Path, tokenizer: Any, *, thinking: bool = False, answer: float = 0.0) -> Counts:
     """Counts of a JSONL file, answered or not. tokenizer: the target's, or None. answer: tokens assumed for a
     row without one.
@@ -186,12 +174,14 @@ def count_file(path: Path, tokenizer: Any, *, thinking: bool = False, answer: fl
     found = [_tokens(row, tokenizer, thinking) for row in rows]
     notes = []
     if weight > 1:
-        notes.append(f"{path.name}: {len(rows):,} rows tokenised of about {len(rows) * weight:,.0f}")
+        notes.append(f"{len(rows):,} of about {len(rows) * weight:,.0f} rows of {path.name} were tokenised")
     if tokenizer is None:
-        notes.append(f"{path.name}: no tokenizer here, {CHARACTERS:g} characters a token (assumed)")
+        notes.append(
+            f"there is no tokenizer: a token of {path.name} is assumed to have {CHARACTERS:g} characters"
+        )
     missing = any(given is None for _, given in found)
     if missing:
-        notes.append(f"answers of {answer:,.0f} tokens (expected: {path.name} holds prompts only)")
+        notes.append(f"answers are assumed to have {answer:,.0f} tokens: {path.name} holds prompts only")
     prompts = tuple(float(prompt) for prompt, _ in found)
     answers = tuple(answer if given is None else float(given) for _, given in found)
     return Counts(prompts, answers, weight, not missing, tuple(notes))

@@ -56,7 +56,7 @@ class Counts:
 
 def assumed_counts(rows: float, prompt: float, answer: float) -> Counts:
     """Every row as long as the mean."""
-    words = f"{rows:,.0f} rows of {prompt:,.0f} + {answer:,.0f} tokens, all as long as the mean"
+    words = f"{rows:,.0f} rows of {prompt:,.0f} + {answer:,.0f} tokens are assumed, all as long as the mean"
     return Counts((prompt,), (answer,), rows, notes=(words,))
 
 
@@ -64,7 +64,7 @@ def published_counts() -> Counts:
     """The training set of the published drafts, from the size of its cache."""
     mean = PUBLISHED_TOKENS / PUBLISHED_ROWS
     found = assumed_counts(PUBLISHED_ROWS, PUBLISHED_PROMPT, mean - PUBLISHED_PROMPT)
-    note = f"no data file: the published set, {found.notes[0]} (38 TB of cache at 30,726 bytes a token)"
+    note = f"there is no data file: {found.notes[0]}, as in the published set (from its cache of 38 TB)"
     return replace(found, notes=(note,))
 
 

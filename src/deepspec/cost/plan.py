@@ -74,14 +74,19 @@ def make_plan(inputs: Inputs, source: StepTime | None = None) -> Plan:
         "operations": operations(inputs),
         "time": seconds,
     }
-    notes = [*inputs.counts.notes, *source.notes(), f"held-out evaluations at τ {ASSUMED_TAU:g} (assumed)"]
+    notes = [
+        *inputs.counts.notes,
+        *source.notes(inputs),
+        f"held-out evaluations are assumed to reach τ {ASSUMED_TAU:g}",
+    ]
     if watts := source.watts() or inputs.machine.watts:
         formula = "seconds * watts / 3600000"
+        notes.append(f"energy is counted at {watts:.0f} W")
         sections["energy"] = {
             name: figure("kWh", formula, seconds=spent, watts=watts) for name, spent in seconds.items()
         }
     else:
-        notes.append("no energy: this machine has no meter that can be read; --watts sets its power")
+        notes.append("there is no energy: this machine has no meter that can be read; --watts sets its power")
     return Plan(inputs, sections, needs_of(inputs), tuple(notes))
 
 

@@ -43,7 +43,7 @@ class StepTime(Protocol):
     def held_out(self, inputs: Inputs) -> Figure: ...
     def overhead(self, inputs: Inputs, steps: float) -> Figure | None: ...
     def watts(self) -> float | None: ...
-    def notes(self) -> list[str]: ...
+    def notes(self, inputs: Inputs) -> list[str]: ...
 
 
 def operations(inputs: Inputs) -> dict[str, Figure]:
@@ -76,13 +76,12 @@ class FromRow:
 
     machine: Machine
 
-    def notes(self) -> list[str]:
+    def notes(self, inputs: Inputs) -> list[str]:
         row = self.machine
         return [
-            f"{row.name}: {number(row.bfloat16)} bfloat16 operations/s, of which {row.share:.0%} are reached "
-            f"(assumed); {number(row.bandwidth)} bytes/s, of which {row.bandwidth_share:.0%} are reached "
-            f"(assumed); Python adds {row.launch * 1e3:g} ms to each layer of a decoding step in process "
-            "(assumed)" + (f"; {row.watts:g} W" if row.watts else "")
+            f"{row.name} is assumed to reach {row.share:.0%} of {number(row.bfloat16)} bfloat16 operations/s "
+            f"and {row.bandwidth_share:.0%} of {number(row.bandwidth)} bytes/s, and Python to add "
+            f"{row.launch * 1e3:g} ms to each layer of a decoding step in process"
         ]
 
     def watts(self) -> float | None:
@@ -229,12 +228,10 @@ class Measured:
     """Seconds as they were measured on this machine. The steps of the recipe have to be among them."""
 
     speeds: Speeds
-    on_processor: bool = True
-    """Whether the model runs on the processor, so that other work on the machine slows it."""
 
-    def notes(self) -> list[str]:
-        found = [f"speeds measured on {self.speeds.machine}"]
-        if self.on_processor and self.speeds.share < QUIET:
+    def notes(self, inputs: Inputs) -> list[str]:
+        found = [f"the speeds were measured on {self.speeds.machine}"]
+        if inputs.machine.memory is None and self.speeds.share < QUIET:  # the model runs on the processor
             found.append(
                 f"the machine was busy: the measurement got {self.speeds.share:.0%} of a core, so the hours "
                 "are too long; run again with --measure once it is quiet"
