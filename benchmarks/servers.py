@@ -39,7 +39,8 @@ import httpx
 import torch
 
 from deepspec.checkpoints.draft import load_draft
-from deepspec.checkpoints.export import Exported, export_draft, served_as
+from deepspec.checkpoints.export import Exported, export_draft
+from deepspec.checkpoints.servers import served_as
 from deepspec.decode.engine import Decoder, Generation, Request
 from deepspec.drafts.base import NeuralDraft
 from deepspec.files import write_json

@@ -54,7 +54,7 @@ class Algorithm:
     parallel: a block of γ slots is filled in one pass from mask tokens, and trained at sampled anchors. If it
     is False, γ tokens are unrolled one after another (Eagle-3), and every position is trained.
     reads: from the loss weights to the `maths.blocks.READ_RULES` of what the loss reads of the target.
-    served: what servers call a draft of this spec (a key of `checkpoints.export.SERVED_AS`).
+    served: what servers call a draft of this spec (a key of `checkpoints.servers.SERVED_AS`).
     heads: whether it has a sequential or a confidence head. layers: the only depth it can have, if there is
     only one. l1: whether it has the L1 loss term.
     aliases: architectures that other trainers wrote, by name, with the draft family they mean.
