@@ -54,7 +54,7 @@ def ladder(inputs: Inputs) -> Iterator[Step]:
     for layers in (3, 2, 1):
         yield Step(f"draft.num_layers={layers}", "a smaller draft")
     for share in (2, 4, 10):
-        yield Step(f"--rows {int(inputs.counts.rows / share)}", "fewer rows to learn from")
+        yield Step(f"--rows {max(int(inputs.counts.rows / share), 1)}", "fewer rows to learn from")
 
 
 def other_machines() -> Iterator[Step]:
