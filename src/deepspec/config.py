@@ -36,6 +36,8 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 KEPT_CHECKPOINTS = 2
 """Latest checkpoints that a run keeps, besides the best one."""
+LOG_EVERY = 10
+"""Optimiser steps from one line of metrics to the next; only these steps compute the metrics."""
 HELD_OUT_ROWS = 16
 """Prompts that a held-out evaluation decodes together."""
 
@@ -445,6 +447,15 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     tree: dict[str, Any] = {}
     origins: dict[Keys, str] = {}
     _lay(str(name_or_path), None, tree, origins)
+    return _resolved(tree, origins, overrides, label)
+
+
+def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with `key.path=value` overrides laid over it. Raises RecipeError as `load_recipe` does."""
+    return _resolved(recipe.model_dump(), {}, overrides, recipe.name)
+
+
+def _resolved(tree: dict[str, Any], origins: dict[Keys, str], overrides: Sequence[str], label: str) -> Recipe:
     for text in overrides:
         _merge(tree, _override(text), origins, f"override {text}", ())
     try:

@@ -30,7 +30,8 @@ from torch import Tensor
 from deepspec.data.tokens import Encoded
 from deepspec.errors import DataError, TargetError, UserError
 from deepspec.features.batches import Source, online, padded
-from deepspec.features.quantise import largest_of, quantise, vector_bytes
+from deepspec.features.formats import TOKEN_BYTES, vector_bytes
+from deepspec.features.quantise import largest_of, quantise
 from deepspec.files import LOCK, atomic_file, claimed, write_json, writing
 from deepspec.log import note, progress
 from deepspec.maths.blocks import READ_RULES, FeatureBatch, Reads
@@ -42,7 +43,6 @@ SHARD_BYTES = 256 * 2**20
 BATCH_TOKENS = 8192
 """Padded tokens of one forward pass of the target."""
 INDEX = "index.json"
-TOKEN_BYTES = 5  # its id (int32) and its mask
 
 
 class RowCounts(NamedTuple):
