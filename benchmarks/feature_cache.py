@@ -45,7 +45,7 @@ from deepspec.maths.blocks import FeatureBatch
 from deepspec.targets import StepOutput, Target
 from deepspec.train.build import feature_layers, read_rules
 from deepspec.train.data import cache_features
-from deepspec.train.run import train_draft
+from deepspec.train.loop import train_draft
 from draft_quality import measure
 
 PAGE = Path(__file__).parents[1] / "docs" / "features.md"

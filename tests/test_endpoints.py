@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from deepspec.answers.file import Conditions, beside
+from deepspec.answers.file import Settings, beside
 from deepspec.answers.in_process import row_seed
 from deepspec.answers.pool import (
     Call,
@@ -342,8 +342,8 @@ def test_a_wrong_key_ends_the_run_instead_of_failing_every_row():
 
 # ── how it is said, and read ──────────────────────────────────────────────────────────────────────────
 
-NOW = Conditions("t", None, True, Sampling(0.7, 20, 0.8), 100, 3)
-OFF = Conditions("t", None, False, Sampling(1.0), 100, 3)
+NOW = Settings("t", None, True, Sampling(0.7, 20, 0.8), 100, 3)
+OFF = Settings("t", None, False, Sampling(1.0), 100, 3)
 
 
 def endpoint(engine: str) -> Endpoint:

@@ -17,7 +17,7 @@ from deepspec.maths.verify import Sampling
 from deepspec.measure import evaluate as module
 from deepspec.measure.evaluate import WARM_UP_TOKENS, evaluate_at, evaluate_drafts, fingerprint
 from deepspec.measure.journal import beside
-from deepspec.measure.traces import Prompt
+from deepspec.measure.rows import Prompt
 from deepspec.targets import Target
 from kills import killed_at, needs_fork
 from talking import save_talking_llama

@@ -38,11 +38,13 @@ from deepspec.log import note, open_trackers, progress
 from deepspec.maths.blocks import FeatureBatch
 from deepspec.maths.verify import Sampling
 from deepspec.measure.evaluate import HELD_OUT_ROWS, evaluate_drafts
-from deepspec.measure.traces import Prompt
+from deepspec.measure.rows import Prompt
 from deepspec.targets import Target
 from deepspec.this_machine import one_thread, read_joules, this_machine
 from deepspec.train.build import build_draft, feature_layers, read_rules
-from deepspec.train.loop import LOG_EVERY, Optimizer, Progress, save_checkpoint, train_step
+from deepspec.train.loop import LOG_EVERY, train_step
+from deepspec.train.optimizer import Optimizer
+from deepspec.train.run import Progress, Run
 
 SAMPLES, ANSWER_SECONDS = (96, 64, 48, 32, 24), 120.0
 """Prompts that are answered to learn how long answers are: the most that take so long at worst, when none
@@ -277,13 +279,13 @@ def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainS
     cut = [replace(r, ids=r.ids[:length], loss_mask=r.loss_mask[:length]) for r in rows]
     began = _clock(target)
     draft = build_draft(recipe, target, cut)
-    optimizer = Optimizer(draft, recipe)
+    optimizer = Optimizer(draft, recipe.optim)
     with tempfile.TemporaryDirectory() as folder:
         open_trackers(recipe.trackers, Path(folder), recipe.name, recipe.model_dump()).close()
         setup = _clock(target) - began
         step, features, tokens = _steps(target, draft, optimizer, recipe, cut)
         began = _clock(target)
-        save_checkpoint(recipe, Path(folder), draft, optimizer, Progress(1), target, {})
+        Run(Path(folder), recipe).save(draft, optimizer, Progress(1), target, {})
         checkpoint = _clock(target) - began
     draft.eval()
     slots = min(HELD_OUT_ROWS, recipe.eval_prompts)

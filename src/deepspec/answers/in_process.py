@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from deepspec.answers.dialogue import Dialogue
-from deepspec.answers.file import AnswerFile, Conditions, Tally
+from deepspec.answers.file import AnswerFile, Settings, Tally
 from deepspec.data.conversations import Conversation, read_conversations, tools_of
 from deepspec.data.tokens import prompt_ids, template_hash
 from deepspec.decode.engine import Decoder, Request
@@ -69,7 +69,7 @@ def regenerate(
     tokenizer = target.tokenizer
     if tokenizer is None:
         raise TargetError(f"{target.spec.name} has no tokenizer", next_step="regeneration works on text")
-    now = Conditions(target.spec.name, template_hash(tokenizer), thinking, sampling, max_new_tokens, seed)
+    now = Settings(target.spec.name, template_hash(tokenizer), thinking, sampling, max_new_tokens, seed)
     if total is None and isinstance(conversations, Sequence):
         total = len(conversations)
     tally, stretch_size = Tally(), FLIGHTS * max_rows
@@ -120,7 +120,7 @@ def _answer(
     tally: Tally,
     bar: Bar,
     target: Target,
-    now: Conditions,
+    now: Settings,
     max_rows: int,
 ) -> None:
     """Answer what a stretch still lacks, and append it in the stretch's order."""
@@ -157,7 +157,7 @@ def _begin(conversation: Conversation) -> Dialogue:
 
 
 def decoded(
-    dialogues: Sequence[Dialogue], target: Target, now: Conditions, max_rows: int
+    dialogues: Sequence[Dialogue], target: Target, now: Settings, max_rows: int
 ) -> Iterator[Dialogue]:
     """Answer dialogues together, all first turns, then all second turns; each is yielded when it is over.
 
@@ -189,7 +189,7 @@ def decoded(
         open_ = [d for d in open_ if d.trouble is None and not d.answered]
 
 
-def _request(dialogue: Dialogue, key: str, target: Target, now: Conditions) -> Request | None:
+def _request(dialogue: Dialogue, key: str, target: Target, now: Settings) -> Request | None:
     """The next turn as a request; None, with the dialogue's trouble set, where it cannot be asked."""
     conversation = dialogue.conversation
     if dialogue.trouble is not None:

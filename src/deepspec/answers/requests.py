@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from deepspec.answers.file import Conditions
+from deepspec.answers.file import Settings
 from deepspec.answers.pool import Call, Endpoint, Garbled, Greeter, Pool, Refused
 from deepspec.errors import UserError, nearest
 
@@ -37,7 +37,7 @@ class Reply(NamedTuple):
 
 def completion(
     endpoint: Endpoint,
-    now: Conditions,
+    now: Settings,
     seed: int,
     messages: Sequence[Any],
     prompt: Sequence[int] | None,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepspec.answers.dialogue import Dialogue
-from deepspec.answers.file import AnswerFile, Conditions, Tally, beside
+from deepspec.answers.file import AnswerFile, Settings, Tally, beside
 from deepspec.answers.in_process import row_seed
 from deepspec.answers.pool import Exhausted, Policy, Pool, Refused
 from deepspec.answers.requests import completion, greeter
@@ -78,7 +78,7 @@ def regenerate_served(
         )
         async with pool:
             first = await pool.first()
-            now = Conditions(
+            now = Settings(
                 target.name if target is not None else str(first.facts["model"]),
                 template_hash(tokenizer) if tokenizer is not None else None,
                 thinking,
@@ -100,7 +100,7 @@ class _Run:
 
     pool: Pool
     file: AnswerFile
-    now: Conditions
+    now: Settings
     tokenizer: Any
     """The target's, or None."""
     tally: Tally

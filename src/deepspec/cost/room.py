@@ -20,7 +20,7 @@ from deepspec.cost.costs import (
     state_bytes_per_parameter,
 )
 from deepspec.measure.evaluate import HELD_OUT_ROWS
-from deepspec.train.loop import KEPT_CHECKPOINTS
+from deepspec.train.run import KEPT_CHECKPOINTS
 
 USABLE = 0.92
 """Of an accelerator's memory, past what its context and fragmentation take: an assumption."""

@@ -24,14 +24,22 @@ from deepspec.targets import Target
 READ_INPUT = tuple(f"self_attn.{name}_proj.weight" for name in "qkv")
 
 
-def build_draft(recipe: Recipe, target: Target, rows: Sequence[Encoded] = ()) -> AnyDraft:
+def recipe_spec(recipe: Recipe, target: Target) -> DraftSpec:
+    """What the recipe's draft is for this target, its mask token chosen. Raises RecipeError."""
+    mask = None if recipe.algorithm == "eagle3" else mask_token(target, recipe.draft.mask_token_id)
+    return draft_spec(recipe, target.spec.config, mask)
+
+
+def build_draft(
+    recipe: Recipe, target: Target, rows: Sequence[Encoded] = (), spec: DraftSpec | None = None
+) -> AnyDraft:
     """A draft as the recipe describes it: fresh, or with the weights of `start_from`.
 
-    rows: what a reduced vocabulary is counted in (one that is fine-tuned keeps its own). Raises RecipeError
-    where it cannot fit the target or is not shaped as `start_from` is.
+    rows: a reduced vocabulary is counted in them (a draft that is fine-tuned keeps its own). spec: what
+    `recipe_spec` gave, if it is known already. Raises RecipeError if the draft cannot fit the target, or has
+    another shape than `start_from`.
     """
-    mask = None if recipe.algorithm == "eagle3" else mask_token(target, recipe.draft.mask_token_id)
-    spec = draft_spec(recipe, target.spec.config, mask)
+    spec = spec or recipe_spec(recipe, target)
     if recipe.start_from is None:
         size = spec.draft_vocab_size
         kept = size and frequent_ids(rows, size, target.stop_token_ids, spec.vocab_size)
@@ -45,13 +53,13 @@ def build_draft(recipe: Recipe, target: Target, rows: Sequence[Encoded] = ()) ->
 
 @torch.no_grad()
 def copy_last_layers(draft: AnyDraft, target: Target) -> None:
-    """Begin a draft as the target's end: its layers get the matrices of the target's last ones, and its
-    projection passes the deepest feature layer on.
+    """Start a draft as a copy of the target's end: its layers get the matrices of the target's last layers,
+    and its projection passes on the deepest feature layer.
 
-    A fresh draft spends its first minutes learning what the target's last layers do already: turn a late
-    hidden state into one that the head reads. Norms keep their ones (families scale them differently).
-    Eagle-3's attention reads twice the width: the half of its hidden state gets the target's. Raises
-    RecipeError where a matrix has no counterpart of its shape.
+    Otherwise a fresh draft spends its first minutes learning what the target's last layers already do: they
+    turn a late hidden state into one that the head reads. Norms keep their ones (families scale them
+    differently). Eagle-3's attention reads twice the width; the half that reads its hidden state gets the
+    target's matrices. Raises RecipeError if a matrix has no counterpart of its shape.
     """
     width = draft.spec.shape.hidden
     layers = [part for part in draft.modules() if isinstance(part, DraftLayer)]
@@ -75,7 +83,7 @@ def copy_last_layers(draft: AnyDraft, target: Target) -> None:
 
 
 def vocabulary_facts(draft: AnyDraft, rows: Sequence[Encoded]) -> dict[str, Any]:
-    """Of a reduced vocabulary: its size, a hash of its ids, and the share of the data's tokens it covers."""
+    """The size of a reduced vocabulary, a hash of its ids, and the share of the data's tokens it covers."""
     kept = draft.head.kept
     if kept is None:
         return {}
@@ -114,7 +122,7 @@ def draft_spec(recipe: Recipe, target_config: dict[str, Any], mask_token_id: int
 
 
 def trained_draft(name: str, spec: DraftSpec, target: Target) -> AnyDraft:
-    """A draft to go on training from. Raises RecipeError where it is not what the recipe describes."""
+    """A draft to fine-tune. Raises RecipeError if it is not what the recipe describes."""
     draft = load_draft(name, target)
     other = [f.name for f in fields(spec) if getattr(draft.spec, f.name) != getattr(spec, f.name)]
     if other:
