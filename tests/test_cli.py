@@ -246,7 +246,7 @@ def test_draft_of_another_template_is_measured_with_a_warning(scene, tmp_path):
     words[words.index(scene / "target")] = other
     text = good(*words, "--limit", 1, "--no-baselines").stderr
     trained = json.loads((scene / "runs/tiny-dflash/checkpoints/best/deepspec.json").read_text())
-    assert f"trained with chat template {trained['template_hash'][:12]} but is measured with " in text
+    assert f"trained with chat template {trained['template_hash'][:12]}, but is measured with " in text
 
 
 def test_generate_prints_the_answer_and_says_who_wrote_it(scene):
