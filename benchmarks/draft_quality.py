@@ -21,7 +21,7 @@ from deepspec.answers.in_process import answered
 from deepspec.checkpoints.draft import load_draft
 from deepspec.config import load_recipe
 from deepspec.decode.engine import Decoder, Request
-from deepspec.demo import ALGORITHMS
+from deepspec.drafts import ALGORITHMS
 from deepspec.maths.acceptance import bootstrap_ratio, paired_bootstrap_difference
 from deepspec.maths.verify import Sampling
 from deepspec.measure.evaluate import load_prompts

@@ -34,7 +34,7 @@ import deepspec.features.cache_write as writing
 from deepspec.config import load_recipe
 from deepspec.cost import MACHINES, make_plan, published_counts
 from deepspec.data.tokens import Encoded
-from deepspec.demo import ALGORITHMS
+from deepspec.drafts import ALGORITHMS
 from deepspec.families import PUBLISHED_TARGETS
 from deepspec.features.batches import Source, batch_order, load_rows, online
 from deepspec.features.cache_read import cached, open_cache

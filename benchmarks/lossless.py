@@ -13,7 +13,7 @@ import sys
 
 from deepspec.checkpoints.draft import load_draft
 from deepspec.decode.engine import Decoder, Request
-from deepspec.demo import ALGORITHMS
+from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.base import Draft
 from deepspec.maths.verify import Sampling
 from deepspec.measure.evaluate import load_prompts

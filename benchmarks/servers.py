@@ -38,9 +38,11 @@ from typing import Any
 import httpx
 import torch
 
-from deepspec.checkpoints.draft import AnyDraft, load_draft
-from deepspec.checkpoints.export import FORMS, Exported, export_draft, kind_of
+from deepspec.checkpoints.draft import load_draft
+from deepspec.checkpoints.export import Exported, export_draft
+from deepspec.checkpoints.servers import served_as
 from deepspec.decode.engine import Decoder, Generation, Request
+from deepspec.drafts.base import NeuralDraft
 from deepspec.files import write_json
 from deepspec.log import note
 from deepspec.maths.acceptance import bootstrap_ratio
@@ -249,7 +251,7 @@ def served_rounds(accepted: Sequence[int], budget: int) -> list[int]:
     return rounds
 
 
-def decode(target: Target, draft: AnyDraft | None, prompt: Prompt, budget: int) -> Answer:
+def decode(target: Target, draft: NeuralDraft | None, prompt: Prompt, budget: int) -> Answer:
     """Our own greedy answer, counted as the server counts."""
     decoder = Decoder(target, draft, Sampling(), stop_token_ids=target.stop_token_ids)
     (found,) = decoder.run([Request(prompt.ids, budget)])
@@ -366,9 +368,9 @@ def measure_and_keep() -> dict[str, Any]:
     return results
 
 
-def draft_words(draft: AnyDraft, exported: Exported, gguf: Path) -> list[str]:
+def draft_words(draft: NeuralDraft, exported: Exported, gguf: Path) -> list[str]:
     """llama-server's options for a draft, which it keeps drafting with however unsure it is."""
-    words = ["-md", str(gguf), "--spec-type", f"draft-{FORMS[kind_of(draft.spec)].method}"]
+    words = ["-md", str(gguf), "--spec-type", f"draft-{served_as(draft.spec).method}"]
     words += ["--spec-draft-n-max", str(exported.proposals), "--spec-draft-p-min", "0"]
     return [*words, "--cache-type-k-draft", "f32", "--cache-type-v-draft", "f32"]
 

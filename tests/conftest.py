@@ -30,8 +30,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from deepspec.checkpoints.draft import AnyDraft, new_draft
-from deepspec.drafts.base import LossSettings, Proposal, choose
+from deepspec.checkpoints.draft import new_draft
+from deepspec.drafts.base import LossSettings, NeuralDraft, Proposal, choose
 from deepspec.drafts.spec import new_spec
 from deepspec.maths.blocks import FeatureBatch
 from deepspec.maths.verify import Sampling
@@ -141,7 +141,7 @@ def targets(target_dirs: dict[str, Path]) -> dict[str, Target]:
     }
 
 
-def tiny_draft(target: Target, algorithm: str, *, seed: int = 0, **facts: Any) -> AnyDraft:
+def tiny_draft(target: Target, algorithm: str, *, seed: int = 0, **facts: Any) -> NeuralDraft:
     """A random draft for a target; `facts` replace those of a small default."""
     deep = algorithm != "eagle3"
     settings: dict[str, Any] = {
@@ -248,7 +248,7 @@ def prompts_of(target: Target, lengths: Sequence[int], seed: int = 0) -> list[li
     return [torch.randint(target.vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
-def teach(draft: AnyDraft, target: Target, rows: Sequence[Sequence[int]], steps: int) -> AnyDraft:
+def teach(draft: NeuralDraft, target: Target, rows: Sequence[Sequence[int]], steps: int) -> NeuralDraft:
     """Fit a draft to a few token sequences: some steps make it right sometimes, many nearly always."""
     width = max(map(len, rows))
     ids = torch.tensor([[*r, *[0] * (width - len(r))] for r in rows])

@@ -19,10 +19,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deepspec.checkpoints.draft import AnyDraft, load_draft
+from deepspec.checkpoints.draft import load_draft
 from deepspec.decode.engine import Decoder, Generation, Request, generate
-from deepspec.drafts import DFlashDraft, Eagle3Draft, dflash, dspark, eagle3
-from deepspec.drafts.base import LossSettings, LossSums, Proposal
+from deepspec.drafts import dflash, dspark, eagle3
+from deepspec.drafts.base import LossSettings, LossSums, NeuralDraft, Proposal
+from deepspec.drafts.dflash import DFlashDraft
+from deepspec.drafts.eagle3 import Eagle3Draft
 from deepspec.maths.blocks import Blocks, FeatureBatch, unroll_masks, unroll_teacher_index
 from deepspec.maths.losses import HeadLoss, head_loss
 from deepspec.maths.verify import Sampling, verify, warp
@@ -54,7 +56,7 @@ class Case:
         return Target.from_pretrained(FOLDER / self.name / "target", dtype="float32", device="cpu")
 
     @cached_property
-    def draft(self) -> AnyDraft:
+    def draft(self) -> NeuralDraft:
         draft = load_draft(FOLDER / self.name / "draft", self.target)
         # Loaded frozen; the golden gradients need it to train.
         return draft.requires_grad_(True)

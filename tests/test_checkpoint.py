@@ -20,7 +20,6 @@ from conftest import ALGORITHMS, FAMILIES, save_tiny, tiny_draft
 from deepspec.checkpoints import draft as checkpoint
 from deepspec.checkpoints.draft import (
     PROVENANCE,
-    AnyDraft,
     find_checkpoint,
     load_draft,
     load_provenance,
@@ -29,6 +28,7 @@ from deepspec.checkpoints.draft import (
     save_draft,
 )
 from deepspec.checkpoints.inspect import inspect_draft
+from deepspec.drafts.base import NeuralDraft
 from deepspec.drafts.layers import inverse_frequencies
 from deepspec.drafts.spec import read_spec, write_config
 from deepspec.errors import CheckpointError, MismatchError
@@ -47,7 +47,7 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
-def named_draft(target: Target, name: str, seed: int = 0) -> AnyDraft:
+def named_draft(target: Target, name: str, seed: int = 0) -> NeuralDraft:
     return tiny_draft(target, name.split("-")[0], seed=seed, **HEADS[name])
 
 
@@ -64,7 +64,7 @@ def saved(qwen: Target, tmp_path: Path) -> Path:
     return path
 
 
-def assert_same(found: AnyDraft, want: AnyDraft) -> None:
+def assert_same(found: NeuralDraft, want: NeuralDraft) -> None:
     """Bit for bit, and the same proposals."""
     ours, theirs = found.state_dict(), want.state_dict()
     assert ours.keys() == theirs.keys()
@@ -73,7 +73,7 @@ def assert_same(found: AnyDraft, want: AnyDraft) -> None:
     assert propose(found) == propose(want)
 
 
-def propose(draft: AnyDraft) -> tuple[list[int], list[float] | None]:
+def propose(draft: NeuralDraft) -> tuple[list[int], list[float] | None]:
     """Proposals (and confidence) after three observed tokens."""
     width = draft.spec.shape.hidden * len(draft.spec.target_layer_ids)
     features = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(5)).to(draft.dtype)
@@ -404,7 +404,7 @@ def test_unknown_architecture_lists_those_that_are_known(saved: Path, qwen: Targ
         ({"target_layer_ids": 3}, "target_layer_ids is 3, not a list"),
         ({"target_layer_ids": "13"}, "target_layer_ids is '13', not a list"),
         ({"mask_token_id": 96}, "outside the vocabulary of 96"),
-        ({"markov_head_type": "gru"}, "'gru' is not vanilla, gated or rnn"),
+        ({"markov_head_type": "gru"}, "'gru' is not one of vanilla, gated, rnn"),
         ({"hidden_act": "mish"}, "'mish' is not one of"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn' is not supported"),
     ],

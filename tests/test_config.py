@@ -263,7 +263,7 @@ def test_missing_key_is_named(tmp_path):
         ("pocket-dflash", ["draft.target_layer_ids=[3, 3]"], "strictly increasing order, not [3, 3]"),
         ("pocket-dflash", ["draft.target_layer_ids=[]"], "strictly increasing order, not []"),
         ("pocket-dflash", ["optim.max_minutes=null"], "training has no end"),
-        ("pocket-dflash", ["data.train=pocket:tain"], "`data.train` names no pocket set: 'pocket:tain'"),
+        ("pocket-dflash", ["data.train=pocket:tain"], "`data.train` is 'pocket:tain'; the packaged sets"),
         ("pocket-dflash", ["data.select=pocket:train"], "what chooses must not be trained on"),
         (
             "pocket-dflash",

@@ -21,9 +21,10 @@ from conftest import FAMILIES, NoisyTarget, TableDraft, prompts_of, save_tiny, t
 from deepspec.checkpoints.draft import new_draft
 from deepspec.decode import engine as decode
 from deepspec.decode.engine import Decoder, Generation, Request, generate
-from deepspec.drafts import Draft, DSparkDraft, PromptLookup
+from deepspec.drafts.base import Draft
+from deepspec.drafts.dspark import DSparkDraft
+from deepspec.drafts.lookup import PromptLookup
 from deepspec.errors import UserError
-from deepspec.maths.blocks import proposals_per_block
 from deepspec.maths.verify import Sampling, Verdict, draw, verify
 from deepspec.targets import Target
 
@@ -141,7 +142,7 @@ def test_older_alignment_taught_by_heart_is_accepted_in_full(llama: Scene) -> No
     draft = teach(new_draft(spec, llama.target), llama.target, llama.rows, steps=45)
     found = generate(llama.target, draft, llama.prompts, NEW - 4)
     assert [g.token_ids for g in found] == [g[: NEW - 4] for g in llama.greedy]
-    assert {p for g in found for p in g.proposed} == {proposals_per_block(4, False)} == {3}
+    assert {p for g in found for p in g.proposed} == {3}
     assert sum(sum(g.accepted) for g in found) / sum(sum(g.proposed) for g in found) > 0.9
 
 

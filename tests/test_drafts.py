@@ -19,11 +19,14 @@ from transformers import Gemma4TextConfig, Qwen3Config
 from transformers.models.gemma4 import modeling_gemma4
 from transformers.models.qwen3 import modeling_qwen3
 
-from deepspec.drafts import ALGORITHMS, DFlashDraft, DSparkDraft, Eagle3Draft, PromptLookup
-from deepspec.drafts.base import DraftSpec, LossSettings, LossSums
-from deepspec.drafts.heads import MARKOV_HEADS
-from deepspec.drafts.layers import DraftLayer, LayerShape, RopeFacts, inverse_frequencies, rotation
-from deepspec.drafts.spec import layer_shape
+from deepspec.drafts import ALGORITHMS, MARKOV_HEADS, load
+from deepspec.drafts.base import LossSettings, LossSums
+from deepspec.drafts.dflash import DFlashDraft
+from deepspec.drafts.dspark import DSparkDraft
+from deepspec.drafts.eagle3 import Eagle3Draft
+from deepspec.drafts.layers import DraftLayer, inverse_frequencies, rotation
+from deepspec.drafts.lookup import PromptLookup
+from deepspec.drafts.spec import DraftSpec, LayerShape, RopeFacts, layer_shape
 from deepspec.maths.blocks import FeatureBatch
 from deepspec.maths.head import Embedding, Head
 from deepspec.maths.slots import Rows
@@ -82,7 +85,7 @@ def make_draft(algorithm: str, family: str = "qwen3", *, seed: int = 0, **change
     """A float64 draft of which no number is the usual one: norms, biases and layer scalars are off too."""
     spec = make_spec(algorithm, family, **changes)
     torch.manual_seed(seed)
-    draft = ALGORITHMS[algorithm](spec).double()
+    draft = ALGORITHMS[algorithm].build(spec).double()
     randomise(draft)
     gemma = spec.family == "gemma4"
     embedding = Embedding(torch.randn(VOCAB, HIDDEN).double(), math.sqrt(HIDDEN) if gemma else 1.0)
@@ -270,7 +273,7 @@ def test_rotary_frequencies_stay_float32_when_a_draft_is_cast() -> None:
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
 def test_a_markov_head_is_a_plain_loop_over_the_slots(kind: str) -> None:
     torch.manual_seed(0)
-    head = MARKOV_HEADS[kind](VOCAB, 5, HIDDEN).double()
+    head = load(MARKOV_HEADS[kind])(VOCAB, 5, HIDDEN).double()
     randomise(head)
     previous = torch.randint(0, VOCAB, (2, 3, BLOCK))
     hidden = torch.randn(2, 3, BLOCK, HIDDEN).double()

@@ -21,8 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deepspec.drafts import DSparkDraft, Eagle3Draft
 from deepspec.drafts.base import tau_sums
+from deepspec.drafts.dspark import DSparkDraft
+from deepspec.drafts.eagle3 import Eagle3Draft
 from deepspec.maths.blocks import anchor_candidates, block_attention_mask
 from deepspec.maths.losses import position_weights
 from deepspec.targets import StepOutput

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepspec.checkpoints.draft import AnyDraft, load_draft, load_spec, save_draft
+from deepspec.checkpoints.draft import load_draft, load_spec, save_draft
 from deepspec.checkpoints.layouts import as_released
 from deepspec.decode.engine import generate
+from deepspec.drafts.base import NeuralDraft
 from deepspec.drafts.spec import SpecError, read_spec
 from deepspec.errors import CheckpointError, MismatchError
 from deepspec.maths.verify import Sampling
@@ -142,7 +143,7 @@ def write(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Pat
     return path
 
 
-def propose(draft: AnyDraft, features: Tensor, ids: list[int]) -> tuple[list[int], Tensor]:
+def propose(draft: NeuralDraft, features: Tensor, ids: list[int]) -> tuple[list[int], Tensor]:
     """Greedy tokens and full-width q at temperature 1 after the anchor `ids[-1]`."""
     found = []
     for sampling in (Sampling(), Sampling(1.0)):
@@ -284,7 +285,7 @@ def test_layers_left_to_the_targets_depth_are_theirs_not_our_rule() -> None:
         ("eagle3", {}, {"mlp_bias": True}, "mlp_bias is True"),
         ("eagle3", {"target_hidden_size": 64}, {}, "target_hidden_size is 64"),
         ("eagle3", {}, {"model_type": "gpt2"}, "model_type 'gpt2'"),
-        ("eagle3", {}, {"num_hidden_layers": 2}, "one layer, not 2"),
+        ("eagle3", {}, {"num_hidden_layers": 2}, "1 layer\\(s\\), not 2"),
         ("eagle3", {"speculators_config": {"proposal_methods": []}}, {}, "speculative_tokens is missing"),
         ("eagle3", {"transformer_layer_config": None}, {}, "no 'transformer_layer_config'"),
         ("dflash", {}, {"model_type": "llama"}, "model_type 'llama', which is not supported for dflash"),

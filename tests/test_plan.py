@@ -32,8 +32,7 @@ from typer.testing import CliRunner
 
 from deepspec import demo as workflow
 from deepspec import speeds as profile
-from deepspec.checkpoints.draft import ALGORITHMS as DRAFTS
-from deepspec.checkpoints.draft import AnyDraft, draft_shapes
+from deepspec.checkpoints.draft import draft_shapes
 from deepspec.cli import app
 from deepspec.config import Recipe, load_recipe
 from deepspec.cost import (
@@ -63,8 +62,9 @@ from deepspec.cost.phases import Speeds, TrainSpeed, rounds_needed, speed_key, s
 from deepspec.cost.quickstart import quickstart_needs, quickstart_phases, quickstart_plans
 from deepspec.data.tokens import Encoded
 from deepspec.decode.engine import Decoder, Request
-from deepspec.drafts.base import DraftSpec, LossSettings
-from deepspec.drafts.spec import new_spec
+from deepspec.drafts import ALGORITHMS as DRAFTS
+from deepspec.drafts.base import LossSettings, NeuralDraft
+from deepspec.drafts.spec import DraftSpec, new_spec
 from deepspec.families import PUBLISHED_TARGETS
 from deepspec.features.cache_write import plan_cache
 from deepspec.maths.blocks import FeatureBatch
@@ -253,9 +253,9 @@ def tiny_spec(algorithm: str, *, block: int = 4) -> DraftSpec:
     )
 
 
-def tiny_draft(spec: DraftSpec, dtype: torch.dtype = torch.float32) -> AnyDraft:
+def tiny_draft(spec: DraftSpec, dtype: torch.dtype = torch.float32) -> NeuralDraft:
     torch.manual_seed(0)
-    draft = DRAFTS[spec.algorithm](spec).to(dtype)
+    draft = DRAFTS[spec.algorithm].build(spec).to(dtype)
     weight = torch.randn(spec.vocab_size, spec.shape.hidden).to(dtype)
     draft.bind(Embedding(weight), Head(weight))
     return draft
@@ -750,7 +750,7 @@ def test_quickstart_takes_its_phases_by_the_names_that_its_plan_gives_them(
 ):
     """A quickstart of seconds: its phases.json and the plan must not part."""
     size = workflow.QuickstartSize(prompts=5, minutes=0.001, tasks={0.0: 2, 1.0: 1})
-    monkeypatch.setattr(workflow, "ALGORITHMS", ("dspark",))
+    monkeypatch.setattr(workflow, "LEARNING_RATE", {"dspark": 2e-3})
     recipes = {
         name: recipe.model_copy(update={"eval_prompts": 2, "eval_max_new_tokens": 4})
         for name, recipe in workflow.quickstart_recipes(True).items()

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import tiny_draft
-from deepspec.checkpoints.draft import AnyDraft
 from deepspec.config import load_recipe
-from deepspec.drafts.base import LossSettings
+from deepspec.drafts.base import LossSettings, NeuralDraft
 from deepspec.maths.blocks import (
     READ_RULES,
     FeatureBatch,
@@ -92,7 +91,7 @@ def reads_of(batch: FeatureBatch, rules: list[str]) -> Reads:
     return found[0] if len(found) == 1 else found[0].union(found[1])
 
 
-def loss_and_gradients(draft: AnyDraft, batch: FeatureBatch, loss: LossSettings) -> list[Tensor]:
+def loss_and_gradients(draft: NeuralDraft, batch: FeatureBatch, loss: LossSettings) -> list[Tensor]:
     """Sum, weight and every parameter's gradient with all possible anchors drawn."""
     draft.zero_grad()
     plan: Any = draft.plan(batch, ANCHORS, torch.Generator().manual_seed(0))
@@ -102,7 +101,7 @@ def loss_and_gradients(draft: AnyDraft, batch: FeatureBatch, loss: LossSettings)
     return [sums.total.detach(), sums.weight, *(p.grad for p in draft.parameters() if p.grad is not None)]
 
 
-def drafts(target: Target, algorithm: str) -> list[AnyDraft]:
+def drafts(target: Target, algorithm: str) -> list[NeuralDraft]:
     """Every alignment and a long and a short block, or unroll length."""
     if algorithm == "eagle3":
         return [tiny_draft(target, "eagle3", block=k) for k in (1, 4, 7)]

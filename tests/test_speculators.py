@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deepspec.checkpoints.draft import load_draft
-from deepspec.drafts import DFlashDraft
+from deepspec.drafts.dflash import DFlashDraft
 from deepspec.maths.blocks import Blocks, FeatureBatch
 from deepspec.maths.verify import Sampling
 from deepspec.targets import Target

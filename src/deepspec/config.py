@@ -9,8 +9,9 @@ tree, which loads back to the same recipe.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from itertools import pairwise
@@ -18,20 +19,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from deepspec.drafts import ALGORITHMS, MARKOV_HEADS
 from deepspec.errors import RecipeError, nearest
 from deepspec.files import write_text
 from deepspec.log import TrackerName
-
-POCKET_SETS = ("pocket:train", "pocket:select")
+from deepspec.pocket import TRAINED_ON
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
+
+KEPT_CHECKPOINTS = 2
+"""Latest checkpoints that a run keeps, besides the best one."""
+HELD_OUT_ROWS = 16
+"""Prompts that a held-out evaluation decodes together."""
 
 FEATURE_SOURCES = ("online", "cache", "vllm", "sglang")
 
@@ -53,6 +59,19 @@ def feature_source(text: str) -> tuple[str, str]:
     return form, place
 
 
+def _known(names: Mapping[str, object]) -> Callable[[str], str]:
+    """A check that a value is one of some names."""
+
+    def check(value: str) -> str:
+        if value not in names:
+            close = nearest(value, names)
+            hint = f"; did you mean {close!r}?" if close else ""
+            raise ValueError(f"{value!r} is not one of {', '.join(names)}{hint}")
+        return value
+
+    return check
+
+
 class Section(BaseModel):
     """One mapping of the tree: unknown keys are errors, values do not change once read."""
 
@@ -69,7 +88,7 @@ class DraftConfig(Section):
     )
     mask_token_id: Annotated[int, Field(ge=0)] | None = None  # None: the target family's
     markov_rank: Annotated[int, Field(ge=0)] = 0  # r; 0 means no sequential head
-    markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    markov_head: Annotated[str, AfterValidator(_known(MARKOV_HEADS))] = "vanilla"
     confidence: bool = False
     confidence_with_markov: bool = False  # the confidence head sees W₁[previous token] beside the hidden row
     intermediate_size: Count | None = None  # None: the target's
@@ -120,7 +139,7 @@ class Recipe(Section):
     """Everything that decides a training run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # also the folder under runs/
-    algorithm: Literal["eagle3", "dflash", "dspark"]
+    algorithm: Annotated[str, AfterValidator(_known(ALGORITHMS))]
     target: str = "pocket"  # shipped name, path, or hub id
     thinking: bool = False
     start_from: str | None = None  # a draft to fine-tune (`deepspec train --from`); None: fresh weights
@@ -137,6 +156,17 @@ class Recipe(Section):
     checkpoint_every_steps: Count = 100
     trackers: list[TrackerName] = ["tensorboard"]
 
+    def total_steps(self, rows: int) -> int | None:
+        """Optimiser steps after which training on so many rows ends; None if only its time is limited."""
+        limits = [] if self.optim.max_steps is None else [self.optim.max_steps]
+        if self.optim.epochs is not None:
+            limits.append(math.ceil(self.optim.epochs * self.steps_per_epoch(rows)))
+        return min(limits, default=None)
+
+    def steps_per_epoch(self, rows: int) -> int:
+        """Optimiser steps over all rows; the last one may hold fewer sequences."""
+        return max(math.ceil(rows / self.optim.batch_size), 1)
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         problems = [*_draft_problems(self), *_run_problems(self)]
@@ -149,22 +179,21 @@ class Recipe(Section):
 
 
 def _draft_problems(recipe: Recipe) -> Iterator[str]:
-    draft, loss = recipe.draft, recipe.loss
+    draft, loss, row = recipe.draft, recipe.loss, ALGORITHMS[recipe.algorithm]
     ids = draft.target_layer_ids
     if ids is not None and (not ids or any(a >= b for a, b in pairwise(ids))):
         yield f"`draft.target_layer_ids` must name layers in strictly increasing order, not {ids}"
-    if recipe.algorithm in ("dflash", "eagle3"):
-        if draft.markov_rank:
-            yield f"`draft.markov_rank` must be 0 for {recipe.algorithm}; a sequential head makes it dspark"
-        if draft.confidence:
-            yield f"`draft.confidence` must be false for {recipe.algorithm}; only dspark has that head"
-    if recipe.algorithm == "dspark" and not (draft.markov_rank or draft.confidence):
-        yield "dspark needs `draft.markov_rank` or `draft.confidence`; without both it is dflash"
-    if recipe.algorithm == "eagle3":
-        if draft.num_layers != 1:
-            yield f"`draft.num_layers` must be 1 for eagle3, not {draft.num_layers}"
-        if loss.l1:
-            yield "`loss.l1` must be 0 for eagle3: it trains on soft cross-entropy alone"
+    name, with_heads = recipe.algorithm, ", ".join(n for n, other in ALGORITHMS.items() if other.heads)
+    if not row.heads and draft.markov_rank:
+        yield f"`draft.markov_rank` must be 0 for {name}; the algorithm with that head is {with_heads}"
+    if not row.heads and draft.confidence:
+        yield f"`draft.confidence` must be false for {name}; the algorithm with that head is {with_heads}"
+    if row.heads and not (draft.markov_rank or draft.confidence):
+        yield f"{name} needs `draft.markov_rank` or `draft.confidence`; without both it is dflash"
+    if row.layers not in (None, draft.num_layers):
+        yield f"`draft.num_layers` must be {row.layers} for {name}, not {draft.num_layers}"
+    if loss.l1 and not row.l1:
+        yield f"`loss.l1` must be 0 for {name}: its loss has no such term"
     if draft.confidence_with_markov and not (draft.confidence and draft.markov_rank):
         yield "`draft.confidence_with_markov` needs `draft.confidence` and a `draft.markov_rank` above 0"
     if draft.confidence != (loss.confidence > 0):
@@ -183,8 +212,8 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
     if optim.epochs is None and optim.max_steps is None and optim.max_minutes is None:
         yield "training has no end: set one of `optim.epochs`, `optim.max_steps`, `optim.max_minutes`"
     for key, source in (("train", data.train), ("select", data.select)):
-        if source.startswith("pocket:") and source not in POCKET_SETS:
-            yield f"`data.{key}` names no pocket set: {source!r} (there are {', '.join(POCKET_SETS)})"
+        if source.startswith("pocket:") and source not in TRAINED_ON:
+            yield f"`data.{key}` is {source!r}; the packaged sets for it are {', '.join(TRAINED_ON)}"
     try:
         feature_source(data.features)
     except ValueError as error:
@@ -375,8 +404,8 @@ def _explain(error: ErrorDetails) -> str:
         return f"unknown key `{_dotted(keys)}`" + (f"; did you mean `{close}`?" if close else "")
     if error["type"] == "missing":
         return f"`{_dotted(keys)}` is missing"
-    if error["type"] == "value_error":  # ours: it names its keys itself
-        return str(error["ctx"]["error"])
+    if error["type"] == "value_error":  # a message of ours; one about the whole recipe names its keys itself
+        return f"`{_dotted(keys)}`: {error['ctx']['error']}" if keys else str(error["ctx"]["error"])
     if error["type"] == "model_type":
         return f"`{_dotted(keys)}` is {error['input']!r}: a mapping of keys is expected here"
     message = error["msg"][0].lower() + error["msg"][1:]

@@ -26,8 +26,6 @@ from deepspec.train.data import cache_features
 from deepspec.train.facts import data_facts
 from deepspec.train.loop import train_draft
 
-ALGORITHMS = ("eagle3", "dflash", "dspark")
-
 
 class QuickstartSize(NamedTuple):
     """prompts: answered. minutes: of training per draft. tasks: prompts evaluated, by temperature."""
@@ -57,7 +55,7 @@ def quickstart_recipes(fast: bool) -> dict[str, Recipe]:
         algorithm: load_recipe(
             f"pocket-{algorithm}", [budget, *FOR_MINUTES, f"optim.lr={LEARNING_RATE[algorithm]}"]
         ).model_copy(update={"name": algorithm, **changes})
-        for algorithm in ALGORITHMS
+        for algorithm in LEARNING_RATE
     }
 
 

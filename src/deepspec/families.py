@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 class DraftFamily(NamedTuple):
     """How a draft's layers are wired, and where its config keeps the dimensions (method.md 3-4b)."""
 
-    architectures: dict[str, str]
-    """Released architecture name by kind of draft: `block` (DFlash, DSpark) or `eagle3`."""
     head_dim_key: str
     kv_heads_key: str
     """Read when keys and values are one (`attention_k_eq_v`); otherwise `num_key_value_heads`."""
@@ -30,7 +28,6 @@ class DraftFamily(NamedTuple):
 
 DRAFT_FAMILIES: dict[str, DraftFamily] = {
     "qwen3": DraftFamily(
-        architectures={"block": "Qwen3DSparkModel", "eagle3": "Qwen3Eagle3Model"},
         head_dim_key="head_dim",
         kv_heads_key="num_key_value_heads",
         activation_key="hidden_act",
@@ -42,7 +39,6 @@ DRAFT_FAMILIES: dict[str, DraftFamily] = {
         scaled_embedding=False,
     ),
     "gemma4": DraftFamily(
-        architectures={"block": "Gemma4DSparkModel", "eagle3": "Gemma4Eagle3Model"},
         head_dim_key="global_head_dim",
         kv_heads_key="num_global_key_value_heads",
         activation_key="hidden_activation",
@@ -54,8 +50,6 @@ DRAFT_FAMILIES: dict[str, DraftFamily] = {
         scaled_embedding=True,
     ),
 }
-# Older names that the released checkpoints also go by.
-ARCHITECTURE_ALIASES = {"Eagle3DraftModel": ("qwen3", "eagle3")}
 
 
 # Where Hugging Face decoders keep what is not to be had through a method of theirs. The decoder is whatever
@@ -110,17 +104,6 @@ TARGET_FAMILIES: dict[str, TargetFamily] = {
 def target_family(model_type: str) -> TargetFamily:
     """The row of a target's `model_type`; an unknown one has no special facts."""
     return TARGET_FAMILIES.get(model_type, TargetFamily())
-
-
-def family_of_architecture(architecture: str) -> tuple[str, str] | None:
-    """(draft family, kind) of a released architecture name, or None when it is not one."""
-    if architecture in ARCHITECTURE_ALIASES:
-        return ARCHITECTURE_ALIASES[architecture]
-    for name, family in DRAFT_FAMILIES.items():
-        for kind, known in family.architectures.items():
-            if known == architecture:
-                return name, kind
-    return None
 
 
 def rope_facts(config: dict[str, Any], family: DraftFamily) -> dict[str, Any]:

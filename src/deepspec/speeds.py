@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from deepspec.answers.in_process import row_seed
-from deepspec.checkpoints.draft import AnyDraft, load_draft
-from deepspec.config import Recipe
+from deepspec.checkpoints.draft import load_draft
+from deepspec.config import HELD_OUT_ROWS, Recipe
 from deepspec.cost.machines import Machine, host_memory, row_of_device
 from deepspec.cost.phases import Speeds, TrainSpeed, speed_key, speeds_from
 from deepspec.data.conversations import Conversation, Message, prompt_messages
 from deepspec.data.tokens import Encoded, encode_turns, prompt_ids
 from deepspec.decode.engine import Decoder, Generation, NoDraft, Request
-from deepspec.drafts.base import Draft, Proposal
+from deepspec.drafts.base import Draft, NeuralDraft, Proposal
 from deepspec.errors import DataError
 from deepspec.features.batches import batches_from, online
 from deepspec.features.cache_write import batch_rows, plan_cache, shard_tensors
@@ -37,7 +37,7 @@ from deepspec.files import write_json
 from deepspec.log import note, open_trackers, progress
 from deepspec.maths.blocks import FeatureBatch
 from deepspec.maths.verify import Sampling
-from deepspec.measure.evaluate import HELD_OUT_ROWS, evaluate_drafts
+from deepspec.measure.evaluate import evaluate_drafts
 from deepspec.measure.rows import Prompt
 from deepspec.targets import Target
 from deepspec.this_machine import one_thread, read_joules, this_machine
@@ -307,7 +307,7 @@ def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainS
 
 
 def _steps(
-    target: Target, draft: AnyDraft, optimizer: Optimizer, recipe: Recipe, rows: Sequence[Encoded]
+    target: Target, draft: NeuralDraft, optimizer: Optimizer, recipe: Recipe, rows: Sequence[Encoded]
 ) -> tuple[float, float, float]:
     """(seconds, of which the target's pass, tokens) of one optimiser step. The loop's own measurements come
     as often as in a run."""

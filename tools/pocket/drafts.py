@@ -8,7 +8,7 @@ from pathlib import Path
 from deepspec.answers.in_process import PACKAGED_ROWS, PACKAGED_TOKENS, regenerate
 from deepspec.config import load_recipe
 from deepspec.data.conversations import read_conversations
-from deepspec.demo import ALGORITHMS
+from deepspec.drafts import ALGORITHMS
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target
 from deepspec.train.loop import Outcome, train_draft

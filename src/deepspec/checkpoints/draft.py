@@ -19,9 +19,9 @@ from torch import Tensor
 
 from deepspec.checkpoints.layouts import as_released
 from deepspec.data.tokens import tokenizer_hash
-from deepspec.drafts import ALGORITHMS, DFlashDraft, DSparkDraft, Eagle3Draft
-from deepspec.drafts.base import DraftSpec
-from deepspec.drafts.spec import SpecError, read_spec, write_config
+from deepspec.drafts import ALGORITHMS
+from deepspec.drafts.base import NeuralDraft
+from deepspec.drafts.spec import DraftSpec, SpecError, read_spec, write_config
 from deepspec.errors import CheckpointError, MismatchError
 from deepspec.files import aside_of, atomic_directory, write_json
 from deepspec.log import note, warn
@@ -31,7 +31,6 @@ from deepspec.targets import Target, TargetSpec
 from deepspec.targets.hub import fetch, may_be_hub_id, unavailable
 from deepspec.targets.shards import Shape, read_tensors
 
-AnyDraft = Eagle3Draft | DFlashDraft | DSparkDraft
 PROVENANCE = "deepspec.json"
 PLAIN = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 FILES = ("*.json", "*.safetensors")
@@ -44,13 +43,13 @@ MAPS = ("d2t", "t2d")
 
 def new_draft(
     spec: DraftSpec, target: Target, *, seed: int = 0, kept: Sequence[int] | None = None
-) -> AnyDraft:
+) -> NeuralDraft:
     """A freshly initialised draft, bound to its target. kept: the target ids that a reduced vocabulary
     (`spec.draft_vocab_size`) keeps; the draft's head is then those rows of the target's."""
     check_fit(spec, target, "the recipe's draft")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        draft = ALGORITHMS[spec.algorithm](spec)
+        draft = ALGORITHMS[spec.algorithm].build(spec)
     head = target.head if kept is None else target.head.reduced(kept)
     draft.bind(draft_embedding(spec, target), head, target.head)
     return draft.to(target.device)
@@ -62,7 +61,7 @@ def draft_embedding(spec: DraftSpec, target: Target, weight: Tensor | None = Non
     return own if weight is None else Embedding(weight, own.scale)
 
 
-def load_draft(name_or_path: str | Path, target: Target) -> AnyDraft:
+def load_draft(name_or_path: str | Path, target: Target) -> NeuralDraft:
     """Load a draft and bind it to its target.
 
     name_or_path: a local checkpoint directory, a run directory (its best checkpoint), a Hub id, or a built-in
@@ -79,12 +78,12 @@ def load_draft(name_or_path: str | Path, target: Target) -> AnyDraft:
     head, embedding = _loans(path, spec, target, copies)
     _warn_of_other_tokenizer(path, target, str(name_or_path))
     with torch.device("meta"):
-        draft = ALGORITHMS[spec.algorithm](spec)
+        draft = ALGORITHMS[spec.algorithm].build(spec)
     dtype = target.dtype
     draft = draft.to_empty(device="cpu").to(dtype)
     draft.load_state_dict({k: v.to(dtype) for k, v in tensors.items()})
     # Rotary frequencies are not stored, and are float32 whatever the weights are.
-    draft.frequencies = ALGORITHMS[spec.algorithm](_tiny(spec)).frequencies
+    draft.frequencies = ALGORITHMS[spec.algorithm].build(_tiny(spec)).frequencies
     draft = draft.to(target.device).eval().requires_grad_(False)
     draft.bind(embedding, head, target.head)
     draft.name = Path(name_or_path).name
@@ -235,7 +234,9 @@ def _warn_of_other_tokenizer(path: Path, target: Target, name: str) -> None:
 def draft_shapes(spec: DraftSpec) -> dict[str, Shape]:
     """Name and shape of every tensor of a draft, copies of embedding and head left out; builds no weights."""
     with torch.device("meta"):
-        return {name: tuple(t.shape) for name, t in ALGORITHMS[spec.algorithm](spec).state_dict().items()}
+        return {
+            name: tuple(t.shape) for name, t in ALGORITHMS[spec.algorithm].build(spec).state_dict().items()
+        }
 
 
 def copy_shapes(spec: DraftSpec) -> dict[str, Shape]:
@@ -332,7 +333,7 @@ def _kept(path: Path, spec: DraftSpec, copies: Mapping[str, Tensor]) -> Tensor:
 
 
 def save_draft(
-    draft: AnyDraft,
+    draft: NeuralDraft,
     path: Path,
     target: Target,
     provenance: dict[str, Any],
@@ -358,7 +359,7 @@ def save_draft(
             beside(part)
 
 
-def _own_copies(draft: AnyDraft, target: Target) -> dict[str, Tensor]:
+def _own_copies(draft: NeuralDraft, target: Target) -> dict[str, Tensor]:
     """Embedding, head and map to store; none where both are the target's."""
     head, embedding = draft.head, draft.embedding
     own_head, own_rows = (

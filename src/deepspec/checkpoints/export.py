@@ -1,20 +1,15 @@
 """Drafts in the form that inference servers load, or a refusal that names the way out.
 
-What differs between servers is data: `SERVERS` says how each is started, `FORMS` under which name a kind of
-draft is registered, `LIMITS` what a server cannot run, why, and what to do instead. The facts come from the
-servers' own loaders (docs/serving.md has the versions); nothing of theirs is imported.
+`servers.py` decides what a server can run and how it names a draft; this file writes the checkpoint that the
+server's loader reads.
 
 m captured layers, d hidden width, V vocabulary, r Markov rank, N proposals per round.
 """
 
 from __future__ import annotations
 
-import json
-import shlex
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from string import Template
 from typing import Any, NamedTuple
 
 import torch
@@ -31,195 +26,15 @@ from deepspec.checkpoints.draft import (
     load_provenance,
     read_draft,
 )
-from deepspec.drafts.base import DraftSpec
-from deepspec.drafts.spec import proposals, write_config
-from deepspec.errors import CheckpointError, UserError
+from deepspec.checkpoints.servers import NATIVE, Facts, launch_commands, refuse, served_as
+from deepspec.drafts.spec import DraftSpec, write_config
+from deepspec.errors import UserError
 from deepspec.files import atomic_directory, write_json
 from deepspec.pocket import packaged
 from deepspec.targets import Target
 
-NATIVE = "deepspec"
 SILENT_RANK = 8
 """Rank of an all-zero sequential head: any would do; GPU kernels like rows of 16 bytes."""
-
-
-class Server(NamedTuple):
-    """A server that drafts are written for. `launch`: the commands that run one."""
-
-    title: str
-    launch: tuple[str, ...]
-
-
-SERVERS: dict[str, Server] = {
-    "vllm": Server(
-        "vLLM",
-        (
-            "vllm serve $target --speculative-config "
-            '\'{"method": "$method", "model": "$draft", "num_speculative_tokens": $proposals}\'',
-        ),
-    ),
-    "sglang": Server(
-        "SGLang",
-        (
-            "python -m sglang.launch_server --model-path $target --speculative-algorithm $METHOD "
-            "--speculative-draft-model-path $draft --speculative-num-steps $steps --speculative-eagle-topk 1 "
-            "--speculative-num-draft-tokens $window",
-        ),
-    ),
-    "llamacpp": Server(
-        "llama.cpp",
-        (
-            "python convert_hf_to_gguf.py $target --outfile target.gguf",
-            "python convert_hf_to_gguf.py $draft --target-model-dir $target --outfile draft.gguf",
-            "llama-server -m target.gguf -md draft.gguf --spec-type draft-$method "
-            "--spec-draft-n-max $proposals --spec-draft-p-min 0 --jinja",
-        ),
-    ),
-}
-
-
-class Form(NamedTuple):
-    """How servers know a kind of draft: its registered architecture, its model type, the method's name."""
-
-    architecture: str
-    model_type: str
-    method: str
-
-
-FORMS: dict[str, Form] = {
-    "eagle3": Form("LlamaForCausalLMEagle3", "llama", "eagle3"),
-    "eagle3, q/k norms": Form("Eagle3Qwen3ForCausalLM", "qwen3", "eagle3"),
-    "dflash, fill-in": Form("DFlashDraftModel", "qwen3", "dflash"),
-    "dspark": Form("Qwen3DSparkModel", "qwen3", "dspark"),
-}
-
-
-def kind_of(spec: DraftSpec) -> str:
-    """The row of `FORMS`. Servers know DFlash by its older alignment only; a DFlash draft that samples from
-    its anchor is to them a DSpark draft whose heads add nothing."""
-    if spec.algorithm == "eagle3":
-        return "eagle3, q/k norms" if spec.shape.qk_norm else "eagle3"
-    headless = not (spec.markov_rank or spec.confidence)
-    return "dflash, fill-in" if headless and not spec.sample_from_anchor else "dspark"
-
-
-class Facts(NamedTuple):
-    """What limits are about. own: it brings an embedding or a head that may not be the target's.
-    target: what it was trained for, where that is at hand."""
-
-    spec: DraftSpec
-    own: bool
-    target: Target | None
-
-    @property
-    def eagle(self) -> bool:
-        return self.spec.algorithm == "eagle3"
-
-
-class Limit(NamedTuple):
-    """What some servers (names, blank-separated) cannot run: when, why, and what to do instead."""
-
-    servers: str
-    when: Callable[[Facts], bool]
-    why: str
-    instead: str
-
-
-EVERYWHERE = "vllm sglang llamacpp"
-LIMITS: tuple[Limit, ...] = (
-    Limit(
-        EVERYWHERE,
-        lambda f: f.spec.family != "qwen3",
-        "its layers are Gemma-4-shaped: SGLang registers no such draft, llama.cpp's refuses a soft-capped "
-        "head, and vLLM's loader of them was not checked",
-        "export with --to deepspec, the released layout (vLLM registers its architecture, Gemma4DSparkModel)",
-    ),
-    Limit(
-        EVERYWHERE,
-        lambda f: f.spec.family == "qwen3" and f.spec.softcap is not None,
-        "the target soft-caps its logits, and the server's draft would not",
-        "run this draft with `deepspec generate`",
-    ),
-    Limit(
-        EVERYWHERE,
-        lambda f: f.spec.family == "qwen3" and f.target is not None and f.target.embedding.scale != 1.0,
-        "the target scales its embedding by a factor, and the server's draft would not",
-        "run this draft with `deepspec generate`",
-    ),
-    Limit(
-        EVERYWHERE,
-        lambda f: f.spec.family == "qwen3" and f.target is not None and f.target.head.scale != 1.0,
-        "the target scales its logits by a factor, and the server's draft would not",
-        "run this draft with `deepspec generate`",
-    ),
-    Limit(
-        EVERYWHERE,
-        lambda f: f.spec.family == "qwen3" and f.spec.shape.activation != "silu",
-        "its MLP is not gated by SiLU, the only one that the server's draft has",
-        "train a draft here: those for targets other than Gemma-4 use SiLU",
-    ),
-    Limit(
-        EVERYWHERE,
-        lambda f: f.spec.shape.attention_bias,
-        "its attention has biases, which the server's loader drops without a word",
-        "train a draft here: those for targets other than Gemma-4 have none",
-    ),
-    Limit(
-        EVERYWHERE,
-        lambda f: f.spec.family == "qwen3" and f.spec.shape.rope.kind != "default",
-        "its rotary positions are not the default kind",
-        "train a draft here: those for targets other than Gemma-4 use the default kind",
-    ),
-    Limit(
-        EVERYWHERE,
-        lambda f: f.spec.target_layer_ids[0] < 1,
-        "it reads the embedding or layer 0, which the server's spellings of layer ids do not agree on",
-        "train with draft.target_layer_ids from 1 to the last layer but one",
-    ),
-    Limit(
-        EVERYWHERE,
-        lambda f: not f.eagle and not f.spec.shape.qk_norm,
-        "it has no per-head norms of queries and keys, and the server's block drafts do",
-        "train with draft.qk_norm=true",
-    ),
-    Limit(
-        "sglang llamacpp",
-        lambda f: f.eagle and f.spec.shape.qk_norm,
-        "its queries and keys have per-head norms, and the server's only Eagle-3 has none",
-        "export with --to vllm (Eagle3Qwen3ForCausalLM), or train with draft.qk_norm=false "
-        "(recipe pocket-eagle3-portable)",
-    ),
-    Limit(
-        "llamacpp",
-        lambda f: f.eagle and len(f.spec.target_layer_ids) != 3,
-        "it does not read exactly three feature layers, as llama.cpp's Eagle-3 does",
-        "train with three draft.target_layer_ids, or export with --to vllm or sglang",
-    ),
-    Limit(
-        "vllm llamacpp",
-        lambda f: f.spec.markov_rank > 0 and f.spec.markov_head != "vanilla",
-        "its sequential head is gated or rnn, and the server knows vanilla only",
-        "export with --to sglang, or train with draft.markov_head=vanilla",
-    ),
-    Limit(
-        "sglang llamacpp",
-        lambda f: f.own,
-        "it brings an embedding and a head of its own, and the server would use the target's",
-        "add --target, which leaves copies out where they are equal, or export with --to vllm",
-    ),
-    Limit(
-        "sglang",
-        lambda f: not f.eagle and f.spec.draft_vocab_size is not None,
-        "its vocabulary is reduced, which SGLang's DFlash and DSpark ignore",
-        "export with --to vllm",
-    ),
-    Limit(
-        "sglang",
-        lambda f: not f.eagle and f.target is not None and f.target.spec.model_type == "qwen2",
-        "SGLang cannot capture the features of a Qwen2 target for DFlash and DSpark",
-        "export with --to vllm, or train an Eagle-3 draft",
-    ),
-)
 
 
 class Exported(NamedTuple):
@@ -264,12 +79,10 @@ def export_draft(
         refuse(to, Facts(spec, bool(copies), target))
         spec, tensors, notes = complete(to, spec, tensors)
         config = server_config(spec, int(source.get("max_position_embeddings") or 4096))
-        if spec.algorithm == "eagle3":
+        if served_as(spec).method == "eagle3":
             # vLLM and llama.cpp read both names, SGLang's older releases this one alone.
             tensors = {k.replace("layers.0.", "midlayer."): v for k, v in tensors.items()}
     tensors = {k: _cast(v, dtype) for k, v in (tensors | copies).items()}
-    if to != NATIVE:
-        check_tensors(config, tensors)
     config["dtype"] = str(tensors["fc.weight"].dtype).removeprefix("torch.")
     facts = {**load_provenance(path), "sample_from_anchor": spec.sample_from_anchor, "exported_to": to}
     served = packaged(target.spec.name) if target else "TARGET"  # servers do not know our built-in names
@@ -281,7 +94,7 @@ def export_draft(
         out,
         to,
         config["architectures"][0],
-        proposals(spec),
+        spec.proposals,
         config["dtype"],
         sum(t.numel() for t in tensors.values()),
         [] if to == NATIVE else launch_commands(to, spec, served, out),
@@ -313,22 +126,12 @@ def _own(copies: dict[str, Tensor], target: Target) -> dict[str, Tensor]:
     return {} if same else copies
 
 
-def refuse(to: str, facts: Facts) -> None:
-    """Raise UserError with every limit of the server that a draft meets; nothing where it can run."""
-    met = [limit for limit in LIMITS if to in limit.servers.split() and limit.when(facts)]
-    if met:
-        raise UserError(
-            f"{SERVERS[to].title} cannot run this draft:\n" + "\n".join(f"  - {limit.why}" for limit in met),
-            next_step="; ".join(dict.fromkeys(limit.instead for limit in met)),
-        )
-
-
 def complete(
     to: str, spec: DraftSpec, tensors: dict[str, Tensor]
 ) -> tuple[DraftSpec, dict[str, Tensor], list[str]]:
     """Add the parts that a server insists on, all zero, so that no output changes: (spec, tensors, notes)."""
     tensors, notes = dict(tensors), []
-    if kind_of(spec) == "dspark" and not spec.markov_rank:
+    if served_as(spec).method == "dspark" and not spec.markov_rank:
         zeros = tensors["fc.weight"].new_zeros(spec.vocab_size, SILENT_RANK)
         tensors |= {f"markov_head.markov_{w}.weight": zeros.clone() for w in ("w1", "w2")}
         spec = replace(spec, markov_rank=SILENT_RANK)
@@ -346,7 +149,7 @@ def complete(
 def server_config(spec: DraftSpec, max_positions: int) -> dict[str, Any]:
     """The config.json that all servers read alike (tools differ in which spelling they look at, so both of
     every pair are there); without its dtype."""
-    shape, form = spec.shape, FORMS[kind_of(spec)]
+    shape, form = spec.shape, served_as(spec)
     layers = list(spec.target_layer_ids)
     theta = shape.rope.theta
     config: dict[str, Any] = {
@@ -370,7 +173,7 @@ def server_config(spec: DraftSpec, max_positions: int) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "num_target_layers": spec.num_target_layers,
     }
-    if spec.algorithm == "eagle3":
+    if form.method == "eagle3":
         return config | {
             # null: the target's whole vocabulary and its head. SGLang fails where the key is missing.
             "draft_vocab_size": spec.draft_vocab_size,
@@ -399,87 +202,3 @@ def server_config(spec: DraftSpec, max_positions: int) -> dict[str, Any]:
         **block,
         "dflash_config": {**block, "causal": False},
     }
-
-
-def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that the servers' loaders look for, from a written config alone, copies left out."""
-    d, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    head = config["head_dim"]
-    query, key = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
-    eagle = "eagle_config" in config
-    width = 2 * d if eagle else d
-    m = config["num_aux_hidden_states"] if eagle else len(config["target_layer_ids"])
-    want: dict[str, tuple[int, ...]] = {"fc.weight": (d, m * d), "norm.weight": (d,)}
-    if not eagle:
-        want["hidden_norm.weight"] = (d,)
-    for layer in range(config["num_hidden_layers"]):
-        inside: dict[str, tuple[int, ...]] = {
-            "input_layernorm": (d,),
-            "post_attention_layernorm": (d,),
-            "self_attn.q_proj": (query, width),
-            "self_attn.k_proj": (key, width),
-            "self_attn.v_proj": (key, width),
-            "self_attn.o_proj": (d, query),
-            "mlp.gate_proj": (inner, d),
-            "mlp.up_proj": (inner, d),
-            "mlp.down_proj": (d, inner),
-        }
-        if eagle:
-            inside["hidden_norm"] = (d,)
-        if config["model_type"] == "qwen3":
-            inside |= {"self_attn.q_norm": (head,), "self_attn.k_norm": (head,)}
-        at = "midlayer" if eagle else f"layers.{layer}"
-        want |= {f"{at}.{name}.weight": shape for name, shape in inside.items()}
-    rank = config.get("markov_rank", 0)
-    if rank:
-        want |= {f"markov_head.markov_{w}.weight": (vocab, rank) for w in ("w1", "w2")}
-        if config["markov_head_type"] == "gated":
-            want |= {"markov_head.gate_proj.weight": (rank, d + rank), "markov_head.gate_proj.bias": (rank,)}
-        if config["markov_head_type"] == "rnn":
-            want["markov_head.joint_proj.weight"] = (3 * rank, 2 * rank + d)
-            want["markov_head.joint_proj.bias"] = (3 * rank,)
-    if config.get("enable_confidence_head"):
-        read = d + (rank if config["confidence_head_with_markov"] else 0)
-        want |= {"confidence_head.proj.weight": (1, read), "confidence_head.proj.bias": (1,)}
-    return want
-
-
-def check_tensors(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Raise CheckpointError unless the tensors are exactly those that the config makes a server expect:
-    some servers drop unknown names, and none of them misses an absent one."""
-    want = expected_tensors(config)
-    rows, vocab, width = config.get("draft_vocab_size"), config["vocab_size"], config["hidden_size"]
-    if rows is not None:
-        want |= {HEAD: (rows, width), "d2t": (rows,)}
-        want |= {
-            name: shape for name, shape in ((EMBEDDING, (vocab, width)), ("t2d", (vocab,))) if name in tensors
-        }
-    elif {EMBEDDING, HEAD} <= tensors.keys():
-        want |= {name: (vocab, width) for name in (EMBEDDING, HEAD)}
-    have = {name: tuple(t.shape) for name, t in tensors.items()}
-    wrong = sorted(name for name in want.keys() | have.keys() if want.get(name) != have.get(name))
-    if wrong:
-        name = wrong[0]
-        raise CheckpointError(
-            f"{len(wrong)} tensor(s) are not what a server expects, first {name}: "
-            f"{have.get(name, 'absent')}, expected {want.get(name, 'absent')}",
-            next_step="compare the checkpoint's config.json with its tensors",
-        )
-
-
-def launch_commands(to: str, spec: DraftSpec, target: str, draft: Path) -> list[str]:
-    """The commands that serve an exported draft beside its target."""
-    method, count = FORMS[kind_of(spec)].method, proposals(spec)
-    # vLLM's takes the draft inside JSON inside quotes; in the others it is a word of its own.
-    inside = json.dumps(str(draft))[1:-1].replace("'", "'\\''")
-    words = {
-        "target": shlex.quote(target),
-        "draft": inside if to == "vllm" else shlex.quote(str(draft)),
-        "method": method,
-        "METHOD": method.upper(),
-        "proposals": count,
-        # SGLang drafts a block in one step, and counts the anchor among the tokens it verifies.
-        "steps": count if method == "eagle3" else 1,
-        "window": spec.block if method == "dflash" else spec.block + 1,
-    }
-    return [Template(line).substitute(words) for line in SERVERS[to].launch]

@@ -24,8 +24,8 @@ from deepspec.checkpoints.draft import (
 )
 from deepspec.checkpoints.layouts import layout_of
 from deepspec.data.tokens import template_hash, tokenizer_hash
-from deepspec.drafts.base import DraftSpec
-from deepspec.drafts.spec import proposals
+from deepspec.drafts import ALGORITHMS
+from deepspec.drafts.spec import DraftSpec
 from deepspec.targets import TargetSpec
 from deepspec.targets.shards import read_headers
 
@@ -60,7 +60,7 @@ def inspect_draft(name_or_path: str | Path, target: TargetSpec | None = None) ->
         "feature_layers": list(spec.target_layer_ids),
         "target_layers": spec.num_target_layers,
         "alignment": _alignment(spec),
-        "proposals_per_round": proposals(spec),
+        "proposals_per_round": spec.proposals,
         "sequential_head": f"{spec.markov_head}, rank {spec.markov_rank}" if spec.markov_rank else None,
         "confidence_head": _confidence(spec),
         "hidden_size": spec.shape.hidden,
@@ -97,7 +97,7 @@ def parameters(spec: DraftSpec) -> tuple[int, int]:
 
 def _alignment(spec: DraftSpec) -> str | None:
     """Which slot proposes what (method.md 3); Eagle-3 has no slots."""
-    if spec.algorithm == "eagle3":
+    if not ALGORITHMS[spec.algorithm].parallel:
         return None
     return "anchor-first" if spec.sample_from_anchor else "fill-in"
 

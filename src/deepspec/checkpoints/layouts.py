@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.spec import EAGLE3_NORMS, SpecError
 
 OLDER_DFLASH = "DFlashDraftModel"
@@ -22,7 +23,8 @@ OLDER_DFLASH_KEYS = {
     "sample_from_anchor",
     "use_aux_hidden_state",
 }
-SPECULATORS = {"eagle3": "Qwen3Eagle3Model", "dflash": "Qwen3DSparkModel", "dspark": "Qwen3DSparkModel"}
+SPECULATORS = ("eagle3", "dflash", "dspark")
+"""Their names of the algorithms, which are ours too."""
 
 
 def layout_of(config: dict[str, Any]) -> str:
@@ -75,7 +77,7 @@ def from_speculators(config: dict[str, Any], target_depth: int | None = None) ->
             raise SpecError(f"{key} is {where[key]!r}: a draft with it is not supported")
     released = {
         **inner,
-        "architectures": [SPECULATORS[kind]],
+        "architectures": [ALGORITHMS[kind].architectures["qwen3"]],
         "num_target_layers": target_depth,
         "draft_vocab_size": config.get("draft_vocab_size"),
         "qk_norm": shape == "qwen3",

@@ -1,4 +1,4 @@
-"""export: drafts for the servers that people run."""
+"""`deepspec export`: drafts for the servers that people run."""
 
 from __future__ import annotations
 
@@ -8,22 +8,18 @@ from typing import Annotated
 
 import typer
 
+from deepspec.checkpoints.servers import NATIVE, SERVERS
 from deepspec.cli.common import Dtype, Json, load_target, print_json
 from deepspec.log import note
 
-
-class Server(StrEnum):
-    vllm = "vllm"
-    sglang = "sglang"
-    llamacpp = "llamacpp"
-    deepspec = "deepspec"
+Server = StrEnum("Server", {name: name for name in (*SERVERS, NATIVE)})  # type: ignore[misc]
 
 
 def export(
     draft: Annotated[
         str, typer.Argument(metavar="DRAFT", help="Built-in name, checkpoint folder or run folder.")
     ],
-    to: Annotated[Server, typer.Option("--to", help="Whose form to write.")],
+    to: Annotated[Server, typer.Option("--to", help="The server that will load the draft.")],
     out: Annotated[Path, typer.Option("--out", help="A new folder, or that of an earlier export.")],
     target: Annotated[
         str | None,
@@ -47,7 +43,7 @@ def export(
 
     found = export_draft(
         draft,
-        to.value,
+        str(to),
         out,
         target=None if target is None else load_target(target),
         dtype=None if dtype is Dtype.auto else getattr(torch, dtype.value),

@@ -317,7 +317,7 @@ def _plan_quickstart(
         w.prompts_path("pocket:train"),
         w.PACKAGED_ROWS,
         w.PACKAGED_TOKENS,
-        {algorithm: f"pocket-{algorithm}" for algorithm in w.ALGORITHMS},
+        {algorithm: f"pocket-{algorithm}" for algorithm in w.LEARNING_RATE},
     )
     config, _, _ = target_facts("pocket")
     row = overridden(here(), watts)

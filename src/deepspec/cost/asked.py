@@ -13,7 +13,7 @@ from deepspec.cost.costs import Dimensions, dimensions
 from deepspec.cost.counts import Counts, Totals, totals
 from deepspec.cost.machines import Machine
 from deepspec.cost.phases import ASSUMED_TAU, Speeds
-from deepspec.drafts.base import DraftSpec
+from deepspec.drafts.spec import DraftSpec
 from deepspec.train.build import draft_spec
 
 ENGINES = {"process": 16, "server": 256}

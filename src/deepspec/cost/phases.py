@@ -14,11 +14,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from deepspec.answers.in_process import FLIGHTS
-from deepspec.config import Recipe
+from deepspec.config import HELD_OUT_ROWS, Recipe
 from deepspec.cost.costs import BYTES, Dimensions, Figure, figure
 from deepspec.cost.machines import Machine
-from deepspec.drafts.base import DraftSpec
-from deepspec.measure.evaluate import HELD_OUT_ROWS
+from deepspec.drafts.spec import DraftSpec
 
 QUIET = 0.7
 """A measurement on processors that got less of a core was disturbed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from deepspec.config import HELD_OUT_ROWS, KEPT_CHECKPOINTS
 from deepspec.cost.asked import Asked
 from deepspec.cost.costs import (
     BYTES,
@@ -19,8 +20,6 @@ from deepspec.cost.costs import (
     slot_bytes,
     state_bytes_per_parameter,
 )
-from deepspec.measure.evaluate import HELD_OUT_ROWS
-from deepspec.train.run import KEPT_CHECKPOINTS
 
 USABLE = 0.92
 """Of an accelerator's memory, past what its context and fragmentation take: an assumption."""

@@ -1,27 +1,151 @@
-"""The three drafts, and prompt lookup: one file per algorithm, one shape for all."""
+"""The draft algorithms, one row each: everything about an algorithm that other rooms need to know.
 
-from deepspec.drafts.base import Draft, DraftSpec, LossSettings, LossSums, NeuralDraft, Proposal
-from deepspec.drafts.dflash import DFlashDraft
-from deepspec.drafts.dspark import DSparkDraft
-from deepspec.drafts.eagle3 import Eagle3Draft
-from deepspec.drafts.lookup import PromptLookup
+A new algorithm is one file in this folder, one row in `ALGORITHMS`, and its recipes. Recipes, training, the
+planner, reports, checkpoints and exports ask the row; none of them knows an algorithm by name. Torch is not
+imported here: a class is loaded when a draft is built.
+"""
 
-ALGORITHMS: dict[str, type[Eagle3Draft] | type[DFlashDraft] | type[DSparkDraft]] = {
-    "eagle3": Eagle3Draft,
-    "dflash": DFlashDraft,
-    "dspark": DSparkDraft,
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from deepspec.drafts.base import NeuralDraft
+    from deepspec.drafts.spec import DraftSpec
+
+
+class LossWeights(Protocol):
+    """Weights of the loss terms, as a recipe or `LossSettings` holds them."""
+
+    @property
+    def l1(self) -> float: ...
+
+    @property
+    def confidence(self) -> float: ...
+
+
+def load(place: str) -> Any:
+    """The object behind "module:name"."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+def reads_of_a_block(loss: LossWeights) -> tuple[str, ...]:
+    """A block draft reads features before its anchors; L1 and confidence also learn from the target's law."""
+    return ("context", "labels") if loss.l1 or loss.confidence else ("context",)
+
+
+def has_heads(config: Mapping[str, Any]) -> bool:
+    """Whether a block draft's config describes a sequential or a confidence head."""
+    return bool(config.get("markov_rank") or config.get("enable_confidence_head"))
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What other rooms know about a draft algorithm.
+
+    title: its name for people; marker and dashes: how charts draw it.
+    draft: "module:Class" of its `NeuralDraft`.
+    architectures: the `architectures` entry of its config.json, by draft family.
+    claims: whether a config with one of these architectures describes this algorithm.
+    parallel: a block of γ slots is filled in one pass from mask tokens, and trained at sampled anchors. If it
+    is False, γ tokens are unrolled one after another (Eagle-3), and every position is trained.
+    reads: from the loss weights to the `maths.blocks.READ_RULES` of what the loss reads of the target.
+    served: what servers call a draft of this spec (a key of `checkpoints.servers.SERVED_AS`).
+    heads: whether it has a sequential or a confidence head. layers: the only depth it can have, if there is
+    only one. l1: whether it has the L1 loss term.
+    aliases: architectures that other trainers wrote, by name, with the draft family they mean.
+    """
+
+    title: str
+    marker: str
+    dashes: str
+    draft: str
+    architectures: Mapping[str, str]
+    parallel: bool
+    reads: Callable[[LossWeights], tuple[str, ...]]
+    served: Callable[[DraftSpec], str]
+    claims: Callable[[Mapping[str, Any]], bool] = lambda config: True
+    heads: bool = False
+    layers: int | None = None
+    l1: bool = True
+    aliases: Mapping[str, str] | None = None
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether a token has to stand for "not known yet"."""
+        return self.parallel
+
+    def passes(self, block: int) -> int:
+        """Forward passes of the draft for one proposal of `block` slots."""
+        return 1 if self.parallel else block
+
+    def build(self, spec: DraftSpec) -> NeuralDraft:
+        """A draft with new weights, not yet bound to a target."""
+        draft: NeuralDraft = load(self.draft)(spec)
+        return draft
+
+
+_BLOCK = {"qwen3": "Qwen3DSparkModel", "gemma4": "Gemma4DSparkModel"}
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "eagle3": Algorithm(
+        title="Eagle-3",
+        marker="square",
+        dashes="7 4",
+        draft="deepspec.drafts.eagle3:Eagle3Draft",
+        architectures={"qwen3": "Qwen3Eagle3Model", "gemma4": "Gemma4Eagle3Model"},
+        aliases={"Eagle3DraftModel": "qwen3"},
+        parallel=False,
+        reads=lambda loss: ("unroll",),
+        served=lambda spec: "eagle3, q/k norms" if spec.shape.qk_norm else "eagle3",
+        layers=1,
+        l1=False,
+    ),
+    "dflash": Algorithm(
+        title="DFlash",
+        marker="diamond",
+        dashes="2 3",
+        draft="deepspec.drafts.dflash:DFlashDraft",
+        architectures=_BLOCK,
+        claims=lambda config: not has_heads(config),
+        parallel=True,
+        reads=reads_of_a_block,
+        # Servers know DFlash by its older alignment only. A DFlash draft that samples from its anchor is, to
+        # them, a DSpark draft whose heads add nothing.
+        served=lambda spec: "dspark" if spec.sample_from_anchor else "dflash, fill-in",
+    ),
+    "dspark": Algorithm(
+        title="DSpark",
+        marker="circle",
+        dashes="",
+        draft="deepspec.drafts.dspark:DSparkDraft",
+        architectures=_BLOCK,
+        claims=has_heads,
+        parallel=True,
+        reads=reads_of_a_block,
+        served=lambda spec: "dspark",
+        heads=True,
+    ),
 }
+"""By the name that recipes use."""
 
-__all__ = [
-    "ALGORITHMS",
-    "DFlashDraft",
-    "DSparkDraft",
-    "Draft",
-    "DraftSpec",
-    "Eagle3Draft",
-    "LossSettings",
-    "LossSums",
-    "NeuralDraft",
-    "PromptLookup",
-    "Proposal",
-]
+MARKOV_HEADS: dict[str, str] = {
+    "vanilla": "deepspec.drafts.heads:MarkovHead",
+    "gated": "deepspec.drafts.heads:GatedMarkovHead",
+    "rnn": "deepspec.drafts.heads:RecurrentMarkovHead",
+}
+"""Sequential heads of block drafts, as "module:Class"."""
+
+
+def algorithm_of(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(algorithm, draft family) of a released-layout config, or None if it is not a draft's config."""
+    architecture = (config.get("architectures") or [None])[0]
+    for name, row in ALGORITHMS.items():
+        families = {known: family for family, known in row.architectures.items()} | dict(row.aliases or {})
+        if architecture in families and row.claims(config):
+            return name, families[architecture]
+    return None

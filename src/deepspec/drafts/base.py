@@ -1,5 +1,5 @@
-"""The one shape that every draft has: what it is (`DraftSpec`), what it says (`Proposal`), what it owes
-the optimiser (`LossSums`), and the slots it is driven by.
+"""The interface that every draft has: what it proposes (`Proposal`), what its loss is (`LossSums`), and the
+slots that decoding drives it by.
 
 R rows, Q observed tokens per row, γ proposals, V vocabulary, m captured layers, d hidden width, N loss rows.
 """
@@ -8,48 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from deepspec.drafts.layers import LayerShape
+from deepspec.drafts import ALGORITHMS, Algorithm
+from deepspec.drafts.spec import DraftSpec
+from deepspec.maths.blocks import FeatureBatch
 from deepspec.maths.head import Embedding, Head
 from deepspec.maths.slots import Rows
 from deepspec.maths.verify import Sampling, draw, warp
-
-
-@dataclass(frozen=True)
-class DraftSpec:
-    """Everything about a draft but its weights.
-
-    algorithm: eagle3, dflash or dspark. block: γ slots (Eagle-3: proposals, the unroll length).
-    target_layer_ids: 0-based decoder layers whose outputs are the features; -1 is the embedding.
-    num_target_layers: None where the checkpoint does not say it.
-    draft_vocab_size: rows of the draft's own head where its vocabulary is reduced, else None.
-    norm_before_fc, norm_before_residual, norm_output (Eagle-3): a norm over all features before `fc`; the
-    residual taken after the norm of the hidden half; the hidden state fed back after the last norm.
-    """
-
-    algorithm: str
-    family: str
-    shape: LayerShape
-    num_layers: int
-    block: int
-    target_layer_ids: tuple[int, ...]
-    num_target_layers: int | None
-    vocab_size: int
-    mask_token_id: int | None = None
-    sample_from_anchor: bool = True
-    markov_rank: int = 0
-    markov_head: str = "vanilla"
-    confidence: bool = False
-    confidence_with_markov: bool = True
-    softcap: float | None = None
-    draft_vocab_size: int | None = None
-    norm_before_fc: bool = False
-    norm_before_residual: bool = False
-    norm_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,6 +113,8 @@ class NeuralDraft(nn.Module):
 
     name: str
     frequencies: Tensor
+    fc: nn.Linear
+    """Projects the features of all captured layers to the hidden width."""
 
     def __init__(self, spec: DraftSpec) -> None:
         super().__init__()
@@ -191,8 +162,12 @@ class NeuralDraft(nn.Module):
         return next(self.parameters()).dtype
 
     @property
+    def algorithm(self) -> Algorithm:
+        return ALGORITHMS[self.spec.algorithm]
+
+    @property
     def max_proposals(self) -> int:
-        return self.spec.block
+        return self.spec.proposals
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
@@ -200,6 +175,24 @@ class NeuralDraft(nn.Module):
 
     def open(self, slot: int) -> None:
         self.lengths.of[slot] = 0
+
+    def plan(self, batch: FeatureBatch, num_anchors: int, generator: torch.Generator | None) -> Any:
+        """What `forward` learns from in this batch, such as drawn anchors; None for every position."""
+        return None
+
+    def observe(
+        self,
+        slots: Sequence[int],
+        features: Tensor | None,
+        tokens: Sequence[Sequence[int]],
+        next_tokens: Sequence[Sequence[int]],
+    ) -> None:
+        raise NotImplementedError
+
+    def propose(
+        self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
+    ) -> Proposal:
+        raise NotImplementedError
 
 
 def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:

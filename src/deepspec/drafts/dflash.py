@@ -10,15 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from deepspec.drafts.base import DraftSpec, LossSettings, LossSums, NeuralDraft, Proposal, choose, tau_sums
+from deepspec.drafts.base import LossSettings, LossSums, NeuralDraft, Proposal, choose, tau_sums
 from deepspec.drafts.layers import DraftLayer, RMSNorm, Rotation, initialise, inverse_frequencies, rotation
+from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import (
     Blocks,
     FeatureBatch,
     block_attention_mask,
     make_blocks,
-    proposals_per_block,
     sample_anchors,
+    with_last_hidden,
 )
 from deepspec.maths.losses import HeadLoss, head_loss, position_weights
 from deepspec.maths.slots import SlotStore
@@ -39,10 +40,6 @@ class DFlashDraft(NeuralDraft):
         self.register_buffer("frequencies", inverse_frequencies(shape), persistent=False)
         self.stores = [SlotStore() for _ in range(spec.num_layers)]
         initialise(self)
-
-    @property
-    def max_proposals(self) -> int:
-        return proposals_per_block(self.spec.block, self.spec.sample_from_anchor)
 
     # ── training ──────────────────────────────────────────────────────────────────────────────────
 
@@ -124,7 +121,7 @@ class DFlashDraft(NeuralDraft):
         valid = blocks.valid
         terms = {n: weights * a for n, a in (("ce", loss.ce), ("l1", loss.l1)) if a}
         teacher = None
-        taught = bool(loss.l1 or loss.confidence)
+        taught = with_last_hidden(self.algorithm.reads(loss))
         assert not taught or batch.last_hidden is not None, (
             "this loss learns from last hidden states: the source has none"
         )

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from deepspec.drafts.base import DraftSpec, LossSettings, Proposal, choose
+from deepspec.drafts import MARKOV_HEADS, load
+from deepspec.drafts.base import LossSettings, Proposal, choose
 from deepspec.drafts.dflash import DFlashDraft
-from deepspec.drafts.heads import MARKOV_HEADS, ConfidenceHead, MarkovHead
+from deepspec.drafts.heads import ConfidenceHead, MarkovHead
+from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import Blocks
 from deepspec.maths.losses import confidence_loss
 from deepspec.maths.verify import Sampling
@@ -29,7 +31,7 @@ class DSparkDraft(DFlashDraft):
         width = spec.shape.hidden
         self.markov_head = self.confidence_head = None
         if spec.markov_rank:
-            self.markov_head = MARKOV_HEADS[spec.markov_head](
+            self.markov_head = load(MARKOV_HEADS[spec.markov_head])(
                 spec.vocab_size, spec.markov_rank, width, spec.draft_vocab_size
             )
             nn.init.normal_(self.markov_head.markov_w1.weight, std=spec.markov_rank**-0.5)

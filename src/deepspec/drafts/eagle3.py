@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from deepspec.drafts.base import DraftSpec, LossSettings, LossSums, NeuralDraft, Proposal, choose, tau_sums
+from deepspec.drafts.base import LossSettings, LossSums, NeuralDraft, Proposal, choose, tau_sums
 from deepspec.drafts.layers import Attention, DraftLayer, RMSNorm, initialise, inverse_frequencies, rotation
+from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import FeatureBatch, unroll_ids, unroll_masks, unroll_teacher_index
 from deepspec.maths.losses import head_loss
 from deepspec.maths.slots import Rows, SlotStore, causal_rows_mask

@@ -2,7 +2,7 @@
 
 [...] leading dimensions, γ slots, V vocabulary, K rows of the draft's head (V, or fewer where its
 vocabulary is reduced), r Markov rank, d hidden width.
-A new sequential head is a subclass with `step`, registered in `MARKOV_HEADS`: nothing else changes.
+A new sequential head is a subclass with `step`, named in `MARKOV_HEADS` (`drafts/__init__.py`).
 """
 
 from __future__ import annotations
@@ -72,13 +72,6 @@ class RecurrentMarkovHead(MarkovHead):
         gate, candidate, output = self.joint_proj(torch.cat([state, embedded, hidden], dim=-1)).chunk(3, -1)
         gate = torch.sigmoid(gate)
         return torch.tanh(output), gate * state + (1 - gate) * torch.tanh(candidate)
-
-
-MARKOV_HEADS: dict[str, type[MarkovHead]] = {
-    "vanilla": MarkovHead,
-    "gated": GatedMarkovHead,
-    "rnn": RecurrentMarkovHead,
-}
 
 
 class ConfidenceHead(nn.Module):

@@ -8,44 +8,12 @@ are rotate-half, always in float32; norm epsilon is inside the root (method.md, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class RopeFacts:
-    """theta; `kind` "default" or "proportional"; the share of dimensions that turn (proportional only)."""
-
-    theta: float = 10000.0
-    kind: str = "default"
-    partial: float = 1.0
-    rounded: bool = False
-    """Round the frequencies to bfloat16, as some published drafts were trained. Never for ours."""
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Dimensions and family facts of a draft's layers."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    eps: float = 1e-6
-    activation: str = "silu"
-    attention_bias: bool = False
-    qk_norm: bool = True
-    """Per-head norms of queries and keys: all released drafts have them, the Eagle-3 of most servers not."""
-    attention_scale: float | None = None
-    value_is_key: bool = False
-    value_norm: bool = False
-    sandwich: bool = False
-    rope: RopeFacts = RopeFacts()
-
+from deepspec.drafts.spec import LayerShape
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

@@ -7,15 +7,89 @@ A draft's config is a copy of its target's text config with the draft's own keys
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deepspec import families
-from deepspec.drafts.base import DraftSpec
-from deepspec.drafts.layers import ACTIVATIONS, LayerShape, RopeFacts
+from deepspec.drafts import ALGORITHMS, MARKOV_HEADS, algorithm_of
 
 # Ways of Eagle-3 that the published drafts don't go, and other trainers' do; absent means no.
 EAGLE3_NORMS = ("norm_before_fc", "norm_before_residual", "norm_output")
+
+
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+"""What a draft's MLP may be gated by; `layers` has the functions."""
+
+
+@dataclass(frozen=True)
+class RopeFacts:
+    """theta; `kind` "default" or "proportional"; the share of dimensions that turn (proportional only)."""
+
+    theta: float = 10000.0
+    kind: str = "default"
+    partial: float = 1.0
+    rounded: bool = False
+    """Round the frequencies to bfloat16, as some published drafts were trained. Never for ours."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Dimensions and family facts of a draft's layers."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float = 1e-6
+    activation: str = "silu"
+    attention_bias: bool = False
+    qk_norm: bool = True
+    """Per-head norms of queries and keys: all released drafts have them, the Eagle-3 of most servers not."""
+    attention_scale: float | None = None
+    value_is_key: bool = False
+    value_norm: bool = False
+    sandwich: bool = False
+    rope: RopeFacts = RopeFacts()
+
+
+@dataclass(frozen=True)
+class DraftSpec:
+    """Everything about a draft except its weights.
+
+    algorithm: a key of `ALGORITHMS`. block: γ slots (Eagle-3: proposals, the unroll length).
+    target_layer_ids: 0-based decoder layers whose outputs are the features; -1 is the embedding.
+    num_target_layers: None where the checkpoint does not say it.
+    draft_vocab_size: rows of the draft's own head where its vocabulary is reduced, else None.
+    norm_before_fc, norm_before_residual, norm_output (Eagle-3): a norm over all features before `fc`; the
+    residual taken after the norm of the hidden half; the hidden state fed back after the last norm.
+    """
+
+    algorithm: str
+    family: str
+    shape: LayerShape
+    num_layers: int
+    block: int
+    target_layer_ids: tuple[int, ...]
+    num_target_layers: int | None
+    vocab_size: int
+    mask_token_id: int | None = None
+    sample_from_anchor: bool = True
+    markov_rank: int = 0
+    markov_head: str = "vanilla"
+    confidence: bool = False
+    confidence_with_markov: bool = True
+    softcap: float | None = None
+    draft_vocab_size: int | None = None
+    norm_before_fc: bool = False
+    norm_before_residual: bool = False
+    norm_output: bool = False
+
+    @property
+    def proposals(self) -> int:
+        """γ: the most tokens that one round proposes. In the older alignment slot 0 proposes nothing."""
+        skips_first = ALGORITHMS[self.algorithm].parallel and not self.sample_from_anchor
+        return self.block - 1 if skips_first else self.block
 
 
 class SpecError(ValueError):
@@ -85,18 +159,19 @@ def _layer_ids(config: dict[str, Any]) -> tuple[int, ...]:
 
 def read_spec(config: dict[str, Any], *, rope_rounded: bool = False) -> DraftSpec:
     """The spec of a released-layout config. Raises SpecError where it isn't a draft's."""
-    architecture = (config.get("architectures") or ["(none)"])[0]
-    known = families.family_of_architecture(architecture)
+    known = algorithm_of(config)
     if known is None:
-        names = [a for f in families.DRAFT_FAMILIES.values() for a in f.architectures.values()]
+        architecture = (config.get("architectures") or ["(none)"])[0]
+        names = dict.fromkeys(a for row in ALGORITHMS.values() for a in row.architectures.values())
         raise SpecError(f"architecture {architecture!r} is not a draft's (known: {', '.join(names)})")
-    family, kind = known
+    algorithm, family = known
     if "num_target_layers" not in config:
         raise SpecError("config has no 'num_target_layers'")
     windows = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
     if windows:
         raise SpecError(f"layer_types has {', '.join(windows)}: a draft's layers are all full_attention here")
     common: dict[str, Any] = {
+        "algorithm": algorithm,
         "family": family,
         "shape": layer_shape(config, family, rope_rounded=rope_rounded),
         "num_layers": _count(config, "num_hidden_layers"),
@@ -109,21 +184,18 @@ def read_spec(config: dict[str, Any], *, rope_rounded: bool = False) -> DraftSpe
         "softcap": config.get("final_logit_softcapping"),
         "draft_vocab_size": config.get("draft_vocab_size"),
     }
-    if kind == "eagle3":
+    if not ALGORITHMS[algorithm].parallel:
         common |= {name: bool(config.get(name, False)) for name in EAGLE3_NORMS}
-        return _checked(DraftSpec(algorithm="eagle3", block=_count(config, "ttt_length", least=0), **common))
-    rank = int(config.get("markov_rank") or 0)
-    confidence = bool(config.get("enable_confidence_head", False))
+        return _checked(DraftSpec(block=_count(config, "ttt_length", least=0), **common))
     return _checked(
         DraftSpec(
-            algorithm="dspark" if rank or confidence else "dflash",
             block=_count(config, "block_size", least=0),
             mask_token_id=_count(config, "mask_token_id", least=0),
             # Released configs don't carry the field: absent means true (method.md 3, Alignment).
             sample_from_anchor=bool(config.get("sample_from_anchor", True)),
-            markov_rank=rank,
+            markov_rank=int(config.get("markov_rank") or 0),
             markov_head=config.get("markov_head_type") or "vanilla",
-            confidence=confidence,
+            confidence=bool(config.get("enable_confidence_head", False)),
             confidence_with_markov=bool(config.get("confidence_head_with_markov", False)),
             **common,
         )
@@ -140,16 +212,17 @@ def _checked(spec: DraftSpec) -> DraftSpec:
         last = "" if depth is None else f" and {depth - 2}: the target has {depth} layers, "
         last += "and the last one's output is never a feature" if last else " or above"
         raise SpecError(f"target_layer_ids {list(ids)} must lie between -1 (the embedding){last}")
-    if spec.algorithm == "eagle3" and spec.num_layers != 1:
-        raise SpecError(f"an Eagle-3 draft has one layer, not {spec.num_layers}")
+    row = ALGORITHMS[spec.algorithm]
+    if row.layers not in (None, spec.num_layers):
+        raise SpecError(f"an {row.title} draft has {row.layers} layer(s), not {spec.num_layers}")
     if spec.mask_token_id is not None and not 0 <= spec.mask_token_id < spec.vocab_size:
         raise SpecError(f"mask_token_id {spec.mask_token_id} is outside the vocabulary of {spec.vocab_size}")
-    if spec.markov_head not in ("vanilla", "gated", "rnn"):
-        raise SpecError(f"markov_head_type {spec.markov_head!r} is not vanilla, gated or rnn")
+    if spec.markov_head not in MARKOV_HEADS:
+        raise SpecError(f"markov_head_type {spec.markov_head!r} is not one of {', '.join(MARKOV_HEADS)}")
     rows = spec.draft_vocab_size
     if rows is not None and not 1 <= rows <= spec.vocab_size:
         raise SpecError(f"draft_vocab_size {rows} is not between 1 and the vocabulary of {spec.vocab_size}")
-    if spec.block < 1 or proposals(spec) < 1:
+    if spec.block < 1 or spec.proposals < 1:
         raise SpecError(f"a block of {spec.block} slot(s) proposes nothing")
     # One spelling for facts of heads that are off, so that a spec equals what its config reads back as.
     return replace(
@@ -158,11 +231,6 @@ def _checked(spec: DraftSpec) -> DraftSpec:
         markov_head=spec.markov_head if spec.markov_rank else "vanilla",
         confidence_with_markov=bool(spec.confidence and spec.markov_rank and spec.confidence_with_markov),
     )
-
-
-def proposals(spec: DraftSpec) -> int:
-    """Tokens proposed per round at most."""
-    return spec.block if spec.algorithm == "eagle3" or spec.sample_from_anchor else spec.block - 1
 
 
 def new_spec(
@@ -196,7 +264,7 @@ def new_spec(
         facts["hidden_act"] = "silu"
         facts["attention_bias"] = False
     depth = _count(facts, "num_hidden_layers")
-    block_parallel = algorithm != "eagle3"
+    known = ALGORITHMS[algorithm]
     return _checked(
         DraftSpec(
             algorithm=algorithm,
@@ -208,10 +276,10 @@ def new_spec(
             num_target_layers=depth,
             vocab_size=_count(facts, "vocab_size"),
             draft_vocab_size=draft_vocab_size,
-            mask_token_id=mask_token_id if block_parallel else None,
-            markov_rank=markov_rank if algorithm == "dspark" else 0,
+            mask_token_id=mask_token_id if known.needs_mask else None,
+            markov_rank=markov_rank if known.heads else 0,
             markov_head=markov_head,
-            confidence=confidence and algorithm == "dspark",
+            confidence=confidence and known.heads,
             confidence_with_markov=confidence_with_markov,
             softcap=facts.get("final_logit_softcapping"),
         )
@@ -223,11 +291,9 @@ def write_config(
 ) -> dict[str, Any]:
     """A released-layout config.json: the target's text config with the draft's keys on top."""
     config = copy.deepcopy(target_config)
-    family = families.DRAFT_FAMILIES[spec.family]
-    shape = spec.shape
-    kind = "eagle3" if spec.algorithm == "eagle3" else "block"
+    row, shape = ALGORITHMS[spec.algorithm], spec.shape
     config.update(
-        architectures=[family.architectures[kind]],
+        architectures=[row.architectures[spec.family]],
         model_type="qwen3" if spec.family == "qwen3" else config.get("model_type", "gemma4_text"),
         num_target_layers=spec.num_target_layers,
         num_hidden_layers=spec.num_layers,
@@ -252,7 +318,7 @@ def write_config(
         config.pop("rope_theta", None)
     if spec.draft_vocab_size is not None:
         config["draft_vocab_size"] = spec.draft_vocab_size
-    if kind == "eagle3":
+    if not row.parallel:
         config.update(
             draft_num_hidden_layers=spec.num_layers, ttt_length=spec.block, step_loss_decay=step_decay
         )

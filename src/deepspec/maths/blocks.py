@@ -95,11 +95,6 @@ def label_offset(sample_from_anchor: bool) -> int:
     return 1 if sample_from_anchor else 0
 
 
-def proposals_per_block(block: int, sample_from_anchor: bool) -> int:
-    """γ slots give γ proposals, or γ-1 in the older layout whose slot 0 is discarded."""
-    return block if sample_from_anchor else block - 1
-
-
 def make_blocks(
     input_ids: Tensor,
     loss_mask: Tensor,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from deepspec.conditions import SEVERAL, Conditions
+from deepspec.config import HELD_OUT_ROWS
 from deepspec.data.conversations import Conversation, prompt_messages, read_conversations, tools_of
 from deepspec.data.tokens import prompt_ids, system_hash, template_hash
 from deepspec.decode.engine import Decoder, Generation, Request
@@ -35,8 +36,6 @@ from deepspec.report.results import FORMAT
 from deepspec.targets import Target
 from deepspec.this_machine import read_joules, this_machine
 
-HELD_OUT_ROWS = 16
-"""Prompts that a held-out evaluation decodes together."""
 WARM_UP_TOKENS = 16
 """Tokens that each method generates first, unmeasured, so that one-time costs are not charged to it."""
 FINGERPRINTED = 1024

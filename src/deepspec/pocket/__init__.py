@@ -18,6 +18,8 @@ def packaged(name: str) -> str:
 
 PROMPTS = {f"pocket:{name}": DATA / "prompts" / f"{name}.jsonl" for name in ("train", "select", "test")}
 """The packaged prompts by the names that recipes and options use."""
+TRAINED_ON = ("pocket:train", "pocket:select")
+"""The packaged sets that training may use; results are reported on the other one."""
 
 
 def prompts_path(name: str) -> Path:

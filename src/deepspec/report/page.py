@@ -18,6 +18,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from deepspec.drafts import ALGORITHMS
 from deepspec.files import atomic_file
 from deepspec.report.charts import (
     BOTTOM,
@@ -54,12 +55,6 @@ TABLE_CONVENTIONS = [
     ("lossless", "prompts answered exactly as by plain greedy decoding / prompts compared."),
 ]
 REPEATS_WORTH_A_WARNING = 0.2
-# algorithm -> (shown name, marker, dashes): the colour is fixed in the template under the same key
-ALGORITHMS = {
-    "eagle3": ("Eagle-3", "square", "7 4"),
-    "dflash": ("DFlash", "diamond", "2 3"),
-    "dspark": ("DSpark", "circle", ""),
-}
 KINDS = {
     "plain": "plain decoding",
     "generate": "transformers' generate",
@@ -138,7 +133,8 @@ def styles(algorithm_of: Mapping[str, str]) -> dict[str, Style]:
     """
     found: dict[str, Style] = {}
     for name, algorithm in algorithm_of.items():
-        shown, marker, dashes = ALGORITHMS.get(algorithm, (name, "triangle", "8 3 2 3"))
+        row = ALGORITHMS.get(algorithm)
+        shown, marker, dashes = (row.title, row.marker, row.dashes) if row else (name, "triangle", "8 3 2 3")
         namesakes = [other for other, theirs in algorithm_of.items() if theirs == algorithm]
         label = shown if len(namesakes) == 1 else name
         key = algorithm if algorithm in {*ALGORITHMS, *KINDS} - {"draft"} else "other"
@@ -164,7 +160,8 @@ def baseline_of(result: Result) -> Row | None:
 
 def detail_of(row: Row) -> str:
     """A second line for the method's cell: algorithm and block, or what kind of baseline it is."""
-    shown = ALGORITHMS.get(row.get("algorithm") or "", (KINDS.get(row.get("kind", ""), ""),))[0]
+    known = ALGORITHMS.get(row.get("algorithm") or "")
+    shown = known.title if known else KINDS.get(row.get("kind", ""), "")
     if row.get("kind") == "draft" and is_number(row.get("block")):
         shown = f"{shown}, block {row['block']}"
     return "" if shown == row.get("method") else shown

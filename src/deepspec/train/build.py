@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from deepspec.checkpoints.draft import AnyDraft, load_draft, new_draft
+from deepspec.checkpoints.draft import load_draft, new_draft
 from deepspec.config import Recipe
 from deepspec.data.rows import frequent_ids, supervised_counts
 from deepspec.data.tokens import Encoded
-from deepspec.drafts.base import DraftSpec, LossSettings
+from deepspec.drafts import ALGORITHMS
+from deepspec.drafts.base import LossSettings, NeuralDraft
 from deepspec.drafts.layers import DraftLayer
-from deepspec.drafts.spec import SpecError, new_spec
+from deepspec.drafts.spec import DraftSpec, SpecError, new_spec
 from deepspec.errors import RecipeError
 from deepspec.targets import Target
 
@@ -26,13 +27,14 @@ READ_INPUT = tuple(f"self_attn.{name}_proj.weight" for name in "qkv")
 
 def recipe_spec(recipe: Recipe, target: Target) -> DraftSpec:
     """What the recipe's draft is for this target, its mask token chosen. Raises RecipeError."""
-    mask = None if recipe.algorithm == "eagle3" else mask_token(target, recipe.draft.mask_token_id)
+    needs_mask = ALGORITHMS[recipe.algorithm].needs_mask
+    mask = mask_token(target, recipe.draft.mask_token_id) if needs_mask else None
     return draft_spec(recipe, target.spec.config, mask)
 
 
 def build_draft(
     recipe: Recipe, target: Target, rows: Sequence[Encoded] = (), spec: DraftSpec | None = None
-) -> AnyDraft:
+) -> NeuralDraft:
     """A draft as the recipe describes it: fresh, or with the weights of `start_from`.
 
     rows: a reduced vocabulary is counted in them (a draft that is fine-tuned keeps its own). spec: what
@@ -52,7 +54,7 @@ def build_draft(
 
 
 @torch.no_grad()
-def copy_last_layers(draft: AnyDraft, target: Target) -> None:
+def copy_last_layers(draft: NeuralDraft, target: Target) -> None:
     """Start a draft as a copy of the target's end: its layers get the matrices of the target's last layers,
     and its projection passes on the deepest feature layer.
 
@@ -82,7 +84,7 @@ def copy_last_layers(draft: AnyDraft, target: Target) -> None:
     draft.fc.weight[:, -width:].fill_diagonal_(1.0)
 
 
-def vocabulary_facts(draft: AnyDraft, rows: Sequence[Encoded]) -> dict[str, Any]:
+def vocabulary_facts(draft: NeuralDraft, rows: Sequence[Encoded]) -> dict[str, Any]:
     """The size of a reduced vocabulary, a hash of its ids, and the share of the data's tokens it covers."""
     kept = draft.head.kept
     if kept is None:
@@ -121,7 +123,7 @@ def draft_spec(recipe: Recipe, target_config: dict[str, Any], mask_token_id: int
         ) from error
 
 
-def trained_draft(name: str, spec: DraftSpec, target: Target) -> AnyDraft:
+def trained_draft(name: str, spec: DraftSpec, target: Target) -> NeuralDraft:
     """A draft to fine-tune. Raises RecipeError if it is not what the recipe describes."""
     draft = load_draft(name, target)
     other = [f.name for f in fields(spec) if getattr(draft.spec, f.name) != getattr(spec, f.name)]
@@ -209,6 +211,4 @@ def loss_settings(recipe: Recipe) -> LossSettings:
 
 def read_rules(recipe: Recipe) -> tuple[str, ...]:
     """Names of the `blocks.READ_RULES` that say which of the target's outputs the recipe's loss reads."""
-    if recipe.algorithm == "eagle3":
-        return ("unroll",)
-    return ("context", "labels") if recipe.loss.l1 or recipe.loss.confidence else ("context",)
+    return ALGORITHMS[recipe.algorithm].reads(recipe.loss)

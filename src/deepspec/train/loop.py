@@ -6,7 +6,6 @@ target is frozen; only the draft's own parameters are trained.
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.checkpoints.draft import AnyDraft
 from deepspec.conditions import Conditions, differences
 from deepspec.config import Recipe
 from deepspec.data.tokens import Encoded
-from deepspec.features.batches import Source, announced, batches_from, steps_per_epoch
+from deepspec.drafts.base import NeuralDraft
+from deepspec.features.batches import Source, announced, batches_from
 from deepspec.measure.evaluate import held_out_tau, load_prompts
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target, TargetSpec
@@ -77,7 +76,7 @@ def train_draft(
             prompts_path(recipe.data.select), target, thinking=recipe.thinking, limit=recipe.eval_prompts
         )
 
-        def held_out(draft: AnyDraft) -> float:
+        def held_out(draft: NeuralDraft) -> float:
             return held_out_tau(target, draft, prompts, recipe.eval_max_new_tokens)
 
         draft = build_draft(recipe, target, data.rows, spec)
@@ -86,12 +85,12 @@ def train_draft(
 
 def train(
     run: Run,
-    draft: AnyDraft,
+    draft: NeuralDraft,
     target: Target,
     rows: Sequence[Encoded],
     source: Source,
     facts: dict[str, Any],
-    held_out: Callable[[AnyDraft], float] | None = None,
+    held_out: Callable[[NeuralDraft], float] | None = None,
 ) -> Outcome:
     """Train a draft, or continue from the run's newest checkpoint.
 
@@ -105,7 +104,7 @@ def train(
         run.note(f"the draft's {recipe.draft.vocab_size} ids cover {share:.2%} of the supervised tokens")
     optimizer = Optimizer(draft, recipe.optim)
     at = run.resume(draft, optimizer, facts)
-    total_steps = _total_steps(recipe, rows)
+    total_steps = recipe.total_steps(len(rows))
     batches = announced(batches_from(rows, recipe.optim.batch_size, recipe.seed, at.step), source)
 
     def judge() -> None:
@@ -149,7 +148,7 @@ def train(
 
 
 def train_step(
-    draft: AnyDraft,
+    draft: NeuralDraft,
     source: Source,
     rows: Sequence[Encoded],
     recipe: Recipe,
@@ -179,13 +178,6 @@ def train_step(
         metrics = {name: value + metrics.get(name, 0) for name, value in sums.metrics.items()}
     optimizer.divide(weight + 1e-6)
     return total / (weight + 1e-6), metrics
-
-
-def _total_steps(recipe: Recipe, rows: Sequence[Encoded]) -> int | None:
-    limits = [recipe.optim.max_steps] if recipe.optim.max_steps is not None else []
-    if recipe.optim.epochs is not None:
-        limits.append(math.ceil(recipe.optim.epochs * steps_per_epoch(rows, recipe.optim.batch_size)))
-    return min(limits) if limits else None
 
 
 def finished_share(recipe: Recipe, total_steps: int | None, at: Progress) -> float:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.checkpoints.draft import AnyDraft
 from deepspec.config import OptimConfig
+from deepspec.drafts.base import NeuralDraft
 from deepspec.errors import RecipeError
 
 
@@ -19,7 +19,7 @@ class Optimizer:
     Raises RecipeError if `optim.states` needs a package that is not installed.
     """
 
-    def __init__(self, draft: AnyDraft, optim: OptimConfig) -> None:
+    def __init__(self, draft: NeuralDraft, optim: OptimConfig) -> None:
         self.optim = optim
         self.parameters = [p for p in draft.parameters() if p.requires_grad]
         self.masters = [

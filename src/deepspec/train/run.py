@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 
-from deepspec.checkpoints.draft import AnyDraft, load_provenance, save_draft
-from deepspec.config import Recipe, dump_recipe, load_recipe
+from deepspec.checkpoints.draft import load_provenance, save_draft
+from deepspec.config import KEPT_CHECKPOINTS, Recipe, dump_recipe, load_recipe
+from deepspec.drafts.base import NeuralDraft
 from deepspec.errors import CheckpointError, RecipeError
 from deepspec.files import JsonlWriter, alone_in, write_json, write_text
 from deepspec.log import Bar, Tracker, note, open_trackers, progress, warn
 from deepspec.targets import Target
 from deepspec.train.optimizer import Optimizer
 
-KEPT_CHECKPOINTS = 2
 SHOWN = {"loss": "loss", "tau_estimate": "τ≈", "held_out_tau": "held-out τ", "tokens_per_s": "tokens/s"}
 """The metrics next to the progress bar, and their names there."""
 FRESH = "choose another name (name=NAME), or start over with `deepspec train --fresh`"
@@ -136,7 +136,7 @@ class Run:
         return steps[-1][1] if steps else None
 
     def save(
-        self, draft: AnyDraft, optimizer: Optimizer, at: Progress, target: Target, facts: dict[str, Any]
+        self, draft: NeuralDraft, optimizer: Optimizer, at: Progress, target: Target, facts: dict[str, Any]
     ) -> None:
         """Write checkpoints/step_<n>, whole or not at all, and remove older ones.
 
@@ -160,13 +160,13 @@ class Run:
         for _, old in self._steps()[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
 
-    def save_best(self, draft: AnyDraft, at: Progress, target: Target, facts: dict[str, Any]) -> None:
+    def save_best(self, draft: NeuralDraft, at: Progress, target: Target, facts: dict[str, Any]) -> None:
         """Write checkpoints/best: what a run's folder stands for wherever a draft is asked for."""
         if self.rank == 0:
             facts = {**facts, "step": at.step, "held_out_tau": at.best_tau, "tokens": at.tokens}
             save_draft(draft, self.best, target, facts)
 
-    def resume(self, draft: AnyDraft, optimizer: Optimizer, facts: dict[str, Any]) -> Progress:
+    def resume(self, draft: NeuralDraft, optimizer: Optimizer, facts: dict[str, Any]) -> Progress:
         """Load the newest checkpoint into draft and optimizer, if there is one.
 
         Raises CheckpointError if that checkpoint is of a draft of another shape, of other optimiser states,

@@ -1,0 +1,229 @@
+"""The servers that drafts are exported to: how each is started, how it names a draft, what it cannot run.
+
+A new server is a row of `SERVERS` and its limits in `LIMITS`. The facts come from the servers' own loaders
+(docs/serving.md has the versions); nothing of theirs is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, NamedTuple
+
+from deepspec.drafts import ALGORITHMS
+from deepspec.drafts.spec import DraftSpec
+from deepspec.errors import UserError
+
+if TYPE_CHECKING:
+    from deepspec.targets import Target
+
+NATIVE = "deepspec"
+"""The released layout, which is not a server's."""
+
+
+class Server(NamedTuple):
+    """A server that drafts are written for. `launch`: the commands that run one."""
+
+    title: str
+    launch: tuple[str, ...]
+
+
+SERVERS: dict[str, Server] = {
+    "vllm": Server(
+        "vLLM",
+        (
+            "vllm serve $target --speculative-config "
+            '\'{"method": "$method", "model": "$draft", "num_speculative_tokens": $proposals}\'',
+        ),
+    ),
+    "sglang": Server(
+        "SGLang",
+        (
+            "python -m sglang.launch_server --model-path $target --speculative-algorithm $METHOD "
+            "--speculative-draft-model-path $draft --speculative-num-steps $steps --speculative-eagle-topk 1 "
+            "--speculative-num-draft-tokens $window",
+        ),
+    ),
+    "llamacpp": Server(
+        "llama.cpp",
+        (
+            "python convert_hf_to_gguf.py $target --outfile target.gguf",
+            "python convert_hf_to_gguf.py $draft --target-model-dir $target --outfile draft.gguf",
+            "llama-server -m target.gguf -md draft.gguf --spec-type draft-$method "
+            "--spec-draft-n-max $proposals --spec-draft-p-min 0 --jinja",
+        ),
+    ),
+}
+
+
+class Served(NamedTuple):
+    """How servers know a kind of draft: its registered architecture, its model type, the method's name."""
+
+    architecture: str
+    model_type: str
+    method: str
+
+
+SERVED_AS: dict[str, Served] = {
+    "eagle3": Served("LlamaForCausalLMEagle3", "llama", "eagle3"),
+    "eagle3, q/k norms": Served("Eagle3Qwen3ForCausalLM", "qwen3", "eagle3"),
+    "dflash, fill-in": Served("DFlashDraftModel", "qwen3", "dflash"),
+    "dspark": Served("Qwen3DSparkModel", "qwen3", "dspark"),
+}
+
+
+def served_as(spec: DraftSpec) -> Served:
+    """How servers know this draft."""
+    return SERVED_AS[ALGORITHMS[spec.algorithm].served(spec)]
+
+
+class Facts(NamedTuple):
+    """What limits are about. own: it brings an embedding or a head that may not be the target's.
+    target: what it was trained for, where that is at hand."""
+
+    spec: DraftSpec
+    own: bool
+    target: Target | None
+
+    @property
+    def eagle(self) -> bool:
+        return served_as(self.spec).method == "eagle3"
+
+
+class Limit(NamedTuple):
+    """What some servers (names, blank-separated) cannot run: when, why, and what to do instead."""
+
+    servers: str
+    when: Callable[[Facts], bool]
+    why: str
+    instead: str
+
+
+EVERYWHERE = "vllm sglang llamacpp"
+
+
+LIMITS: tuple[Limit, ...] = (
+    Limit(
+        EVERYWHERE,
+        lambda f: f.spec.family != "qwen3",
+        "its layers are Gemma-4-shaped: SGLang registers no such draft, llama.cpp's refuses a soft-capped "
+        "head, and vLLM's loader of them was not checked",
+        "export with --to deepspec, the released layout (vLLM registers its architecture, Gemma4DSparkModel)",
+    ),
+    Limit(
+        EVERYWHERE,
+        lambda f: f.spec.family == "qwen3" and f.spec.softcap is not None,
+        "the target soft-caps its logits, and the server's draft would not",
+        "run this draft with `deepspec generate`",
+    ),
+    Limit(
+        EVERYWHERE,
+        lambda f: f.spec.family == "qwen3" and f.target is not None and f.target.embedding.scale != 1.0,
+        "the target scales its embedding by a factor, and the server's draft would not",
+        "run this draft with `deepspec generate`",
+    ),
+    Limit(
+        EVERYWHERE,
+        lambda f: f.spec.family == "qwen3" and f.target is not None and f.target.head.scale != 1.0,
+        "the target scales its logits by a factor, and the server's draft would not",
+        "run this draft with `deepspec generate`",
+    ),
+    Limit(
+        EVERYWHERE,
+        lambda f: f.spec.family == "qwen3" and f.spec.shape.activation != "silu",
+        "its MLP is not gated by SiLU, the only one that the server's draft has",
+        "train a draft here: those for targets other than Gemma-4 use SiLU",
+    ),
+    Limit(
+        EVERYWHERE,
+        lambda f: f.spec.shape.attention_bias,
+        "its attention has biases, which the server's loader drops without a word",
+        "train a draft here: those for targets other than Gemma-4 have none",
+    ),
+    Limit(
+        EVERYWHERE,
+        lambda f: f.spec.family == "qwen3" and f.spec.shape.rope.kind != "default",
+        "its rotary positions are not the default kind",
+        "train a draft here: those for targets other than Gemma-4 use the default kind",
+    ),
+    Limit(
+        EVERYWHERE,
+        lambda f: f.spec.target_layer_ids[0] < 1,
+        "it reads the embedding or layer 0, which the server's spellings of layer ids do not agree on",
+        "train with draft.target_layer_ids from 1 to the last layer but one",
+    ),
+    Limit(
+        EVERYWHERE,
+        lambda f: not f.eagle and not f.spec.shape.qk_norm,
+        "it has no per-head norms of queries and keys, and the server's block drafts do",
+        "train with draft.qk_norm=true",
+    ),
+    Limit(
+        "sglang llamacpp",
+        lambda f: f.eagle and f.spec.shape.qk_norm,
+        "its queries and keys have per-head norms, and the server's only Eagle-3 has none",
+        "export with --to vllm (Eagle3Qwen3ForCausalLM), or train with draft.qk_norm=false "
+        "(recipe pocket-eagle3-portable)",
+    ),
+    Limit(
+        "llamacpp",
+        lambda f: f.eagle and len(f.spec.target_layer_ids) != 3,
+        "it does not read exactly three feature layers, as llama.cpp's Eagle-3 does",
+        "train with three draft.target_layer_ids, or export with --to vllm or sglang",
+    ),
+    Limit(
+        "vllm llamacpp",
+        lambda f: f.spec.markov_rank > 0 and f.spec.markov_head != "vanilla",
+        "its sequential head is gated or rnn, and the server knows vanilla only",
+        "export with --to sglang, or train with draft.markov_head=vanilla",
+    ),
+    Limit(
+        "sglang llamacpp",
+        lambda f: f.own,
+        "it brings an embedding and a head of its own, and the server would use the target's",
+        "add --target, which leaves copies out where they are equal, or export with --to vllm",
+    ),
+    Limit(
+        "sglang",
+        lambda f: not f.eagle and f.spec.draft_vocab_size is not None,
+        "its vocabulary is reduced, which SGLang's DFlash and DSpark ignore",
+        "export with --to vllm",
+    ),
+    Limit(
+        "sglang",
+        lambda f: not f.eagle and f.target is not None and f.target.spec.model_type == "qwen2",
+        "SGLang cannot capture the features of a Qwen2 target for DFlash and DSpark",
+        "export with --to vllm, or train an Eagle-3 draft",
+    ),
+)
+
+
+def refuse(to: str, facts: Facts) -> None:
+    """Raise UserError with every limit of the server that a draft meets; nothing where it can run."""
+    met = [limit for limit in LIMITS if to in limit.servers.split() and limit.when(facts)]
+    if met:
+        raise UserError(
+            f"{SERVERS[to].title} cannot run this draft:\n" + "\n".join(f"  - {limit.why}" for limit in met),
+            next_step="; ".join(dict.fromkeys(limit.instead for limit in met)),
+        )
+
+
+def launch_commands(to: str, spec: DraftSpec, target: str, draft: Path) -> list[str]:
+    """The commands that serve an exported draft beside its target."""
+    method, count = served_as(spec).method, spec.proposals
+    # vLLM's takes the draft inside JSON inside quotes; in the others it is a word of its own.
+    inside = json.dumps(str(draft))[1:-1].replace("'", "'\\''")
+    words = {
+        "target": shlex.quote(target),
+        "draft": inside if to == "vllm" else shlex.quote(str(draft)),
+        "method": method,
+        "METHOD": method.upper(),
+        "proposals": count,
+        # SGLang drafts a block in one step, and counts the anchor among the tokens it verifies.
+        "steps": count if method == "eagle3" else 1,
+        "window": spec.block if method == "dflash" else spec.block + 1,
+    }
+    return [Template(line).substitute(words) for line in SERVERS[to].launch]
