@@ -232,7 +232,7 @@ def test_finished_run_is_not_taken_for_the_fine_tuned_one(scene):
     text = refused(
         "train", scene / "dflash.yaml", "--from", scene / "runs/tiny-dspark", "--runs", scene / "runs"
     )
-    assert "began from fresh weights" in text
+    assert "its start_from is not set, the recipe's is " in text
 
 
 def test_draft_of_another_template_is_measured_with_a_warning(scene, tmp_path):
@@ -307,7 +307,7 @@ def test_run_of_another_draft_is_not_gone_on_with_and_keeps_its_recipe(scene, ch
     kept = scene / "runs" / "tiny-dspark" / "recipe.yaml"
     before = kept.read_bytes()
     said = refused("train", scene / "dspark.yaml", change, "--runs", scene / "runs")
-    assert "is a run that trains another draft" in said and change.partition("=")[0] in said
+    assert "cannot continue with this recipe" in said and change.partition("=")[0] in said
     assert kept.read_bytes() == before
 
 

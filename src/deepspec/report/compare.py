@@ -10,54 +10,44 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from deepspec.conditions import LABELS, UNRECORDED, contrast
+from deepspec.conditions import UNRECORDED, contrast
 from deepspec.errors import DataError, UserError
 from deepspec.maths.acceptance import paired_bootstrap_difference
-from deepspec.report.results import Result, Row
+from deepspec.report.results import CONDITION_NAMES, Result, Row
 
 PromptKey = tuple[str, str]  # domain, id
 
 BOOTSTRAP_SEED = 0
-REFUSED = {
-    "thinking": LABELS["thinking"],
-    "template_hash": LABELS["template_hash"],
-    "temperature": "temperature",
-    "top_k": "top-k",
-    "top_p": "top-p",
-    "prompts_hash": "prompts of hash",
-    "max_new_tokens": "new tokens per prompt up to",
-    "ignore_eos": "stop tokens ignored",
-    "acceptance_rule": "acceptance rule",
-    "target_hash": "target",
-}
-"""Conditions that make two accepted lengths different quantities, and their names in messages."""
-WARNED = {"dtype": "number format", "device": "device", "threads": "CPU threads:", "batch": "batch"}
-"""Conditions that only make speeds differ."""
+REFUSED = (
+    "thinking",
+    "template_hash",
+    "temperature",
+    "top_k",
+    "top_p",
+    "prompts_hash",
+    "max_new_tokens",
+    "ignore_eos",
+    "acceptance_rule",
+    "target_hash",
+)
+"""Conditions that make two accepted lengths different quantities."""
+WARNED = ("dtype", "device", "threads", "batch")
+"""Conditions that leave accepted lengths comparable, or nearly, but not speeds."""
 
 
-def comparison_refusals(one: str, a: Mapping[str, Any], other: str, b: Mapping[str, Any]) -> list[str]:
-    """The differences between two `conditions` under which accepted lengths must not be compared."""
-    return _differences(one, a, other, b, REFUSED)
-
-
-def comparison_warnings(one: str, a: Mapping[str, Any], other: str, b: Mapping[str, Any]) -> list[str]:
-    """The differences that leave accepted lengths comparable, or nearly, but not speeds."""
-    return _differences(one, a, other, b, WARNED)
-
-
-def _differences(
-    one: str, a: Mapping[str, Any], other: str, b: Mapping[str, Any], names: Mapping[str, str]
+def condition_differences(
+    one: str, a: Mapping[str, Any], other: str, b: Mapping[str, Any], names: Sequence[str]
 ) -> list[str]:
-    """A sentence for each of `names` that differs. What one side does not record is not taken for equal."""
+    """A sentence for each of `names` that differs between two `conditions`. One that only one side records
+    differs too."""
 
     def value(conditions: Mapping[str, Any], key: str) -> Any:
-        found = conditions.get(key)
-        found = UNRECORDED if found is None else found
+        found = UNRECORDED if conditions.get(key) is None else conditions[key]
         return f"{conditions.get('target')} ({found})" if key == "target_hash" else found
 
     return [
-        contrast(label, f"{one} was measured", value(a, key), other, value(b, key))
-        for key, label in names.items()
+        contrast(CONDITION_NAMES[key], f"{one} was measured", value(a, key), other, value(b, key))
+        for key in names
         if a.get(key) != b.get(key)
     ]
 
@@ -136,8 +126,8 @@ def compare_results(files: Sequence[Result], allow_mismatch: bool = False) -> di
     refusals, warnings = [], []
     for number, other in enumerate(conditions[1:], start=2):
         sides = "file 1", conditions[0], f"file {number}", other
-        refusals += comparison_refusals(*sides)
-        warnings += comparison_warnings(*sides)
+        refusals += condition_differences(*sides, REFUSED)
+        warnings += condition_differences(*sides, WARNED)
     if refusals and not allow_mismatch:
         raise UserError(
             "these results were measured under conditions that cannot be compared:\n"

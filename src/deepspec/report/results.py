@@ -19,24 +19,24 @@ Row = dict[str, Any]  # one method within it
 FORMAT = "deepspec-eval/1"
 MISSING = "–"
 CONDITION_NAMES = {
-    "target": "Target",
-    "target_hash": "Target hash",
-    "thinking": "Thinking mode",
-    "template_hash": "Chat template hash",
-    "system_prompt": "System prompt hash",
-    "temperature": "Temperature",
-    "top_k": "Top-k",
-    "top_p": "Top-p",
-    "prompts_hash": "Prompts hash",
-    "prompts": "Prompts",
-    "max_new_tokens": "New tokens per prompt, at most",
-    "acceptance_rule": "Acceptance rule",
-    "ignore_eos": "Stop tokens ignored",
-    "seed": "Seed",
-    "dtype": "Number format",
-    "device": "Device",
+    "target": "target",
+    "target_hash": "target hash",
+    "thinking": "thinking",
+    "template_hash": "chat template",
+    "system_prompt": "system prompt",
+    "temperature": "temperature",
+    "top_k": "top-k",
+    "top_p": "top-p",
+    "prompts_hash": "prompts hash",
+    "prompts": "prompts",
+    "max_new_tokens": "token budget per prompt",
+    "acceptance_rule": "acceptance rule",
+    "ignore_eos": "stop tokens ignored",
+    "seed": "seed",
+    "dtype": "number format",
+    "device": "device",
     "threads": "CPU threads",
-    "batch": "Batch",
+    "batch": "batch size",
 }
 
 
@@ -188,10 +188,9 @@ def shown_condition(value: Any) -> str:
 def conditions_table(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
     """(name, one value per results file) for every condition that any file records."""
     recorded = [result.get("conditions") or {} for result in results]
-    names = dict.fromkeys([*CONDITION_NAMES, *(name for each in recorded for name in each)])
-
+    keys = dict.fromkeys([*CONDITION_NAMES, *(key for each in recorded for key in each)])
+    names = {key: CONDITION_NAMES.get(key, key) for key in keys if any(key in each for each in recorded)}
     return [
-        (CONDITION_NAMES.get(name, name), [shown_condition(each.get(name)) for each in recorded])
-        for name in names
-        if any(name in each for each in recorded)
+        (name[:1].upper() + name[1:], [shown_condition(each.get(key)) for each in recorded])
+        for key, name in names.items()
     ]

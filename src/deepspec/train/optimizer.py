@@ -62,8 +62,7 @@ class Optimizer:
 
     def state(self) -> dict[str, Any]:
         """What `load` needs to continue; `torch.save` can write it."""
-        masters = [m.detach() for m in self.masters]
-        return {"adamw": self.adamw.state_dict(), "masters": masters, "states": self.optim.states}
+        return {"adamw": self.adamw.state_dict(), "masters": [m.detach() for m in self.masters]}
 
     def load(self, state: dict[str, Any]) -> None:
         self.adamw.load_state_dict(state["adamw"])

@@ -77,15 +77,15 @@ class Run:
     def keep_recipe(self) -> None:
         """Write the resolved recipe into the folder.
 
-        Raises RecipeError, and leaves the run's own recipe as it is, if the run trains another kind of draft
-        or began from another one: to continue would train neither.
+        Raises RecipeError, and leaves the run's own recipe as it is, if that trains another kind of draft,
+        began from another one, or keeps other optimiser states: nothing could continue it.
         """
         path = self.folder / "recipe.yaml"
         if path.exists() and self.latest() is not None:
             before = load_recipe(path)
-            if other := _other_draft(before, self.recipe):
+            if other := _differences(before, self.recipe):
                 raise RecipeError(
-                    f"{self.folder} is a run that trains another draft: {'; '.join(other)}", next_step=FRESH
+                    f"{self.folder} cannot continue with this recipe: {'; '.join(other)}", next_step=FRESH
                 )
             if before != self.recipe:
                 self.note(f"{self.folder} was started with another recipe; it continues with this one")
@@ -169,23 +169,16 @@ class Run:
     def resume(self, draft: NeuralDraft, optimizer: Optimizer, facts: dict[str, Any]) -> Progress:
         """Load the newest checkpoint into draft and optimizer, if there is one.
 
-        Raises CheckpointError if that checkpoint is of a draft of another shape, of other optimiser states,
-        or of a draft vocabulary that was counted in other data than `facts` says.
+        Raises CheckpointError if that checkpoint is of a draft of another shape, as after a change of the
+        target, or of a vocabulary that was counted in other data than `facts` says.
         """
         path = self.latest()
         if path is None:
             return Progress()
         saved = torch.load(path / "optimizer.pt", weights_only=True, map_location=draft.device)
-        states, wanted = saved.get("states", "float32"), self.recipe.optim.states
         before, now = (found.get("vocabulary") or {} for found in (load_provenance(path), facts))
         if [m.shape for m in saved["masters"]] != [m.shape for m in optimizer.masters]:
             raise _not_resumable(path, "trains a draft of another shape")
-        if states != wanted:
-            raise _not_resumable(
-                path,
-                f"keeps its optimiser states in {states}, and the recipe has optim.states={wanted}",
-                f"add optim.states={states}; or {FRESH}",
-            )
         if before.get("ids_hash") != now.get("ids_hash"):
             raise _not_resumable(path, "has a draft vocabulary that was counted in other data")
         optimizer.load(saved)
@@ -214,23 +207,20 @@ def open_run(runs: Path, recipe: Recipe, *, fresh: bool = False, rank: int = 0) 
         yield run
 
 
-def _other_draft(before: Recipe, now: Recipe) -> list[str]:
-    """What makes the drafts of two recipes different, even if all weights have the same shape."""
+def _differences(before: Recipe, now: Recipe) -> list[str]:
+    """What keeps a run of one recipe from continuing with the other, even if all weights have one shape."""
     have, want = (
-        {"algorithm": r.algorithm} | {f"draft.{k}": v for k, v in r.draft.model_dump().items()}
+        {"algorithm": r.algorithm, "optim.states": r.optim.states, "start_from": r.start_from}
+        | {f"draft.{k}": v for k, v in r.draft.model_dump(exclude={"step_loss_decay"}).items()}
         for r in (before, now)
     )
-    keys = (k for k in have if k != "draft.step_loss_decay" and have[k] != want[k])
-    found = [f"its {key} is {have[key]}, the recipe's {want[key]}" for key in keys]
-    if before.start_from != now.start_from:
-        began, wanted = (r.start_from or "fresh weights" for r in (before, now))
-        found.append(f"it began from {began}, the recipe's from {wanted}")
-    return found
+    other = ((key, *("not set" if side[key] is None else side[key] for side in (have, want))) for key in have)
+    return [f"its {key} is {one}, the recipe's is {two}" for key, one, two in other if one != two]
 
 
-def _not_resumable(path: Path, why: str, next_step: str = FRESH) -> CheckpointError:
+def _not_resumable(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
-        f"the run cannot continue with this recipe: it {why}", where=str(path), next_step=next_step
+        f"the run cannot continue with this recipe: it {why}", where=str(path), next_step=FRESH
     )
 
 
