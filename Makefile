@@ -13,10 +13,12 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' requirements.lock)
-# Packages are compiled as they are first imported: compiling all of them took as long as installing them.
-# Where the environment forbids to keep what was compiled, each process would do so anew: ten seconds at a time.
+# Packages are compiled when they are first imported: compiling all of them takes as long as installing them.
+# Some environments forbid Python to keep what it compiled; each process would then compile again for ten seconds.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 unexport PYTHONDONTWRITEBYTECODE
+# One process per processor; tests/conftest.py gives each one thread, as small tensors are not worth a second one.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
 .PHONY: help quickstart test test-servers docs lint format soak clean
 .DEFAULT_GOAL := help
@@ -24,15 +26,15 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo 'make quickstart   train three drafts, measure them, write a report (ARGS=--fast: two or three minutes)'
 	@echo 'make test         lint, types and tests'
-	@echo 'make docs         rewrite the tables of docs/targets.md and docs/data.md from their tests'
-	@echo 'make soak         the long fault tests'
-	@echo 'make test-servers the drafts in llama-server, built on the first run (11 minutes on two idle cores)'
+	@echo 'make docs         rewrite the generated tables of the docs'
+	@echo 'make soak         the long fault tests (every command killed again and again)'
+	@echo 'make test-servers run the drafts in llama-server, which the first run builds (11 minutes on two cores)'
 	@echo 'make lint         ruff and mypy only        make format   rewrite with ruff'
 	@echo 'make clean        remove .venv, caches and build artefacts (runs/ is kept)'
 
 $(STAMP): requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { \
-	  echo 'There is no "$(PYTHON)" here. Name a Python 3.11 or newer:  make PYTHON=python3.12 …'; exit 1; }
+	  echo 'The interpreter "$(PYTHON)" was not found. Name a Python 3.11 or newer:  make PYTHON=python3.12 …'; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo 'deepspec needs Python 3.11 or newer, and "$(PYTHON)" is'" $$($(PYTHON) --version 2>&1)."; \
 	  echo 'Name another one:  make PYTHON=python3.12 …'; exit 1; }
@@ -57,7 +59,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 docs: $(STAMP)
 	DEEPSPEC_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_families.py tests/test_named.py $(ARGS)
@@ -65,10 +67,10 @@ docs: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak $(ARGS)
 
-# The engine is kept in $$DEEPSPEC_CACHE (default ~/.cache/deepspec); the table goes to docs/serving.md.
+# The engine is kept in $$DEEPSPEC_CACHE (default ~/.cache/deepspec); the table is written to docs/serving.md.
 test-servers: $(STAMP)
 	@command -v cmake >/dev/null && command -v c++ >/dev/null || { \
-	  echo 'Building llama-server takes cmake and a C++ compiler (on Debian and Ubuntu: apt install cmake g++).'; exit 1; }
+	  echo 'Building llama-server needs cmake and a C++ compiler (on Debian and Ubuntu: apt install cmake g++).'; exit 1; }
 	$(BIN)/python -m pytest -m servers $(ARGS)
 	$(BIN)/python benchmarks/servers.py --write
 
