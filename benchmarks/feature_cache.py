@@ -257,7 +257,7 @@ def one_round(
     forget(beside)
     timed["disk read"] = seconds(lambda: plain_read(beside))
     forget(folder)
-    timed["check"] = seconds(lambda: open_cache(folder))
+    timed["check"] = seconds(lambda: write_cache(plan, target, folder, verify=True))
     source = cached(open_cache(folder), target, layers, reads)
     forget(folder)
     timed["read"] = seconds(lambda: epoch(source))

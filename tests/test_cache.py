@@ -432,7 +432,7 @@ def test_verify_finds_one_changed_bit_and_writes_that_shard_again(
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "is not complete yet: 5 shard"),
+        (None, "is not complete yet: it has 5 shard"),
         ("{", "cannot be read"),
         ('{"facts": {"format": 0}}', "format 0"),
     ],
@@ -451,7 +451,7 @@ def test_an_index_that_is_not_there_or_torn_is_no_cache(
 
 
 def test_a_folder_without_a_cache_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no feature cache") as caught:
+    with pytest.raises(DataError, match="there is no feature cache") as caught:
         open_cache(tmp_path / "nothing")
     assert "deepspec data cache RECIPE" in str(caught.value)
 

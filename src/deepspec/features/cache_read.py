@@ -175,35 +175,31 @@ def _vectors(
     return dequantise(stored, target.dtype)
 
 
-# ── whether it is whole ───────────────────────────────────────────────────────────────────────────────
+# ── whether it is complete ───────────────────────────────────────────────────────────────────────────────
 
 
 def _index(path: Path) -> dict[str, Any]:
-    try:
-        index = json.loads((path / INDEX).read_text("utf-8"))
-        found = index["facts"]["format"]
-    except (FileNotFoundError, NotADirectoryError) as error:
-        there = len(list(path.glob("shard-*.json"))) if path.is_dir() else 0
-        what = f"not complete yet: {there} shard(s), and no index" if there else "no feature cache"
+    file = path / INDEX
+    if not file.exists():
+        there = len(list(path.glob("shard-*.json")))
         raise DataError(
-            f"{path} is {what}",
+            f"{path} is not complete yet: it has {there} shard(s) and no index"
+            if there
+            else f"there is no feature cache in {path}",
             next_step="run the same `deepspec data cache` command again, to its end"
             if there
             else "make one: deepspec data cache RECIPE --answers ANSWERS.jsonl --out DIR",
-        ) from error
+        )
+    try:
+        index: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        if (found := index["facts"]["format"]) != FORMAT:
+            raise ValueError(f"it has format {found}, and this version reads format {FORMAT}")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"the index of the feature cache cannot be read ({error})",
-            where=str(path / INDEX),
+            f"the index of the feature cache cannot be read: {error}",
+            where=str(file),
             next_step="delete it and run the same `deepspec data cache` command again; the shards are kept",
         ) from error
-    if found != FORMAT:
-        raise DataError(
-            f"the feature cache is of format {found}, and this version reads format {FORMAT}",
-            where=str(path / INDEX),
-            next_step="write a new one with `deepspec data cache`",
-        )
-    assert isinstance(index, dict)
     return index
 
 

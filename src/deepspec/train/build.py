@@ -96,9 +96,9 @@ def vocabulary_facts(draft: NeuralDraft, rows: Sequence[Encoded]) -> dict[str, A
 
 
 def draft_spec(recipe: Recipe, target_config: dict[str, Any], mask_token_id: int | None = None) -> DraftSpec:
-    """What the recipe's draft is for a target of this raw text config; needs no weights.
+    """The recipe's draft for a target of this raw text config; needs no weights.
 
-    mask_token_id: the recipe's own where None. Raises RecipeError where no such draft can be.
+    mask_token_id: None stands for the recipe's own. Raises RecipeError if there can be no such draft.
     """
     d = recipe.draft
     try:
@@ -138,39 +138,40 @@ def trained_draft(name: str, spec: DraftSpec, target: Target) -> NeuralDraft:
 
 
 def mask_token(target: Target, chosen: int | None = None) -> int:
-    """The id whose embedding stands for "not known yet" in a block: `chosen`, or by rule.
+    """The id whose embedding stands for "not known yet" in a block: `chosen`, or one by rule.
 
-    The rule: the tokenizer's own mask token, else the family's reserved id, else an embedding row that the
-    tokenizer has no token for, else a token that is reserved by name, else the unknown or the first token
-    of a text. Raises RecipeError where the id is one that the target reads or writes (`unfit_for_mask`).
+    The rule takes the first of these that is fit: the tokenizer's own mask token, the family's reserved id,
+    an embedding row that the tokenizer has no token for, a token that is reserved by name, the unknown token,
+    the first token of a text. Raises RecipeError for an id that the target reads or writes
+    (`unfit_for_mask`), and if none is fit.
     """
     if chosen is not None:
         why = unfit_for_mask(target, chosen)
         if why is None:
             return chosen
         raise RecipeError(
-            f"draft.mask_token_id {chosen} {why}: a block's unknown tokens would look like that",
+            f"draft.mask_token_id {chosen} {why}, so it cannot stand for a block's unknown tokens",
             where=target.spec.name,
-            next_step="leave draft.mask_token_id out to have one chosen",
+            next_step="leave draft.mask_token_id out, and a fitting one is chosen",
         )
     for candidate in _mask_candidates(target):
         if unfit_for_mask(target, candidate) is None:
             return candidate
     raise RecipeError(
-        f"{target.spec.name} has no token to spare for the mask: every id is text or has a use",
+        f"{target.spec.name} has no token to spare for the mask: every id is text or used otherwise",
         next_step="train Eagle-3, which needs no mask token (such as `eagle3/generic`)",
     )
 
 
 def _mask_candidates(target: Target) -> Iterator[int]:
-    """Best first; some may be unfit."""
+    """Candidates for the mask token, best first; some may be unfit."""
     tokenizer, reserved = target.tokenizer, target.spec.family.mask_token_id
     tokens: dict[str, int] = {} if tokenizer is None else tokenizer.get_vocab()
     yield from (tokens[name] for name in ("<|mask|>", "<|MASK|>", "<mask>", "[MASK]") if name in tokens)
     if reserved is not None:
         yield reserved
     taken = set(tokens.values())
-    # The last row first where there is no tokenizer to say which rows are free.
+    # Without a tokenizer nothing tells which rows are free: the last one comes first.
     rows = range(len(target.embedding.weight))
     yield from (row for row in (rows if taken else reversed(rows)) if row not in taken)
     yield from (tokens[name] for name in sorted(tokens) if re.search("unused|reserved", name))
@@ -180,7 +181,7 @@ def _mask_candidates(target: Target) -> Iterator[int]:
 
 
 def unfit_for_mask(target: Target, token: int) -> str | None:
-    """Why an id cannot be the mask, or None: it has no embedding, ends or pads, or is found in text."""
+    """Why an id cannot be the mask token (it has no embedding, ends or pads, or occurs in text), or None."""
     rows, tokenizer, config = len(target.embedding.weight), target.tokenizer, target.spec.config
     if not 0 <= token < rows:
         return f"is outside the target's embedding of {rows} rows"
@@ -210,5 +211,5 @@ def loss_settings(recipe: Recipe) -> LossSettings:
 
 
 def read_rules(recipe: Recipe) -> tuple[str, ...]:
-    """Names of the `blocks.READ_RULES` that say which of the target's outputs the recipe's loss reads."""
+    """Names of the `blocks.READ_RULES` for the target's outputs that the recipe's loss reads."""
     return ALGORITHMS[recipe.algorithm].reads(recipe.loss)
