@@ -564,6 +564,7 @@ from deepspec.features.batches import online
 from deepspec.data.tokens import Encoded
 from deepspec.targets import Target
 from deepspec.train.loop import train_step
+from deepspec.train.optimizer import Optimizer
 
 def peak():
     status = Path("/proc/self/status").read_text()
