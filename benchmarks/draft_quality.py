@@ -25,10 +25,10 @@ from deepspec.drafts import ALGORITHMS
 from deepspec.maths.acceptance import bootstrap_ratio, paired_bootstrap_difference
 from deepspec.maths.verify import Sampling
 from deepspec.measure.evaluate import load_prompts
-from deepspec.measure.traces import rounds_of
+from deepspec.measure.rows import rounds_of
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target
-from deepspec.train.run import train_draft
+from deepspec.train.loop import train_draft
 
 
 def measure(

@@ -5,8 +5,8 @@
 
 The run answers some packaged prompts and then trains for a fixed number of steps, so that its time is a
 prediction and not a budget. Measurement and run follow each other. Each reports the share of a core it got:
-if the two differ, other work on the machine came between, and the comparison says little. On a machine that is
-never quiet, `--clock processor` counts seconds of processor time on both sides. The goal is 30%.
+if the two differ, other work on the machine came between, and the comparison says little. On a machine that
+is never quiet, `--clock processor` counts seconds of processor time on both sides. The goal is 30%.
 """
 
 from __future__ import annotations

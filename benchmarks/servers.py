@@ -47,7 +47,7 @@ from deepspec.files import write_json
 from deepspec.log import note
 from deepspec.maths.acceptance import bootstrap_ratio
 from deepspec.measure.evaluate import load_prompts
-from deepspec.measure.traces import TIE, Prompt
+from deepspec.measure.rows import TIE, Prompt
 from deepspec.pocket import packaged, prompts_path
 from deepspec.targets import Target
 

@@ -29,7 +29,7 @@ from deepspec.data.tokens import Encoded
 from deepspec.errors import TargetError
 from deepspec.targets import Target, TargetSpec
 from sequences import scripted
-from talking import recipe_tree
+from talking import recipe_tree, train_in
 
 PAGE = Path(__file__).parent.parent / "docs" / "targets.md"
 WRITE = "DEEPSPEC_WRITE_DOCS"
@@ -279,7 +279,7 @@ def train(load: Callable[[str], Target], tmp_path_factory: pytest.TempPathFactor
             Encoded(ids=ids, loss_mask=[0] * 3 + [1] * (len(ids) - 3), id=str(i))
             for i, ids in enumerate(prompts_of(target, [12, 14, 9, 15]))
         ]
-        training.train(recipe_for(algorithm), target, rows, run, {})
+        train_in(run, recipe_for(algorithm), target, rows)
         return run
 
     return trained

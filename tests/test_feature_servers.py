@@ -30,8 +30,8 @@ from deepspec.features.vllm_layers import vllm_command
 from deepspec.http_client import Policy
 from deepspec.targets import Target
 from deepspec.train.build import loss_settings
-from deepspec.train.loop import Optimizer, train_step
-from deepspec.train.run import train_draft
+from deepspec.train.loop import train_draft, train_step
+from deepspec.train.optimizer import Optimizer
 from feature_standin import FeatureStandIn
 from standin import no_certificates  # noqa: F401
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe
@@ -448,7 +448,7 @@ def test_a_step_of_training_is_the_same_from_a_server(targets, start, algorithm)
     losses, gradients = [], []
     for each in (source, online(target, layers)):
         draft = tiny_draft(target, algorithm)
-        optimizer = Optimizer(draft, recipe)
+        optimizer = Optimizer(draft, recipe.optim)
         loss, sums = train_step(draft, each, rows, recipe, 3, measure=True, optimizer=optimizer)
         losses.append(loss)
         gradients.append([p.grad.clone() for p in draft.parameters() if p.grad is not None])

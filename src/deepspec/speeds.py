@@ -39,7 +39,9 @@ from deepspec.maths.verify import Sampling, Samplings
 from deepspec.targets import Target
 from deepspec.this_machine import read_joules, this_machine
 from deepspec.train.build import build_draft, feature_layers, read_rules
-from deepspec.train.loop import Optimizer, Progress, save_checkpoint, train_step
+from deepspec.train.loop import train_step
+from deepspec.train.optimizer import Optimizer
+from deepspec.train.run import Progress, Run
 
 SAMPLES, ANSWER_SECONDS = (96, 64, 48, 32, 24), 120.0
 """How many prompts are answered to learn the lengths of answers: the most that take so many seconds if none
@@ -255,13 +257,13 @@ def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainS
     cut = [replace(r, ids=r.ids[:length], loss_mask=r.loss_mask[:length]) for r in rows]
     began = _clock(target)
     draft = build_draft(recipe, target, cut)
-    optimizer = Optimizer(draft, recipe)
+    optimizer = Optimizer(draft, recipe.optim)
     with tempfile.TemporaryDirectory() as folder:
         open_trackers(recipe.trackers, Path(folder), recipe.name, recipe.model_dump()).close()
         setup = _clock(target) - began
         step, features = _steps(target, draft, optimizer, recipe, cut)
         began = _clock(target)
-        save_checkpoint(recipe, Path(folder), draft, optimizer, Progress(1), target, {})
+        Run(Path(folder), recipe).save(draft, optimizer, Progress(1), target, {})
         checkpoint = _clock(target) - began
     draft.eval()
     slots = min(HELD_OUT_ROWS, recipe.eval_prompts)

@@ -11,8 +11,7 @@ from deepspec.data.conversations import read_conversations
 from deepspec.drafts import ALGORITHMS
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target
-from deepspec.train.loop import Outcome
-from deepspec.train.run import train_draft
+from deepspec.train.loop import Outcome, train_draft
 
 
 def train_pocket_drafts(

@@ -14,20 +14,21 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from deepspec.answers.dialogue import Dialogue
+from deepspec.conditions import Conditions
 from deepspec.files import JsonlWriter, ResumableLog
 from deepspec.log import progress
 from deepspec.maths.verify import Sampling
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """What an answer depends on, apart from its prompt. Every row carries them (`facts`)."""
+class Settings:
+    """What an answer depends on, apart from its prompt. Every row carries it (`facts`)."""
 
     target: str
     template_hash: str | None
@@ -39,11 +40,9 @@ class Conditions:
 
     @property
     def facts(self) -> dict[str, Any]:
-        s = self.sampling
+        now = Conditions(self.thinking, self.template_hash, sampling=asdict(self.sampling))
         return {
-            "thinking": self.thinking,
-            "template_hash": self.template_hash,
-            "sampling": {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p},
+            **now.record(),
             "target": self.target,
             "max_new_tokens": self.max_new_tokens,
             "seed": self.seed,

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from deepspec.answers.dialogue import Dialogue
-from deepspec.answers.file import AnswerFile, Conditions, Tally
+from deepspec.answers.file import AnswerFile, Settings, Tally
 from deepspec.data.conversations import Conversation, read_conversations, tools_of
 from deepspec.data.identity import row_seed
 from deepspec.data.tokens import prompt_ids, require_tokenizer, template_hash
@@ -60,7 +60,7 @@ def regenerate(
     """
     sampling = sampling or Sampling(temperature=1.0)
     tokenizer = require_tokenizer(target.tokenizer, target.spec.name)
-    now = Conditions(target.spec.name, template_hash(tokenizer), thinking, sampling, max_new_tokens, seed)
+    now = Settings(target.spec.name, template_hash(tokenizer), thinking, sampling, max_new_tokens, seed)
     if total is None and isinstance(conversations, Sequence):
         total = len(conversations)
     tally, stretch_size = Tally(), FLIGHTS * max_rows
@@ -111,7 +111,7 @@ def _answer(
     tally: Tally,
     bar: Bar,
     target: Target,
-    now: Conditions,
+    now: Settings,
     max_rows: int,
 ) -> None:
     """Answer what a stretch still lacks, and append it in the stretch's order."""
@@ -148,7 +148,7 @@ def _begin(conversation: Conversation) -> Dialogue:
 
 
 def decoded(
-    dialogues: Sequence[Dialogue], target: Target, now: Conditions, max_rows: int
+    dialogues: Sequence[Dialogue], target: Target, now: Settings, max_rows: int
 ) -> Iterator[Dialogue]:
     """Answer dialogues together, all first turns, then all second turns; each is yielded when it is over.
 
@@ -174,7 +174,7 @@ def decoded(
         open_ = [d for d in open_ if d.trouble is None and not d.answered]
 
 
-def _request(dialogue: Dialogue, key: str, target: Target, now: Conditions) -> Request | None:
+def _request(dialogue: Dialogue, key: str, target: Target, now: Settings) -> Request | None:
     """The next turn as a request; None, with the dialogue's trouble set, where it cannot be asked."""
     conversation = dialogue.conversation
     if dialogue.trouble is not None:

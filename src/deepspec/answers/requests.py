@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from deepspec.answers.file import Conditions
+from deepspec.answers.file import Settings
 from deepspec.errors import ServerError, nearest
 from deepspec.http_client import CHECK_TIMEOUT, Passing, Server, Servers, Unanswered
 
@@ -109,7 +109,7 @@ def _check_tokens(servers: Servers, server: Server, model: str, tokenizer: Any) 
 
 def completion(
     served: Served,
-    now: Conditions,
+    now: Settings,
     seed: int,
     messages: Sequence[Any],
     prompt: Sequence[int] | None,

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deepspec.answers.dialogue import Dialogue
-from deepspec.answers.file import AnswerFile, Conditions, Tally, beside
+from deepspec.answers.file import AnswerFile, Settings, Tally, beside
 from deepspec.answers.requests import TOKENIZING, Reply, Served, check_model, completion
 from deepspec.data.conversations import Conversation, tools_of
 from deepspec.data.identity import row_seed
@@ -84,7 +84,7 @@ def regenerate_served(
     servers = Servers(urls, check, concurrency=concurrency, policy=policy, api_key_env=api_key_env)
     with closing(servers):
         chosen = servers.ask(lambda server: server).facts.model
-        now = Conditions(
+        now = Settings(
             target.name if target is not None else str(chosen),
             template_hash(tokenizer) if tokenizer is not None else None,
             thinking,
@@ -102,7 +102,7 @@ def regenerate_served(
 
 
 def _answered(
-    wanted: Iterable[Conversation], servers: Servers, now: Conditions, tokenizer: Any
+    wanted: Iterable[Conversation], servers: Servers, now: Settings, tokenizer: Any
 ) -> Iterator[Outcome]:
     """The outcome of every conversation, in order of arrival. Threads ask; this one feeds and collects."""
     room = servers.concurrency * len(servers.servers)
@@ -139,7 +139,7 @@ def _answered(
             asked.put(None)
 
 
-def _converse(conversation: Conversation, servers: Servers, now: Conditions, tokenizer: Any) -> Outcome:
+def _converse(conversation: Conversation, servers: Servers, now: Settings, tokenizer: Any) -> Outcome:
     """Answer a conversation turn by turn, or say in its dialogue why it cannot be answered."""
     dialogue, engine = Dialogue(conversation, []), ""
     try:
@@ -176,7 +176,7 @@ def _converse(conversation: Conversation, servers: Servers, now: Conditions, tok
 class _Keeper:
     """Writes outcomes to the file and counts them, all in one thread."""
 
-    def __init__(self, file: AnswerFile, now: Conditions, bar: Bar) -> None:
+    def __init__(self, file: AnswerFile, now: Settings, bar: Bar) -> None:
         self.file, self.now, self.bar, self.tally = file, now, bar, Tally()
         self.exhausted = 0
         """Rows in a row at which every attempt failed."""

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deepspec.errors import DataError, UserError
+from deepspec.errors import UserError
 from deepspec.log import note
 
 if TYPE_CHECKING:
@@ -125,31 +125,6 @@ def table_of(*heads: str) -> Table:
     for i, head in enumerate(heads):
         table.add_column(Text(head), justify="right" if i else "left", overflow="fold")
     return table
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The results of a file: one object, or the array that `deepspec eval --json` prints for several
-    temperatures. Raises DataError."""
-    from deepspec.report.compare import FORMAT
-
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
-        raise DataError(
-            f"the results cannot be read: {why}",
-            where=str(path),
-            next_step="give a file that `deepspec eval --out FILE.json` wrote",
-        ) from error
-    results = found if isinstance(found, list) else [found]
-    for result in results:
-        if not isinstance(result, dict) or result.get("format") != FORMAT:
-            raise DataError(
-                f"not a results file: no format {FORMAT!r} in it",
-                where=str(path),
-                next_step="give a file that `deepspec eval --out FILE.json` wrote",
-            )
-    return results
 
 
 @contextmanager
