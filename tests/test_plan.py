@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 
 from deepspec import demo as workflow
 from deepspec import speeds as profile
-from deepspec.checkpoints.draft import draft_shapes
+from deepspec.checkpoints.read import draft_shapes
 from deepspec.cli import app
 from deepspec.config import Recipe, load_recipe
 from deepspec.cost import (

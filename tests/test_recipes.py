@@ -11,8 +11,8 @@ import pytest
 import plan_examples
 import recipe_parameters
 import reproduce_cost
-from deepspec.checkpoints.draft import copy_shapes, draft_shapes
 from deepspec.checkpoints.inspect import parameters
+from deepspec.checkpoints.read import copy_shapes, draft_shapes
 from deepspec.config import Recipe, load_recipe, recipe_names
 from deepspec.cost.costs import state_bytes_per_parameter
 from deepspec.drafts.spec import read_spec, write_config

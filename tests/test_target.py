@@ -36,7 +36,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from conftest import FAMILIES, MODELS, SLIDING_WINDOW, prompts_of, save_tiny
-from deepspec.checkpoints.draft import find_checkpoint
+from deepspec.checkpoints.read import find_checkpoint
 from deepspec.errors import CheckpointError, TargetError
 from deepspec.targets import Target, TargetSpec
 from sequences import CLOSE, Sequences, scripted

@@ -34,7 +34,7 @@ def export(
     Example:
       deepspec export pocket-dspark --to llamacpp --out exported/pocket-dspark --target pocket
     """
-    from deepspec.checkpoints.draft import find_checkpoint
+    from deepspec.checkpoints.read import find_checkpoint
 
     find_checkpoint(draft)  # a mistyped name should not wait for the target to load
     import torch

@@ -36,8 +36,8 @@ def inspect(
     Example:
       deepspec inspect pocket-dspark --target pocket
     """
-    from deepspec.checkpoints.draft import find_checkpoint
     from deepspec.checkpoints.inspect import inspect_draft
+    from deepspec.checkpoints.read import find_checkpoint
     from deepspec.targets import TargetSpec
 
     find_checkpoint(draft)  # a mistyped name should not wait for the Hub

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from deepspec.checkpoints.draft import draft_shapes
+from deepspec.checkpoints.read import draft_shapes
 from deepspec.config import Recipe
 from deepspec.cost.costs import Dimensions, dimensions
 from deepspec.cost.counts import Counts, Totals, totals
