@@ -71,8 +71,11 @@ def load_config(path: Path) -> dict[str, Any]:
 
 
 def load_spec(path: Path, target_depth: int | None = None) -> DraftSpec:
-    """`deepspec.json`, or an empty dict if the checkpoint has none. Raises CheckpointError."""
-    of the target's decoder layers, which some configs depend on. Raises CheckpointError."""
+    """The draft that a checkpoint's config describes, in any layout that can be read.
+
+    target_depth: the number of the target's decoder layers, which some configs depend on. Raises
+    CheckpointError.
+    """
     try:
         return read_spec(as_released(load_config(path), target_depth))
     except SpecError as error:
