@@ -56,7 +56,7 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
             return candidate
     if not path.exists():
         raise CheckpointError(
-            f"there is no draft named {name!r}", next_step=f"give a checkpoint directory, {CHOICES}"
+            f"no draft named {name!r} was found", next_step=f"give a checkpoint directory, {CHOICES}"
         )
     raise CheckpointError(
         "this is not a draft checkpoint: there is no config.json here or in checkpoints/best",
