@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.checkpoints.inspect import parameters
-from deepspec.config import load_recipe, recipe_names
+from deepspec.config import load_recipe
 from deepspec.cost.costs import state_bytes_per_parameter
 from deepspec.families import PUBLISHED_TARGETS as TARGETS
+from deepspec.recipe_files import recipe_names
 from deepspec.targets import TargetSpec
 from deepspec.train.build import draft_spec
 

@@ -13,11 +13,12 @@ import recipe_parameters
 import reproduce_cost
 from deepspec.checkpoints.inspect import parameters
 from deepspec.checkpoints.read import copy_shapes, draft_shapes
-from deepspec.config import Recipe, load_recipe, recipe_names
+from deepspec.config import Recipe, load_recipe
 from deepspec.cost.costs import state_bytes_per_parameter
 from deepspec.drafts.spec import read_spec, write_config
 from deepspec.errors import RecipeError
 from deepspec.families import default_target_layers
+from deepspec.recipe_files import recipe_names
 from deepspec.train.build import draft_spec
 from golden_case import FOLDER
 

@@ -48,8 +48,8 @@ def unavailable(kind: str, name: str, error: BaseException, instead: str) -> tup
     else:
         why = first_line(error)
     return (
-        f"no {kind} named {name!r} was found: it is not a local directory, and it could not be loaded from the "
-        f"Hub ({why})",
+        f"no {kind} named {name!r} was found: it is not a local directory, and it could not be loaded from "
+        f"the Hub ({why})",
         f"give a local directory ({DOWNLOAD}), {instead}",
     )
 
