@@ -390,7 +390,7 @@ def test_unknown_architecture_lists_those_that_are_known(saved: Path, qwen: Targ
     [
         ({"target_layer_ids": None}, "no 'target_layer_ids'"),
         ({"target_layer_ids": [2, 1]}, "must rise strictly"),
-        ({"target_layer_ids": [0, 4]}, "between -1 .* and 3"),
+        ({"target_layer_ids": [0, 4]}, "at least -1 .* and at most 3"),
         ({"block_size": 0}, "proposes nothing"),
         ({"block_size": "seven"}, "block_size is 'seven', not a whole number"),
         ({"hidden_size": "48"}, "hidden_size is '48', not a whole number"),
