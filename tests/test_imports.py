@@ -197,3 +197,32 @@ def test_architecture_page_names_every_room(name):
     page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
     rooms = page.split("## Rooms")[1].split("\n## ")[0]
     assert any(f"`{name}{ending}`" in rooms for ending in (".py", "/")), name
+
+
+def test_public_names_mean_the_same_on_every_access():
+    """`deepspec.verify` was the function on the first access and a module of that name on every later one."""
+    code = """
+import importlib, pkgutil, deepspec
+before = {name: getattr(deepspec, name) for name in deepspec.__all__}
+for module in pkgutil.walk_packages(deepspec.__path__, "deepspec."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+print([name for name, value in before.items() if getattr(deepspec, name) is not value])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.stdout.strip(), result.returncode) == ("[]", 0), result.stderr
+
+
+def test_no_file_grows_past_450_lines_and_no_function_past_80():
+    """A longer one hides a second idea. The signature of a command, which lists options, does not count."""
+    long = []
+    for path in FILES:
+        source = path.read_text("utf-8")
+        if source.count("\n") > 450:
+            long.append(path.name)
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                start = node.body[0].lineno if path.parent.name == "cli" else node.lineno
+                if (node.end_lineno or 0) - start >= 80:
+                    long.append(f"{path.name}: {node.name}")
+    assert long == []
