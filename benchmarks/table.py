@@ -19,13 +19,14 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 OPENING = """# Benchmarks
 
 Every figure on this page was measured on a CPU; nothing here was measured on a GPU yet. Brackets hold 95%
-intervals over prompts. τ is the mean number of tokens that one round of drafting and checking yields, and T is
-the temperature. "–" means that the run did not report the figure. The last column is the number of the run,
-which is listed under the table.
+intervals over prompts. τ is the mean number of tokens that one round of drafting and checking yields, and T
+is the temperature. "–" means that the run did not report the figure. The last column is the number of the
+run, which is listed under the table.
 
-`python benchmarks/table.py --write` generates this page from `benchmarks/results.yaml`. After a measurement, add
-its command, date, hardware and figures there. What was tried and dropped is in the [log](log.md). Feature caches
-and inference servers have their own tables in [features](features.md) and [serving](serving.md).
+`python benchmarks/table.py --write` generates this page from `benchmarks/results.yaml`. After a
+measurement, add its command, date, hardware and figures there. What was tried and dropped is in the
+[log](log.md). Feature caches and inference servers have their own tables in [features](features.md) and
+[serving](serving.md).
 """
 
 
