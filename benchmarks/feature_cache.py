@@ -32,16 +32,18 @@ import torch
 
 import deepspec.features.cache_write as writing
 from deepspec.config import load_recipe
-from deepspec.cost import MACHINES, make_plan, published_counts
+from deepspec.cost import MACHINES, Inputs, make_plan, published_counts
 from deepspec.data.tokens import Encoded
 from deepspec.drafts import ALGORITHMS
 from deepspec.families import PUBLISHED_TARGETS
 from deepspec.features.batches import Source, batch_order, load_rows, online
 from deepspec.features.cache_read import cached, open_cache
-from deepspec.features.cache_write import TOKEN_BYTES, Plan, plan_cache, write_cache
-from deepspec.features.quantise import FORMATS, vector_bytes
+from deepspec.features.cache_write import Plan, plan_cache, write_cache
+from deepspec.features.formats import TOKEN_BYTES, vector_bytes
+from deepspec.features.quantise import FORMATS
 from deepspec.maths.acceptance import bootstrap_ratio, paired_bootstrap_difference
 from deepspec.maths.blocks import FeatureBatch
+from deepspec.planning import describe
 from deepspec.targets import StepOutput, Target
 from deepspec.train.build import feature_layers, read_rules
 from deepspec.train.data import cache_features
@@ -343,12 +345,13 @@ def one_gpu_table(figures: Results) -> str:
     rows = []
     for algorithm in ("dspark", "dflash", "eagle3"):
         recipe, counts = load_recipe(f"{algorithm}/one-gpu"), published_counts()
-        found = make_plan(recipe, PUBLISHED_TARGETS[recipe.target], counts, MACHINES["rtx4090"]).sections
+        config = PUBLISHED_TARGETS[recipe.target]
+        found = make_plan(Inputs(recipe, config, counts, MACHINES["rtx4090"], describe)).sections
         work = {key: entry.value for key, entry in found["operations"].items()}
         features, training = work["features, an epoch"], work["training, an epoch"]
         left = features / (recipe.optim.epochs or 1) + training
         share = ANSWERS / found["data"]["rows"].value
-        disk = (share * found["disk"][f"cache in {f}, what the loss reads"].value for f in ("bf16", "fp8"))
+        disk = (share * found["disk"][f"cache in {f}"].value for f in ("bf16", "fp8"))
         cells = [f"{part / (features + training):.0%}" for part in (features, left)]
         rows.append([f"`{algorithm}/one-gpu`", *cells, *(f"{b / 1e9:,.0f} GB" for b in disk)])
     heads = "recipe", "operations spent on features online", "operations left with a cache"

@@ -1,4 +1,4 @@
-"""The examples of docs/plan.md, as `deepspec plan` prints them, beside a disk with 500 GB free.
+"""The examples of docs/plan.md, as `deepspec plan` prints them for a disk with 500 GB free.
 
 python benchmarks/plan_examples.py            rewrite the examples in docs/plan.md
 """
@@ -10,15 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deepspec.cli.plan import (
-    needs_table,
-    refusal,
-    section_tables,
-    target_facts,
-    training_counts,
-)
+from deepspec.cli.plan import needs_table, refusal, section_tables
 from deepspec.config import load_recipe
-from deepspec.cost import MACHINES, Choices, cheapest_change, make_plan
+from deepspec.cost import cheapest_change, make_plan
+from deepspec.planning import prepare
 
 PAGE = Path(__file__).parents[1] / "docs" / "plan.md"
 EXAMPLES = (
@@ -34,20 +29,15 @@ def marks(name: str, machine: str) -> tuple[str, str]:
 
 
 def example(name: str, machine: str, features: str) -> str:
-    """A plan as the terminal shows it, with its refusal where it does not fit."""
-    recipe = load_recipe(name)
-    config, tokenizer, _ = target_facts(recipe.target)
-    counts = training_counts(recipe, tokenizer, None, None, None, None)
-    choices = Choices.answering("process", None, features=features, free_disk=DISK)
-    plan = make_plan(recipe, config, counts, MACHINES[machine], choices)
+    """A plan as the terminal shows it, with its refusal if it does not fit."""
+    inputs, source = prepare(load_recipe(name), machine, features=features, free_disk=DISK)
+    plan = make_plan(inputs, source)
     shown = io.StringIO()
     console = Console(file=shown, width=100, highlight=False)
     console.print(*section_tables(plan.sections, False), needs_table(plan.needs))
     lines = [*shown.getvalue().splitlines(), *(f"note: {each}" for each in plan.notes)]
     if not plan.fits:
-        change = cheapest_change(plan, config, counts)
-        refused = refusal(f"{plan.recipe.name} on {plan.machine.name}", plan.needs, change)
-        lines += f"error: {refused}".splitlines()
+        lines += f"error: {refusal(plan, cheapest_change(inputs))}".splitlines()
     words = f"deepspec plan {name} --machine {machine}" + (" --features cache" if features == "cache" else "")
     text = "\n".join(line.rstrip() for line in [f"$ {words}", *lines])
     while "\n\n\n" in text:

@@ -13,11 +13,11 @@ from typing import Any
 
 from deepspec.checkpoints.inspect import parameters
 from deepspec.config import load_recipe
-from deepspec.cost.costs import state_bytes_per_parameter
+from deepspec.cost.formulas import state_bytes_per_parameter
 from deepspec.families import PUBLISHED_TARGETS as TARGETS
+from deepspec.planning import describe
 from deepspec.recipe_files import recipe_names
 from deepspec.targets import TargetSpec
-from deepspec.train.build import draft_spec
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
@@ -26,10 +26,8 @@ BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 def row(recipe_name: str, name: str, config: dict[str, Any]) -> str:
     """One line of the table. name: of the target."""
     recipe = load_recipe(recipe_name, [f"target={name}"])
-    # A block draft's mask token does not change its size.
-    mask = None if recipe.algorithm == "eagle3" else recipe.draft.mask_token_id or 0
-    spec = draft_spec(recipe, config, mask)
-    own, shared = parameters(spec)
+    spec, own = describe(recipe, config)
+    shared = parameters(spec)[1]
     cached = 2 * spec.num_layers * spec.shape.kv_heads * spec.shape.head_dim * 2
     layers = " ".join(map(str, spec.target_layer_ids))
     state = state_bytes_per_parameter(recipe.precision, recipe.optim.states)

@@ -9,8 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepspec.config import load_recipe
-from deepspec.cost import MACHINES, Choices, Plan, make_plan, published_counts
+from deepspec.cost import MACHINES, Inputs, Plan, make_plan, published_counts
+from deepspec.cost.formulas import cache_bytes_per_token
 from deepspec.families import PUBLISHED_TARGETS
+from deepspec.planning import describe
 from recipe_parameters import BEGIN, END
 
 PAGE = Path(__file__).parents[1] / "docs" / "reproduce.md"
@@ -19,8 +21,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "reproduce.md"
 def published_plan(recipe_name: str, engine: str = "process") -> Plan:
     """A published recipe on the published data set, on one H100; answered by `engine`."""
     recipe = load_recipe(recipe_name)
-    config, choices = PUBLISHED_TARGETS[recipe.target], Choices.answering(engine)
-    return make_plan(recipe, config, published_counts(), MACHINES["h100"], choices)
+    config = PUBLISHED_TARGETS[recipe.target]
+    return make_plan(Inputs(recipe, config, published_counts(), MACHINES["h100"], describe, engine=engine))
 
 
 def table() -> str:
@@ -30,10 +32,12 @@ def table() -> str:
     for target in ("qwen3-4b", "qwen3-8b", "qwen3-14b"):
         for algorithm in ("eagle3", "dflash", "dspark"):
             name = f"{algorithm}/{target}"
-            found = published_plan(name).sections
+            plan = published_plan(name)
+            found, names = plan.sections, plan.inputs.names
             spent = [found["time"][phase].value / 3600 for phase in ("features", "training")]
             figures = [f"{each:,.0f}" for each in (*spent, sum(spent))]
-            cache = found["disk"]["cache in bf16, all positions"].value
+            each = cache_bytes_per_token(int(names["hidden"]), int(names["feature_layers"]))
+            cache = names["tokens"] * each.value
             lines.append("| " + " | ".join([f"`{name}`", *figures, "0", f"{cache / 1e12:.0f} TB"]) + " |")
     return "\n".join(lines) + "\n"
 

@@ -24,6 +24,7 @@ from deepspec.cli.eval import draft_labels
 from deepspec.cli.generate import coloured
 from deepspec.data.tokens import prompt_ids
 from deepspec.decode.engine import Generation
+from deepspec.decode.text import pieces_of
 from deepspec.errors import DataError, UserError
 from deepspec.measure.evaluate import load_prompts
 from deepspec.targets import Target
@@ -263,9 +264,8 @@ def test_a_character_spread_over_draft_and_target_tokens_stays_whole(scene):
     assert target.tokenizer is not None
     ids = target.tokenizer("né", add_special_tokens=False)["input_ids"]
     assert len(ids) == 3
-    drawn = coloured(
-        target, Generation(token_ids=[*ids, 0], from_draft=[False, True, False, False], stopped=True)
-    )
+    answer = Generation(token_ids=[*ids, 0], from_draft=[False, True, False, False], stopped=True)
+    drawn = coloured(pieces_of(target.tokenizer, answer))
     assert drawn.plain == "né"
     assert drawn.spans == []  # it is whole only with the target's token, so it is not the draft's
 

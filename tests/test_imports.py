@@ -98,6 +98,16 @@ def strangers(module: str, allowed_rooms: set[str], allowed_packages: tuple[str,
     return sorted(bad)
 
 
+def heavy_modules(module: str) -> list[str]:
+    """Which of torch and transformers are loaded once a module is imported, in a fresh process."""
+    code = f"import sys, {module}; print(*sorted({{'torch', 'transformers'}} & set(sys.modules)))"
+    paths = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.getenv("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": paths}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -157,6 +167,11 @@ def test_transformers_stays_in_its_rooms():
     assert {m for m in users if not any(within(m, allowed) for allowed in TRANSFORMERS_ROOMS)} == set()
 
 
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if room(m) == "cost"))
+def test_planner_is_arithmetic_and_loads_neither_torch_nor_transformers(module):
+    assert heavy_modules(module) == []
+
+
 def test_trackers_stay_in_log():
     assert {m: hit for m, hit in importers_of(*TRACKERS).items() if m != "deepspec.log"} == {}
 
@@ -182,14 +197,8 @@ def test_nothing_imports_the_command_line():
     assert {m for m in users if not within(m, "deepspec.cli") and m != "deepspec.__main__"} == set()
 
 
-@pytest.mark.skipif("deepspec.cli" not in MODULES, reason="there is no command line yet")
 def test_help_does_not_wait_for_torch():
-    code = "import sys, deepspec.cli; print(*sorted({'torch', 'transformers'} & set(sys.modules)))"
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.getenv("PYTHONPATH")]))
-    }
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert (result.stdout.strip(), result.returncode) == ("", 0), result.stderr
+    assert heavy_modules("deepspec.cli") == []
 
 
 @pytest.mark.parametrize("name", sorted({room(m) for m in MODULES} - {"", "__main__"}))

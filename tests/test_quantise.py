@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepspec.features.quantise import FORMATS, dequantise, largest_of, quantise, vector_bytes
+from deepspec.features.formats import STORED_BYTES, vector_bytes
+from deepspec.features.quantise import FORMATS, dequantise, largest_of, quantise
 from reference.quantise import naive_fp8, naive_int8
 
 NAIVE = {"int8": naive_int8, "fp8": naive_fp8}
@@ -89,4 +90,5 @@ def test_zeros_stay_zeros(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_bytes_of_a_vector_are_what_is_stored(form: str) -> None:
+    assert [*FORMATS] == [*STORED_BYTES]
     assert quantise(torch.randn(3, 40), form).nbytes == 3 * vector_bytes(40, form)

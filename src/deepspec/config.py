@@ -34,25 +34,32 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 KEPT_CHECKPOINTS = 2
 """The number of latest checkpoints that a run keeps, besides the best one."""
+LOG_EVERY = 10
+"""Optimiser steps from one line of metrics to the next; only these steps compute the metrics."""
 HELD_OUT_ROWS = 16
 """The number of prompts that a held-out evaluation decodes together."""
 
-FEATURE_SOURCES = ("online", "cache", "vllm", "sglang")
+FEATURE_SOURCES = ("online", "cache", "vllm")
 
 
 def feature_source(text: str) -> tuple[str, str]:
     """A recipe's `data.features` as (form, directory or URL).
 
-    `online`, `cache:DIR`, `vllm:URL` or `sglang:URL`. Raises ValueError where it is none of them.
+    `online`, `cache:DIR` or `vllm:URL`. Raises ValueError if it is none of them.
     """
     form, _, place = text.partition(":")
+    if form == "sglang":
+        raise ValueError(
+            "SGLang is no longer a feature source: it gives too little for most drafts. Write "
+            "vllm:http://HOST:PORT for a vLLM server, cache:DIRECTORY for a cache that `deepspec data cache` "
+            "wrote, or online to compute features in the step"
+        )
     known = text == "online" or (form in FEATURE_SOURCES[1:] and bool(place))
-    if known and form in ("vllm", "sglang"):
+    if known and form == "vllm":
         known = place.startswith(("http://", "https://"))
     if not known:
         raise ValueError(
-            f"{text!r} is no feature source: write online, cache:DIRECTORY, vllm:http://HOST:PORT or "
-            "sglang:http://HOST:PORT"
+            f"{text!r} is not a feature source: write online, cache:DIRECTORY or vllm:http://HOST:PORT"
         )
     return form, place
 
@@ -114,7 +121,7 @@ class DataConfig(Section):
     select: str = (
         "pocket:select"  # held-out prompts that choose the best checkpoint; not for training or results
     )
-    features: str = "online"  # or cache:DIR, vllm:URL, sglang:URL: where the target's features come from
+    features: str = "online"  # or cache:DIR, vllm:URL: where the target's features come from
     max_length: Count = 512  # tokens per sequence; longer sequences are cut
     min_supervised: Count = 2  # sequences with fewer supervised tokens are left out; an anchor needs two
 
@@ -308,6 +315,15 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     tree: dict[str, Any] = {}
     origins: dict[Keys, str] = {}
     lay_recipe(str(name_or_path), None, tree, origins)
+    return _resolved(tree, origins, overrides, label)
+
+
+def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with `key.path=value` overrides laid over it. Raises RecipeError as `load_recipe` does."""
+    return _resolved(recipe.model_dump(), {}, overrides, recipe.name)
+
+
+def _resolved(tree: dict[str, Any], origins: dict[Keys, str], overrides: Sequence[str], label: str) -> Recipe:
     for text in overrides:
         merge(tree, parse_override(text), origins, f"override {text}", ())
     try:

@@ -12,7 +12,6 @@ from deepspec.checkpoints.draft import load_draft
 from deepspec.config import Recipe, load_recipe
 from deepspec.data.conversations import Conversation, read_conversations
 from deepspec.drafts.base import Draft
-from deepspec.files import write_json
 from deepspec.log import note
 from deepspec.maths.verify import Sampling
 from deepspec.measure.evaluate import evaluate_at, load_prompts, spread
@@ -70,24 +69,20 @@ def quickstart(
     prompts, a report.
 
     `fast` does all of it on little data, in about two minutes: enough to see that it works, not how well.
-    Returns the report's path and the results; `phases.json` beside them says how many seconds each phase
-    took. Run again, it goes on where it stopped.
+    Returns the report's path and the results. Run again, it continues where it stopped.
     """
     out, began = Path(out), time.perf_counter()
-    size, seconds = QUICKSTART[fast], {}
+    size = QUICKSTART[fast]
     target = Target.from_pretrained("pocket")
     rows: list[Conversation] = spread(list(read_conversations(prompts_path("pocket:train"))), size.prompts)
-    seconds["loading"] = time.perf_counter() - began
     answers = out / "data" / "answers.jsonl"
     note(f"1/5  the pocket target answers {len(rows)} prompts")
     regenerate(target, rows, answers, max_new_tokens=PACKAGED_TOKENS, max_rows=PACKAGED_ROWS)
-    seconds["answers"] = time.perf_counter() - began - sum(seconds.values())
     # By its content: the fast form and the full one may share a folder, and their answers.
     features = out / "features" / data_facts(answers)["data_hash"][:12]
     recipes = quickstart_recipes(fast)
     note("2/5  caching what the target computes on them: once, for three drafts")
     cache_features([*recipes.values()], features, target=target, answers=answers)
-    seconds["features"] = time.perf_counter() - began - sum(seconds.values())
     drafts: dict[str, Draft] = {}
     training: dict[str, list[dict[str, Any]]] = {}
     for algorithm, recipe in recipes.items():
@@ -100,7 +95,6 @@ def quickstart(
         drafts[algorithm] = load_draft(outcome.best, target)
         drafts[algorithm].name = algorithm
         training[algorithm] = read_metrics(outcome.run)
-        seconds[f"training {algorithm}"] = time.perf_counter() - began - sum(seconds.values())
     tasks = load_prompts(prompts_path("pocket:test"), target, limit=max(size.tasks.values()))
     note(f"4/5  evaluating on {len(tasks)} held-out prompts")
     # A second thread slows every method here, plain decoding too: its barriers cost more than it computes.
@@ -120,6 +114,4 @@ def quickstart(
     if fast:
         notes.append("The fast form trains for seconds: it shows that everything works, not how well.")
     path = write_report(out / "report.html", results, training, "deepspec quickstart", notes)
-    seconds["evaluation"] = time.perf_counter() - began - sum(seconds.values())
-    write_json(out / "phases.json", {name: round(spent, 3) for name, spent in seconds.items()})
     return path, results

@@ -1,32 +1,31 @@
 """What this machine does with a target: seconds of every part of a run, measured in about a minute.
 
 Prefills and rounds of decoding are timed one by one while some prompts are answered as a run answers them;
-steps of training on answers that the target has just written; a held-out evaluation and a checkpoint as
-training makes them. A record is kept by machine and target, so the next plan need not measure again.
+steps of training on the answers that the target has just written; a held-out evaluation and a checkpoint as
+training makes them. The record is kept by machine and target, so the next plan need not measure again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
-from deepspec.answers.in_process import row_seed
-from deepspec.checkpoints.draft import load_draft
-from deepspec.config import HELD_OUT_ROWS, Recipe
+from deepspec.answers.in_process import FLIGHTS
+from deepspec.config import HELD_OUT_ROWS, LOG_EVERY, Recipe
 from deepspec.cost.machines import Machine, host_memory, row_of_device
-from deepspec.cost.phases import Speeds, TrainSpeed, speed_key, speeds_from
+from deepspec.cost.step_time import Speeds, TrainSpeed, speed_key
 from deepspec.data.conversations import Conversation, Message, prompt_messages
+from deepspec.data.identity import row_seed
 from deepspec.data.tokens import Encoded, encode_turns, prompt_ids
 from deepspec.decode.engine import Decoder, Generation, NoDraft, Request
 from deepspec.drafts.base import Draft, NeuralDraft, Proposal
@@ -36,32 +35,28 @@ from deepspec.features.cache_write import batch_rows, plan_cache, shard_tensors
 from deepspec.files import write_json
 from deepspec.log import note, open_trackers, progress
 from deepspec.maths.blocks import FeatureBatch
-from deepspec.maths.verify import Sampling
-from deepspec.measure.evaluate import evaluate_drafts
-from deepspec.measure.traces import Prompt
+from deepspec.maths.verify import Sampling, Samplings
 from deepspec.targets import Target
-from deepspec.this_machine import one_thread, read_joules, this_machine
+from deepspec.this_machine import read_joules, this_machine
 from deepspec.train.build import build_draft, feature_layers, read_rules
-from deepspec.train.loop import LOG_EVERY, Optimizer, Progress, save_checkpoint, train_step
+from deepspec.train.loop import Optimizer, Progress, save_checkpoint, train_step
 
 SAMPLES, ANSWER_SECONDS = (96, 64, 48, 32, 24), 120.0
-"""Prompts that are answered to learn how long answers are: the most that take so long at worst, when none
+"""How many prompts are answered to learn the lengths of answers: the most that take so many seconds if none
 ends by itself and rows in flight do not help each other."""
 WARM_UP, STEPS, STEP_SECONDS = 2, 40, 3.0
-"""Training steps before the clock starts; on it, at most so many, for about so long, but two at least."""
+"""Training steps before the clock starts; then at most so many, for about so many seconds, at least two."""
 ROUNDS = 8
 """Rounds of decoding that are timed."""
-EVALUATED = 16
-"""New tokens when an evaluation's methods are timed."""
+READ_RECORD = TypeAdapter(Speeds).validate_json
 
 
 # ── the record ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def here() -> Machine:
-    """This machine as a row: memory as it is, peaks of its kind, of which nothing follows once measured."""
-    known = None
-    memory = None
+    """This machine as a row: its memory, and the peaks of its kind, which nothing needs once measured."""
+    known = memory = None
     if torch.cuda.is_available():
         known = row_of_device(torch.cuda.get_device_name())
         memory = float(torch.cuda.get_device_properties(0).total_memory)
@@ -76,70 +71,53 @@ def record_path(target: str) -> Path:
     return Path(root) / "speeds" / f"{digest}.json"
 
 
-def kept_speeds(target: str, recipes: Sequence[Recipe]) -> Speeds | None:
-    """What was measured here before, if it covers these recipes."""
+def kept_speeds(target: str) -> Speeds | None:
+    """What was measured here with this target before; None if there is no such record, or not a whole one."""
     try:
-        found = speeds_from(json.loads(record_path(target).read_text("utf-8")))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None  # none yet, or a record of an older form
-    return found if all(speed_key(recipe) in found.train for recipe in recipes) else None
+        return READ_RECORD(record_path(target).read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 # ── measuring ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def measure(
-    name: str,
-    recipes: Sequence[Recipe],
-    prompts: Sequence[Conversation],
-    *,
-    slots: int,
-    max_new_tokens: int,
-    ready_made: Mapping[str, str] | None = None,
-) -> Speeds:
-    """Load the target, measure, keep the record. prompts: some of the first are answered, in `slots`
-    slots, as `data regenerate` would. ready_made: drafts, by algorithm, to time an evaluation with.
+def measure(recipe: Recipe, prompts: Sequence[Conversation], *, slots: int, max_new_tokens: int) -> Speeds:
+    """Load the recipe's target, measure, keep the record. Some of the first prompts are answered, `slots` of
+    them together, as a run would.
 
-    Raises TargetError where the target cannot be loaded, DataError without a prompt.
+    Raises TargetError if the target cannot be loaded, DataError without a prompt.
     """
     if not prompts:
-        raise DataError("no prompts to measure with", next_step="add --prompts FILE.jsonl")
+        raise DataError("there are no prompts to measure with", next_step="add --data FILE.jsonl")
     began, worked = time.perf_counter(), time.process_time()
-    target = Target.from_pretrained(name)
+    target = Target.from_pretrained(recipe.target)
     load = time.perf_counter() - began
-    with progress("measuring this machine", 1 + len(recipes)) as bar:
+    with progress("measuring this machine", 3) as bar:
         speeds, rows = _answers(target, prompts[: SAMPLES[0]], slots, max_new_tokens)
         bar.update()
-        drafts = {draft: load_draft(path, target) for draft, path in (ready_made or {}).items()}
         meter, before = read_joules(target.device), time.perf_counter()
-        trained, cache_tokens, rounds = {}, [], []
-        for k, recipe in enumerate(recipes):
-            trained[speed_key(recipe)] = _training(target, recipe, rows)
-            # In parts, between trainings: a shared machine is slow for seconds at a time.
-            cache_tokens.append(_caching(target, recipes, rows[k :: len(recipes)] or rows))
-            if drafts:
-                rounds.append(_evaluation(target, drafts, prompts[k % len(prompts)], speeds.prompt))
-            bar.update()
+        trained = _training(target, recipe, rows)
         spent, after = time.perf_counter() - before, read_joules(target.device)
-    kept = kept_speeds(name, ())
+        bar.update()
+        cache_token = _caching(target, recipe, rows)
+        bar.update()
+    kept = kept_speeds(recipe.target)
     found = replace(
         speeds,
         load=load,
-        cache_token=fmean(cache_tokens),
-        train={**(kept.train if kept else {}), **trained},
-        methods={method: fmean(each[method] for each in rounds) for method in rounds[0]}
-        if rounds
-        else (kept.methods if kept else {}),
+        cache_token=cache_token,
+        train={**(kept.train if kept else {}), speed_key(recipe): trained},
         watts=None if meter is None or after is None else (after - meter) / spent,
         share=(time.process_time() - worked) / (time.perf_counter() - began),
     )
-    write_json(record_path(name), found.plain())
+    write_json(record_path(recipe.target), asdict(found))
     note(f"measured this machine in {time.perf_counter() - began:.0f} s")
     return found
 
 
 def _clock(target: Target) -> float:
-    """Now, once everything that was asked of the device is done."""
+    """The time now, once the device has finished everything asked of it."""
     if target.device.type == "cuda":
         torch.cuda.synchronize(target.device)
     return time.perf_counter()
@@ -150,7 +128,8 @@ def _decode(
 ) -> tuple[list[Generation], float]:
     """(answers at temperature 1, seconds)."""
     ends = target.stop_token_ids if stops else frozenset()
-    decoder = Decoder(target, draft, Sampling(1.0), stop_token_ids=ends, max_rows=min(slots, len(requests)))
+    requests = [replace(r, sampling=Sampling(1.0), stop_token_ids=ends) for r in requests]
+    decoder = Decoder(target, draft, max_rows=min(slots, len(requests)))
     began = _clock(target)
     found = list(decoder.run(requests))
     return found, _clock(target) - began
@@ -183,14 +162,14 @@ class _Clock(NoDraft):
             self._opened, self._filled = None, True
 
     def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
+        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
     ) -> Proposal:
         now = _clock(self.target)
         if self._last is not None and not self._filled:
             rows, before = self._last
             self.rounds.append((rows, now - before))
         self._filled, self._last = False, (len(slots), now)
-        return super().propose(slots, anchors, sampling, uniforms)
+        return super().propose(slots, anchors, samplings, uniforms)
 
 
 def line_through(rounds: Sequence[tuple[int, float]]) -> tuple[float, float]:
@@ -243,8 +222,8 @@ def _answers(
         prompt=float(np.mean(clock.prefills)),
         round_base=base,
         round_row=row,
-        prompts=[len(r.input_ids) for r in requests],
         answers=[lengths[r.key] for r in requests],
+        stretch=FLIGHTS,
     )
     return speeds, [row for row in rows if sum(row.loss_mask) >= 2]
 
@@ -256,15 +235,14 @@ def _answered(target: Target, prompt: Conversation, answer: Generation) -> Conve
     return replace(prompt, messages=messages, meta={"answer_ids": answer.token_ids})
 
 
-def _caching(target: Target, recipes: Sequence[Recipe], rows: Sequence[Encoded]) -> float:
-    """Seconds per token of what one cache for the recipes holds: computed and rounded, not yet on disk.
+def _caching(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> float:
+    """Seconds per token of the recipe's cache: computed and rounded, not yet on disk.
 
     The few rows of a sample share passes with rows of other lengths, so padding is counted among the tokens;
     a cache of many rows has next to none.
     """
-    layers = {layer for recipe in recipes for layer in feature_layers(recipe, target.spec.config)}
-    reads = {rule for recipe in recipes for rule in read_rules(recipe)}
-    plan = plan_cache(rows, target, sorted(layers), sorted(reads), about={})
+    layers = feature_layers(recipe, target.spec.config)
+    plan = plan_cache(rows, target, layers, read_rules(recipe), about={})
     began = _clock(target)
     shard_tensors(rows, online(target, plan.facts["layers"]), plan.facts)
     spent = _clock(target) - began
@@ -281,7 +259,7 @@ def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainS
     with tempfile.TemporaryDirectory() as folder:
         open_trackers(recipe.trackers, Path(folder), recipe.name, recipe.model_dump()).close()
         setup = _clock(target) - began
-        step, features, tokens = _steps(target, draft, optimizer, recipe, cut)
+        step, features = _steps(target, draft, optimizer, recipe, cut)
         began = _clock(target)
         save_checkpoint(recipe, Path(folder), draft, optimizer, Progress(1), target, {})
         checkpoint = _clock(target) - began
@@ -296,7 +274,6 @@ def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainS
     return TrainSpeed(
         step=step,
         features=features,
-        tokens=tokens,
         held_out_round=max(many - few, 0.0) / max(rounds - 1, 1),
         held_out_prompt=max(few - max(many - few, 0.0) / max(rounds - 1, 1), 0.0) / slots,
         checkpoint=checkpoint,
@@ -306,9 +283,8 @@ def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainS
 
 def _steps(
     target: Target, draft: NeuralDraft, optimizer: Optimizer, recipe: Recipe, rows: Sequence[Encoded]
-) -> tuple[float, float, float]:
-    """(seconds, of which the target's pass, tokens) of one optimiser step. The loop's own measurements come
-    as often as in a run."""
+) -> tuple[float, float]:
+    """(seconds of an optimiser step, of which the target's pass), with metrics as often as in a run."""
     reading = 0.0
     online_source = online(target, draft.feature_layers)
 
@@ -321,32 +297,15 @@ def _steps(
 
     batches = batches_from(rows, recipe.optim.batch_size, recipe.seed, 0)
     draft.train()
-    done = tokens = 0
+    done = 0
     began = _clock(target)
     while done < WARM_UP + 2 or (done < WARM_UP + STEPS and _clock(target) - began < STEP_SECONDS):
         if done == WARM_UP:
-            began, reading, tokens = _clock(target), 0.0, 0
+            began, reading = _clock(target), 0.0
         _, picked = next(batches)
         measured = done % LOG_EVERY == 0
         train_step(draft, source, picked, recipe, done, measure=measured, optimizer=optimizer)
         optimizer.step(0.5)
-        done, tokens = done + 1, tokens + sum(len(r.ids) for r in picked)
+        done += 1
     spent, counted = _clock(target) - began, done - WARM_UP
-    return spent / counted, reading / counted, tokens / counted
-
-
-def _evaluation(
-    target: Target, drafts: Mapping[str, Draft], prompt: Conversation, prefill: float
-) -> dict[str, float]:
-    """Seconds of a round of one prompt decoded alone, by method, its prefill left out."""
-    assert target.tokenizer is not None
-    ids = tuple(prompt_ids(target.tokenizer, prompt_messages(prompt), False))
-    task = Prompt(prompt.id, prompt.domain or "all", "", ids)
-    with one_thread():  # as the quickstart does
-        result = evaluate_drafts(target, drafts, [task], Sampling(1.0), max_new_tokens=EVALUATED)
-    found = {}
-    for row in result["rows"]:
-        (seen,) = row["per_prompt"]
-        rounds = max(seen["rounds"] or seen["tokens"], 1)
-        found[row["method"]] = max(seen["seconds"] - prefill, 0.0) / rounds
-    return found
+    return spent / counted, reading / counted

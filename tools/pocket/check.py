@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 
-from deepspec.data.tokens import prompt_ids
+from deepspec.data.tokens import prompt_ids, require_tokenizer
 from deepspec.decode.engine import Decoder, Request
-from deepspec.errors import TargetError
 from deepspec.log import progress
-from deepspec.maths.verify import Sampling
 from deepspec.targets import Target
 from tools.pocket import arithmetic, corpus
 from tools.pocket.build import BuildSettings
@@ -68,8 +66,7 @@ def check(model: str = "pocket", *, problems: int = 200, functions: int = 100) -
     Raises TargetError for a model that cannot be loaded or has no tokenizer.
     """
     target = Target.from_pretrained(model)
-    if target.tokenizer is None:
-        raise TargetError(f"{model} has no tokenizer", next_step="check the directory that the build wrote")
+    require_tokenizer(target.tokenizer, model)
     examples = held_out(problems, functions)
     math, code, chat = (examples[domain] for domain in corpus.DOMAINS)
     solved = answers(target, math, thinking=False)
@@ -134,18 +131,13 @@ def parses(answer: str) -> bool:
 def answers(target: Target, examples: Sequence[corpus.Example], *, thinking: bool) -> list[str]:
     """Greedy answers, in the order of the examples."""
     tokenizer: Any = target.tokenizer
-    decoder = Decoder(
-        target,
-        None,
-        Sampling(0.0),
-        stop_token_ids=target.stop_token_ids,
-        max_rows=min(ROWS, len(examples)),
-    )
+    decoder = Decoder(target, None, max_rows=min(ROWS, len(examples)))
     requests = [
         Request(
             prompt_ids(tokenizer, [{"role": "user", "content": e.question}], thinking),
             ANSWER_TOKENS[e.domain],
             key=str(i),
+            stop_token_ids=target.stop_token_ids,
         )
         for i, e in enumerate(examples)
     ]

@@ -26,10 +26,9 @@ from deepspec.checkpoints.read import (
 from deepspec.data.tokens import template_hash, tokenizer_hash
 from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.spec import DraftSpec
+from deepspec.features.formats import NUMBER_BYTES
 from deepspec.targets import TargetSpec
 from deepspec.targets.shards import read_headers
-
-BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def inspect_draft(name_or_path: str | Path, target: TargetSpec | None = None) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def inspect_draft(name_or_path: str | Path, target: TargetSpec | None = None) ->
     facts = load_provenance(path)
     formats = sorted({kind for name, (_, kind) in stored.items() if name in draft_shapes(spec)})
     dtype = (target and (target.config.get("dtype") or target.config.get("torch_dtype"))) or formats[0]
-    size = BYTES.get(str(dtype), BYTES.get(formats[0], 4))
+    size = NUMBER_BYTES.get(str(dtype), NUMBER_BYTES.get(formats[0], 4))
     own, copies = parameters(spec)
     added = own + (math.prod(copy_shapes(spec)[SHARED[1]]) if spec.draft_vocab_size else 0)
     found = {

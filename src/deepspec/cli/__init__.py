@@ -7,7 +7,6 @@ imports what it needs when it runs, so that `deepspec --help` loads neither torc
 
 from __future__ import annotations
 
-import errno
 from typing import Annotated, Any
 
 import typer
@@ -33,6 +32,7 @@ from deepspec.cli import (
 from deepspec.cli import eval as eval_command
 from deepspec.cli.common import BAD_INPUT, FAILED, INTERRUPTED, SETTINGS
 from deepspec.errors import UserError
+from deepspec.files import cannot_write, is_disk_full
 from deepspec.log import note, show_error
 
 KEPT = {
@@ -41,15 +41,6 @@ KEPT = {
     "eval": "with --out, the prompts measured so far are kept; the same command continues from there",
     "data": "the shards and answers finished so far are kept; the same command continues with the rest",
 }
-_ELSEWHERE = "name a place that you may write to"
-UNWRITABLE = {
-    errno.EACCES: _ELSEWHERE,
-    errno.EROFS: _ELSEWHERE,
-    errno.EISDIR: "name a file, not a folder",
-    errno.ENOTDIR: "a folder on that path is a file: name another place",
-    errno.ENOSPC: "make room on that disk; what was finished before is kept",
-}
-"""What the system may answer to a path that somebody named: no bug of ours."""
 
 
 class Commands(TyperGroup):
@@ -62,11 +53,11 @@ class Commands(TyperGroup):
             show_error(error)
             raise typer.Exit(BAD_INPUT) from None
         except OSError as error:
-            if error.errno not in UNWRITABLE:
+            refused = cannot_write(error)
+            if refused is None:
                 raise
-            where = error.filename or "a file being written"
-            show_error(UserError(f"{where}: {error.strerror}", next_step=UNWRITABLE[error.errno]))
-            raise typer.Exit(FAILED if error.errno == errno.ENOSPC else BAD_INPUT) from None
+            show_error(refused)
+            raise typer.Exit(FAILED if is_disk_full(error) else BAD_INPUT) from None
         except KeyboardInterrupt:
             kept = KEPT.get(ctx.invoked_subcommand or "", "nothing was left half-written")
             note(f"interrupted: {kept}", style="yellow")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -20,7 +19,7 @@ from deepspec.errors import DataError, UserError
 from deepspec.log import note
 
 if TYPE_CHECKING:
-    from deepspec.data.lines import Skipped
+    from deepspec.data.skipping import Skipped
     from deepspec.maths.verify import Sampling
     from deepspec.targets import Target
 
@@ -99,7 +98,7 @@ def prompt_file(name: str | None, target: str) -> Path:
 
 def skipping(skip_bad: bool) -> Skipped:
     """What becomes of bad rows: counted, or refused with a word on --skip-bad."""
-    from deepspec.data.lines import SkipNothing, Skipped
+    from deepspec.data.skipping import SkipNothing, Skipped
 
     return Skipped() if skip_bad else SkipNothing()
 
@@ -107,24 +106,6 @@ def skipping(skip_bad: bool) -> Skipped:
 def report_skipped(skipped: Skipped) -> None:
     for line in skipped.lines():
         note(line, style="yellow" if not line.startswith(" ") else "")
-
-
-def check_out(path: Path | None) -> None:
-    """Raise UserError where a file could not be written, before the work whose result it is to hold."""
-    if path is None:
-        return
-    nearest = next(p for p in path.absolute().parents if p.exists())
-    if path.is_dir():
-        why = "it is a folder"
-    elif not nearest.is_dir():
-        why = f"{nearest} is not a folder"
-    elif not os.access(nearest, os.W_OK | os.X_OK):
-        why = f"{nearest} may not be written to"
-    else:
-        return
-    raise UserError(
-        f"{path} cannot be written: {why}", next_step="name a file in a folder that you may write to"
-    )
 
 
 def stdout() -> Console:

@@ -17,7 +17,6 @@ from deepspec.cli.common import (
     Thinking,
     TopK,
     TopP,
-    check_out,
     load_target,
     print_json,
     print_results,
@@ -25,6 +24,7 @@ from deepspec.cli.common import (
     sampling_of,
 )
 from deepspec.errors import UserError
+from deepspec.files import check_writable
 from deepspec.log import note, warn
 from deepspec.pocket import DRAFTS
 
@@ -80,8 +80,8 @@ def evaluate(
             next_step=f"add --draft NAME: a run or checkpoint folder, or one of {', '.join(DRAFTS)}",
         )
     samplings = [sampling_of(t, top_k, top_p) for t in temperature or [0.0]]
-    check_out(out)
-    check_out(report)
+    check_writable(out)
+    check_writable(report)
     from deepspec.checkpoints.draft import find_checkpoint, load_draft, load_provenance
     from deepspec.measure.evaluate import evaluate_at, load_prompts, mode_of
     from deepspec.report.compare import mode_differences

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deepspec.cli.common import (
-    check_out,
     read_results,
 )
 from deepspec.errors import DataError, UserError
+from deepspec.files import check_writable
 
 if TYPE_CHECKING:
     pass
@@ -32,7 +32,7 @@ def report(
     Example:
       deepspec report eval-t0.json eval-t1.json --metrics dspark=runs/pocket-dspark/metrics.jsonl
     """
-    check_out(out)
+    check_writable(out)
     results = [r for file in files for r in read_results(file)]
     training = dict(_read_curve(text) for text in metrics or [])
     from deepspec.report.page import write_report

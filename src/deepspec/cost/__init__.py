@@ -1,29 +1,24 @@
-"""What a recipe takes, before anything runs: `deepspec plan`.
+"""What a recipe takes, before anything runs: `deepspec plan`. Arithmetic only: no torch, no transformers.
 
-`costs` holds every formula once, `machines` rows of data, `counts` how much data there is, `asked` all that a
-plan depends on, `room` bytes, `hours` operations and seconds (`phases`: of each part), `figures` the plan
-itself, `changes` what makes it fit. `deepspec.speeds` measures.
+`dimensions` names the numbers of a target and a draft, `formulas` has every formula once, `machines` is rows
+of data, `inputs` is all that a plan depends on, `sizes` counts bytes, `step_time` operations and seconds,
+`plan` puts them together, `fit` finds what makes a plan fit. `deepspec.planning` brings what needs torch.
 """
 
-from deepspec.cost.asked import Choices
-from deepspec.cost.changes import Change, cheapest_change
-from deepspec.cost.costs import cache_bytes, cache_bytes_per_token, dimensions
-from deepspec.cost.counts import Counts, assumed_counts, published_counts
-from deepspec.cost.figures import Plan, make_plan
+from deepspec.cost.fit import Change, cheapest_change
+from deepspec.cost.inputs import Counts, Inputs, assumed_counts, published_counts
 from deepspec.cost.machines import MACHINES, Machine
+from deepspec.cost.plan import Plan, make_plan
 
 __all__ = [
     "MACHINES",
     "Change",
-    "Choices",
     "Counts",
+    "Inputs",
     "Machine",
     "Plan",
     "assumed_counts",
-    "cache_bytes",
-    "cache_bytes_per_token",
     "cheapest_change",
-    "dimensions",
     "make_plan",
     "published_counts",
 ]

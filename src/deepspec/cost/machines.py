@@ -1,7 +1,7 @@
-"""Machines that a plan can be made for: one row of data each, nothing imported but the standard library.
+"""Machines that a plan can be made for, one row of data each.
 
 Peaks, bandwidths and watts are the vendors' figures for dense arithmetic. What a program reaches of them is
-an assumption of ours, named as one wherever it is used; `deepspec plan --machine here` measures instead.
+an assumption of ours, and is called one wherever it is used; `deepspec plan --machine here` measures instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Machine(NamedTuple):
     """One accelerator and its share of a host, or a processor alone.
 
     memory: bytes of the accelerator, None for a processor, whose memory is the host's. host: bytes of host
-    memory, None where that is not known. watts: at full load; None where that is not known.
+    memory, None if they are not known. watts: power at full load, None if it is not known.
     """
 
     name: str
@@ -31,15 +31,21 @@ class Machine(NamedTuple):
     host: float | None
     watts: float | None
     share: float = 0.4
-    """Assumed: of the peak, in training and in passes over whole sequences."""
+    """Share of the peak that is reached in training and in passes over whole sequences: an assumption."""
     bandwidth_share: float = 0.6
-    """Assumed: of the bandwidth, in decoding."""
+    """Share of the bandwidth that is reached in decoding: an assumption."""
     launch: float = 0.5e-3
-    """Assumed: seconds that Python and kernel launches add to a decoder layer of one decoding step, in
-    process. An inference engine with captured graphs has next to none."""
+    """Seconds that Python and kernel launches add to each layer of a decoding step in process: an assumption.
+    An inference engine with captured graphs adds next to none."""
 
-    def peak(self, precision: str) -> float:
-        return self.float32 if precision == "float32" else self.bfloat16
+    def peak(self, width: float) -> float:
+        """Operations per second on numbers of `width` bytes."""
+        return self.float32 if width == 4 else self.bfloat16
+
+    def numbers(self, width: float) -> dict[str, float]:
+        """What decoding steps in numbers of `width` bytes depend on, by name."""
+        reached = {"share": self.share, "bandwidth_share": self.bandwidth_share}
+        return {"peak": self.peak(width), "bandwidth": self.bandwidth, "launch": self.launch} | reached
 
 
 MACHINES = {
@@ -55,17 +61,17 @@ MACHINES = {
         Machine("server-cpu", 4e12, 3e12, 300e9, None, 256 * GB, 350, 0.5, 0.5, 0.7e-3),
     )
 }
-"""By name; accelerators from the smallest to the largest. The host memory beside one is an assumption."""
+"""By name; accelerators from the smallest to the largest. Their hosts' memory is an assumption."""
 
 
 def row_of_device(device: str) -> Machine | None:
-    """The row of an accelerator that calls itself `device`, such as "NVIDIA H100 80GB HBM3"; None if none."""
+    """The row of an accelerator that calls itself `device`, such as "NVIDIA H100 80GB HBM3", or None."""
     plain = device.lower().replace(" ", "").replace("geforce", "")
     return next((row for name, row in MACHINES.items() if row.memory is not None and name in plain), None)
 
 
 def host_memory() -> float | None:
-    """Bytes of memory in this machine, or in the container that we run in; None where it does not say."""
+    """Bytes of memory of this machine, or of the container that we run in; None if it does not say."""
     found = []
     with suppress(AttributeError, OSError, ValueError):
         found.append(float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE"))

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from deepspec.data.conversations import read_conversations
 from deepspec.data.rows import Rows, distinct, pack, row_lengths
-from deepspec.data.tokens import Encoded, OverlongError, encode_turns
-from deepspec.errors import DataError, TargetError
+from deepspec.data.tokens import Encoded, OverlongError, encode_turns, require_tokenizer
+from deepspec.errors import DataError
+from deepspec.features.order import batches_by_length
 from deepspec.files import count_lines
 from deepspec.log import progress, warn
 from deepspec.maths.blocks import FeatureBatch
@@ -45,11 +46,7 @@ def load_rows(
     `max_length` is the reason. Raises DataError where a row is broken or nothing is left, TargetError for a
     target without a tokenizer.
     """
-    if target.tokenizer is None:
-        raise TargetError(
-            f"{target.spec.name} has no tokenizer, so text cannot become tokens",
-            next_step="put the target's tokenizer files beside its weights",
-        )
+    require_tokenizer(target.tokenizer, target.spec.name)
     overlong: list[OverlongError] = []
     rows = pack(_sequences(path, target, thinking, max_length, min_supervised, limit, overlong))
     if not rows and overlong:
@@ -96,16 +93,11 @@ def _sequences(
 def batch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Row indices of every batch of an epoch: a pure function of (seed, epoch).
 
-    Rows are shuffled, then sorted by length inside windows of eight batches, so that little is padding
-    while batches stay random; the order of the batches is shuffled again.
+    Rows are shuffled and put into `batches_by_length`; the order of the batches is shuffled again.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     shuffled = torch.randperm(len(lengths), generator=generator).tolist()
-    window = 8 * batch_size
-    batches = []
-    for start in range(0, len(shuffled), window):
-        group = sorted(shuffled[start : start + window], key=lambda i: lengths[i])
-        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    batches = batches_by_length(shuffled, lengths, batch_size)
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 

@@ -30,8 +30,9 @@ from torch import Tensor
 from deepspec.data.tokens import Encoded
 from deepspec.errors import DataError, TargetError, UserError
 from deepspec.features.batches import Source, online, padded
-from deepspec.features.quantise import largest_of, quantise, vector_bytes
-from deepspec.files import LOCK, atomic_file, claimed, is_disk_full, write_json
+from deepspec.features.formats import TOKEN_BYTES, vector_bytes
+from deepspec.features.quantise import largest_of, quantise
+from deepspec.files import LOCK, atomic_file, claimed, write_json, writing
 from deepspec.log import note, progress
 from deepspec.maths.blocks import READ_RULES, FeatureBatch, Reads
 from deepspec.targets import Target
@@ -42,7 +43,6 @@ SHARD_BYTES = 256 * 2**20
 BATCH_TOKENS = 8192
 """Padded tokens of one forward pass of the target."""
 INDEX = "index.json"
-TOKEN_BYTES = 5  # its id (int32) and its mask
 
 
 class RowCounts(NamedTuple):
@@ -196,7 +196,7 @@ def write_cache(
     mine = [s for s in missing if s % world == rank]
     source, written = online(target, plan.facts["layers"]), 0
     total = sum(plan.counts[r].tokens for s in mine for r in plan.shards[s])
-    try:
+    with writing(out):
         with progress("caching features", total) as bar:
             for shard in mine:
                 with claimed(out / LOCK, shard + 1) as ours:
@@ -205,10 +205,6 @@ def write_cache(
                         written += _write_shard(plan, source, out, shard)
                 bar.update(sum(plan.counts[r].tokens for r in plan.shards[shard]))
         return Written(_finish(plan, out), len(mine), written)
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        raise _full(out) from error
 
 
 def _write_shard(plan: Plan, source: Source, out: Path, shard: int) -> int:
@@ -383,11 +379,3 @@ def _check_space(plan: Plan, out: Path, missing: Sequence[int]) -> None:
 def gigabytes(count: float) -> str:
     """10⁹ bytes as GB, less as MB."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
-
-
-def _full(out: Path) -> UserError:
-    return UserError(
-        "the disk is full; every shard finished so far is kept",
-        where=str(out),
-        next_step="make room and run the same command again: it goes on with the shards that are missing",
-    )

@@ -63,8 +63,3 @@ def dequantise(stored: Stored, dtype: torch.dtype) -> Tensor:
     if stored.scales is None:
         return stored.values.to(dtype)
     return stored.values.float().mul_(stored.scales[..., None]).to(dtype)
-
-
-def vector_bytes(width: int, form: str) -> int:
-    """Bytes of one stored vector: its elements, and its scale where the format has one."""
-    return width * FORMATS[form].itemsize + (0 if form == "bf16" else 4)

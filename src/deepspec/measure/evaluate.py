@@ -20,16 +20,16 @@ import torch
 
 from deepspec.config import HELD_OUT_ROWS
 from deepspec.data.conversations import Conversation, prompt_messages, read_conversations, tools_of
-from deepspec.data.tokens import prompt_ids, system_hash, template_hash
+from deepspec.data.identity import row_seed
+from deepspec.data.tokens import prompt_ids, require_tokenizer, system_hash, template_hash
 from deepspec.decode.engine import Decoder, Generation, Request
 from deepspec.drafts.base import Draft
 from deepspec.drafts.lookup import PromptLookup
-from deepspec.errors import DataError, TargetError
-from deepspec.files import plain, write_json
+from deepspec.errors import DataError
+from deepspec.files import ResumableLog, plain, write_json
 from deepspec.log import note, progress
 from deepspec.maths import acceptance
 from deepspec.maths.verify import Sampling
-from deepspec.measure.journal import Journal, forget
 from deepspec.measure.traces import Prompt, Taken, Trace, rounds_of, rows_of
 from deepspec.report.compare import FORMAT
 from deepspec.targets import Target
@@ -65,11 +65,7 @@ def load_prompts(
     Raises DataError for a broken or empty file or an id that comes twice (its prompt would count twice),
     TargetError for a target without a tokenizer.
     """
-    if target.tokenizer is None:
-        raise TargetError(
-            f"{target.spec.name} has no tokenizer, so prompts cannot become tokens",
-            next_step="put the target's tokenizer files beside its weights",
-        )
+    tokenizer = require_tokenizer(target.tokenizer, target.spec.name)
     rows = list(read_conversations(path))
     if not rows:
         raise DataError("no prompts", where=str(path))
@@ -86,9 +82,7 @@ def load_prompts(
             c.id,
             c.domain or "all",
             c.messages[-1]["content"] if c.messages else "",
-            tuple(
-                prompt_ids(target.tokenizer, prompt_messages(c), thinking, tools=tools_of(c), where=c.where)
-            ),
+            tuple(prompt_ids(tokenizer, prompt_messages(c), thinking, tools=tools_of(c), where=c.where)),
             system_hash(c.messages),
         )
         for c in spread(rows, limit)
@@ -121,11 +115,10 @@ def held_out_tau(
     decoder = Decoder(
         target,
         draft,
-        Sampling(temperature),
-        stop_token_ids=target.stop_token_ids,
         max_rows=min(HELD_OUT_ROWS, len(prompts)),
     )
-    requests = [Request(p.ids, max_new_tokens, seed=i, key=p.id) for i, p in enumerate(prompts)]
+    sampling, stops = Sampling(temperature), target.stop_token_ids
+    requests = [Request(p.ids, max_new_tokens, i, p.id, sampling, stops) for i, p in enumerate(prompts)]
     return acceptance.tau([rounds_of(g)[2] for g in decoder.run(requests)]) or 1.0
 
 
@@ -142,14 +135,14 @@ def evaluate_drafts(
     batch: int = 1,
     baselines: bool = True,
     out: Path | None = None,
-    keep_journal: bool = False,
+    keep_partial: bool = False,
 ) -> dict[str, Any]:
     """Run plain decoding, transformers' generate, prompt lookup and the drafts; a results file as plain data.
 
     With `batch` > 1 prompts are decoded together in groups, and a group's time is shared out evenly;
     transformers' generate is then left out, since it cannot hold ragged rows without padding. With `out` the
-    results are written there, and until then what is measured is kept beside it (`journal`): the same call
-    goes on after a kill. `keep_journal` leaves that to a caller that has more to do (`evaluate_at`).
+    results are written there, and until then every measured group is kept in `partial_path`: the same call
+    continues after a kill. `keep_partial` leaves that file to a caller that has more to do (`evaluate_at`).
     """
     sampling = sampling or Sampling()
     stops = frozenset() if ignore_eos else target.stop_token_ids
@@ -157,9 +150,9 @@ def evaluate_drafts(
 
     def ours(draft: Draft | None) -> Method:
         def run(group: Sequence[Prompt], budget: int) -> list[Generation]:
-            decoder = Decoder(target, draft, sampling, stop_token_ids=stops, max_rows=len(group))
+            decoder = Decoder(target, draft, max_rows=len(group))
             seeds = {p.id: row_seed(seed, p.id) for p in group}
-            requests = [Request(p.ids, budget, seeds[p.id], p.id) for p in group]
+            requests = [Request(p.ids, budget, seeds[p.id], p.id, sampling, stops) for p in group]
             found = {g.key: g for g in decoder.run(requests)}
             return [found[p.id] for p in group]
 
@@ -180,7 +173,7 @@ def evaluate_drafts(
     traces = {name: trace for name, (trace, _) in methods.items()}
     conditions = _conditions(target, prompts, sampling, thinking, max_new_tokens, ignore_eos, seed, batch)
     with ExitStack() as stack:
-        journal = None
+        log = None
         if out is not None:
             facts = conditions | {
                 "methods": list(methods),
@@ -188,8 +181,8 @@ def evaluate_drafts(
                 "prompt ids": _short_hash([[p.id, p.domain] for p in prompts]),
                 "machine": this_machine(),
             }
-            journal = stack.enter_context(Journal(out, facts))
-        _take_turns(target, methods, prompts, max_new_tokens, batch, journal)
+            log = stack.enter_context(ResumableLog(partial_path(out), facts, header=True))
+        _take_turns(target, methods, prompts, max_new_tokens, batch, log)
         results: dict[str, Any] = plain(
             {
                 "format": FORMAT,
@@ -201,8 +194,8 @@ def evaluate_drafts(
         )
     if out is not None:
         write_json(out, results)
-        if not keep_journal:
-            forget(out)
+        if not keep_partial:
+            partial_path(out).unlink(missing_ok=True)
     return results
 
 
@@ -228,11 +221,11 @@ def evaluate_at(
         for s in samplings
     ]
     found = [
-        evaluate_drafts(target, drafts, prompts[:limit], sampling, out=path, keep_journal=True, **options)
+        evaluate_drafts(target, drafts, prompts[:limit], sampling, out=path, keep_partial=True, **options)
         for sampling, limit, path in zip(samplings, limits or [None] * len(samplings), outs, strict=True)
     ]
     for path in filter(None, outs):
-        forget(path)
+        partial_path(path).unlink(missing_ok=True)
         note(f"results: {path}")
     return found
 
@@ -242,9 +235,10 @@ def evaluate_draft(target: Target, draft: Draft, prompts: Sequence[Prompt], **op
     return evaluate_drafts(target, {draft.name: draft}, prompts, **options)
 
 
-def row_seed(seed: int, key: str) -> int:
-    """A prompt's own seed, whatever else is in the run."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big")
+def partial_path(out: Path) -> Path:
+    """eval.json -> eval.partial.jsonl: the conditions of an evaluation under way, then a line for each group
+    of prompts with what every method wrote and took."""
+    return out.with_name(f"{out.stem}.partial.jsonl")
 
 
 def fingerprint(model: object) -> str | None:
@@ -280,12 +274,14 @@ def _take_turns(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     batch: int,
-    journal: Journal | None,
+    log: ResumableLog | None,
 ) -> None:
-    """All methods on group after group of prompts; which method starts rotates. Groups that the journal has
+    """All methods on group after group of prompts; which method starts rotates. Groups that the log has
     are taken from there."""
     groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
-    done = {} if journal is None else journal.done
+    done = {} if log is None else {line["group"]: line["methods"] for _, line in log.records()}
+    if done:
+        note(f"{len(done)} of {len(groups)} groups of prompts were measured before; continuing with the rest")
     order = list(methods.items())
     if len(done) < len(groups):
         for _, (_, run) in order:
@@ -297,8 +293,9 @@ def _take_turns(
                 for name, (_, run) in order[i % len(order) :] + order[: i % len(order)]:
                     taken[name] = _measured(target, run, group, max_new_tokens)
                     bar.update(1)
-                if journal is not None:
-                    journal.write(i, {name: asdict(each) for name, each in taken.items()})
+                if log is not None:
+                    log.write({"group": i, "methods": {name: asdict(t) for name, t in taken.items()}})
+                    log.sync()
             else:
                 bar.update(len(order))
             for name, (trace, _) in order:

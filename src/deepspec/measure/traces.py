@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from deepspec.decode.engine import Generation, pieces_of
+from deepspec.decode.engine import Generation
+from deepspec.decode.text import pieces_of
 from deepspec.maths import acceptance
 from deepspec.maths.acceptance import Interval
 from deepspec.maths.verify import Sampling

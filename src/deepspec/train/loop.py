@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from deepspec.checkpoints.draft import load_provenance, save_draft
-from deepspec.config import KEPT_CHECKPOINTS, OptimConfig, Recipe
+from deepspec.config import KEPT_CHECKPOINTS, LOG_EVERY, OptimConfig, Recipe
 from deepspec.data.tokens import Encoded
 from deepspec.drafts.base import NeuralDraft
 from deepspec.errors import CheckpointError, RecipeError
@@ -32,8 +32,6 @@ from deepspec.files import JsonlWriter, write_json, write_text
 from deepspec.log import note, open_trackers, progress
 from deepspec.targets import Target
 from deepspec.train.build import build_draft, loss_settings, read_rules, vocabulary_facts
-
-LOG_EVERY = 10
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,12 @@ from deepspec.config import Recipe, dump_recipe, feature_source, load_recipe
 from deepspec.data.conversations import read_conversations
 from deepspec.drafts.base import NeuralDraft
 from deepspec.errors import RecipeError
-from deepspec.features.launch import refuse_sglang
 from deepspec.files import alone_in
 from deepspec.log import note, warn
-from deepspec.maths.blocks import with_last_hidden
 from deepspec.measure.evaluate import held_out_tau, load_prompts
 from deepspec.pocket import prompts_path
 from deepspec.report.compare import mode_differences
 from deepspec.targets import Target, TargetSpec
-from deepspec.train.build import read_rules
 from deepspec.train.data import training_data
 from deepspec.train.facts import provenance
 from deepspec.train.loop import Outcome, eight_bit_adamw, latest_checkpoint, train
@@ -60,8 +57,6 @@ def _check_before_loading(recipe: Recipe, answers: Path | None) -> None:
     if recipe.optim.states == "8bit":
         eight_bit_adamw()
     form, _ = feature_source(recipe.data.features)
-    if form == "sglang":
-        refuse_sglang(recipe.draft.target_layer_ids or (), with_last_hidden(read_rules(recipe)))
     next(read_conversations(prompts_path(recipe.data.select)), None)
     if form != "cache":
         asked_now = answers is None and recipe.data.train.startswith("pocket:")

@@ -1,0 +1,221 @@
+"""What training a draft takes in bytes and operations, every formula once.
+
+A formula is a line of Python over named numbers (`dimensions.py` has the names of the target and the draft).
+`figure` evaluates it and prints it with the numbers put in, so the two cannot differ.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deepspec.features.formats import STORED_BYTES, TOKEN_BYTES, scale_bytes
+from deepspec.maths.chunking import CHUNK_BYTES
+
+FUNCTIONS = {"min": min, "max": max, "ceil": math.ceil}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value, its unit, and the formula that gave it: in names, and with the numbers put in."""
+
+    value: float
+    unit: str
+    formula: str
+    numbers: str
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {"value": self.value, "unit": self.unit, "formula": f"{self.formula} = {self.numbers}"}
+
+
+Names = dict[str, float]
+
+
+def figure(unit: str, formula: str, names: Names | None = None, /, **more: float | Figure) -> Figure:
+    """The figure of a formula: + - * /, min, max and ceil over `names` and `more`, which comes first.
+
+    Python evaluates the text: formulas are literals of this package and never come from a user. Raises
+    KeyError for a name without a number.
+    """
+    given = {name: float(value) for name, value in {**(names or {}), **more}.items()}
+    numbers = re.sub(r"[A-Za-z_]\w*", lambda w: w[0] if w[0] in FUNCTIONS else number(given[w[0]]), formula)
+    value = eval(formula, {"__builtins__": {}, **FUNCTIONS}, given)
+    return Figure(value, unit, formula.replace("*", "×"), numbers.replace("*", "×"))
+
+
+def total(figures: Mapping[str, Figure]) -> Figure:
+    """The sum of figures of one unit, by their names."""
+    unit = next(iter(figures.values())).unit
+    numbers = " + ".join(number(each.value) for each in figures.values())
+    return Figure(sum(each.value for each in figures.values()), unit, " + ".join(figures), numbers)
+
+
+def number(value: float) -> str:
+    """As short as it can be read: whole numbers in full up to nine digits, the rest with four digits."""
+    if float(value).is_integer() and abs(value) < 1e9:
+        return f"{int(value):,}"
+    return f"{value:.4g}"
+
+
+# ── parameters ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def body_weights(target: Names, experts: float) -> Figure:
+    """Matrix weights of the layers. experts: weights of a mixture, all or those that a token passes."""
+    formula = "layers * attention + (layers - sparse) * mlp + sparse * experts"
+    return figure("parameters", formula, target, experts=experts)
+
+
+def target_parameters(target: Names) -> Figure:
+    """Layers, two norms in each and one at the end, embedding and head."""
+    return figure("parameters", "body + (2 * layers + 1) * hidden + copies * vocab * hidden", target)
+
+
+def draft_parameters(draft: Names) -> Figure:
+    """The draft's own parameters; embedding and head are the target's."""
+    formula = "fc + draft_layers * (row_weights + kv_weights) + rank * (vocab + own_vocab) + small"
+    return figure("parameters", formula, draft)
+
+
+# ── bytes on disk ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def cache_bytes_per_token(
+    hidden: int, layers: int, store: str = "bf16", *, features_share: float = 1.0, last_share: float = 1.0
+) -> Figure:
+    """Bytes that a feature cache takes for one token.
+
+    hidden: d. layers: m feature layers; the last hidden state is one vector more. store: bf16, or fp8 or
+    int8 with a float32 scale for each vector. features_share, last_share: share of the positions whose
+    feature vectors, and whose last hidden state, are stored.
+    """
+    return figure(
+        "bytes",
+        "(number * hidden + scale) * (layers * features_share + last_share) + token",
+        number=STORED_BYTES[store],
+        hidden=hidden,
+        scale=scale_bytes(store),
+        layers=layers,
+        features_share=features_share,
+        last_share=last_share,
+        token=TOKEN_BYTES,
+    )
+
+
+def cache_bytes(tokens: float, each: Figure) -> Figure:
+    """Bytes of a feature cache of so many tokens; each: `cache_bytes_per_token`."""
+    return figure("bytes", "tokens * bytes_per_token", tokens=tokens, bytes_per_token=each)
+
+
+def moment_bytes(states: str) -> float:
+    """Bytes of AdamW's two moments of a parameter: float32, or 8 bits with a float32 scale for every 256."""
+    return 2 * 4 if states == "float32" else 2 * (1 + 4 / 256)
+
+
+# ── bytes in memory ───────────────────────────────────────────────────────────────────────────────────
+
+
+def state_bytes_per_parameter(precision: str, states: str = "float32") -> float:
+    """Bytes of a draft in training for one parameter: weight and gradient; in bfloat16 also their float32
+    masters (a float32 weight is its own); the optimiser's two moments."""
+    return (2 + 2 + 4 + 4 if precision == "bfloat16" else 4 + 4) + moment_bytes(states)
+
+
+def activation_bytes(draft: Names, sequences: float, length: float, anchors: float) -> Figure:
+    """Bytes that the draft's forward pass keeps for its backward pass, for one micro-batch.
+
+    Counted in the layers' code. A norm keeps its input and its normalised input in float32 (4 bytes), a
+    projection its input, attention its queries, keys and values, these spread over the query heads, the MLP
+    four vectors of its width. A block draft keeps its mask once for each layer. An unrolled draft (Eagle-3)
+    keeps the scores of every step after the first: softmax in float32, and a copy in the draft's own format
+    (`score`). Fused kernels keep less.
+    """
+    if not draft["parallel"]:
+        formula = (
+            "sequences * length * block * (4 * (8 * hidden + 2 * draft_queries + draft_kv)"
+            " + draft_width * (4 * hidden + 6 * draft_queries + 4 * draft_mlp)"
+            " + score * draft_heads * (length + block / 2) * (block - 1) / block)"
+        )
+    else:
+        formula = (
+            "sequences * (anchors * block * (draft_layers * (4 * (4 * hidden + 2 * draft_queries + draft_kv)"
+            " + draft_width * (2 * hidden + 5 * draft_queries + 4 * draft_mlp + length + anchors * block))"
+            " + 4 * 2 * hidden + draft_width * hidden)"
+            " + length * (draft_layers * (4 * draft_kv + draft_width * 2 * draft_queries)"
+            " + 4 * 2 * hidden + draft_width * hidden))"
+        )
+    width = draft["draft_width"]
+    score = 4 if width == 4 else 4 + width
+    return figure("bytes", formula, draft, sequences=sequences, length=length, anchors=anchors, score=score)
+
+
+def passing_bytes(draft: Names, sequences: float, length: float) -> Figure:
+    """Bytes of an unrolled draft's scores of one step, written out several times between product and softmax;
+    block drafts leave theirs to a fused kernel."""
+    formula = "sequences * draft_heads * length * length * (2 * draft_width + 2 * 4)"
+    return figure("bytes", formula, draft, sequences=0 if draft["parallel"] else sequences, length=length)
+
+
+def head_bytes(draft: Names, loss_rows: float) -> Figure:
+    """Bytes that the loss holds besides its rows: six tensors as wide as a chunk of the vocabulary, gradients
+    of the hidden rows, and of W₂ in float32 twice."""
+    formula = "6 * chunk + loss_rows * 4 * (2 * hidden + rank) + 8 * own_vocab * rank"
+    return figure("bytes", formula, draft, chunk=CHUNK_BYTES, loss_rows=loss_rows)
+
+
+def slot_bytes(names: Names, sequences: float, context: float) -> Figure:
+    """Bytes of keys and values of target and draft; a store that grows may hold up to twice what is used."""
+    formula = "2 * sequences * context * width * (layers * kv + draft_layers * draft_kv)"
+    return figure("bytes", formula, names, sequences=sequences, context=context)
+
+
+# ── floating-point operations ─────────────────────────────────────────────────────────────────────────
+# 2 for each weight and row forwards, 4 more backwards. Scores and their use are counted whole, also where a
+# kernel skips what a mask hides: 4 for each query width and key forwards, 8 more backwards.
+
+
+def forward_flops(target: Names, tokens: float, keys: float, *, logits: float = 0.0) -> Figure:
+    """Operations of the target's forward pass. keys: how many a token meets, on average over tokens. logits:
+    rows that pass the head."""
+    formula = "tokens * (2 * active + 4 * layers * queries * keys) + 2 * logits * vocab * hidden"
+    return figure("FLOPs", formula, target, tokens=tokens, keys=keys, logits=logits)
+
+
+def draft_flops(draft: Names, sequences: float, length: float, keys: float, anchors: float) -> Figure:
+    """Operations of the draft's layers, forwards and backwards; its head is `head_flops`.
+
+    `fc` needs no gradient of the features it reads: 4 a weight instead of 6. A block draft's context passes
+    `fc` and the key and value weights only; its slots meet the context and all slots of the sequence.
+    keys: context positions that a token meets, on average over tokens.
+    """
+    if not draft["parallel"]:
+        formula = (
+            "sequences * length * (4 * fc"
+            " + block * (6 * (row_weights + kv_weights) + 12 * draft_queries * keys))"
+        )
+    else:
+        formula = (
+            "sequences * (length * (4 * fc + draft_layers * 6 * kv_weights) + anchors * block * draft_layers"
+            " * (6 * (row_weights + kv_weights) + 12 * draft_queries * (keys + anchors * block)))"
+        )
+    return figure("FLOPs", formula, draft, sequences=sequences, length=length, keys=keys, anchors=anchors)
+
+
+def head_flops(draft: Names, loss_rows: float, taught: float) -> Figure:
+    """Operations of the draft's head forwards and back to its rows (the weight is frozen), of W₂ with its
+    gradient, and of the target's head on a teacher's rows. taught: share of the rows with a teacher."""
+    formula = "loss_rows * (4 * own_vocab * hidden + 6 * own_vocab * rank + taught * 2 * vocab * hidden)"
+    return figure("FLOPs", formula, draft, loss_rows=loss_rows, taught=taught)
+
+
+def slots_that_count(supervised: float, block: int) -> float:
+    """Mean number of a block's slots whose labels are inside the answer, for `supervised` tokens of it."""
+    candidates = max(supervised - 1.0, 1.0)
+    return block - block * (block - 1) / (2 * max(candidates, block))

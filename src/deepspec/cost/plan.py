@@ -1,0 +1,122 @@
+"""A plan: what a recipe takes before anything runs, each figure with its formula, and whether it fits.
+
+Arithmetic only: inputs and a source of seconds in, figures out. Nothing is loaded or measured here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from deepspec.cost.formulas import Figure, body_weights, draft_parameters, figure, target_parameters, total
+from deepspec.cost.inputs import Inputs
+from deepspec.cost.sizes import Need, disk_figures, host_figures, memory_figures, needs_of
+from deepspec.cost.step_time import ASSUMED_TAU, FromRow, StepTime, operations
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures by section and name; what has to fit; what was assumed."""
+
+    inputs: Inputs
+    sections: dict[str, dict[str, Figure]]
+    needs: tuple[Need, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return all(need.fits for need in self.needs)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON data."""
+        inputs = self.inputs
+        return {
+            "recipe": inputs.recipe.name,
+            "target": inputs.recipe.target,
+            "machine": inputs.machine._asdict(),
+            "features": inputs.features,
+            "sections": {
+                title: {name: one.plain() for name, one in figures.items()}
+                for title, figures in self.sections.items()
+            },
+            "needs": [{**need._asdict(), "fits": need.fits} for need in self.needs],
+            "fits": self.fits,
+            "notes": list(self.notes),
+        }
+
+
+def make_plan(inputs: Inputs, source: StepTime | None = None) -> Plan:
+    """The plan of a recipe. source: of seconds; the machine's row if None.
+
+    Raises RecipeError if the recipe describes no draft for its target, DataError if no row is left.
+    """
+    names, source = inputs.names, source or FromRow(inputs.machine)
+    memory, (steps, seconds) = memory_figures(inputs), time_figures(inputs, source)
+    sections = {
+        "parameters": {
+            "target": target_parameters(names),
+            "of them, passed by a token": body_weights(names, names["chosen"]),
+            "draft's own": draft_parameters(names),
+        },
+        "data": {
+            "rows": figure("rows", "rows", names),
+            "tokens": figure("tokens", "prompts + answers", names),
+            "prompt tokens": figure("tokens", "prompts", names),
+            "answer tokens": figure("tokens", "answers", names),
+            "supervised share": figure("", "answers / tokens", names),
+            "tokens computed per token": figure("", "padding", names),
+            "optimiser steps": steps,
+        },
+        "disk": disk_figures(inputs),
+        "memory of the accelerator" if inputs.machine.memory else "memory of the model": memory,
+        "memory of the host": host_figures(inputs, memory),
+        "operations": operations(inputs),
+        "time": seconds,
+    }
+    notes = [
+        *inputs.counts.notes,
+        *source.notes(inputs),
+        f"held-out evaluations are assumed to reach τ {ASSUMED_TAU:g}",
+    ]
+    if watts := source.watts() or inputs.machine.watts:
+        formula = "seconds * watts / 3600000"
+        notes.append(f"energy is counted at {watts:.0f} W")
+        sections["energy"] = {
+            name: figure("kWh", formula, seconds=spent, watts=watts) for name, spent in seconds.items()
+        }
+    else:
+        notes.append("there is no energy: this machine has no meter that can be read; --watts sets its power")
+    return Plan(inputs, sections, needs_of(inputs), tuple(notes))
+
+
+def time_figures(inputs: Inputs, source: StepTime) -> tuple[Figure, dict[str, Figure]]:
+    """(optimiser steps, seconds by phase)."""
+    recipe, cached = inputs.recipe, inputs.features == "cache"
+    features, draft = source.features_step(inputs), source.draft_step(inputs)
+    steps = optimiser_steps(inputs, float(draft) + (0.0 if cached else float(features)))
+    found: dict[str, Figure] = {}
+    if not inputs.counts.answered:
+        found["regeneration"] = source.answers(inputs)
+    found["features"] = (
+        source.cache(inputs) if cached else figure("s", "steps * each", steps=steps, each=features)
+    )
+    found["training"] = figure("s", "steps * each", steps=steps, each=draft)
+    if overhead := source.overhead(inputs, float(steps)):
+        found["loading, setup and checkpoints"] = overhead
+    times = math.ceil(float(steps) / recipe.eval_every_steps)
+    found["held-out evaluation"] = figure("s", "times * one", times=times, one=source.held_out(inputs))
+    return steps, found | {"all": total(found)}
+
+
+def optimiser_steps(inputs: Inputs, step: float) -> Figure:
+    """Steps until the first of the recipe's limits. step: seconds of one."""
+    limit, minutes = (
+        inputs.recipe.total_steps(math.ceil(inputs.names["rows"])),
+        inputs.recipe.optim.max_minutes,
+    )
+    if minutes is None:
+        return figure("steps", "limit", limit=limit or 0)
+    if limit is None:
+        return figure("steps", "ceil(60 * minutes / step)", minutes=minutes, step=step)
+    return figure("steps", "min(limit, ceil(60 * minutes / step))", limit=limit, minutes=minutes, step=step)

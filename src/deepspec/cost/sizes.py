@@ -1,0 +1,139 @@
+"""Bytes: on disk, where the model is, and in the host's memory; and which of them have to fit."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from deepspec.config import HELD_OUT_ROWS, KEPT_CHECKPOINTS
+from deepspec.cost.formulas import (
+    Figure,
+    activation_bytes,
+    cache_bytes,
+    cache_bytes_per_token,
+    figure,
+    head_bytes,
+    moment_bytes,
+    passing_bytes,
+    slot_bytes,
+    state_bytes_per_parameter,
+)
+from deepspec.cost.inputs import Inputs
+from deepspec.features.formats import STORED_BYTES, TOKEN_BYTES
+
+USABLE = 0.92
+"""Share of an accelerator's memory that is left by its context and by fragmentation: an assumption."""
+PROCESS_BYTES = 1.5e9
+"""Host memory of the program itself, libraries included: an assumption."""
+
+
+class Need(NamedTuple):
+    """Bytes wanted of one kind of storage, and the bytes that it has."""
+
+    what: str
+    wants: float
+    has: float
+
+    @property
+    def fits(self) -> bool:
+        return self.wants <= self.has
+
+
+def disk_figures(inputs: Inputs) -> dict[str, Figure]:
+    """Bytes of the answers, of the features from every source, and of the checkpoints."""
+    names, recipe, found = inputs.names, inputs.recipe, {}
+    if not inputs.counts.answered:
+        formula = "prompts * text + answers * (text + id) + rows * line"
+        found["answers"] = figure("bytes", formula, names, text=4, id=7, line=700)
+    found["features online"] = figure("bytes", "nothing", nothing=0)
+    # Features are context, read almost everywhere; a teacher is read at as many positions as are supervised.
+    share = names["answers"] / names["tokens"] if inputs.taught else 0.0
+    hidden, layers = int(names["hidden"]), int(names["feature_layers"])
+    for store in STORED_BYTES:
+        each = cache_bytes_per_token(hidden, layers, store, last_share=share)
+        found[f"cache in {store}"] = cache_bytes(names["tokens"], each)
+    # One more is written before the oldest goes; the best one has no optimiser.
+    formula = "own * (kept * (draft_width + master + moments) + draft_width)"
+    kept, moments = KEPT_CHECKPOINTS + 1, moment_bytes(recipe.optim.states)
+    found["checkpoints"] = figure("bytes", formula, names, kept=kept, master=4, moments=moments)
+    return found
+
+
+def memory_figures(inputs: Inputs) -> dict[str, Figure]:
+    """Bytes where the model is: while answering, in a step of training, in a held-out evaluation."""
+    recipe, names = inputs.recipe, inputs.names
+    micro = min(recipe.optim.micro_batch_size or recipe.optim.batch_size, recipe.optim.batch_size)
+    length = names["longest"]
+    anchors = min(recipe.num_anchors, length)
+    loss_rows = micro * (anchors * names["block"] if names["parallel"] else length)
+    rows = min(HELD_OUT_ROWS, recipe.eval_prompts)
+    context = names["prompts"] / names["rows"] + recipe.eval_max_new_tokens + names["block"] + 1
+    each = state_bytes_per_parameter(recipe.precision, recipe.optim.states)
+    base = {
+        "target weights": figure("bytes", "parameters * width", names),
+        "draft, gradients, optimiser": figure("bytes", "own * each", names, each=each),
+    }
+    features = "sequences * length * width * hidden * (2 * feature_layers + 1)"
+    step = {
+        "features of a micro-batch": figure("bytes", features, names, sequences=micro, length=length),
+        "activations of a micro-batch": activation_bytes(names, micro, length, anchors),
+        "scores in passing": passing_bytes(names, micro, length),
+        "head and loss": head_bytes(names, loss_rows),
+    }
+    laws = "sequences * (2 * block + 1) * vocab * 4 * copies"
+    held_out = {
+        "held-out slots": slot_bytes(names, rows, context),
+        "held-out distributions": figure("bytes", laws, names, sequences=rows, copies=3),
+    }
+    weights, state = base.values()
+    found = base | step | held_out
+    found["training"] = figure(
+        "bytes",
+        "weights + state + max(step, held_out)",
+        weights=weights,
+        state=state,
+        step=sum(map(float, step.values())),
+        held_out=sum(map(float, held_out.values())),
+    )
+    if inputs.answers_here:
+        slots = slot_bytes(names | {"draft_layers": 0}, names["batch"], length)
+        found["answering"] = figure("bytes", "weights + slots", weights=weights, slots=slots)
+    return found
+
+
+def host_figures(inputs: Inputs, memory: dict[str, Figure]) -> dict[str, Figure]:
+    """Bytes of host memory: besides an accelerator's, or everything if there is none."""
+    rows = figure("bytes", "tokens * token", inputs.names, token=TOKEN_BYTES)
+    given: dict[str, float | Figure] = {"program": PROCESS_BYTES, "rows": rows}
+    if inputs.machine.memory is not None:
+        total = figure("bytes", "program + max(rows, loading)", **given, loading=memory["target weights"])
+    else:
+        most = max(float(memory[verb]) for verb in ("training", "answering") if verb in memory)
+        total = figure("bytes", "program + rows + most", **given, most=most)
+    return {
+        "program": figure("bytes", "program", program=PROCESS_BYTES),
+        "tokens of the rows": rows,
+        "at most at once": total,
+    }
+
+
+def needs_of(inputs: Inputs) -> tuple[Need, ...]:
+    """What has to fit. Raises RecipeError and DataError as `Inputs.names` does."""
+    disk, memory, machine = disk_figures(inputs), memory_figures(inputs), inputs.machine
+    written = [
+        "checkpoints",
+        "answers",
+        *([f"cache in {inputs.store}"] if inputs.features == "cache" else []),
+    ]
+    needs = []
+    if inputs.free_disk is not None:
+        wants = sum(float(disk[name]) for name in written if name in disk)
+        needs.append(Need("disk", wants, inputs.free_disk))
+    if machine.memory is not None:
+        verbs = [verb for verb in ("training", "answering") if verb in memory]
+        usable = USABLE * machine.memory
+        needs += [Need(f"accelerator memory, {verb}", float(memory[verb]), usable) for verb in verbs]
+    if machine.host is not None:
+        needs.append(
+            Need("host memory", float(host_figures(inputs, memory)["at most at once"]), machine.host)
+        )
+    return tuple(needs)

@@ -1,0 +1,227 @@
+"""What a plan is made from: the target's dimensions, the data's lengths, and this machine's speeds.
+
+`cost` is arithmetic; whatever needs torch, transformers or a file is gathered here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from deepspec.answers.in_process import PACKAGED_ROWS
+from deepspec.checkpoints.inspect import parameters
+from deepspec.config import Recipe, feature_source
+from deepspec.cost import MACHINES, Counts, Inputs, Machine, assumed_counts, published_counts
+from deepspec.cost.inputs import USUAL_BATCH
+from deepspec.cost.step_time import FromRow, Measured, Speeds, StepTime, speed_key
+from deepspec.data.conversations import Conversation, conversation_from_row, read_conversations
+from deepspec.data.messages import is_trained
+from deepspec.data.tokens import encode_turns, prompt_ids
+from deepspec.drafts import ALGORITHMS
+from deepspec.drafts.spec import DraftSpec
+from deepspec.errors import DataError, UserError, nearest
+from deepspec.families import PUBLISHED_TARGETS
+from deepspec.log import note, warn
+from deepspec.measure.evaluate import spread
+from deepspec.pocket import packaged, prompts_path
+from deepspec.speeds import SAMPLES, here, kept_speeds, measure
+from deepspec.targets import TargetSpec
+from deepspec.this_machine import busy
+from deepspec.train.build import draft_spec
+
+DEFAULT_MACHINE, ASSUMED_ROWS = "h100", 10_000
+POCKET_ANSWER = 60.0
+"""Mean tokens of the pocket target's answers, assumed before there are any."""
+
+
+def prepare(
+    recipe: Recipe,
+    machine: str | None = None,
+    *,
+    again: bool = False,
+    watts: float | None = None,
+    share: float | None = None,
+    data: Path | None = None,
+    rows: int | None = None,
+    prompt_tokens: float | None = None,
+    answer_tokens: float | None = None,
+    batch: int | None = None,
+    features: str | None = None,
+    **choices: Any,
+) -> tuple[Inputs, StepTime]:
+    """What a plan of the recipe is made from, and its source of seconds.
+
+    machine: a row's name, or here; again: measure it even if it was measured before. watts, share: instead of
+    the machine's. choices: further fields of `Inputs`. Raises UserError for an unknown machine or target, and
+    for data that cannot be read.
+    """
+    path = data or prompts_path(recipe.data.train)
+    # `train` answers the packaged prompts itself.
+    packaged_rows = data is None and recipe.data.train.startswith("pocket:")
+    batch = batch or (PACKAGED_ROWS if packaged_rows else None)
+    row = machine_row(recipe, machine)
+    row = row._replace(watts=row.watts if watts is None else watts, share=share or row.share)
+    source: StepTime = FromRow(row)
+    if row.name == "here":
+        speeds = measured(recipe, again, path, batch or USUAL_BATCH["process"])
+        source = Measured(speeds if watts is None else replace(speeds, watts=watts))
+        answer_tokens = answer_tokens or sum(speeds.answers) / len(speeds.answers)
+    config, tokenizer, notes = target_facts(recipe.target)
+    published = published_counts()
+    answer = answer_tokens or (POCKET_ANSWER if recipe.target == "pocket" else published.answers[0])
+    if data is not None or path.is_file():
+        counts = count_file(path, tokenizer, thinking=recipe.thinking, answer=answer)
+    elif prompt_tokens is None and answer_tokens is None:
+        counts = published
+    else:
+        counts = assumed_counts(ASSUMED_ROWS, prompt_tokens or published.prompts[0], answer)
+    counts = counts if rows is None else counts.of(rows)
+    counts = replace(counts, notes=(*notes, *counts.notes))
+    if features is None:
+        features = "cache" if feature_source(recipe.data.features)[0] == "cache" else "online"
+    return Inputs(recipe, config, counts, row, describe, features, batch=batch, **choices), source
+
+
+def describe(recipe: Recipe, config: Mapping[str, Any]) -> tuple[DraftSpec, int]:
+    """(the recipe's draft for a target of this config, its own parameters). Raises RecipeError."""
+    # A block draft's mask token is chosen from the target's vocabulary; it does not change any size.
+    mask = recipe.draft.mask_token_id or 0 if ALGORITHMS[recipe.algorithm].needs_mask else None
+    spec = draft_spec(recipe, dict(config), mask)
+    return spec, _own_parameters(spec)
+
+
+@lru_cache(maxsize=64)
+def _own_parameters(spec: DraftSpec) -> int:
+    return parameters(spec)[0]
+
+
+def target_facts(name: str) -> tuple[dict[str, Any], Any, list[str]]:
+    """(raw text config, tokenizer or None, notes). Published targets are known without a network.
+
+    Raises TargetError for any other that is neither on this disk nor on the Hub.
+    """
+    if name in PUBLISHED_TARGETS and not Path(name).is_dir():
+        return PUBLISHED_TARGETS[name], None, [f"the dimensions of {name} ship with this package"]
+    spec = TargetSpec.from_pretrained(name)
+    return spec.config, spec.tokenizer(), []
+
+
+# ── machines ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def machine_row(recipe: Recipe, name: str | None) -> Machine:
+    """The row of that name; by default this machine if the target's weights are on its disk. Raises UserError
+    for an unknown name."""
+    if name is None:
+        local = Path(packaged(recipe.target)).is_dir()
+        name = "here" if local else DEFAULT_MACHINE
+        if not local:
+            note(f"this plan is for {name}; --machine {'|'.join(MACHINES)} plans for others, here measures")
+    if name != "here" and name not in MACHINES:
+        close = nearest(name, MACHINES)
+        raise UserError(
+            f"there is no machine {name!r}" + (f"; did you mean {close}?" if close else ""),
+            next_step=f"choose one of {', '.join(MACHINES)}, or `here` to measure this one",
+        )
+    return here() if name == "here" else MACHINES[name]
+
+
+def measured(recipe: Recipe, again: bool, prompts: Path, slots: int) -> Speeds:
+    """The speeds that were measured on this machine before if they cover the recipe, else new ones."""
+    kept = None if again else kept_speeds(recipe.target)
+    if kept is not None and speed_key(recipe) in kept.train:
+        return kept
+    note("measuring this machine with this target; this takes about a minute")
+    if (load := busy()) is not None:
+        warn(
+            f"the machine was busy in the last minute (load {load:.1f} on {os.cpu_count()} cores): if it "
+            "still is, the measured times will be too long, and they are kept; --measure measures again"
+        )
+    some = spread(list(islice(read_conversations(prompts), 4000)), SAMPLES[0])
+    return measure(recipe, some, slots=slots, max_new_tokens=256)
+
+
+# ── counting the data ─────────────────────────────────────────────────────────────────────────────────
+
+SAMPLED = 1000
+"""Rows that are tokenised; in a longer file they are spread over it."""
+IN_TURN = 8
+"""Lines that are read at each place of a long file."""
+LONG_FILE = 4 * 2**20
+"""Bytes from which only some places of a file are read."""
+CHARACTERS = 4.0
+"""Characters of a token if there is no tokenizer: an assumption."""
+
+
+def count_file(path: Path, tokenizer: Any, *, thinking: bool = False, answer: float = 0.0) -> Counts:
+    """Counts of a JSONL file, answered or not. tokenizer: the target's, or None. answer: tokens assumed for a
+    row without one.
+
+    Raises DataError for a file that cannot be read, an empty one, and a broken row among those sampled.
+    """
+    rows, weight = _spread_rows(path)
+    if not rows:
+        raise DataError(
+            "the file has no rows", where=str(path), next_step="give a JSONL file, one conversation per line"
+        )
+    found = [_tokens(row, tokenizer, thinking) for row in rows]
+    notes = []
+    if weight > 1:
+        notes.append(f"{len(rows):,} of about {len(rows) * weight:,.0f} rows of {path.name} were tokenised")
+    if tokenizer is None:
+        notes.append(
+            f"there is no tokenizer: a token of {path.name} is assumed to have {CHARACTERS:g} characters"
+        )
+    missing = any(given is None for _, given in found)
+    if missing:
+        notes.append(f"answers are assumed to have {answer:,.0f} tokens: {path.name} holds prompts only")
+    prompts = tuple(float(prompt) for prompt, _ in found)
+    answers = tuple(answer if given is None else float(given) for _, given in found)
+    return Counts(prompts, answers, weight, not missing, tuple(notes))
+
+
+def _spread_rows(path: Path) -> tuple[list[Conversation], float]:
+    """(some SAMPLED rows, how many each of them stands for). A long file is read at places spread over it:
+    several lines after each, so that long lines are not met more often than short ones."""
+    try:
+        size = path.stat().st_size
+        if size < LONG_FILE:
+            rows = list(read_conversations(path))
+            some = rows[:: max(math.ceil(len(rows) / SAMPLED), 1)]
+            return some, len(rows) / max(len(some), 1)
+        lines = {}
+        with path.open("rb") as stream:
+            for i in range(SAMPLED // IN_TURN):
+                stream.seek(size * i * IN_TURN // SAMPLED)
+                if i:
+                    stream.readline()
+                for _ in range(IN_TURN):
+                    lines[stream.tell()] = stream.readline()
+        found = [line for line in lines.values() if line.strip()]
+        rows = [conversation_from_row(json.loads(line), str(path)) for line in found]
+    except OSError as error:
+        raise DataError(f"the rows cannot be read: {error.strerror or error}", where=str(path)) from error
+    except ValueError as error:
+        raise DataError(f"a row is not valid JSON: {error}", where=str(path)) from error
+    return rows, size / (sum(map(len, found)) / len(found)) / len(rows)
+
+
+def _tokens(row: Conversation, tokenizer: Any, thinking: bool) -> tuple[float, float | None]:
+    """(tokens of the prompt, of the answer or None without one)."""
+    last = next((i for i in range(len(row.messages))[::-1] if is_trained(row.messages[i])), None)
+    if tokenizer is None:
+        before = row.messages if last is None else row.messages[:last]
+        prompt = sum(len(m["content"]) for m in before) / CHARACTERS
+        return prompt, None if last is None else len(row.messages[last]["content"]) / CHARACTERS
+    if last is None:
+        return len(prompt_ids(tokenizer, row.messages, thinking, where=row.where)), None
+    rows = encode_turns(tokenizer, row, thinking)
+    supervised = sum(sum(r.loss_mask) for r in rows)
+    return sum(len(r.ids) for r in rows) - supervised, supervised
