@@ -408,7 +408,7 @@ def test_draft_of_another_target_names_both_sides(scene, target_dirs):
     words[words.index(scene / "target")] = target_dirs["qwen3"]
     text = refused(*words)
     assert "does not fit" in text
-    assert "its hidden width is 32, the target's 48" in text
+    assert "its hidden width is 32, and the target's is 48" in text
 
 
 def test_unknown_recipe_key_gives_the_nearest_name(scene, tmp_path):

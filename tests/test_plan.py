@@ -31,7 +31,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from deepspec import speeds as profile
-from deepspec.checkpoints.draft import draft_shapes
+from deepspec.checkpoints.read import draft_shapes
 from deepspec.cli import app
 from deepspec.config import KEPT_CHECKPOINTS, Recipe, load_recipe
 from deepspec.cost import MACHINES, Inputs, assumed_counts, cheapest_change, make_plan, published_counts
@@ -66,7 +66,7 @@ from deepspec.planning import count_file, describe, prepare
 from deepspec.targets import Target, TargetSpec
 from deepspec.train.build import build_draft
 from deepspec.train.optimizer import Optimizer
-from deepspec.train.run import Progress
+from deepspec.train.run import Progress, Run
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe, write_rows
 
 QWEN3_4B = PUBLISHED_TARGETS["Qwen/Qwen3-4B"]
@@ -577,6 +577,7 @@ from deepspec.data.tokens import Encoded
 from deepspec.targets import Target
 from deepspec.train.loop import train_step
 from deepspec.train.optimizer import Optimizer
+from deepspec.train.run import Progress, Run
 
 def peak():
     status = Path("/proc/self/status").read_text()

@@ -36,7 +36,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from conftest import DEVICE, FAMILIES, MODELS, SLIDING_WINDOW, prompts_of, save_tiny
-from deepspec.checkpoints.draft import find_checkpoint
+from deepspec.checkpoints.read import find_checkpoint
 from deepspec.errors import CheckpointError, TargetError
 from deepspec.targets import Target, TargetSpec
 from sequences import CLOSE, Sequences, scripted
@@ -329,7 +329,7 @@ def test_code_that_comes_with_a_model_is_not_run(
     config |= {"model_type": "no-such-model", "auto_map": {"AutoConfig": "code.Config"}}
     (path / "config.json").write_text(json.dumps(config), "utf-8")
     (path / "code.py").write_text("raise SystemExit('it was run')", "utf-8")
-    with pytest.raises(TargetError, match="modelling code of its own, which is not run"):
+    with pytest.raises(TargetError, match="needs modelling code from its own repository"):
         load(path)
 
 

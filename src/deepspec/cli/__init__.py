@@ -1,8 +1,8 @@
-"""The command line: parse, call, print, exit code.
+"""The command line: each command parses, calls, and prints.
 
-Exit codes: 0 done, 1 a failure of ours (with its traceback), 2 bad input, 130 interrupted. Tables and JSON go
-to standard output, everything else to standard error. Each command imports what it needs when it runs, so
-that `deepspec --help` loads neither torch nor transformers.
+The exit code is 0 for success, 1 for a bug (with its traceback) or a failure of the machine, 2 for bad input,
+and 130 after Ctrl-C. Tables and JSON go to standard output, everything else to standard error. Each command
+imports what it needs when it runs, so that `deepspec --help` loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from deepspec.files import cannot_write, is_disk_full
 from deepspec.log import note, show_error
 
 KEPT = {
-    "quickstart": "answers, checkpoints and metrics so far are kept; the same command goes on from there",
-    "train": "answers, checkpoints and metrics so far are kept; the same command goes on from there",
-    "eval": "with --out, the prompts measured so far are kept; the same command goes on from there",
-    "data": "the shards and answers finished so far are kept; the same command goes on with the rest",
+    "quickstart": "answers, checkpoints and metrics so far are kept; the same command continues from there",
+    "train": "answers, checkpoints and metrics so far are kept; the same command continues from there",
+    "eval": "with --out, the prompts measured so far are kept; the same command continues from there",
+    "data": "the shards and answers finished so far are kept; the same command continues with the rest",
 }
 
 
 class Commands(TyperGroup):
-    """The root group: what went wrong inside a command becomes a message and an exit code here."""
+    """The root group. It turns the errors of all commands into messages and exit codes."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -64,20 +64,18 @@ class Commands(TyperGroup):
             raise typer.Exit(INTERRUPTED) from None
 
 
-app = typer.Typer(
-    cls=Commands, help="Make a language model faster without changing what it says.", **SETTINGS
-)
+app = typer.Typer(cls=Commands, help="Make a language model faster without changing its output.", **SETTINGS)
 
 
 def main() -> None:
-    """The console script."""
+    """Run the `deepspec` console script."""
     app(prog_name="deepspec")
 
 
 @app.callback(invoke_without_command=True)
 def root(
     ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
         typer.echo(f"deepspec {__version__}")
@@ -95,7 +93,9 @@ app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("export")(export.export)
 
-data_app = typer.Typer(help="Prepare conversations to train on.", no_args_is_help=True, **SETTINGS)
+data_app = typer.Typer(
+    help="Prepare the conversations that a draft is trained on.", no_args_is_help=True, **SETTINGS
+)
 data_app.command("download")(data_download.download)
 data_app.command("split")(data_split.split)
 data_app.command("regenerate")(data_regenerate.regenerate)

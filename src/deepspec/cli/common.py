@@ -1,4 +1,4 @@
-"""What the commands share: options, loading with clear errors, printing."""
+"""What the commands share: options, loading with clear errors, and printing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from deepspec.targets import Target
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-"""Exit codes: a failure of ours or of the machine; bad input; Ctrl-C. 0 is done."""
+"""Exit codes: a bug or a failure of the machine, bad input, Ctrl-C. 0 means success."""
 SETTINGS: dict[str, Any] = {
     "rich_markup_mode": None,
     "pretty_exceptions_enable": False,
@@ -32,19 +32,23 @@ SETTINGS: dict[str, Any] = {
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 
-TargetName = Annotated[str, typer.Option("--target", help="pocket, a directory, or a Hub id.")]
-Thinking = Annotated[bool, typer.Option("--thinking", help="Let the template switch thinking on.")]
-TopK = Annotated[int, typer.Option("--top-k", min=0, help="0: all tokens.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Above 0, up to 1.")]
-MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Budget of new tokens per prompt.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out and count them by reason.")]
-Seed = Annotated[int, typer.Option("--seed", min=0)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
-
-
+TargetName = Annotated[str, typer.Option("--target", help="The model: pocket, a directory, or a Hub id.")]
+Thinking = Annotated[bool, typer.Option("--thinking", help="Turn on the target's thinking mode.")]
+TopK = Annotated[
+    int, typer.Option("--top-k", min=0, help="Sample from the K likeliest tokens only; 0: from all.")
+]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="Sample from the likeliest tokens of this total probability.")
+]
+MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most new tokens per prompt.")]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out rows that cannot be used, and count them.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all random numbers.")]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON on standard output.")]
 DropRepeats = Annotated[
     bool,
-    typer.Option("--drop-repeats", help="Keep a prompt's first row only, not all of its rows."),
+    typer.Option("--drop-repeats", help="Keep only the first row of each prompt."),
 ]
 
 
@@ -81,13 +85,13 @@ def sampling_of(temperature: float, top_k: int = 0, top_p: float = 1.0) -> Sampl
 
 
 def prompt_file(name: str | None, target: str) -> Path:
-    """The file behind --prompts; the pocket target brings its own."""
+    """The file that --prompts names; without it, the pocket target is measured on pocket:test."""
     from deepspec.pocket import prompts_path
 
     if name is None and target != "pocket":
         raise UserError(
-            f"no prompts to evaluate {target} on",
-            next_step="add --prompts FILE.jsonl, one conversation per line, or --prompts pocket:test",
+            f"{target} needs prompts to be evaluated on",
+            next_step="add --prompts FILE.jsonl with one conversation per line, or --prompts pocket:test",
         )
     return prompts_path(name or "pocket:test")
 
@@ -129,11 +133,11 @@ def table_of(*heads: str) -> Table:
 
 @contextmanager
 def whole_or_not() -> Iterator[None]:
-    """Ctrl-C in here: the other commands of `data` keep what was finished, these start over."""
+    """Report that nothing was kept after Ctrl-C; the other commands of `data` keep what was finished."""
     try:
         yield
     except KeyboardInterrupt:
-        note("interrupted: nothing was written, and what was there before stays", style="yellow")
+        note("interrupted: nothing was written, and earlier files are unchanged", style="yellow")
         raise typer.Exit(INTERRUPTED) from None
 
 

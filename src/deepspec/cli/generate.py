@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the user says.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The user's message.")],
     target: TargetName = "pocket",
-    draft: Annotated[str | None, typer.Option("--draft", help="Default for pocket: pocket-dspark.")] = None,
+    draft: Annotated[str | None, typer.Option("--draft", help="For pocket: pocket-dspark.")] = None,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.0,
     max_new_tokens: MaxNew = 128,
     thinking: Thinking = False,
@@ -43,7 +43,9 @@ def generate(
     if draft is None and target == "pocket":
         draft = "pocket-dspark"
     if draft is None and not plain:
-        raise UserError(f"no draft for {target}", next_step="add --draft NAME, or --plain to decode without")
+        raise UserError(
+            f"{target} needs a draft", next_step="add --draft NAME, or --plain to decode without a draft"
+        )
     sampling = sampling_of(temperature)
     from deepspec.checkpoints.draft import load_draft
     from deepspec.data.tokens import prompt_ids, require_tokenizer
