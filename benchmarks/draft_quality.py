@@ -25,10 +25,10 @@ from deepspec.drafts import ALGORITHMS
 from deepspec.maths.acceptance import bootstrap_ratio, paired_bootstrap_difference
 from deepspec.maths.verify import Sampling
 from deepspec.measure.evaluate import load_prompts
-from deepspec.measure.traces import rounds_of
+from deepspec.measure.rows import rounds_of
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target
-from deepspec.train.run import train_draft
+from deepspec.train.loop import train_draft
 
 
 def measure(
@@ -37,8 +37,9 @@ def measure(
     """{prompt id: [tokens kept, rounds]} of a draft on the test prompts, sixteen rows at a time."""
     prompts = load_prompts(prompts_path("pocket:test"), target, thinking=thinking)
     draft = load_draft(checkpoint, target)
-    decoder = Decoder(target, draft, Sampling(temperature), stop_token_ids=target.stop_token_ids, max_rows=16)
-    requests = [Request(p.ids, max_new_tokens, seed=i, key=p.id) for i, p in enumerate(prompts)]
+    decoder = Decoder(target, draft, max_rows=16)
+    sampling, stops = Sampling(temperature), target.stop_token_ids
+    requests = [Request(p.ids, max_new_tokens, i, p.id, sampling, stops) for i, p in enumerate(prompts)]
     kept = {g.key: rounds_of(g)[2] for g in decoder.run(requests)}
     return {p.id: [sum(kept[p.id]), len(kept[p.id])] for p in prompts}
 

@@ -47,7 +47,7 @@ from deepspec.planning import describe
 from deepspec.targets import StepOutput, Target
 from deepspec.train.build import feature_layers, read_rules
 from deepspec.train.data import cache_features
-from deepspec.train.run import train_draft
+from deepspec.train.loop import train_draft
 from draft_quality import measure
 
 PAGE = Path(__file__).parents[1] / "docs" / "features.md"
@@ -259,7 +259,7 @@ def one_round(
     forget(beside)
     timed["disk read"] = seconds(lambda: plain_read(beside))
     forget(folder)
-    timed["check"] = seconds(lambda: open_cache(folder))
+    timed["check"] = seconds(lambda: write_cache(plan, target, folder, verify=True))
     source = cached(open_cache(folder), target, layers, reads)
     forget(folder)
     timed["read"] = seconds(lambda: epoch(source))

@@ -15,7 +15,6 @@ from deepspec.checkpoints.draft import load_draft
 from deepspec.decode.engine import Decoder, Request
 from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.base import Draft
-from deepspec.maths.verify import Sampling
 from deepspec.measure.evaluate import load_prompts
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target
@@ -23,7 +22,7 @@ from deepspec.targets import Target
 
 def answers(target: Target, draft: Draft | None, requests: list[Request], rows: int) -> dict[str, list[int]]:
     """Greedy tokens by prompt id."""
-    decoder = Decoder(target, draft, Sampling(), stop_token_ids=target.stop_token_ids, max_rows=rows)
+    decoder = Decoder(target, draft, max_rows=rows)
     return {g.key: g.token_ids for g in decoder.run(requests)}
 
 
@@ -37,7 +36,8 @@ def main() -> int:
     arguments = parser.parse_args()
     target = Target.from_pretrained("pocket", dtype="float32")
     prompts = load_prompts(prompts_path("pocket:test"), target, limit=arguments.prompts)
-    requests = [Request(p.ids, arguments.max_new_tokens, key=p.id) for p in prompts]
+    stops = target.stop_token_ids
+    requests = [Request(p.ids, arguments.max_new_tokens, key=p.id, stop_token_ids=stops) for p in prompts]
     plain = answers(target, None, requests, 1)
     differ = 0
     for algorithm in ALGORITHMS:

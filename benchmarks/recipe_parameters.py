@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.checkpoints.inspect import parameters
-from deepspec.config import load_recipe, recipe_names
+from deepspec.config import load_recipe
 from deepspec.cost.formulas import state_bytes_per_parameter
 from deepspec.families import PUBLISHED_TARGETS as TARGETS
 from deepspec.planning import describe
+from deepspec.recipe_files import recipe_names
 from deepspec.targets import TargetSpec
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"

@@ -34,12 +34,13 @@ import torch
 
 import servers
 from deepspec.answers.dialogue import turns_of
-from deepspec.answers.in_process import regenerate, row_seed
-from deepspec.answers.pool import Policy
+from deepspec.answers.in_process import regenerate
 from deepspec.answers.through_servers import regenerate_served
 from deepspec.data.conversations import Conversation, conversation_from_row, read_conversations
+from deepspec.data.identity import row_seed
 from deepspec.data.tokens import prompt_ids
 from deepspec.decode.engine import Decoder, Request
+from deepspec.http_client import Policy
 from deepspec.maths.verify import Sampling
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target
@@ -78,7 +79,14 @@ def in_process(target: Target, rows: Sequence[Conversation], folder: Path, repea
     """`regenerate` beside the decoder alone, at temperature 1."""
     sampling, counter = Sampling(1.0), iter(range(10**6))
     requests = [
-        Request(prompt_ids(target.tokenizer, row.messages, False), BUDGET, row_seed(0, row.id), row.id)
+        Request(
+            prompt_ids(target.tokenizer, row.messages, False),
+            BUDGET,
+            row_seed(0, row.id),
+            row.id,
+            sampling,
+            target.stop_token_ids,
+        )
         for row in rows
     ]
     requests.sort(key=lambda r: len(r.input_ids))
@@ -88,7 +96,7 @@ def in_process(target: Target, rows: Sequence[Conversation], folder: Path, repea
         return regenerate(target, rows, out, sampling=sampling, max_new_tokens=BUDGET, max_rows=ROWS).tokens
 
     def alone() -> int:
-        decoder = Decoder(target, None, sampling, stop_token_ids=target.stop_token_ids, max_rows=ROWS)
+        decoder = Decoder(target, None, max_rows=ROWS)
         return sum(len(answer.token_ids) for answer in decoder.run(requests))
 
     shares = in_turns(ours, alone, repeats, time.process_time)
@@ -234,7 +242,7 @@ def with_a_death(limit: int = 120) -> dict[str, Any]:
                 theirs,
                 target=target.spec,
                 concurrency=SLOTS,
-                policy=Policy(first_wait=0.2),
+                policy=Policy(first_rest=0.2),
                 **settings,
             )
             watcher.join()

@@ -46,9 +46,8 @@ from deepspec.drafts.base import NeuralDraft
 from deepspec.files import write_json
 from deepspec.log import note
 from deepspec.maths.acceptance import bootstrap_ratio
-from deepspec.maths.verify import Sampling
 from deepspec.measure.evaluate import load_prompts
-from deepspec.measure.traces import TIE, Prompt
+from deepspec.measure.rows import TIE, Prompt
 from deepspec.pocket import packaged, prompts_path
 from deepspec.targets import Target
 
@@ -253,8 +252,8 @@ def served_rounds(accepted: Sequence[int], budget: int) -> list[int]:
 
 def decode(target: Target, draft: NeuralDraft | None, prompt: Prompt, budget: int) -> Answer:
     """Our own greedy answer, counted as the server counts."""
-    decoder = Decoder(target, draft, Sampling(), stop_token_ids=target.stop_token_ids)
-    (found,) = decoder.run([Request(prompt.ids, budget)])
+    request = Request(prompt.ids, budget, stop_token_ids=target.stop_token_ids)
+    (found,) = Decoder(target, draft).run([request])
     assert isinstance(found, Generation)
     rounds = served_rounds(found.accepted, budget) if draft is not None else []
     return Answer(found.token_ids, sum(rounds), len(rounds), found.seconds)

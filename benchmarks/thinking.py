@@ -20,7 +20,7 @@ from deepspec.answers.in_process import answered
 from deepspec.config import load_recipe
 from deepspec.maths.acceptance import bootstrap_ratio, paired_bootstrap_difference
 from deepspec.targets import Target
-from deepspec.train.run import train_draft
+from deepspec.train.loop import train_draft
 from draft_quality import measure
 
 READY_MADE = "pocket-dspark"

@@ -34,9 +34,11 @@ from deepspec.checkpoints.draft import new_draft
 from deepspec.drafts.base import LossSettings, NeuralDraft, Proposal, choose
 from deepspec.drafts.spec import new_spec
 from deepspec.maths.blocks import FeatureBatch
-from deepspec.maths.verify import Sampling
+from deepspec.maths.verify import Samplings
 from deepspec.targets import Target
 
+DEVICE = os.environ.get("DEEPSPEC_TEST_DEVICE", "cpu")
+"""Where targets, drafts and losses run in the tests that name it."""
 FAMILIES = ("llama", "qwen3", "gemma4")
 ALGORITHMS = ("eagle3", "dflash", "dspark")
 MASK_TOKEN = 3
@@ -134,9 +136,9 @@ def target_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def targets(target_dirs: dict[str, Path]) -> dict[str, Target]:
-    """The tiny targets in float32 on the CPU. Shared by all tests: open a slot before using it."""
+    """The tiny targets in float32. Shared by all tests: open a slot before using it."""
     return {
-        name: Target.from_pretrained(path, dtype="float32", device="cpu")
+        name: Target.from_pretrained(path, dtype="float32", device=DEVICE)
         for name, path in target_dirs.items()
     }
 
@@ -158,7 +160,7 @@ def tiny_draft(target: Target, algorithm: str, *, seed: int = 0, **facts: Any) -
     with torch.no_grad():
         # Norms and zero-initialised heads off their initial values, so that each of them counts.
         for values in draft.state_dict().values():
-            values.add_(0.1 * torch.randn(values.shape, generator=generator))
+            values.add_(0.1 * torch.randn(values.shape, generator=generator).to(values.device))
     return draft
 
 
@@ -175,11 +177,17 @@ class NoisyTarget:
     def __init__(self, target: Target, block: int = 4, noise: float = 1.0) -> None:
         self.target, self.max_proposals = target, block
         generator = torch.Generator().manual_seed(7)
-        self.noise = noise * torch.randn(target.vocab_size, target.vocab_size, generator=generator)
+        random = torch.randn(target.vocab_size, target.vocab_size, generator=generator)
+        self.noise = noise * random.to(target.device)
         self.history: dict[int, list[int]] = {}
+        self.closed: dict[int, list[int]] = {}
+        """What each freed slot had seen."""
 
     def open(self, slot: int) -> None:
         self.history[slot] = []
+
+    def free(self, slot: int) -> None:
+        self.closed[slot] = self.history.pop(slot)
 
     def observe(
         self,
@@ -192,7 +200,7 @@ class NoisyTarget:
             self.history[slot].extend(new)
 
     def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
+        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
     ) -> Proposal:
         prefixes = [[*self.history[s], a] for s, a in zip(slots, anchors, strict=True)]
         columns: list[tuple[Tensor, Tensor]] = []
@@ -203,7 +211,7 @@ class NoisyTarget:
             ends = torch.tensor([len(p) - 1 for p in prefixes])
             logits = self.target.logits(hidden[torch.arange(len(prefixes)), ends])
             logits = logits + self.noise[torch.tensor([p[-1] for p in prefixes])]
-            columns.append(choose(logits, sampling, uniforms[:, step]))
+            columns.append(choose(logits, samplings, uniforms[:, step]))
             for prefix, token in zip(prefixes, columns[-1][0].tolist(), strict=True):
                 prefix.append(token)
         tokens, q = zip(*columns, strict=True)
@@ -217,9 +225,12 @@ class TableDraft:
     feature_layers: tuple[int, ...] = ()
 
     def __init__(self, logits: Tensor, block: int) -> None:
-        self.logits, self.max_proposals = logits, block
+        self.logits, self.max_proposals = logits.to(DEVICE), block
 
     def open(self, slot: int) -> None:
+        pass
+
+    def free(self, slot: int) -> None:
         pass
 
     def observe(
@@ -232,11 +243,11 @@ class TableDraft:
         pass
 
     def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
+        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
     ) -> Proposal:
-        previous, columns = torch.tensor(list(anchors)), []
+        previous, columns = torch.tensor(list(anchors), device=DEVICE), []
         for step in range(self.max_proposals):
-            previous, q = choose(self.logits[previous], sampling, uniforms[:, step])
+            previous, q = choose(self.logits[previous], samplings, uniforms[:, step])
             columns.append((previous, q))
         tokens, q_all = zip(*columns, strict=True)
         return Proposal(torch.stack(tokens, dim=1), torch.stack(q_all, dim=1), None)
@@ -251,11 +262,11 @@ def prompts_of(target: Target, lengths: Sequence[int], seed: int = 0) -> list[li
 def teach(draft: NeuralDraft, target: Target, rows: Sequence[Sequence[int]], steps: int) -> NeuralDraft:
     """Fit a draft to a few token sequences: some steps make it right sometimes, many nearly always."""
     width = max(map(len, rows))
-    ids = torch.tensor([[*r, *[0] * (width - len(r))] for r in rows])
-    lengths = torch.tensor([len(r) for r in rows])
+    ids = torch.tensor([[*r, *[0] * (width - len(r))] for r in rows], device=target.device)
+    lengths = torch.tensor([len(r) for r in rows], device=target.device)
     found = target.read(ids, draft.feature_layers)
     assert found.features is not None
-    real = torch.arange(width) < lengths[:, None]
+    real = torch.arange(width, device=target.device) < lengths[:, None]
     batch = FeatureBatch(ids, real, found.features, found.last_hidden, lengths)
     optimiser = torch.optim.AdamW(draft.parameters(), lr=2e-2, weight_decay=0)
     generator = torch.Generator().manual_seed(0)

@@ -294,7 +294,7 @@ def decode(case: Case) -> Decoded:
         patch.object(dspark, "choose", watched_choose),
         patch.object(eagle3, "choose", watched_choose),
     ):
-        (generation,) = Decoder(target, draft, GREEDY).run([Request(prompt, budget)])
+        (generation,) = Decoder(target, draft).run([Request(prompt, budget, sampling=GREEDY)])
     watch.remove()
     return Decoded(generation, rounds[:-1])
 

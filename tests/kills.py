@@ -1,24 +1,29 @@
-"""Processes that kill themselves at a chosen durable operation, and disks that fill up in mid-line.
+"""Processes that are killed at a chosen durable operation, and disks that fill up in the middle of a line.
 
-The operations are `os.write`, `os.fsync` and `os.replace`, through which `deepspec.files` makes things last.
-A child is forked from a process that has everything imported and loaded, so it costs a fraction of a second.
+The operations are a write to a file (of which half arrives), an fsync and a rename, through which
+`deepspec.files` makes things last; they count from 1. A child is forked from a process that has everything
+imported and loaded, so it costs a fraction of a second.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from deepspec.files import alone_in
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+Act = Callable[[int, Callable[[], object]], None]
+"""act(n, half): called before the n-th durable operation; `half` does half of it, if it is a write."""
 
 
 def in_child(work: Callable[[], object]) -> int:
@@ -32,6 +37,13 @@ def in_child(work: Callable[[], object]) -> int:
         finally:
             os._exit(code)
     return child
+
+
+def ended(child: int) -> bool:
+    """Wait for a child: whether it ended well. False if it was killed; an error of its own is raised."""
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL), f"the child ended with {code}"
+    return code == 0
 
 
 @contextmanager
@@ -58,53 +70,87 @@ def held_by_another(folder: Path, doing: str) -> Iterator[None]:
         os.close(hold)
 
 
-def killed_at(operation: int, work: Callable[[], object]) -> bool:
-    """Do the work in a child that dies at its n-th durable operation (from 1); whether it came that far.
+class _Counted(io.FileIO):
+    """An unbuffered file whose writes are durable operations."""
 
-    A write is cut in half, so the child dies in the middle of a line; anything else isn't begun. Raises
-    AssertionError where the child failed in another way.
-    """
+    before: Callable[[Callable[[], object]], None]
 
-    def dying() -> None:
-        kill_at(operation)
-        work()
-
-    _, status = os.waitpid(in_child(dying), 0)
-    code = os.waitstatus_to_exitcode(status)
-    assert code in (0, -signal.SIGKILL), f"the child ended with {code}"
-    return code != 0
-
-
-def kill_at(operation: int) -> None:
-    """Have this process die at its n-th durable operation from now."""
-    at_operation(operation, lambda: os.kill(os.getpid(), signal.SIGKILL))
-
-
-def at_operation(number: int, act: Callable[[], object]) -> None:
-    """Have this process act when it comes to its n-th durable operation: half of a write is done by then."""
-    write, seen = os.write, [0]
-
-    def due() -> bool:
-        seen[0] += 1
-        return seen[0] == number
-
-    def half(handle: int, data: Any) -> int:
-        if not due():
-            return write(handle, data)
-        done = write(handle, data[: len(data) // 2])
-        act()
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.before(lambda: io.FileIO.write(self, view[: len(view) // 2]))
+        done = 0
+        while done < len(view):
+            done += io.FileIO.write(self, view[done:]) or 0
         return done
 
+
+@contextmanager
+def at_operation(act: Act) -> Iterator[None]:
+    """Call `act` before every durable operation inside the block."""
+    seen = iter(range(1, 10**9))
+
+    def before(half: Callable[[], object] = lambda: None) -> None:
+        act(next(seen), half)
+
+    real_open, real_write = io.open, os.write
+
+    def opening(file: Any, mode: str = "r", *rest: Any, **named: Any) -> Any:
+        if mode != "wb":
+            return real_open(file, mode, *rest, **named)
+        raw = _Counted(file, "wb")
+        raw.before = before  # type: ignore[method-assign]
+        return raw
+
+    def write(handle: int, data: Any) -> int:
+        before(lambda: real_write(handle, data[: len(data) // 2]))
+        return real_write(handle, data)
+
     def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            if due():
-                act()
-            return real(*arguments, **options)
+        def call(*arguments: Any) -> Any:
+            before()
+            return real(*arguments)
 
         return call
 
-    os.write = half  # type: ignore[assignment]
-    os.fsync, os.replace = wrapped(os.fsync), wrapped(os.replace)  # type: ignore[assignment]
+    with (
+        patch.object(io, "open", opening),
+        patch.object(os, "write", write),
+        patch.object(os, "fsync", wrapped(os.fsync)),
+        patch.object(os, "replace", wrapped(os.replace)),
+    ):
+        yield
+
+
+def killed_at(operation: int, work: Callable[[], object]) -> bool:
+    """Do the work in a child that dies at its n-th durable operation; whether it came that far."""
+
+    def act(n: int, half: Callable[[], object]) -> None:
+        if n == operation:
+            half()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def child() -> None:
+        with at_operation(act):
+            work()
+
+    return not ended(in_child(child))
+
+
+def count_operations(work: Callable[[], object]) -> int:
+    """Durable operations of the whole work, done in this process."""
+    seen = [0]
+
+    def act(n: int, half: Callable[[], object]) -> None:
+        seen[0] = n
+
+    with at_operation(act):
+        work()
+    return seen[0]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by name."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @contextmanager

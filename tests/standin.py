@@ -1,19 +1,25 @@
 """An inference server on 127.0.0.1 that says what it is told to, and misbehaves when it is told to.
 
 It answers /v1/models, /tokenize, /v1/completions, /v1/chat/completions and llama-server's /completion. Which
-fault a question meets is decided by a function of how many questions came before it.
+fault a question meets is decided by a function of how many questions came before it. `feature_standin` gives
+features instead.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import httpx
+import pytest
 
 HANG = 1.0
 """Seconds that a hanging server holds a question: longer than the tests' time-outs."""
@@ -23,8 +29,16 @@ FAULTS = ("429", "500", "503", "hang", "garbage", "no choices", "half", "close",
 PASSING = FAULTS[:8]
 
 
+@pytest.fixture(autouse=True)
+def no_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading the system's certificates for each client would take a third of the time of these tests."""
+    plain = functools.partial(httpx.Client, verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    monkeypatch.setattr("deepspec.http_client.httpx.Client", plain)
+
+
 class StandIn:
-    """A server in threads of this process. `asked`: (path, body) of every POST that came whole."""
+    """A server in threads of this process. `asked`: (path, body) of every question that came whole; `met`:
+    the fault of each; `headers`: its headers."""
 
     def __init__(
         self,
@@ -42,7 +56,8 @@ class StandIn:
         self.tokenize, self.key, self.retry_after, self.port = tokenize, key, retry_after, port
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.met: list[str | None] = []
-        self.most_at_once = self._at_once = 0
+        self.headers: list[dict[str, str]] = []
+        self.greeted = self.most_at_once = self._at_once = 0
         self._lock = threading.Lock()
         self._server: _Server | None = None
         self.start()
@@ -52,7 +67,7 @@ class StandIn:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        self._server = _Server(("127.0.0.1", self.port), _handler_of(self))
+        self._server = _Server(("127.0.0.1", self.port), type("Handler", (_Handler,), {"owner": self}))
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -68,6 +83,10 @@ class StandIn:
 
     def __exit__(self, *error: object) -> None:
         self.kill()
+
+    def models(self) -> dict[str, Any]:
+        self.greeted += 1
+        return {"data": [{"id": self.model, "owned_by": self.engine}]}
 
     def reply(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The good answer to a question."""
@@ -122,77 +141,83 @@ class _Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
 
-def _handler_of(owner: StandIn) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class Refusal(Exception):
+    """A `reply` that is an error: its status and message."""
 
-        def log_message(self, *words: Any) -> None:
-            pass
+    def __init__(self, status: int, message: str) -> None:
+        self.status, self.message = status, message
 
-        def do_GET(self) -> None:
-            if not self._let_in():
-                return
-            if self.path == "/v1/models":
-                self._send(200, {"data": [{"id": owner.model, "owned_by": owner.engine}]})
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    owner: Any
+
+    def log_message(self, *words: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if not self._let_in():
+            return
+        if self.path == "/v1/models":
+            self._send(200, self.owner.models())
+        else:
+            self._send(404, {"error": {"message": "no such route"}})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if not self._let_in():
+            return
+        if self.path == "/tokenize":
+            if self.owner.tokenize is None:
+                self._send(404, {"error": "no such route"})
             else:
-                self._send(404, {"error": {"message": "no such route"}})
+                self._send(200, {"tokens": self.owner.tokenize(body["prompt"])})
+            return
+        self.owner.headers.append(dict(self.headers))
+        fault = self.owner.enter(self.path, body)
+        try:
+            self._answer(fault, body)
+        except Refusal as refusal:
+            self._send(refusal.status, {"error": {"message": refusal.message}})
+        finally:
+            self.owner.leave()
 
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            if not self._let_in():
-                return
-            if self.path == "/tokenize":
-                if owner.tokenize is None:
-                    self._send(404, {"error": "no such route"})
-                else:
-                    self._send(200, {"tokens": owner.tokenize(body["prompt"])})
-                return
-            fault = owner.enter(self.path, body)
-            try:
-                self._answer(fault, body)
-            finally:
-                owner.leave()
+    def _let_in(self) -> bool:
+        given = self.headers["authorization"]
+        allowed = self.owner.key is None or given == f"Bearer {self.owner.key}"
+        if not allowed:
+            self._send(401, {"error": {"message": f"wrong key: {given}"}})
+        return allowed
 
-        def _let_in(self) -> bool:
-            allowed = owner.key is None or self.headers["authorization"] == f"Bearer {owner.key}"
-            if not allowed:
-                self._send(401, {"error": {"message": "wrong key"}})
-            return allowed
+    def _answer(self, fault: str | None, body: dict[str, Any]) -> None:
+        if fault == "hang":
+            time.sleep(HANG)
+        if fault in ("close", "hang"):
+            self.close_connection = True
+        elif fault == "garbage":
+            self._send(200, b"<html>gateway</html>")
+        elif fault == "no choices":
+            self._send(200, {"object": "text_completion"})
+        elif fault == "half":
+            whole = json.dumps(self.owner.reply(self.path, body)).encode()
+            self._send(200, whole[: len(whole) // 2], claimed=len(whole))
+            self.close_connection = True
+        elif fault == "empty":
+            good = self.owner.reply(self.path, body)
+            for choice in good["choices"]:
+                choice |= {"text": ""} if "text" in choice else {"message": {"content": None}}
+            self._send(200, good)
+        elif fault is not None:
+            headers = {"Retry-After": self.owner.retry_after} if fault == "429" else {}
+            self._send(int(fault), {"error": {"message": f"fault {fault}"}}, headers)
+        else:
+            self._send(200, self.owner.reply(self.path, body))
 
-        def _answer(self, fault: str | None, body: dict[str, Any]) -> None:
-            good = owner.reply(self.path, body)
-            if fault == "hang":
-                time.sleep(HANG)
-            if fault in ("close", "hang"):
-                self.close_connection = True
-            elif fault == "garbage":
-                self._send(200, b"<html>gateway</html>")
-            elif fault == "no choices":
-                self._send(200, {"object": "text_completion"})
-            elif fault == "half":
-                whole = json.dumps(good).encode()
-                self._send(200, whole[: len(whole) // 2], claimed=len(whole))
-                self.close_connection = True
-            elif fault == "empty":
-                for choice in good["choices"]:
-                    choice |= {"text": ""} if "text" in choice else {"message": {"content": None}}
-                self._send(200, good)
-            elif fault is not None:
-                headers = {"Retry-After": owner.retry_after} if fault == "429" else {}
-                self._send(int(fault), {"error": {"message": f"fault {fault}"}}, headers)
-            else:
-                self._send(200, good)
-
-        def _send(
-            self, status: int, body: Any, headers: dict[str, str] | None = None, claimed: int | None = None
-        ) -> None:
-            data = body if isinstance(body, bytes) else json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data) if claimed is None else claimed))
-            for name, value in (headers or {}).items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
-
-    return Handler
+    def _send(
+        self, status: int, body: Any, headers: dict[str, str] | None = None, claimed: int | None = None
+    ) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        head = {"Content-Type": "application/json", "Content-Length": claimed or len(data), **(headers or {})}
+        lines = [f"HTTP/1.1 {status} said", *(f"{k}: {v}" for k, v in head.items()), "", ""]
+        # In one piece: two writes would wait for each other's acknowledgement.
+        self.wfile.write("\r\n".join(lines).encode() + data)

@@ -1,9 +1,9 @@
-"""A tiny random Llama that has a tokenizer and a chat template, and a recipe that trains a draft for it."""
+"""A tiny random Llama that has a tokenizer and a chat template, a recipe for its drafts, their training."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import llama, save_tiny
+from deepspec.config import Recipe
+from deepspec.data.tokens import Encoded
+from deepspec.features.batches import Source, online
+from deepspec.targets import Target
+from deepspec.train.build import build_draft
+from deepspec.train.loop import Outcome, train
+from deepspec.train.run import Run
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
 TEMPLATE = (
@@ -89,3 +96,18 @@ def write_data(folder: Path) -> None:
     write_rows(folder / "answers.jsonl", [(f"say {w}", f"{w} {w} and {w}") for w in words])
     write_rows(folder / "select.jsonl", [("say four", None), ("say five", None)])
     write_rows(folder / "prompts.jsonl", [("say yellow", None), ("say six", None), ("say in", None)])
+
+
+def train_in(
+    folder: Path,
+    recipe: Recipe,
+    target: Target,
+    rows: Sequence[Encoded],
+    held_out: Callable[[Any], float] | None = None,
+    source: Source | None = None,
+    **facts: Any,
+) -> Outcome:
+    """Train a recipe's draft on rows that are at hand, in a folder of that name or on from what it holds."""
+    draft = build_draft(recipe, target, rows)
+    source = source or online(target, draft.feature_layers)
+    return train(Run(folder, recipe), draft, target, rows, source, facts, held_out)

@@ -19,13 +19,14 @@ from typer.testing import CliRunner
 
 import deepspec
 from deepspec.cli import app
-from deepspec.cli.common import read_results
 from deepspec.cli.eval import draft_labels
 from deepspec.cli.generate import coloured
 from deepspec.data.tokens import prompt_ids
 from deepspec.decode.engine import Generation
+from deepspec.decode.text import pieces_of
 from deepspec.errors import DataError, UserError
 from deepspec.measure.evaluate import load_prompts
+from deepspec.report.results import read_results
 from deepspec.targets import Target
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe, write_rows
 from tools.pocket import check
@@ -180,16 +181,16 @@ def test_several_temperatures_do_not_overwrite_each_other(scene, tmp_path):
 def test_draft_of_another_thinking_mode_is_measured_with_a_warning(scene):
     words = [*eval_words(scene, "dflash"), "--limit", 1, "--no-baselines", "--json"]
     aware = good(*words, "--thinking")
-    assert "tiny-dflash was trained with thinking off and is measured with thinking on" in aware.stderr
+    assert "tiny-dflash was trained without thinking, but is measured with thinking" in aware.stderr
     assert json.loads(aware.stdout)["conditions"]["thinking"] is True
-    assert "was trained with" not in good(*words).stderr
+    assert "was trained" not in good(*words).stderr
 
 
 def test_prompts_with_another_system_prompt_are_measured_with_a_warning(scene, tmp_path):
     row = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]}
     (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
     words = [*eval_words(scene, "dflash", prompts=False), "--prompts", tmp_path / "p.jsonl", "--no-baselines"]
-    assert "trained with system prompt none and is measured with system prompt " in good(*words).stderr
+    assert "trained without system prompt, but is measured with system prompt " in good(*words).stderr
 
 
 def test_training_on_answers_of_another_thinking_mode_names_both_sides(scene, tmp_path):
@@ -199,7 +200,7 @@ def test_training_on_answers_of_another_thinking_mode_names_both_sides(scene, tm
     result = good(
         "train", scene / "dflash.yaml", "optim.max_steps=1", "--answers", answers, "--runs", tmp_path
     )
-    assert "was answered with thinking on and the recipe trains with thinking off" in result.stderr.replace(
+    assert "was answered with thinking, but the recipe trains without thinking" in result.stderr.replace(
         "\n", " "
     )
     facts = json.loads((tmp_path / "tiny-dflash/checkpoints/best/deepspec.json").read_text("utf-8"))
@@ -232,7 +233,7 @@ def test_finished_run_is_not_taken_for_the_fine_tuned_one(scene):
     text = refused(
         "train", scene / "dflash.yaml", "--from", scene / "runs/tiny-dspark", "--runs", scene / "runs"
     )
-    assert "began from fresh weights" in text
+    assert "its start_from is not set, the recipe's is " in text
 
 
 def test_draft_of_another_template_is_measured_with_a_warning(scene, tmp_path):
@@ -246,7 +247,7 @@ def test_draft_of_another_template_is_measured_with_a_warning(scene, tmp_path):
     words[words.index(scene / "target")] = other
     text = good(*words, "--limit", 1, "--no-baselines").stderr
     trained = json.loads((scene / "runs/tiny-dflash/checkpoints/best/deepspec.json").read_text())
-    assert f"trained with chat template {trained['template_hash'][:12]} and is measured with " in text
+    assert f"trained with chat template {trained['template_hash'][:12]}, but is measured with " in text
 
 
 def test_generate_prints_the_answer_and_says_who_wrote_it(scene):
@@ -263,9 +264,8 @@ def test_a_character_spread_over_draft_and_target_tokens_stays_whole(scene):
     assert target.tokenizer is not None
     ids = target.tokenizer("né", add_special_tokens=False)["input_ids"]
     assert len(ids) == 3
-    drawn = coloured(
-        target, Generation(token_ids=[*ids, 0], from_draft=[False, True, False, False], stopped=True)
-    )
+    answer = Generation(token_ids=[*ids, 0], from_draft=[False, True, False, False], stopped=True)
+    drawn = coloured(pieces_of(target.tokenizer, answer))
     assert drawn.plain == "né"
     assert drawn.spans == []  # it is whole only with the target's token, so it is not the draft's
 
@@ -307,7 +307,7 @@ def test_run_of_another_draft_is_not_gone_on_with_and_keeps_its_recipe(scene, ch
     kept = scene / "runs" / "tiny-dspark" / "recipe.yaml"
     before = kept.read_bytes()
     said = refused("train", scene / "dspark.yaml", change, "--runs", scene / "runs")
-    assert "is a run that trains another draft" in said and change.partition("=")[0] in said
+    assert "cannot continue with this recipe" in said and change.partition("=")[0] in said
     assert kept.read_bytes() == before
 
 
@@ -343,9 +343,9 @@ def thinking_copy(results: Path, path: Path) -> Path:
 def test_compare_refuses_another_thinking_mode_unless_told_otherwise(results, tmp_path):
     other = thinking_copy(results, tmp_path / "other.json")
     text = refused("compare", results, other)
-    assert "Thinking mode differs: no in the first, yes in the second." in text
+    assert "file 1 was measured without thinking, but file 2 with thinking" in text
     allowed = good("compare", results, other, "--allow-mismatch", "--json")
-    assert "warning: Thinking mode differs" in allowed.stderr
+    assert "warning: file 1 was measured without thinking" in allowed.stderr
     assert json.loads(allowed.stdout)["refusals"]
 
 
@@ -408,7 +408,7 @@ def test_draft_of_another_target_names_both_sides(scene, target_dirs):
     words[words.index(scene / "target")] = target_dirs["qwen3"]
     text = refused(*words)
     assert "does not fit" in text
-    assert "its hidden width is 32, the target's 48" in text
+    assert "its hidden width is 32, and the target's is 48" in text
 
 
 def test_unknown_recipe_key_gives_the_nearest_name(scene, tmp_path):

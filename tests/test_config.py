@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 import deepspec
-from deepspec.config import OptimConfig, Recipe, dump_recipe, load_recipe, recipe_names
+from deepspec.config import OptimConfig, Recipe, dump_recipe, load_recipe
 from deepspec.errors import RecipeError
+from deepspec.recipe_files import recipe_names
 
 PACKAGE = Path(deepspec.__file__).parent
 ROOT = PACKAGE.parent.parent
@@ -219,7 +220,7 @@ def test_unknown_key_far_from_everything_suggests_nothing():
         ("optim.lr=.nan", "`optim.lr` is nan"),
         ("draft.block=many", "`draft.block` is 'many'"),
         ("draft.target_layer_ids=[0, -2]", "`draft.target_layer_ids[1]` is -2"),
-        ("draft=3", "`draft` is 3: a mapping of keys is expected here"),
+        ("draft=3", "`draft` is 3, but it must be a mapping of keys"),
         ("precision=bfloat", "did you mean 'bfloat16'?"),
         ("trackers=[tensorbord]", "did you mean 'tensorboard'?"),
         ("name=../escape", "`name` is '../escape'"),
@@ -259,18 +260,18 @@ def test_missing_key_is_named(tmp_path):
         ("pocket-dspark", ["draft.markov_rank=0"], "`draft.confidence_with_markov` needs"),
         ("pocket-dspark", ["loss.confidence=0"], "`draft.confidence` and `loss.confidence` go together"),
         ("pocket-dflash", ["loss.confidence=1"], "`draft.confidence` and `loss.confidence` go together"),
-        ("pocket-dflash", ["loss.ce=0"], "nothing would teach the draft"),
+        ("pocket-dflash", ["loss.ce=0"], "so the draft would learn no tokens"),
         ("pocket-dflash", ["draft.target_layer_ids=[3, 3]"], "strictly increasing order, not [3, 3]"),
         ("pocket-dflash", ["draft.target_layer_ids=[]"], "strictly increasing order, not []"),
         ("pocket-dflash", ["optim.max_minutes=null"], "training has no end"),
-        ("pocket-dflash", ["data.train=pocket:tain"], "`data.train` is 'pocket:tain'; the packaged sets"),
-        ("pocket-dflash", ["data.select=pocket:train"], "what chooses must not be trained on"),
+        ("pocket-dflash", ["data.train=pocket:tain"], "`data.train` is 'pocket:tain', but it must be"),
+        ("pocket-dflash", ["data.select=pocket:train"], "must not be trained on"),
         (
             "pocket-dflash",
             ["data.min_supervised=600"],
             "`data.min_supervised` (600) is above `data.max_length` (512)",
         ),
-        ("pocket-dflash", ["trackers=[none, none]"], "`trackers` names one twice"),
+        ("pocket-dflash", ["trackers=[none, none]"], "`trackers` contains the same name twice"),
     ],
 )
 def test_keys_at_odds_are_refused(recipe, overrides, expected):
@@ -316,7 +317,7 @@ def test_broken_yaml_names_the_line(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "- a\n", "just text\n"])
 def test_file_that_is_no_mapping_is_refused(tmp_path, text):
-    assert "a recipe is a mapping" in refusal(written(tmp_path, text))
+    assert "a recipe must be a mapping" in refusal(written(tmp_path, text))
 
 
 @pytest.mark.parametrize("text", ["seed", "=1", "optim..lr=1", ".lr=1"])

@@ -14,17 +14,21 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from conftest import FAMILIES, NoisyTarget, TableDraft, prompts_of, save_tiny, teach, tiny_draft
+from conftest import DEVICE, FAMILIES, NoisyTarget, TableDraft, prompts_of, save_tiny, teach, tiny_draft
 from deepspec.checkpoints.draft import new_draft
 from deepspec.decode import engine as decode
-from deepspec.decode.engine import Decoder, Generation, Request, generate
+from deepspec.decode.engine import Decoder, Event, Generation, Request, generate
+from deepspec.decode.text import TextStream, pieces_of
 from deepspec.drafts.base import Draft
 from deepspec.drafts.dspark import DSparkDraft
 from deepspec.drafts.lookup import PromptLookup
 from deepspec.errors import UserError
+from deepspec.maths.slots import SlotStore
 from deepspec.maths.verify import Sampling, Verdict, draw, verify
 from deepspec.targets import Target
 
@@ -39,7 +43,7 @@ def naive_greedy(target: Target, prompt: Sequence[int], count: int) -> list[int]
     tokens = list(prompt)
     with torch.no_grad():
         for _ in range(count):
-            tokens.append(int(target.model(torch.tensor([tokens])).logits[0, -1].argmax()))
+            tokens.append(int(target.model(torch.tensor([tokens], device=DEVICE)).logits[0, -1].argmax()))
     return tokens[len(prompt) :]
 
 
@@ -180,9 +184,9 @@ def test_draft_observes_each_committed_token_once_with_its_own_features(
     found = generate(scene.target, witness, scene.prompts[:3], 8)
     assert len({len(g.accepted) for g in found} | {a for g in found for a in g.accepted}) > 1
     for slot, row in enumerate(scene.rows[:3]):
-        length = len(witness.history[slot])
+        length = len(witness.closed[slot])
         assert length >= len(row) - NEW + 7
-        assert witness.history[slot] == row[:length]
+        assert witness.closed[slot] == row[:length]
 
 
 def test_confidence_is_conditioned_on_the_token_before_each_slot(llama: Scene) -> None:
@@ -193,8 +197,10 @@ def test_confidence_is_conditioned_on_the_token_before_each_slot(llama: Scene) -
     draft.open(0)
     with torch.no_grad():
         draft.observe([0], features, [prompt], [[*prompt[1:], anchor]])
-        found = draft.propose([0], [anchor], Sampling(1.0), torch.tensor([[0.1, 0.9, 0.5, 0.3]]))
-        previous = torch.tensor([[anchor, *found.tokens[0, :-1].tolist()]])
+        found = draft.propose(
+            [0], [anchor], Sampling(1.0), torch.tensor([[0.1, 0.9, 0.5, 0.3]], device=DEVICE)
+        )
+        previous = torch.tensor([[anchor, *found.tokens[0, :-1].tolist()]], device=DEVICE)
         want = draft.confidence_logits(previous, draft.block_hidden([0], [anchor]))
     assert len(set(previous[0].tolist())) > 1
     assert want is not None and found.confidence is not None
@@ -356,9 +362,10 @@ def test_more_requests_than_rows_give_what_each_gives_alone(
     prompts = [*scene.prompts, *prompts_of(target, [3, 22, 5], seed=1)]
     budgets = [9, 2, 14, 1, 11, 6, 10]
     requests = [
-        Request(p, b, seed=40 + i, key=str(i)) for i, (p, b) in enumerate(zip(prompts, budgets, strict=True))
+        Request(p, b, 40 + i, str(i), Sampling(temperature))
+        for i, (p, b) in enumerate(zip(prompts, budgets, strict=True))
     ]
-    decoder = Decoder(target, draft, Sampling(temperature), max_rows=3)
+    decoder = Decoder(target, draft, max_rows=3)
     found = {g.key: g for g in decoder.run(iter(requests))}
     assert list(found) != sorted(found), "short requests finish before long ones that began earlier"
     assert set(target.opened) == {0, 1, 2} and len(target.opened) == len(requests)
@@ -378,6 +385,335 @@ def test_results_of_a_batch_come_in_the_order_of_its_prompts(llama: Scene) -> No
     assert [g.key for g in found] == ["0", "1", "2", "3"]
     assert isinstance(generate(llama.target, None, [llama.prompts[0]], 2), list)
     assert isinstance(generate(llama.target, None, llama.prompts[0], 2), Generation)
+
+
+# ── the protocol: submit, step, cancel ────────────────────────────────────────────────────────────────
+
+SAMPLINGS = (
+    Sampling(),
+    Sampling(1.0),
+    Sampling(0.7, top_k=12),
+    Sampling(1.3, top_k=20, top_p=0.8),
+)
+
+
+def different(scene: Scene) -> list[Request]:
+    """One request per prompt, no two with the same sampling, budget, seed and stop tokens."""
+    return [
+        Request(p, 6 + 3 * i, 30 + i, f"row {i}", s, frozenset(scene.greedy[i][5:6]))
+        for i, (p, s) in enumerate(zip(scene.prompts, SAMPLINGS, strict=True))
+    ]
+
+
+def drain(decoder: Decoder) -> list[Event]:
+    events = []
+    while not decoder.idle:
+        events += decoder.step()
+    return events
+
+
+def alone(scene: Scene, draft: Draft | None, request: Request) -> Generation:
+    (answer,) = Decoder(scene.target, draft).run([request])
+    return answer
+
+
+def same(found: Generation, want: Generation) -> bool:
+    fields = ("token_ids", "proposed", "accepted", "kept", "from_draft", "stopped")
+    return all(getattr(found, name) == getattr(want, name) for name in fields)
+
+
+@pytest.mark.parametrize("family, method", [*product(("qwen3", "gemma4"), ("plain", *METHODS)), *MORE])
+def test_rows_with_different_samplings_get_the_tokens_that_each_gets_alone(
+    scenes: Callable[[str], Scene], family: str, method: str
+) -> None:
+    """Greedy, plain, top-k, and top-k with top-p in one batch, with budgets and stop tokens of their own."""
+    scene = scenes(family)
+    draft = None if method == "plain" else scene.draft(method)
+    requests = different(scene)
+    found = {g.key: g for g in Decoder(scene.target, draft, max_rows=4).run(requests)}
+    for request in requests:
+        assert same(found[request.key], alone(scene, draft, request)), request.key
+    greedy = scene.greedy[0]
+    assert found["row 0"].token_ids == greedy[: greedy.index(greedy[5]) + 1], "the greedy row is greedy"
+    texts = {tuple(g.token_ids[:6]) for g in found.values()}
+    assert len(texts) == 4
+    without = replace(requests[3], sampling=Sampling(1.3))
+    assert alone(scene, draft, without).token_ids != found["row 3"].token_ids, "the filters tell"
+
+
+@pytest.mark.parametrize("method", ["plain", "eagle3", "dspark", "lookup"])
+def test_tokens_arrive_round_by_round(scenes: Callable[[str], Scene], method: str) -> None:
+    """The first with the prefill's step, then what each round kept; the last event says so."""
+    scene = scenes("qwen3")
+    draft = None if method == "plain" else scene.draft(method)
+    decoder = Decoder(scene.target, draft, max_rows=4)
+    keys = [decoder.submit(request) for request in different(scene)]
+    steps = []
+    while not decoder.idle:
+        steps.append([(e, len(e.answer.token_ids), len(e.answer.kept)) for e in decoder.step()])
+    assert [[e.answer.key for e, _, _ in events] for events in steps[:4]] == [[key] for key in keys]
+    for key in keys:
+        events = [(step, *e) for step, events in enumerate(steps) for e in events if e[0].answer.key == key]
+        answer = events[0][1].answer
+        assert [len(e.tokens) for _, e, _, _ in events] == [1, *answer.kept]
+        assert [t for _, e, _, _ in events for t in e.tokens] == answer.token_ids
+        shown = 0
+        for index, (_, event, length, rounds) in enumerate(events):
+            shown += len(event.tokens)
+            assert (length, rounds) == (shown, index), "a token is handed out in the step that commits it"
+        assert [e.finished for _, e, _, _ in events] == [False] * (len(events) - 1) + [True]
+        rounds = [step for step, *_ in events][1:]
+        assert rounds == list(range(4, 4 + len(rounds))), "each round steps every row that is in flight"
+
+
+calls = st.lists(
+    st.one_of(st.just("step"), st.just("step"), st.just("submit"), st.integers(0, 8)), min_size=4, max_size=40
+)
+
+
+@pytest.mark.parametrize("method", ["plain", "eagle3", "dspark", "lookup"])
+def test_cancelling_some_rows_leaves_the_others_tokens_as_they_were(
+    scenes: Callable[[str], Scene], method: str
+) -> None:
+    """Requests of all samplings come, are cancelled at any moment, or finish, in three slots. A cancelled one
+    keeps the first tokens of what it would have been; its slot, in target and draft, goes to the next."""
+    scene = scenes("qwen3")
+    draft = None if method == "plain" else scene.draft(method)
+    pool = [
+        replace(request, key=f"{copy}{request.key}", max_new_tokens=4 + copy)
+        for copy in range(2)
+        for request in different(scene)
+    ]
+    want = {request.key: alone(scene, draft, request) for request in pool}
+    cancelled = 0
+
+    @settings(derandomize=True, deadline=None, max_examples=20, database=None)
+    @given(calls)
+    def check(todo: list[str | int]) -> None:
+        nonlocal cancelled
+        decoder, coming = Decoder(scene.target, draft, max_rows=3), iter(pool)
+        open_: list[str] = []
+        streamed: dict[str, list[int]] = {}
+        answers: dict[str, Generation] = {}
+
+        def take(events: list[Event]) -> None:
+            for event in events:
+                streamed.setdefault(event.answer.key, []).extend(event.tokens)
+                if event.finished:
+                    open_.remove(event.answer.key)
+                    answers[event.answer.key] = event.answer
+
+        for call in todo:
+            if call == "step":
+                take(decoder.step())
+            elif call == "submit":
+                if (request := next(coming, None)) is not None:
+                    open_.append(decoder.submit(request))
+            elif open_:
+                assert isinstance(call, int)
+                key = open_.pop(call % len(open_))
+                rows = len(decoder.rows)
+                partial = decoder.cancel(key)
+                assert partial.token_ids == want[key].token_ids[: len(partial.token_ids)]
+                assert partial.token_ids == streamed.get(key, [])
+                assert len(decoder.rows) == rows - bool(partial.token_ids)
+                cancelled += 1
+            slots = [row.slot for row in decoder.rows]
+            assert slots == sorted(set(slots)) and set(slots) <= {0, 1, 2}
+            assert set(scene.target._tokens) >= set(slots)
+            assert not set(scene.target._tokens) & ({0, 1, 2} - set(slots)), "a slot was not freed"
+            if isinstance(draft, PromptLookup):
+                assert not set(draft.history) & ({0, 1, 2} - set(slots))
+            elif draft is not None:
+                assert not set(draft.lengths.of) & ({0, 1, 2} - set(slots))  # type: ignore[attr-defined]
+        take(drain(decoder))
+        assert not open_
+        for key, answer in answers.items():
+            assert same(answer, want[key]), key
+            assert streamed[key] == answer.token_ids
+
+    check()
+    assert cancelled >= 15
+
+
+def test_waiting_requests_are_admitted_in_order_as_soon_as_a_slot_is_free(llama: Scene) -> None:
+    decoder = Decoder(llama.target, None, max_rows=2)
+    for i in range(5):
+        decoder.submit(Request([5 + i], 3, key=str(i)))
+    first, second = decoder.step(), decoder.step()
+    assert [e.answer.key for e in first + second] == ["0", "1"]
+    decoder.cancel("0")
+    decoder.cancel("3")
+    assert [row.slot for row in decoder.rows] == [1]
+    (event,) = decoder.step()
+    assert event.answer.key == "2" and [row.slot for row in decoder.rows] == [0, 1]
+    assert [e.answer.key for e in decoder.step()] == ["2", "1"]
+    assert [e.answer.key for e in drain(decoder) if e.finished] == ["2", "1", "4"]
+    assert decoder.step() == []
+
+
+def test_requests_without_a_key_get_one_and_keys_may_be_used_again(llama: Scene) -> None:
+    decoder = Decoder(llama.target, None)
+    keys = [decoder.submit(Request([1], 2)) for _ in range(3)]
+    assert len(set(keys)) == 3
+    assert [e.answer.key for e in drain(decoder) if e.finished] == keys
+    assert decoder.submit(Request([1], 2, key=keys[0])) == keys[0]
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (Request([], key="new"), "an empty prompt"),
+        (Request([1, 64], key="new"), "prompt new holds token 64, outside the vocabulary of 64"),
+        (Request([-1], key="new"), "prompt new holds token -1"),
+        (Request([1], 0, key="new"), "max_new_tokens must be at least 1, not 0"),
+        (Request([1], key="running"), "a request with the key 'running' has not finished"),
+        (Request([1], key="waiting"), "a request with the key 'waiting' has not finished"),
+    ],
+)
+def test_impossible_requests_are_refused_and_leave_the_others_alone(
+    llama: Scene, request_: Request, message: str
+) -> None:
+    decoder = Decoder(llama.target, None)
+    for key in ("running", "waiting"):
+        decoder.submit(Request(llama.prompts[0], 4, key=key))
+    decoder.step()
+    with pytest.raises(UserError, match=message):
+        decoder.submit(request_)
+    with pytest.raises(UserError, match="there is no request with the key 'new'"):
+        decoder.cancel("new")
+    found = [e.answer for e in drain(decoder) if e.finished]
+    assert [(g.key, g.token_ids) for g in found] == [
+        ("running", llama.greedy[0][:4]),
+        ("waiting", llama.greedy[0][:4]),
+    ]
+    with pytest.raises(UserError, match="there is no request with the key 'running'"):
+        decoder.cancel("running")
+
+
+def test_prompt_that_the_target_refuses_gives_its_slot_back(
+    llama: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past a length that the target's positions allow, say: the request is gone, the others continue."""
+    decoder = Decoder(llama.target, None, max_rows=2)
+    for i, prompt in enumerate((llama.prompts[0], [1] * 40, llama.prompts[1])):
+        decoder.submit(Request(prompt, 4, key=str(i)))
+    decoder.step()
+    monkeypatch.setattr(llama.target, "_steady_length", 39)
+    with pytest.raises(UserError, match="too long"):
+        decoder.step()
+    found = {e.answer.key: e.answer.token_ids for e in drain(decoder) if e.finished}
+    assert found == {"0": llama.greedy[0][:4], "2": llama.greedy[1][:4]}
+    with pytest.raises(UserError, match="no request with the key '1'"):
+        decoder.cancel("1")
+
+
+# ── slots in use again ────────────────────────────────────────────────────────────────────────────────
+
+
+class Watched:
+    """Counts what every `SlotStore` copies: keys that a read gathered, and slots that were moved."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reads = self.gathers = self.moves = 0
+        write, read, move = SlotStore.write, SlotStore.read, SlotStore._move_to_front
+
+        def look(store: SlotStore, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            assert store.keys is not None
+            self.reads += 1
+            self.gathers += found[0].untyped_storage().data_ptr() != store.keys.untyped_storage().data_ptr()
+            return found
+
+        def moved(store: SlotStore, slots: tuple[int, ...]) -> None:
+            self.moves += 1
+            move(store, slots)
+
+        monkeypatch.setattr(SlotStore, "write", lambda store, *what: look(store, write(store, *what)))
+        monkeypatch.setattr(SlotStore, "read", lambda store, *what: look(store, read(store, *what)))
+        monkeypatch.setattr(SlotStore, "_move_to_front", moved)
+
+
+@pytest.mark.parametrize("method", ["plain", "eagle3", "dspark"])
+def test_slots_in_use_again_are_read_without_a_copy(
+    scenes: Callable[[str], Scene], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slot handed on once made every later round gather all keys and values of every layer."""
+    scene = scenes("qwen3")
+    target = Target(scene.target.spec, scene.target.model)
+    draft = None if method == "plain" else tiny_draft(target, method)
+    watched = Watched(monkeypatch)
+    decoder = Decoder(target, draft, max_rows=3)
+    for i, prompt in enumerate(scene.prompts * 2):
+        decoder.submit(Request(prompt, (4, 9, 6)[i % 3], i))
+    while decoder.waiting or len(decoder.rows) == 3:
+        decoder.step()
+    assert watched.reads > 100
+    assert watched.gathers == watched.moves == 0
+    # The queue is empty: what finishes now leaves a gap, which is closed once and not copied round by round.
+    drain(decoder)
+    assert watched.gathers == 0
+    stores = {"plain": 0, "eagle3": 1, "dspark": 2}[method] + target.spec.num_layers
+    assert watched.moves <= 3 * stores
+
+
+def test_gap_between_slots_is_closed_once(llama: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target(llama.target.spec, llama.target.model)
+    watched = Watched(monkeypatch)
+    decoder = Decoder(target, None, max_rows=4)
+    for i, prompt in enumerate(llama.prompts):
+        decoder.submit(Request(prompt, NEW, key=str(i)))
+    for _ in range(6):
+        decoder.step()
+    decoder.cancel("1")
+    for _ in range(4):
+        decoder.step()
+    assert watched.moves == target.spec.num_layers
+    decoder.submit(Request(llama.prompts[1], 9, key="late"))
+    found = {e.answer.key: e.answer.token_ids for e in drain(decoder) if e.finished}
+    assert watched.gathers == 0
+    assert found == {str(i): llama.greedy[i] for i in (0, 2, 3)} | {"late": llama.greedy[1][:9]}
+
+
+# ── text while it comes ───────────────────────────────────────────────────────────────────────────────
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+@settings(derandomize=True, deadline=None)
+@given(
+    st.text(st.sampled_from("aé€😀"), max_size=6),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4)), min_size=1, max_size=30),
+    st.booleans(),
+    st.integers(0, 3),
+)
+def test_streamed_text_is_the_whole_text_and_no_half_character_is_shown(
+    text: str, rounds: list[tuple[int, int]], stopped: bool, cut: int
+) -> None:
+    ids = list(text.encode())
+    ids = ids[: len(ids) - cut] if cut < len(ids) else ids  # a budget may cut a character
+    whole = Generation(token_ids=[*ids, 0] if stopped else ids, stopped=stopped)
+    for size, drafted in rounds * len(ids):
+        whole.from_draft += [i < drafted for i in range(size)]
+    whole.from_draft = whole.from_draft[: len(whole.token_ids)]
+    stream, at, shown = TextStream(Bytes()), 0, []
+    while at < len(whole.token_ids):
+        at += rounds[at % len(rounds)][0]
+        ended = at >= len(whole.token_ids)
+        part = Generation(
+            token_ids=whole.token_ids[:at], from_draft=whole.from_draft[:at], stopped=stopped and ended
+        )
+        shown += stream.new(part, finished=False)
+        if not ended:
+            assert "\ufffd" not in "".join(piece for piece, _ in shown)
+    shown += stream.new(whole, finished=True)
+    assert "".join(piece for piece, _ in shown) == Bytes().decode(ids, True)
+    assert "".join(piece for piece, _ in pieces_of(Bytes(), whole)) == Bytes().decode(ids, True)
+    assert stream.new(whole, finished=True) == []
 
 
 # ── arguments ─────────────────────────────────────────────────────────────────────────────────────────
@@ -434,7 +770,7 @@ def three_words() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Target:
     path = save_tiny(three_words, tmp_path_factory.mktemp("law") / "target")
-    return Target.from_pretrained(path, dtype="float32", device="cpu")
+    return Target.from_pretrained(path, dtype="float32", device=DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -445,8 +781,8 @@ def mismatched() -> TableDraft:
 
 def sample(target: Target, draft: Draft | None, first_seed: int) -> Counter[tuple[int, ...]]:
     """Three new tokens after one prompt: the prefill's, and two of the first rounds'."""
-    decoder = Decoder(target, draft, Sampling(1.0), max_rows=100)
-    requests = (Request(START, 3, seed=first_seed + i) for i in range(SAMPLES))
+    decoder = Decoder(target, draft, max_rows=100)
+    requests = (Request(START, 3, first_seed + i, sampling=Sampling(1.0)) for i in range(SAMPLES))
     return Counter(tuple(g.token_ids) for g in decoder.run(requests))
 
 
@@ -523,7 +859,7 @@ def committed_law(target: Target, position: Callable[[Tensor, Tensor], Tensor], 
     q = torch.full((VOCABULARY, VOCABULARY), 1 / 3) if table is None else table
     for tokens in product(range(VOCABULARY), repeat=3):
         hidden = target.read(torch.tensor([START + list(tokens[:2])]), []).last_hidden[0, -3:]
-        p = target.logits(hidden).double().softmax(-1)
+        p = target.logits(hidden).double().softmax(-1).cpu()
         drafted = q.double().softmax(-1) if table is not None else q.double()
         chance = float(p[0, tokens[0]])
         for k in (1, 2):
@@ -553,8 +889,8 @@ def power(a: Law, b: Law, samples: int, level: float) -> float:
 def test_power_of_the_two_sample_test_against_each_mutant(
     small: Target, mismatched: TableDraft, name: str
 ) -> None:
-    right = committed_law(small, committed, mismatched.logits)
-    wrong = committed_law(small, MUTANTS[name][1], mismatched.logits)
+    right = committed_law(small, committed, mismatched.logits.cpu())
+    wrong = committed_law(small, MUTANTS[name][1], mismatched.logits.cpu())
     assert math.isclose(sum(right.values()), 1, rel_tol=1e-6)
     assert math.isclose(sum(wrong.values()), 1, rel_tol=1e-6)
     assert power(right, wrong, SAMPLES, LEVEL) > 0.99
@@ -575,6 +911,6 @@ def test_mutant_of_verify_is_caught_by_the_two_sample_test(
 
 def test_exact_law_is_the_plain_one_under_the_published_rule(small: Target, mismatched: TableDraft) -> None:
     """The yardstick of the power computation is itself right."""
-    right = committed_law(small, committed, mismatched.logits)
+    right = committed_law(small, committed, mismatched.logits.cpu())
     for tokens, chance in committed_law(small, lambda p, q: p, None).items():
         assert math.isclose(right[tokens], chance, rel_tol=1e-9)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import Gemma4TextConfig, Qwen3Config
 from transformers.models.gemma4 import modeling_gemma4
 from transformers.models.qwen3 import modeling_qwen3
 
+from conftest import DEVICE
 from deepspec.drafts import ALGORITHMS, MARKOV_HEADS, load
 from deepspec.drafts.base import LossSettings, LossSums
 from deepspec.drafts.dflash import DFlashDraft
@@ -85,11 +86,13 @@ def make_draft(algorithm: str, family: str = "qwen3", *, seed: int = 0, **change
     """A float64 draft of which no number is the usual one: norms, biases and layer scalars are off too."""
     spec = make_spec(algorithm, family, **changes)
     torch.manual_seed(seed)
-    draft = ALGORITHMS[algorithm].build(spec).double()
+    draft = ALGORITHMS[algorithm].build(spec).double().to(DEVICE)
     randomise(draft)
     gemma = spec.family == "gemma4"
-    embedding = Embedding(torch.randn(VOCAB, HIDDEN).double(), math.sqrt(HIDDEN) if gemma else 1.0)
-    draft.bind(embedding, Head(torch.randn(VOCAB, HIDDEN).double(), softcap=5.0 if gemma else None))
+    embedding, head = (torch.randn(VOCAB, HIDDEN).double().to(DEVICE) for _ in range(2))
+    draft.bind(
+        Embedding(embedding, math.sqrt(HIDDEN) if gemma else 1.0), Head(head, softcap=5.0 if gemma else None)
+    )
     return draft
 
 
@@ -111,17 +114,20 @@ def make_batch(lengths: tuple[int, ...] = (11, 8), width: int = 11, seed: int = 
     random = torch.Generator().manual_seed(seed)
     rows = len(lengths)
     real = torch.arange(width) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(0, VOCAB - 1, (rows, width), generator=random)
+    features = torch.randn(rows, width, HIDDEN * len(LAYERS), generator=random).double()
+    last_hidden = torch.randn(rows, width, HIDDEN, generator=random).double()
     return FeatureBatch(
-        input_ids=torch.randint(0, VOCAB - 1, (rows, width), generator=random) * real,
-        loss_mask=(torch.arange(width) >= 2) & real,
-        features=torch.randn(rows, width, HIDDEN * len(LAYERS), generator=random).double() * real[..., None],
-        last_hidden=torch.randn(rows, width, HIDDEN, generator=random).double() * real[..., None],
-        lengths=torch.tensor(lengths),
+        input_ids=(ids * real).to(DEVICE),
+        loss_mask=((torch.arange(width) >= 2) & real).to(DEVICE),
+        features=(features * real[..., None]).to(DEVICE),
+        last_hidden=(last_hidden * real[..., None]).to(DEVICE),
+        lengths=torch.tensor(lengths, device=DEVICE),
     )
 
 
-ANCHORS = torch.tensor([[2, 5, 8], [3, 6, 0]])
-KEPT = torch.tensor([[True, True, True], [True, True, False]])
+ANCHORS = torch.tensor([[2, 5, 8], [3, 6, 0]], device=DEVICE)
+KEPT = torch.tensor([[True, True, True], [True, True, False]], device=DEVICE)
 DSPARK_LOSS = LossSettings(ce=0.1, l1=0.9, confidence=1.0, decay_gamma=3.0)
 
 
@@ -288,8 +294,8 @@ def test_a_markov_head_is_a_plain_loop_over_the_slots(kind: str) -> None:
 @pytest.mark.parametrize("with_markov", [True, False])
 def test_the_confidence_head_sees_the_previous_token_only_when_it_is_told_to(with_markov: bool) -> None:
     draft = make_dspark(confidence_with_markov=with_markov)
-    hidden = torch.randn(BLOCK, HIDDEN).double()
-    first, second = (draft.confidence_logits(torch.full((BLOCK,), t), hidden) for t in (3, 4))
+    hidden = torch.randn(BLOCK, HIDDEN).double().to(DEVICE)
+    first, second = (draft.confidence_logits(torch.full((BLOCK,), t, device=DEVICE), hidden) for t in (3, 4))
     proj = draft.confidence_head.proj
     inputs = [hidden, draft.markov_head.markov_w1.weight[3].expand(BLOCK, -1)][: 1 + with_markov]
     torch.testing.assert_close(first, torch.cat(inputs, -1) @ proj.weight[0] + proj.bias)
@@ -332,7 +338,7 @@ def test_proposals_come_from_the_distributions_that_training_makes(
     draft.open(0)
     observe(draft, 0, batch, 0, 0, anchor)
     token = int(batch.input_ids[0, anchor])
-    uniforms = torch.rand(1, BLOCK - skip, generator=torch.Generator().manual_seed(3))
+    uniforms = torch.rand(1, BLOCK - skip, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     proposal = draft.propose([0], [token], Sampling(temperature=1.0), uniforms)
     assert proposal.tokens.shape == (1, BLOCK - skip)
 
@@ -340,7 +346,8 @@ def test_proposals_come_from_the_distributions_that_training_makes(
     ids = batch.input_ids.clone()
     ids[0, anchor + 1 : anchor + 1 + BLOCK - skip] = proposal.tokens[0]
     told = replace(batch, input_ids=ids, loss_mask=torch.ones_like(ids, dtype=torch.bool))
-    blocks = draft.blocks(told, torch.tensor([[anchor], [0]]), torch.tensor([[True], [False]]))
+    anchors = torch.tensor([[anchor], [0]], device=DEVICE)
+    blocks = draft.blocks(told, anchors, torch.tensor([[True], [False]], device=DEVICE))
     assert blocks.labels[0, 0, skip:].tolist() == proposal.tokens[0].tolist()
     with torch.no_grad():
         hidden = draft.backbone(told, blocks)
@@ -364,7 +371,7 @@ def test_the_block_loss_and_its_gradients_are_those_of_plain_autograd(
     hidden = draft.backbone(batch, blocks)
     z = draft.markov_head(blocks.previous, hidden)
     first = 0 if sample_from_anchor else 1
-    total, weight, tau, counted = torch.zeros(()).double(), 0.0, 0.0, 0
+    total, weight, tau, counted = torch.zeros((), device=DEVICE).double(), 0.0, 0.0, 0
     for row, column in KEPT.nonzero().tolist():
         alive, length, any_valid = 1.0, 1.0, False
         for k in range(1, BLOCK - first + 1):
@@ -383,7 +390,7 @@ def test_the_block_loss_and_its_gradients_are_those_of_plain_autograd(
             logit = draft.confidence_logits(blocks.previous[slot], hidden[slot])
             accept = terms["accept"].detach()
             w = math.exp(-(k - 1) / DSPARK_LOSS.decay_gamma)
-            sure = plain_confidence_loss(logit[None], accept, torch.ones(1).double())
+            sure = plain_confidence_loss(logit[None], accept, torch.ones(1, device=DEVICE).double())
             total = total + w * (0.1 * terms["ce"] + 0.9 * terms["l1"] + 1.0 * sure).sum()
             weight, any_valid = weight + w, True
             alive *= float(accept)
@@ -391,8 +398,8 @@ def test_the_block_loss_and_its_gradients_are_those_of_plain_autograd(
         tau, counted = tau + (length if any_valid else 0.0), counted + any_valid
     assert counted == 5
     close(sums.total, total)
-    close(sums.weight.double(), torch.tensor(weight).double())
-    close(sums.metrics["tau_num"].double(), torch.tensor(tau).double())
+    close(sums.weight.double().cpu(), torch.tensor(weight).double())
+    close(sums.metrics["tau_num"].double().cpu(), torch.tensor(tau).double())
     assert int(sums.metrics["tau_den"]) == counted
     want = gradients(draft, LossSums(total, sums.weight, {}))
     assert found.keys() == want.keys() == dict(draft.named_parameters()).keys()
@@ -438,7 +445,7 @@ def test_every_decoding_step_is_an_unroll_step(family: str) -> None:
             for step in range(1, BLOCK):
                 # What `propose` feeds, had it drawn the tokens of the data.
                 rows = Rows((0,), (count + step - 1,), 1)
-                hidden = draft.advance(rows, hidden, torch.tensor([[ids[count + step]]]))
+                hidden = draft.advance(rows, hidden, torch.tensor([[ids[count + step]]], device=DEVICE))
                 close(hidden[0, 0], states[step][0, count - 1])
 
 
@@ -446,7 +453,7 @@ def test_eagle_proposals_are_drawn_from_the_unrolled_states() -> None:
     draft, batch = make_draft("eagle3"), make_batch()
     draft.open(0)
     observe(draft, 0, batch, 0, 0, 4)
-    uniforms = torch.rand(1, BLOCK, generator=torch.Generator().manual_seed(3))
+    uniforms = torch.rand(1, BLOCK, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     proposal = draft.propose([0], [int(batch.input_ids[0, 4])], Sampling(temperature=1.0), uniforms)
     ids = batch.input_ids.clone()
     ids[0, 5 : 5 + BLOCK] = proposal.tokens[0]
@@ -467,15 +474,32 @@ DRAFTS: dict[str, Callable[[], Any]] = {
 every_draft = pytest.mark.parametrize("make", DRAFTS.values(), ids=DRAFTS.keys())
 
 
-def propose(draft: Any, slots: list[int], batch: FeatureBatch, rows: list[int], ends: list[int]) -> Any:
+ALIKE = (Sampling(1.0),) * 3
+MIXED = (Sampling(0.7, top_k=9, top_p=0.9), Sampling(), Sampling(1.0))
+"""Samplings of rows 0, 1 and 2."""
+
+
+def propose(
+    draft: Any,
+    slots: list[int],
+    batch: FeatureBatch,
+    rows: list[int],
+    ends: list[int],
+    samplings: Sequence[Sampling] = ALIKE,
+) -> Any:
     uniforms = torch.stack([torch.rand(BLOCK, generator=torch.Generator().manual_seed(r)) for r in rows])
+    uniforms = uniforms.to(DEVICE)
     anchors = [int(batch.input_ids[r, e]) for r, e in zip(rows, ends, strict=True)]
-    return draft.propose(slots, anchors, Sampling(temperature=1.0), uniforms[:, : draft.max_proposals])
+    chosen = [samplings[r] for r in rows]
+    return draft.propose(slots, anchors, chosen, uniforms[:, : draft.max_proposals])
 
 
 @every_draft
 @pytest.mark.parametrize("slots", [[0, 1, 2], [4, 0, 2]], ids=["neighbours", "scattered"])
-def test_a_ragged_batch_of_slots_is_each_slot_alone(make: Callable[[], Any], slots: list[int]) -> None:
+@pytest.mark.parametrize("samplings", [ALIKE, MIXED], ids=["one sampling", "three samplings"])
+def test_a_ragged_batch_of_slots_is_each_slot_alone(
+    make: Callable[[], Any], slots: list[int], samplings: Sequence[Sampling]
+) -> None:
     together, batch = make(), make_batch((11, 11, 11), seed=2)
     alone = [copy.deepcopy(together) for _ in slots]
     for slot, lone in zip(slots, alone, strict=True):
@@ -484,7 +508,7 @@ def test_a_ragged_batch_of_slots_is_each_slot_alone(make: Callable[[], Any], slo
     starts = [0, 0, 0]
     for ends in ([6, 1, 3], [7, 4, 5], [8, 5, 6]):
         width = max(e - s for s, e in zip(starts, ends, strict=True))
-        features = torch.full((3, width, HIDDEN * len(LAYERS)), 7.0).double()
+        features = torch.full((3, width, HIDDEN * len(LAYERS)), 7.0, device=DEVICE).double()
         tokens, following = [], []
         for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
             features[row, : end - start] = batch.features[row, start:end]
@@ -492,9 +516,9 @@ def test_a_ragged_batch_of_slots_is_each_slot_alone(make: Callable[[], Any], slo
             following.append(batch.input_ids[row, start + 1 : end + 1].tolist())
             observe(alone[row], 0, batch, row, start, end)
         together.observe(slots, features, tokens, following)
-        found = propose(together, slots, batch, [0, 1, 2], ends)
+        found = propose(together, slots, batch, [0, 1, 2], ends, samplings)
         for row, end in enumerate(ends):
-            want = propose(alone[row], [0], batch, [row], [end])
+            want = propose(alone[row], [0], batch, [row], [end], samplings)
             assert torch.equal(found.tokens[row], want.tokens[0])
             close(found.q[row], want.q[0])
             if want.confidence is not None:
@@ -518,6 +542,20 @@ def test_observing_in_pieces_is_observing_at_once(make: Callable[[], Any]) -> No
     want = propose(whole, [0], batch, [0], [9])
     assert torch.equal(found.tokens, want.tokens)
     close(found.q, want.q)
+
+
+@every_draft
+def test_a_freed_slot_is_forgotten_and_leaves_its_neighbours(make: Callable[[], Any]) -> None:
+    draft, batch = make(), make_batch((11, 11, 11), seed=2)
+    for slot in range(3):
+        draft.open(slot)
+        observe(draft, slot, batch, slot, 0, 4 + slot)
+    want = propose(draft, [0, 2], batch, [0, 2], [4, 6])
+    draft.free(1)
+    found = propose(draft, [0, 2], batch, [0, 2], [4, 6])
+    assert torch.equal(found.q, want.q)
+    assert set(draft.lengths.of) == {0, 2}
+    assert 1 not in getattr(draft, "last_hidden", {})
 
 
 @every_draft
@@ -556,8 +594,8 @@ def test_dummy_blocks_add_nothing_to_the_loss_or_its_gradients(make: Callable[[]
     padded = loss_of(
         draft,
         batch,
-        torch.cat([ANCHORS, torch.zeros(2, 2, dtype=torch.long)], dim=1),
-        torch.cat([KEPT, torch.zeros(2, 2, dtype=torch.bool)], dim=1),
+        torch.cat([ANCHORS, torch.zeros_like(ANCHORS[:, :2])], dim=1),
+        torch.cat([KEPT, torch.zeros_like(KEPT[:, :2])], dim=1),
     )
     torch.testing.assert_close(padded.total, sums.total)
     assert padded.metrics["tau_den"] == sums.metrics["tau_den"]
@@ -610,19 +648,20 @@ def test_packed_documents_are_each_document_alone(make: Callable[[], Any]) -> No
         parts = [row[:n] for row, n in zip(values, lengths, strict=True)]
         return torch.cat([*parts, torch.zeros_like(values[0, :2])])[None]
 
-    documents = torch.tensor([[0] * 11 + [1] * 8 + [-1] * 2])
+    documents = torch.tensor([[0] * 11 + [1] * 8 + [-1] * 2], device=DEVICE)
     together = FeatureBatch(
         packed(batch.input_ids),
         # The first document supervised to its last token, which the second one follows at once.
         packed(batch.loss_mask),
         packed(batch.features),
         packed(batch.last_hidden),
-        torch.tensor([19]),
-        position_ids=torch.tensor([[*range(11), *range(8), 0, 0]]),
+        torch.tensor([19], device=DEVICE),
+        position_ids=torch.tensor([[*range(11), *range(8), 0, 0]], device=DEVICE),
         segment_ids=documents,
     )
     anchors = torch.cat([ANCHORS[0], ANCHORS[1, :2] + 11])[None]
-    sums, want = loss_of(draft, together, anchors, torch.ones(1, 5, dtype=torch.bool)), loss_of(draft, batch)
+    every = torch.ones_like(anchors, dtype=torch.bool)
+    sums, want = loss_of(draft, together, anchors, every), loss_of(draft, batch)
     close(sums.total, want.total)
     close(sums.metrics["accept_num"], want.metrics["accept_num"])
     close(sums.metrics["accept_den"], want.metrics["accept_den"])
@@ -633,7 +672,7 @@ def test_packed_documents_are_each_document_alone(make: Callable[[], Any]) -> No
 
 def test_dspark_without_heads_is_dflash() -> None:
     dflash, batch = make_draft("dflash"), make_batch()
-    dspark = DSparkDraft(make_spec("dspark")).double()
+    dspark = DSparkDraft(make_spec("dspark")).double().to(DEVICE)
     dspark.load_state_dict(dflash.state_dict())
     dspark.bind(dflash.embedding, dflash.head)
     torch.testing.assert_close(loss_of(dspark, batch).total, loss_of(dflash, batch).total)
@@ -691,3 +730,5 @@ def test_prompt_lookup_keeps_slots_apart_and_forgets_on_open() -> None:
     assert both.tokens.tolist() == [[7, 8], [2, 3]]
     lookup.open(0)
     assert lookup.propose([0], [1], Sampling(), torch.zeros(1, 2)).tokens.tolist() == [[1, 1]]
+    lookup.free(0)
+    assert set(lookup.history) == set(lookup.seen) == {1}

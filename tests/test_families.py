@@ -22,13 +22,14 @@ import deepspec
 import deepspec.targets.model as room
 import deepspec.train.loop as training
 from conftest import MODELS, SLIDING_WINDOW, prompts_of, save_tiny
+from deepspec import families
 from deepspec.checkpoints.draft import load_draft
 from deepspec.config import Recipe
 from deepspec.data.tokens import Encoded
 from deepspec.errors import TargetError
 from deepspec.targets import Target, TargetSpec
 from sequences import scripted
-from talking import recipe_tree
+from talking import recipe_tree, train_in
 
 PAGE = Path(__file__).parent.parent / "docs" / "targets.md"
 WRITE = "DEEPSPEC_WRITE_DOCS"
@@ -278,7 +279,7 @@ def train(load: Callable[[str], Target], tmp_path_factory: pytest.TempPathFactor
             Encoded(ids=ids, loss_mask=[0] * 3 + [1] * (len(ids) - 3), id=str(i))
             for i, ids in enumerate(prompts_of(target, [12, 14, 9, 15]))
         ]
-        training.train(recipe_for(algorithm), target, rows, run, {})
+        train_in(run, recipe_for(algorithm), target, rows)
         return run
 
     return trained
@@ -370,7 +371,7 @@ def test_unknown_factor_on_the_logits_is_found_on_loading(
 ) -> None:
     """A family that nobody prepared must not be trained against a distribution that is not its own."""
     save_tiny(lambda: tiny(*FAMILIES["Granite"]), tmp_path)
-    monkeypatch.delitem(room.families.TARGET_FAMILIES, "granite")
+    monkeypatch.delitem(families.TARGET_FAMILIES, "granite")
     with pytest.raises(TargetError, match="'granite' model are not its head times") as caught:
         Target.from_pretrained(tmp_path, dtype="float32", device="cpu")
     assert "logit_factor" in str(caught.value)

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import functools
 import itertools
 import json
 import os
 import shlex
-import ssl
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from typer.testing import CliRunner
 
-import deepspec.features.servers as room
-import deepspec.features.wire as wire
+import deepspec.features.vllm as room
 import deepspec.train.loop as train_room
 from conftest import FAMILIES, llama, prompts_of, save_tiny, tiny_draft
 from deepspec.cli import app
@@ -30,19 +25,20 @@ from deepspec.config import Recipe
 from deepspec.data.tokens import Encoded
 from deepspec.errors import ServerError
 from deepspec.features.batches import announced, batches_from, online
-from deepspec.features.launch import sglang_command, vllm_command
-from deepspec.features.servers import ServerSource, sglang_source, vllm_source
-from deepspec.features.wire import Access
+from deepspec.features.vllm import VllmSource
+from deepspec.features.vllm_layers import vllm_command
+from deepspec.http_client import Policy
 from deepspec.targets import Target
 from deepspec.train.build import loss_settings
-from deepspec.train.loop import Optimizer, train_step
-from deepspec.train.run import train_draft
-from feature_standin import StandIn
+from deepspec.train.loop import train_draft, train_step
+from deepspec.train.optimizer import Optimizer
+from feature_standin import FeatureStandIn
+from standin import no_certificates  # noqa: F401
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe
 
 DFLASH, DSPARK, EAGLE3 = ("context",), ("context", "labels"), ("unroll",)
 """What their losses read: names of `blocks.READ_RULES`. DSpark's and Eagle-3's read the last hidden state."""
-FAST = Access(timeout=5.0, retries=3, backoff=0.005)
+FAST = Policy(timeout=5.0, attempts=4, first_rest=0.005, longest_rest=0.05, patience=5.0)
 
 
 def rows_of(target: Target, lengths: Sequence[int], seed: int = 0) -> list[Encoded]:
@@ -51,29 +47,22 @@ def rows_of(target: Target, lengths: Sequence[int], seed: int = 0) -> list[Encod
     return [Encoded(ids, [0, 0] + [1] * (len(ids) - 2), f"r{i}") for i, ids in enumerate(prompts)]
 
 
-Start = Callable[..., StandIn]
-PLAIN = functools.partial(httpx.Client, verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
-
-
-@pytest.fixture(autouse=True)
-def no_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading the system's certificates for each client would take a third of the time of these tests."""
-    monkeypatch.setattr(room.httpx, "Client", PLAIN)
+Start = Callable[..., FeatureStandIn]
 
 
 @pytest.fixture
 def start(target_dirs: dict[str, Path], tmp_path: Path) -> Iterator[Start]:
     """Start stand-ins; they stop with the test."""
-    running: list[StandIn] = []
+    running: list[FeatureStandIn] = []
 
-    def begin(family: str | Path, streams: Sequence[int], **how: Any) -> StandIn:
+    def begin(family: str | Path, layers: Sequence[int], **how: Any) -> FeatureStandIn:
         path = target_dirs[family] if isinstance(family, str) else family
-        running.append(StandIn(path, tmp_path / f"storage-{len(running)}", streams, **how))
+        running.append(FeatureStandIn(path, tmp_path / f"storage-{len(running)}", layers, **how))
         return running[-1]
 
     yield begin
     for server in running:
-        server.stop()
+        server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +72,10 @@ def talking_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def llama_source(
-    server: StandIn, target: Target, access: Access = FAST, reads: Sequence[str] = DSPARK, **how: Any
-) -> ServerSource:
-    """Layers 0 and 2 of the four-layer target, with the last hidden state: streams 1, 3 and 4."""
-    return vllm_source(server.url, target, [0, 2], reads, access=access, **how)
+    server: FeatureStandIn, target: Target, policy: Policy = FAST, reads: Sequence[str] = DSPARK, **how: Any
+) -> VllmSource:
+    """Layers 0 and 2 of the four-layer target, with the last hidden state: 1, 3 and 4 as vLLM counts."""
+    return VllmSource(server.url, target, [0, 2], reads, policy=policy, **how)
 
 
 # ── the same numbers ──────────────────────────────────────────────────────────────────────────────────
@@ -97,7 +86,7 @@ def llama_source(
 def test_vllm_gives_what_online_gives_bit_for_bit(targets, start, family, layers):
     target = targets[family]
     server = start(family, [*(k + 1 for k in layers), target.spec.num_layers])
-    source, here = vllm_source(server.url, target, layers, DSPARK, access=FAST), online(target, layers)
+    source, here = VllmSource(server.url, target, layers, DSPARK, policy=FAST), online(target, layers)
     for row in rows_of(target, [3, 17]):
         theirs, ours = source([row], len(row.ids)), here([row], len(row.ids))
         assert torch.equal(theirs.features, ours.features)
@@ -109,7 +98,7 @@ def test_vllm_gives_what_online_gives_bit_for_bit(targets, start, family, layers
 def test_bfloat16_stays_what_it_is_on_the_wire(target_dirs, start, family):
     target = Target.from_pretrained(target_dirs[family], dtype="bfloat16", device="cpu")
     server = start(family, [1, target.spec.num_layers], dtype=torch.bfloat16)
-    source, row = vllm_source(server.url, target, [0], DSPARK, access=FAST), rows_of(target, [19])[0]
+    source, row = VllmSource(server.url, target, [0], DSPARK, policy=FAST), rows_of(target, [19])[0]
     theirs, ours = source([row], 19), online(target, [0])([row], 19)
     assert theirs.features.dtype == torch.bfloat16
     assert torch.equal(theirs.features, ours.features)
@@ -134,7 +123,7 @@ def test_rows_of_a_batch_stay_apart_and_are_padded_like_online(targets, start):
 def test_features_come_in_the_drafts_order_whatever_else_the_server_gives(targets, start):
     target = targets["llama"]
     row = rows_of(target, [8])[0]
-    source = vllm_source(start("llama", [0, 1, 2, 3, 4]).url, target, [2, -1], DSPARK, access=FAST)
+    source = VllmSource(start("llama", [0, 1, 2, 3, 4]).url, target, [2, -1], DSPARK, policy=FAST)
     theirs, ours = source([row], 8), online(target, [2, -1])([row], 8)
     assert torch.equal(theirs.features, ours.features)
     assert torch.equal(theirs.last_hidden, ours.last_hidden)
@@ -143,8 +132,8 @@ def test_features_come_in_the_drafts_order_whatever_else_the_server_gives(target
 def test_counting_layers_one_off_on_our_side_shows(targets, start, monkeypatch):
     target = targets["llama"]
     row = rows_of(target, [8])[0]
-    monkeypatch.setattr(room, "stream_ids", lambda layers, depth, last: [*layers, depth])
-    source = vllm_source(start("llama", [0, 1, 2, 3, 4]).url, target, [1, 2], DSPARK, access=FAST)
+    monkeypatch.setattr(room, "server_layers", lambda layers, depth, last: [*layers, depth])
+    source = VllmSource(start("llama", [0, 1, 2, 3, 4]).url, target, [1, 2], DSPARK, policy=FAST)
     assert not torch.allclose(source([row], 8).features, online(target, [1, 2])([row], 8).features, atol=0.1)
 
 
@@ -156,16 +145,6 @@ def test_without_a_last_hidden_state_none_is_asked_for(targets, start):
     assert batch.features.shape == (1, 6, 2 * target.spec.hidden_size)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sglang_gives_what_online_gives_bit_for_bit(targets, start, family):
-    target, layers = targets[family], [0, 2]
-    source = sglang_source(start(family, [1, 3]).url, target, layers, DFLASH, access=FAST)
-    row = rows_of(target, [13])[0]
-    batch = source([row], 13)
-    assert torch.equal(batch.features, online(target, layers)([row], 13).features)
-    assert batch.last_hidden is None
-
-
 # ── the wrong server ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -174,7 +153,7 @@ def test_server_started_with_layers_one_off_is_refused_by_name(targets, start, s
     target = targets["llama"]
     server = start("llama", [1 + shift, 2 + shift, 4])
     with pytest.raises(ServerError) as caught:
-        vllm_source(server.url, target, [0, 1], DSPARK, access=FAST)
+        VllmSource(server.url, target, [0, 1], DSPARK, policy=FAST)
     assert f"after [{1 + shift}, {2 + shift}, 4] layers, and those after [1, 2, 4] are needed" in str(
         caught.value
     )
@@ -183,7 +162,7 @@ def test_server_started_with_layers_one_off_is_refused_by_name(targets, start, s
 def test_the_last_stream_past_the_final_norm_is_not_the_last_stream(targets, start):
     target = targets["llama"]
     server = start("llama", [1, 3, 4])
-    norm = server.model.model.norm
+    norm = server.weights.model.norm
 
     def normed(streams: torch.Tensor, ids: list[int]) -> Any:
         return torch.cat([streams[:, :2], norm(streams[:, 2:])], dim=1).detach(), ids
@@ -202,9 +181,6 @@ def test_another_model_of_the_same_shape_is_refused(targets, start, tmp_path):
 def test_another_width_is_refused(targets, start):
     with pytest.raises(ServerError, match=r"width 48, and .* has 32"):
         llama_source(start("qwen3", [1, 3, 5]), targets["llama"])
-    with pytest.raises(ServerError, match="gave 48 numbers a token, no multiple of the target's 32"):
-        url = start("qwen3", [1]).url
-        sglang_source(url, targets["llama"], [0], DFLASH, access=FAST)
 
 
 def test_slightly_other_weights_are_said_not_refused(targets, start, capsys):
@@ -281,37 +257,6 @@ def test_numbers_that_are_none_are_refused(targets, start):
         source(rows_of(target, [7]), 7)
 
 
-@pytest.mark.parametrize(
-    ("layers", "reads", "reason"),
-    [
-        ([0, 2], DSPARK, "never both"),
-        ([1], EAGLE3, "never both"),
-        ([-1, 1], DFLASH, "also reads the embedding"),
-    ],
-)
-def test_what_sglang_cannot_give_is_refused_before_anything_is_asked(targets, layers, reads, reason):
-    with pytest.raises(ServerError, match=reason) as caught:
-        sglang_source("http://127.0.0.1:9", targets["llama"], layers, reads)
-    assert "vllm:URL" in str(caught.value)
-
-
-def test_sglang_answer_without_a_cached_prefix_names_the_remedy(targets, start):
-    target, server = targets["llama"], start("llama", [1, 3])
-    source = sglang_source(server.url, target, [0, 2], DFLASH, access=FAST)
-    server.spoil = lambda streams, ids: (streams[4:], ids)
-    with pytest.raises(ServerError, match="features of 6 tokens, not of 10") as caught:
-        source(rows_of(target, [10]), 10)
-    assert "--disable-radix-cache --chunked-prefill-size -1" in str(caught.value)
-
-
-def test_sglang_without_features_prints_the_line_that_gives_them(targets, start):
-    server = start("llama", [1, 3])
-    server.connector = False
-    with pytest.raises(ServerError, match="not configured to return hidden states") as caught:
-        sglang_source(server.url, targets["llama"], [0, 2], DFLASH, access=FAST)
-    assert "--return-aux-hidden-state-layer-ids 0 2" in str(caught.value)
-
-
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -326,21 +271,17 @@ def test_late_file_is_waited_for_and_never_read_half_written(targets, start):
     assert len(server.asked) == 2, "a half-written file would have been asked for again"
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_files_go_once_read_unless_they_are_to_be_kept(targets, start, keep):
+def test_files_go_once_they_are_read(targets, start):
     target, server = targets["llama"], start("llama", [1, 3, 4])
-    source = vllm_source(f"{server.url}?keep_files={str(keep).lower()}", target, [0, 2], DSPARK, access=FAST)
-    source(rows_of(target, [5, 6]), 6)
-    left = sorted(path.suffix for path in server.storage.iterdir())
-    assert left == ([".lock"] * 3 + [".safetensors"] * 3 if keep else [])
+    llama_source(server, target)(rows_of(target, [5, 6]), 6)
+    assert list(server.storage.iterdir()) == []
 
 
 def test_file_that_is_never_written_ends_in_a_time_out(targets, start):
     target, server = targets["llama"], start("llama", [1, 3, 4])
-    source = llama_source(server, target, Access(timeout=5.0, retries=1, backoff=0.005))
-    source.opened[0].server.access = Access(timeout=0.2)  # from here on: opening took what it took
+    source = llama_source(server, target, Policy(timeout=0.2, attempts=1))
     server.late = 5.0
-    with pytest.raises(ServerError, match=r"after 2 attempts.*was not written within 0.2 s"):
+    with pytest.raises(ServerError, match=r"after 1 attempts.*was not written within 0.2 s"):
         source(rows_of(target, [5]), 5)
 
 
@@ -351,18 +292,16 @@ def test_file_that_the_server_gave_up_is_asked_for_again(targets, start):
     assert torch.equal(source([row], 5).features, online(target, [0, 2])([row], 5).features)
 
 
-def test_storage_out_of_sight_is_named_and_can_be_said(targets, start, tmp_path):
-    target, server = targets["llama"], start("llama", [1, 3, 4])
+def test_storage_out_of_sight_is_named(targets, start):
+    server = start("llama", [1, 3, 4])
     server.told_path = lambda path: Path("/nowhere/on/this/machine") / path.name
     with pytest.raises(ServerError, match=r"/nowhere/on/this/machine/cmpl-1.safetensors") as caught:
-        llama_source(server, target)
-    assert "storage=FOLDER" in str(caught.value)
-    source = vllm_source(f"{server.url}?storage={server.storage}", target, [0, 2], DSPARK, access=FAST)
-    assert source(rows_of(target, [5]), 5).tokens == 5
+        llama_source(server, targets["llama"])
+    assert "--storage FOLDER" in str(caught.value)
 
 
 def test_file_without_a_lock_is_not_trusted(targets, start, monkeypatch):
-    monkeypatch.setattr(wire, "FILE_GRACE", 0.1)
+    monkeypatch.setattr(room, "FILE_GRACE", 0.1)
     server = start("llama", [1, 3, 4])
     server.lock = False
     with pytest.raises(ServerError, match="without a lock"):
@@ -383,65 +322,41 @@ def test_file_system_without_locks_is_named(targets, start, monkeypatch):
         (refuse_with(errno.ENOLCK) if how & fcntl.LOCK_SH else flock)(handle, how)
 
     monkeypatch.setattr(fcntl, "flock", readers_cannot)
-    with pytest.raises(ServerError, match="knows no locks"):
+    with pytest.raises(ServerError, match="has no locks"):
         llama_source(server, targets["llama"])
 
 
 def test_files_that_may_not_be_removed_are_said_at_once(targets, start, monkeypatch):
     server = start("llama", [1, 3, 4])
     monkeypatch.setattr(Path, "unlink", refuse_with(errno.EACCES))
-    with pytest.raises(ServerError, match="cannot be removed") as caught:
+    with pytest.raises(ServerError, match="cannot be removed"):
         llama_source(server, targets["llama"])
-    assert "keep_files=true" in str(caught.value)
-    llama_source(server, targets["llama"], Access(timeout=5.0, keep_files=True))
 
 
 # ── servers that fail ─────────────────────────────────────────────────────────────────────────────────
 
-FAULTS = {
-    "429": (429, {"Retry-After": "0.02"}, b"slow down"),
-    "500": (500, {}, b"boom"),
-    "503 until a date": (503, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, b""),
-    "garbage": (200, {}, b"<html>"),
-    "a list": (200, {}, b"[]"),
-    "half an answer": (200, {"Content-Length": "400", "Connection": "close"}, b'{"kv_tr'),
-    "no word": None,
-}
 
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_passing_failures_are_tried_again(targets, start, fault):
+@pytest.mark.parametrize("fault", ["500", "garbage", "close"])
+def test_failures_that_pass_are_tried_again_after_another_probe(targets, start, fault):
     target, server = targets["llama"], start("llama", [1, 3, 4])
     source, row = llama_source(server, target), rows_of(target, [5])[0]
-    server.faults.append(FAULTS[fault])
+    server.faults.append(fault)
     assert torch.equal(source([row], 5).features, online(target, [0, 2])([row], 5).features)
     # The probe, the failure, the probe again (is it still the same server?), and the row.
-    assert [len(asked["prompt"]) for asked in server.asked] == [24, 5, 24, 5]
+    assert server.lengths == [24, 5, 24, 5]
 
 
-def test_server_that_hangs_is_left_after_the_time_out(targets, start, monkeypatch):
+def test_a_server_that_fails_for_good_ends_the_training_with_what_it_said_last(targets, start):
     target, server = targets["llama"], start("llama", [1, 3, 4])
-    source = llama_source(server, target, Access(timeout=5.0, retries=0))
-    source.opened[0].server.client.timeout = httpx.Timeout(0.3)
-    held = threading.Event()
-    monkeypatch.setattr(server, "_given", lambda ids: held.wait(30))
-    with pytest.raises(ServerError, match=r"after 1 attempts.*ReadTimeout"):
+    source = llama_source(server, target, Policy(5.0, first_rest=0.005, longest_rest=0.05, patience=0.3))
+    server.faults.extend(["500"] * 1000)
+    with pytest.raises(ServerError, match=r"no server could be asked.*the last failure: HTTP 500: fault 500"):
         source(rows_of(target, [5]), 5)
-    held.set()
-
-
-def test_retries_end_and_say_what_the_last_one_met(targets, start):
-    target, server = targets["llama"], start("llama", [1, 3, 4])
-    source = llama_source(server, target)
-    server.faults.extend([FAULTS["500"]] * 10)
-    with pytest.raises(ServerError, match="r0 after 4 attempts; the last ended with: HTTP 500: boom"):
-        source(rows_of(target, [5]), 5)
-    assert len(server.faults) == 6
 
 
 def test_server_that_is_not_there_is_named_with_the_line_that_starts_it(targets):
-    with pytest.raises(ServerError, match="ConnectError") as caught:
-        vllm_source("http://127.0.0.1:9", targets["llama"], [0, 2], DSPARK, access=FAST)
+    with pytest.raises(ServerError, match="the server gives no features: no connection") as caught:
+        VllmSource("http://127.0.0.1:9", targets["llama"], [0, 2], DSPARK, policy=FAST)
     assert "where: http://127.0.0.1:9" in str(caught.value)
     assert "vllm serve" in str(caught.value)
 
@@ -449,54 +364,52 @@ def test_server_that_is_not_there_is_named_with_the_line_that_starts_it(targets)
 def test_server_that_comes_back_with_other_layers_is_caught(targets, start):
     target, server = targets["llama"], start("llama", [1, 3, 4])
     source = llama_source(server, target)
-    server.faults.append(None)
-    server.streams = [0, 3, 4]
-    with pytest.raises(ServerError, match="came back giving other features"):
+    server.faults.append("close")
+    server.layers = [0, 3, 4]
+    with pytest.raises(ServerError, match=r"after \[0, 3, 4\] layers, .* \[1, 3, 4\] are needed"):
         source(rows_of(target, [5]), 5)
 
 
 def test_several_servers_take_turns_and_one_may_die(targets, start):
     target = targets["llama"]
     first, second = start("llama", [1, 3, 4]), start("llama", [0, 1, 2, 3, 4])
-    source = vllm_source(f"{first.url}, {second.url}/v1/", target, [0, 2], DSPARK, access=FAST)
+    source = VllmSource(f"{first.url}, {second.url}/v1/", target, [0, 2], DSPARK, policy=FAST)
     rows = rows_of(target, [4, 5, 6, 7])
     source(rows, 7)
     assert [len(s.asked) for s in (first, second)] == [3, 3]
-    first.stop()
+    first.kill()
     batch = source(rows, 7)
     assert torch.equal(batch.features[3, :7], online(target, [0, 2])([rows[3]], 7).features[0])
 
 
-@pytest.mark.parametrize("limit", [1, 3])
-def test_requests_in_flight_are_bounded(targets, start, limit):
+def test_requests_in_flight_are_bounded(targets, start, monkeypatch):
+    monkeypatch.setattr(room, "IN_FLIGHT", 3)
     target, server = targets["llama"], start("llama", [1, 3, 4])
-    source = vllm_source(f"{server.url}?in_flight={limit}", target, [0, 2], DSPARK, access=FAST)
-    given = server._given
-    server._given = lambda ids: (time.sleep(0.03), given(ids))[1]  # type: ignore[method-assign]
+    source, given = llama_source(server, target), server.given
+    server.given = lambda ids: (time.sleep(0.03), given(ids))[1]  # type: ignore[method-assign]
     source(rows_of(target, [5] * 9), 5)
-    assert server.most_at_once == limit
+    assert server.most_at_once == 3
 
 
-def test_rows_are_fetched_ahead_in_order_once_each_and_no_further_than_asked(targets, start):
+def test_rows_are_fetched_ahead_in_order_once_each_and_no_further_than_asked(targets, start, monkeypatch):
+    monkeypatch.setattr(room, "IN_FLIGHT", 1)
+    monkeypatch.setattr(room, "AHEAD", 3)
     target, server = targets["llama"], start("llama", [1, 3, 4])
-    source = vllm_source(f"{server.url}?ahead=3&in_flight=1", target, [0, 2], DSPARK, access=FAST)
+    source = llama_source(server, target)
     rows = rows_of(target, [4, 5, 6, 7, 8, 9])
     source.expect(rows)
 
-    def lengths_asked() -> list[int]:
-        return [len(asked["prompt"]) for asked in server.asked[1:]]
-
     end = time.monotonic() + 5
-    while len(lengths_asked()) < 3 and time.monotonic() < end:
+    while len(server.asked) < 4 and time.monotonic() < end:
         time.sleep(0.01)
     time.sleep(0.1)
-    assert lengths_asked() == [4, 5, 6]
+    assert server.lengths == [24, 4, 5, 6]
     here = online(target, [0, 2])
     for pair in (rows[:2], rows[2:4], rows[4:]):
         batch = source(pair, 9)
         for i, row in enumerate(pair):
             assert torch.equal(batch.features[i, : len(row.ids)], here([row], len(row.ids)).features[0])
-    assert lengths_asked() == [4, 5, 6, 7, 8, 9]
+    assert server.lengths == [24, 4, 5, 6, 7, 8, 9]
 
 
 def test_row_that_was_not_announced_is_fetched_all_the_same(targets, start):
@@ -507,12 +420,6 @@ def test_row_that_was_not_announced_is_fetched_all_the_same(targets, start):
     assert torch.equal(batch.features, online(target, [0, 2])([rows[2]], 6).features)
 
 
-def test_pauses_double_and_are_bounded(monkeypatch):
-    monkeypatch.setattr(room.random, "uniform", lambda low, high: 1.0)
-    assert [room.pause_after(i, 0.5) for i in range(4)] == [0.5, 1.0, 2.0, 4.0]
-    assert room.pause_after(40, 0.5) == room.LONGEST_PAUSE
-
-
 def test_key_from_the_environment_is_sent(targets, start, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     server = start("llama", [1, 3, 4])
@@ -520,20 +427,10 @@ def test_key_from_the_environment_is_sent(targets, start, monkeypatch):
     assert server.headers[0]["Authorization"] == "Bearer secret"
 
 
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("localhost:8000", "not the address of a server: 'localhost:8000'"),
-        ("http://a:1?in_fligth=2", "no setting 'in_fligth'; did you mean 'in_flight'"),
-        ("http://a:1?in_flight=many", "in_flight=many is no int"),
-        ("http://a:1?keep_files=1", "keep_files=1 is no bool"),
-        ("http://a:1?ahead=0", "at least 1"),
-    ],
-)
-def test_addresses_and_settings_that_say_nothing_possible(targets, url, message):
-    with pytest.raises(ServerError) as caught:
-        vllm_source(url, targets["llama"], [0, 2], DSPARK)
-    assert message in str(caught.value)
+@pytest.mark.parametrize("url", ["localhost:8000", "http://a:1?in_flight=2", "http://a:1,"])
+def test_addresses_that_are_none_are_refused(targets, url):
+    with pytest.raises(ServerError, match="address"):
+        VllmSource(url, targets["llama"], [0, 2], DSPARK)
 
 
 # ── training from it ──────────────────────────────────────────────────────────────────────────────────
@@ -543,21 +440,15 @@ def recipe_for(algorithm: str, **optim: Any) -> Recipe:
     return Recipe.model_validate(recipe_tree(Path("unused"), Path("unused"), algorithm, **optim))
 
 
-@pytest.mark.parametrize(
-    ("kind", "algorithm"), [("vllm", "eagle3"), ("vllm", "dflash"), ("vllm", "dspark"), ("sglang", "dflash")]
-)
-def test_a_step_of_training_is_the_same_from_a_server(targets, start, kind, algorithm):
+@pytest.mark.parametrize("algorithm", ["eagle3", "dflash", "dspark"])
+def test_a_step_of_training_is_the_same_from_a_server(targets, start, algorithm):
     target, recipe = targets["llama"], recipe_for(algorithm, micro_batch_size=2)
     rows, layers = rows_of(target, [12, 9, 15, 11]), [0, 1, 2]
-    if kind == "vllm":
-        source = vllm_source(start("llama", [1, 2, 3, 4]).url, target, layers, DSPARK, access=FAST)
-    else:
-        url = start("llama", [1, 2, 3]).url
-        source = sglang_source(url, target, layers, DFLASH, access=FAST)
+    source = VllmSource(start("llama", [1, 2, 3, 4]).url, target, layers, DSPARK, policy=FAST)
     losses, gradients = [], []
     for each in (source, online(target, layers)):
         draft = tiny_draft(target, algorithm)
-        optimizer = Optimizer(draft, recipe)
+        optimizer = Optimizer(draft, recipe.optim)
         loss, sums = train_step(draft, each, rows, recipe, 3, measure=True, optimizer=optimizer)
         losses.append(loss)
         gradients.append([p.grad.clone() for p in draft.parameters() if p.grad is not None])
@@ -569,7 +460,7 @@ def test_a_step_of_training_is_the_same_from_a_server(targets, start, kind, algo
 
 def test_a_loss_that_reads_the_targets_distribution_does_not_run_without_it(targets, start):
     target, recipe = targets["llama"], recipe_for("dspark")
-    source = vllm_source(start("llama", [1, 2, 3]).url, target, [0, 1, 2], DFLASH, access=FAST)
+    source = VllmSource(start("llama", [1, 2, 3]).url, target, [0, 1, 2], DFLASH, policy=FAST)
     draft = tiny_draft(target, "dspark")
     batch = source(rows_of(target, [9]), 9)
     with pytest.raises(AssertionError, match="the source has none"):
@@ -581,15 +472,13 @@ def run_losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
-def test_a_run_from_a_server_is_the_run_from_online(talking_dir, start, tmp_path, monkeypatch, kind):
+def test_a_run_from_a_server_is_the_run_from_online(talking_dir, start, tmp_path, monkeypatch):
     monkeypatch.setattr(train_room, "LOG_EVERY", 1)
-    algorithm = "dspark" if kind == "vllm" else "dflash"
-    server = start(talking_dir, [1, 2, 3, 4] if kind == "vllm" else [1, 2, 3])
+    server = start(talking_dir, [1, 2, 3, 4])
     write_data(tmp_path)
-    tree = recipe_tree(talking_dir, tmp_path, algorithm, micro_batch_size=3)
+    tree = recipe_tree(talking_dir, tmp_path, "dspark", micro_batch_size=3)
     target = Target.from_pretrained(talking_dir, dtype="float32", device="cpu")
-    for run, features in (("online", "online"), ("server", f"{kind}:{server.url}")):
+    for run, features in (("online", "online"), ("server", f"vllm:{server.url}")):
         recipe = Recipe.model_validate(
             {**tree, "name": run, "data": {**tree["data"], "features": features, "max_length": 200}}
         )
@@ -601,12 +490,11 @@ def test_a_run_from_a_server_is_the_run_from_online(talking_dir, start, tmp_path
     assert 1 + 14 <= len(server.asked) <= 1 + 18
 
 
-def test_loss_that_sglang_cannot_feed_is_refused_before_the_target_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(Target, "from_pretrained", lambda *a: pytest.fail("the target was loaded first"))
-    tree = recipe_tree(Path("unused"), tmp_path, "dspark")
+def test_sglang_is_refused_with_what_to_use_instead(tmp_path):
+    tree = recipe_tree(Path("unused"), tmp_path, "dflash")
     tree["data"]["features"] = "sglang:http://127.0.0.1:9"
-    with pytest.raises(ServerError, match="never both"):
-        train_draft(Recipe.model_validate(tree), tmp_path)
+    with pytest.raises(ValueError, match=r"no longer a feature source.*vllm:http://HOST:PORT.*cache"):
+        Recipe.model_validate(tree)
 
 
 def test_wrong_server_is_found_before_rows_are_made(talking_dir, start, tmp_path, monkeypatch):
@@ -670,16 +558,6 @@ def test_vllm_is_started_with_streams_counted_its_way():
     assert "--max-model-len" not in unordered
 
 
-def test_sglang_is_started_with_layers_counted_our_way():
-    assert sglang_command("Qwen/Qwen3-4B", [1, 9, 17], max_length=4096) == (
-        "python -m sglang.launch_server --model-path Qwen/Qwen3-4B \\\n"
-        "  --enable-return-aux-hidden-states --speculative-algorithm DFLASH \\\n"
-        "  --return-aux-hidden-state-layer-ids 1 9 17 \\\n"
-        "  --disable-radix-cache --chunked-prefill-size -1 \\\n"
-        "  --context-length 4104"
-    )
-
-
 def run(*words: str) -> Any:
     return CliRunner().invoke(app, ["data", "features-server", *words])
 
@@ -687,7 +565,7 @@ def run(*words: str) -> Any:
 @pytest.mark.parametrize(("algorithm", "streams"), [("dspark", [1, 2, 3, 4]), ("dflash", [1, 2, 3])])
 def test_command_prints_the_line_for_a_recipe(target_dirs, tmp_path, algorithm, streams):
     recipe = write_recipe(tmp_path / "r.yaml", recipe_tree(target_dirs["llama"], tmp_path, algorithm))
-    result = run(str(recipe), "data.max_length=100", "--server", "vllm", "--storage", "/mnt/hs", "--json")
+    result = run(str(recipe), "data.max_length=100", "--storage", "/mnt/hs", "--json")
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
     assert printed["streams"] == streams
@@ -698,12 +576,3 @@ def test_command_prints_the_line_for_a_recipe(target_dirs, tmp_path, algorithm, 
     text = run(str(recipe), "data.max_length=100", "--storage", "/mnt/hs").stdout
     assert printed["command"] in text
     assert f"deepspec train {recipe} data.max_length=100 data.features=vllm:http://localhost:8000" in text
-
-
-def test_command_refuses_sglang_for_a_loss_it_cannot_feed(target_dirs, tmp_path):
-    recipe = write_recipe(tmp_path / "r.yaml", recipe_tree(target_dirs["llama"], tmp_path, "dspark"))
-    result = run(str(recipe), "--server", "sglang")
-    assert result.exit_code == 2
-    assert "never both" in result.output
-    dflash = write_recipe(tmp_path / "f.yaml", recipe_tree(target_dirs["llama"], tmp_path, "dflash"))
-    assert "--return-aux-hidden-state-layer-ids 0 1 2" in run(str(dflash), "--server", "sglang").stdout

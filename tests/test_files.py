@@ -1,11 +1,30 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
 
 import pytest
 
-from deepspec.files import TAIL, JsonlWriter, atomic_file, repair_last_line
+from deepspec.errors import DataError, UserError
+from deepspec.files import (
+    LOCK,
+    TAIL,
+    JsonlWriter,
+    ResumableLog,
+    alone_in,
+    atomic_directory,
+    atomic_file,
+    check_writable,
+    claimed,
+    repair_last_line,
+    writing,
+)
+from kills import contents, held_by_another, in_child, killed_at, needs_fork
 
 
 def lines(path):
@@ -115,3 +134,180 @@ def test_a_disk_that_takes_half_a_line_gets_the_other_half_next(tmp_path, monkey
     with JsonlWriter(tmp_path / "m.jsonl") as writer:
         writer.write({"name": "τ" * 50})
     assert lines(tmp_path / "m.jsonl") == [{"name": "τ" * 50}]
+
+
+# ---- a log that is resumed under the conditions it was begun under
+
+
+def resumed(path: Path, conditions: dict[str, object], header: bool = True) -> list[dict[str, object]]:
+    """The records so far; then one more is added."""
+    with ResumableLog(path, conditions, header=header) as log:
+        found = [record for _, record in log.records()]
+        log.write({"n": len(found), **({} if header else conditions)})
+    return found
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_a_log_is_continued_under_the_same_conditions(tmp_path, header):
+    path = tmp_path / "log.jsonl"
+    conditions = {"seed": 1, "shape": (2, 3), "none": None}  # tuples and lists are the same conditions
+    for n in range(3):
+        assert [record["n"] for record in resumed(path, conditions, header)] == list(range(n))
+
+
+def test_a_log_begun_under_another_header_steps_aside_each_time_under_a_new_name(tmp_path, capsys):
+    path = tmp_path / "eval.partial.jsonl"
+    resumed(path, {"seed": 1, "old": True})
+    before = path.read_bytes()
+    assert resumed(path, {"seed": 1}) == []
+    assert (tmp_path / "eval.partial.old-1.jsonl").read_bytes() == before
+    assert "was begun with another 'old'" in " ".join(capsys.readouterr().err.split())
+    assert resumed(path, {"seed": 2}) == []
+    assert (tmp_path / "eval.partial.old-2.jsonl").exists()
+    assert len(resumed(path, {"seed": 2})) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({"seed": 2}, "this line was made with seed 2, but now it is 1"),
+        ({}, "this line has no 'seed', but now it is 1"),
+        ([1], "this line is not a JSON object"),
+    ],
+)
+def test_a_line_made_under_other_conditions_is_refused_by_its_number(tmp_path, line, reason):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"seed": 1, "n": 0}\n' + json.dumps(line) + "\n")
+    with pytest.raises(DataError, match=reason) as caught:
+        resumed(path, {"seed": 1}, header=False)
+    assert f"{path}:2" in str(caught.value)
+
+
+def test_records_say_where_their_lines_begin(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"a": "τ"}\n{"b": 1}\n', "utf-8")
+    with ResumableLog(path, {}) as log:
+        assert [at for at, _ in log.records()] == [0, 12]
+
+
+def test_a_log_has_one_writer(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with ResumableLog(path, {}), pytest.raises(UserError, match="another process is writing to this file"):
+        ResumableLog(path, {})
+    ResumableLog(path, {}).close()
+
+
+# ---- kills
+
+
+def _whole_file(folder: Path) -> None:
+    with atomic_file(folder / "a.bin") as stream:
+        stream.write(b"new")
+
+
+def _directory(folder: Path) -> None:
+    with atomic_directory(folder / "d") as part, (part / "a.bin").open("wb") as stream:
+        stream.write(b"new")
+
+
+def _log(folder: Path) -> None:
+    with ResumableLog(folder / "log.jsonl", {"seed": 1}, header=True) as log:
+        for n in range(len(list(log.records())), 3):
+            log.write({"n": n})
+            log.sync()
+
+
+@needs_fork
+@pytest.mark.parametrize(
+    ("work", "again"),
+    [(_whole_file, False), (_whole_file, True), (_directory, False), (_directory, True), (_log, False)],
+)
+def test_killed_at_any_durable_operation_the_next_try_gives_the_undisturbed_result(
+    tmp_path: Path, work: Callable[[Path], None], again: bool
+) -> None:
+    (tmp_path / "whole").mkdir()
+    work(tmp_path / "whole")
+    for operation in count(1):
+        folder = tmp_path / str(operation)
+        folder.mkdir()
+        if again:
+            work(folder)
+        old = contents(folder)
+        if not killed_at(operation, lambda folder=folder: work(folder)):
+            break
+        now = {name: data for name, data in contents(folder).items() if not name.startswith(".")}
+        if again:
+            assert now == old, f"killed at operation {operation}"  # whole, old or new
+        work(folder)
+        assert contents(folder) == contents(tmp_path / "whole"), f"killed at operation {operation}"
+    assert operation > 2
+
+
+# ---- locks
+
+
+@needs_fork
+def test_a_folder_is_kept_to_one_process_and_a_killed_one_holds_nothing(tmp_path):
+    with (
+        held_by_another(tmp_path, "training"),
+        pytest.raises(UserError, match="another process is training in this folder"),
+        alone_in(tmp_path, "training"),
+    ):
+        pass
+    with alone_in(tmp_path, "training"):
+        pass
+
+    def killed() -> None:
+        with alone_in(tmp_path, "training"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert os.WIFSIGNALED(os.waitpid(in_child(killed), 0)[1])
+    with alone_in(tmp_path, "training"):
+        pass
+
+
+@needs_fork
+def test_pieces_of_one_lock_file_are_claimed_one_by_one(tmp_path):
+    def others() -> None:
+        with claimed(tmp_path / LOCK, 3) as three, claimed(tmp_path / LOCK, 4) as four:
+            assert (three, four) == (False, True)
+
+    with claimed(tmp_path / LOCK, 3) as ours:
+        assert ours
+        assert os.waitpid(in_child(others), 0)[1] == 0
+    assert (tmp_path / LOCK).stat().st_size == 0
+
+
+# ---- paths that cannot be written
+
+
+@pytest.mark.parametrize(
+    ("number", "todo"),
+    [
+        (errno.ENOSPC, "make room on that disk"),
+        (errno.EDQUOT, "make room on that disk"),
+        (errno.EACCES, "name a place that you may write to"),
+        (errno.EROFS, "name a place that you may write to"),
+        (errno.EISDIR, "name a file, not a folder"),
+        (errno.ENOTDIR, "name another place"),
+    ],
+)
+def test_a_path_that_cannot_be_written_is_an_error_with_a_way_out(tmp_path, number, todo):
+    with pytest.raises(UserError) as caught, writing(tmp_path):
+        raise OSError(number, os.strerror(number))
+    assert f"cannot write {tmp_path}: {os.strerror(number)}" in str(caught.value)
+    assert todo in str(caught.value)
+
+
+def test_any_other_failure_of_the_system_stays_what_it_is(tmp_path):
+    with pytest.raises(OSError, match="Input/output error"), writing(tmp_path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_place_is_checked_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_writable(None)
+    check_writable(tmp_path / "new" / "r.json")
+    for place, why in ((tmp_path, "it is a folder"), (tmp_path / "file" / "r.json", "is not a folder")):
+        with pytest.raises(UserError, match=why):
+            check_writable(place)

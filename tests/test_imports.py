@@ -223,7 +223,7 @@ print([name for name, value in before.items() if getattr(deepspec, name) is not 
 
 
 def test_no_file_grows_past_450_lines_and_no_function_past_80():
-    """A longer one hides a second idea. The signature of a command, which lists its options, does not count."""
+    """A longer one hides a second idea. The signature of a command, which lists options, does not count."""
     long = []
     for path in FILES:
         source = path.read_text("utf-8")

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from conftest import tiny_draft
 from deepspec.checkpoints import draft as checkpoint
 from deepspec.checkpoints import inspect as inspection
+from deepspec.checkpoints import read
 from deepspec.checkpoints.draft import save_draft
 from deepspec.checkpoints.inspect import inspect_draft
 from deepspec.cli import app
@@ -44,7 +45,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **options: Any) -> Any:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(checkpoint, "read_tensors", refuse)
+    monkeypatch.setattr(read, "read_tensors", refuse)
     monkeypatch.setattr(Target, "from_pretrained", refuse)
     monkeypatch.setattr("deepspec.targets.model.AutoModelForCausalLM.from_pretrained", refuse)
 
@@ -97,9 +98,9 @@ def test_misfit_names_every_reason_and_both_sides(scene: Path, target_dirs: dict
     found = inspect_draft(scene / "draft", TargetSpec.from_pretrained(str(target_dirs["qwen3"])))
     assert found["fits"] is False
     assert found["reasons"] == [
-        "its hidden width is 32, the target's 48",
-        f"its vocabulary is {found['vocabulary']}, the target's 96",
-        "its layer count of the target is 4, the target's 5",
+        "its hidden width is 32, and the target's is 48",
+        f"its vocabulary is {found['vocabulary']}, and the target's is 96",
+        "it is for a target of 4 layers, and this one has 5",
     ]
 
 
@@ -144,7 +145,7 @@ def test_broken_checkpoint_is_refused_as_loading_would(scene: Path, tmp_path: Pa
         (path / file.name).write_bytes(file.read_bytes())
     config = json.loads((path / "config.json").read_text("utf-8"))
     (path / "config.json").write_text(json.dumps(config | {"markov_rank": 4}), "utf-8")
-    with pytest.raises(CheckpointError, match=r"markov_w1\.weight is \[\d+, 8\], the config makes it"):
+    with pytest.raises(CheckpointError, match=r"markov_w1\.weight has the shape \[\d+, 8\], but"):
         inspect_draft(path)
     (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(CheckpointError, match="Git LFS pointer"):
@@ -161,7 +162,7 @@ def test_command_prints_the_facts_and_why_it_does_not_fit(scene: Path, target_di
     assert (lines["algorithm"], lines["fits"], lines["thinking"]) == ("dspark", "yes", "no")
     told = call(scene / "draft", "--target", target_dirs["qwen3"])
     assert told.exit_code == 0
-    assert "does not fit: its hidden width is 32, the target's 48" in told.stdout
+    assert "does not fit: its hidden width is 32, and the target's is 48" in told.stdout
     found = json.loads(call(scene / "draft", "--json").stdout)
     assert found == json.loads(json.dumps(inspection.inspect_draft(scene / "draft")))
     missing = call(scene / "nowhere", "--target", "no/such-model")

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepspec.checkpoints.draft import load_draft, load_spec, save_draft
+from deepspec.checkpoints.draft import load_draft, save_draft
 from deepspec.checkpoints.layouts import as_released
+from deepspec.checkpoints.read import load_spec
 from deepspec.decode.engine import generate
 from deepspec.drafts.base import NeuralDraft
 from deepspec.drafts.spec import SpecError, read_spec
@@ -214,7 +215,7 @@ def test_depth_that_a_config_leaves_out_is_checked_by_the_layers_it_reads(
 @pytest.mark.parametrize(
     ("nested", "top", "message"),
     [
-        ({"causal": True}, {}, "causal: a DFlash of this kind"),
+        ({"causal": True}, {}, "a DFlash draft with causal is not supported"),
         ({"use_swa": True, "swa_window_size": 8}, {}, "swa_window_size, use_swa"),
         ({"projector_type": "domino"}, {}, "projector_type"),
         ({}, {"is_causal": True}, "is_causal"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +16,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from conftest import DEVICE
+from deepspec.maths.chunking import default_chunk_rows
 from deepspec.maths.head import Head
 from deepspec.maths.losses import (
     TERMS,
     HeadLoss,
     confidence_loss,
-    default_chunk_rows,
     head_loss,
     position_weights,
 )
@@ -79,18 +82,21 @@ def make_case(
     generator = torch.Generator().manual_seed(seed)
 
     def new(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
     width, rank = 5, 3
     teacher_head = Head(new(vocab, width + 1), new(vocab) if bias else None, scale, softcap)
     size = kept or vocab
-    ids = torch.randperm(vocab, generator=generator)[:size] if kept else None
+    ids = torch.randperm(vocab, generator=generator)[:size].to(DEVICE) if kept else None
     head = Head(new(size, width), new(size) if bias else None, scale, softcap, ids)
     return Case(
         hidden=new(rows, width).requires_grad_(),
         head=head,
-        weights={term: torch.rand(rows, generator=generator, dtype=torch.float64) + 0.1 for term in terms},
-        labels=torch.randint(vocab, (rows,), generator=generator),
+        weights={
+            term: (torch.rand(rows, generator=generator, dtype=torch.float64) + 0.1).to(DEVICE)
+            for term in terms
+        },
+        labels=torch.randint(vocab, (rows,), generator=generator).to(DEVICE),
         teacher_hidden=new(rows, width + 1),
         teacher_head=teacher_head,
         z=new(rows, rank).requires_grad_() if markov else None,
@@ -319,6 +325,12 @@ def test_default_chunk_is_bounded_in_bytes_and_never_empty() -> None:
     assert default_chunk_rows(10**9) == 1
 
 
+def test_the_chunk_size_is_known_without_torch() -> None:
+    """The planner asks for it, and must start at once."""
+    code = "import sys, deepspec.maths.chunking; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -326,8 +338,8 @@ def test_default_chunk_is_bounded_in_bytes_and_never_empty() -> None:
         ({"weights": {"ce": torch.ones(6)}}, "weights of 'ce'"),
         ({"labels": None}, "'ce' needs labels"),
         ({"labels": torch.zeros(6, dtype=torch.int64)}, "labels must be"),
-        ({"labels": torch.full((7,), 13)}, "outside 0"),
-        ({"labels": torch.full((7,), -100)}, "outside 0"),
+        ({"labels": torch.full((7,), 13, device=DEVICE)}, "outside 0"),
+        ({"labels": torch.full((7,), -100, device=DEVICE)}, "outside 0"),
         ({"teacher_head": None}, "go together"),
         ({"teacher_head": None, "teacher_hidden": None}, "need teacher_hidden"),
         ({"teacher_hidden": torch.zeros(7, 9)}, "does not fit 7 rows"),

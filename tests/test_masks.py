@@ -417,7 +417,7 @@ def test_template_that_loses_a_context_turns_call_is_refused_too(qwen: PreTraine
     asked = talk(user("q"), foreign, result("2"), says("four"), tools=TOOLS)
     assert len(encode_turns(qwen, asked, True)) == 1
     deaf = changed("m.tool_calls or []", "m.no_calls or []")
-    with pytest.raises(DataError, match=r"message 2 \(assistant\): .* leaves out or changes a tool call"):
+    with pytest.raises(DataError, match=r"leaves out or changes a tool call of message 2 \(assistant\)"):
         encode_turns(deaf, asked, True)
 
 
@@ -481,7 +481,7 @@ LOOP = talk(
         (
             "<|im_start|>assistant\\n' }}\n        {",
             "<|im_start|>model\\n' }}\n        {",
-            "begins the turn otherwise",
+            "begins the turn differently",
         ),
     ],
 )

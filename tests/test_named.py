@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import pytest
 
-from deepspec.data.named import SOURCES, worded
+from deepspec.data.catalogue import DATASETS, worded
 from rowfiles import EVAL, SHARED, good, jsonl, lines_of, questions, refused, shared
 
 PAGE = Path(__file__).parent.parent / "docs" / "data.md"
@@ -127,7 +127,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     return serve
 
 
-@pytest.mark.parametrize("name", sorted(SOURCES))
+@pytest.mark.parametrize("name", sorted(DATASETS))
 def test_a_named_set_asks_the_hub_for_exactly_its_config_split_and_columns(
     tmp_path: Path, hub: Callable[..., list[Any]], name: str
 ) -> None:
@@ -145,14 +145,14 @@ def test_a_named_set_asks_the_hub_for_exactly_its_config_split_and_columns(
         del fields["prompt"]
     del made["id"]
     expected = dict(fields) if fields else {"messages": made["messages"]}
-    if SOURCES[name].rows:
+    if DATASETS[name].rows:
         expected["domain"] = name
     assert made == expected
 
 
 def test_wording_by_what_a_row_holds() -> None:
     def prompt(name: str, **row: Any) -> str:
-        return str(worded(SOURCES[name], row, "x")["prompt"])
+        return str(worded(DATASETS[name], row, "x")["prompt"])
 
     assert prompt("alpaca", instruction="i", input="") == "i"
     assert prompt("alpaca", instruction="i", input="x") == "i\n\nInput:\nx"
@@ -180,12 +180,12 @@ def test_the_wording_is_that_of_the_published_prompts(name: str, pattern: str) -
         (text,) = row["turns"]
         found = re.fullmatch(pattern, text, re.DOTALL)
         assert found, text
-        assert worded(SOURCES[name], found.groupdict(), "x") == {"prompt": text}
+        assert worded(DATASETS[name], found.groupdict(), "x") == {"prompt": text}
 
 
 def test_mt_bench_gives_the_published_turns() -> None:
     for row in lines_of(shared(EVAL / "mt-bench.jsonl")):
-        assert worded(SOURCES["mt-bench"], {"prompt": row["turns"]}, "x") == row
+        assert worded(DATASETS["mt-bench"], {"prompt": row["turns"]}, "x") == row
 
 
 def test_the_table_is_that_of_the_published_protocol() -> None:
@@ -195,17 +195,17 @@ def test_the_table_is_that_of_the_published_protocol() -> None:
     special = {"livecodebench": "test.jsonl … test6.jsonl", "arena-hard-v2": "–"}
     assert found == {
         name: (source.repo, special.get(name, source.place), str(source.rows))
-        for name, source in SOURCES.items()
+        for name, source in DATASETS.items()
         if source.rows
     }
-    assert f"({SOURCES['open-perfectblend'].repo}, 5% held out)" in text
+    assert f"({DATASETS['open-perfectblend'].repo}, 5% held out)" in text
 
 
 def test_the_page_and_the_help_name_every_set() -> None:
     heads = "| name | Hub id | config and split, or files | columns | rows |\n|---|---|---|---|---|"
     rows = [
         f"| `{name}` | {s.repo} | {s.place} | {', '.join(f'`{c}`' for c in s.columns)} | {s.rows or 'all'} |"
-        for name, s in SOURCES.items()
+        for name, s in DATASETS.items()
     ]
     begin, end = "<!-- named sources: begin -->\n", "<!-- named sources: end -->"
     page = PAGE.read_text("utf-8")
@@ -216,7 +216,7 @@ def test_the_page_and_the_help_name_every_set() -> None:
         PAGE.write_text(expected, "utf-8")
     assert PAGE.read_text("utf-8") == expected, "docs/data.md is not what the code says: run `make docs`"
     words = set(re.split(r"[^\w-]+", good("download", "--help")))
-    assert set(SOURCES) <= words
+    assert set(DATASETS) <= words
 
 
 def test_a_copy_of_a_named_set_is_worded_without_any_network(

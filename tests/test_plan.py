@@ -31,7 +31,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from deepspec import speeds as profile
-from deepspec.checkpoints.draft import draft_shapes
+from deepspec.checkpoints.read import draft_shapes
 from deepspec.cli import app
 from deepspec.config import KEPT_CHECKPOINTS, Recipe, load_recipe
 from deepspec.cost import MACHINES, Inputs, assumed_counts, cheapest_change, make_plan, published_counts
@@ -65,7 +65,8 @@ from deepspec.maths.verify import Sampling
 from deepspec.planning import count_file, describe, prepare
 from deepspec.targets import Target, TargetSpec
 from deepspec.train.build import build_draft
-from deepspec.train.loop import Optimizer, Progress, save_checkpoint
+from deepspec.train.optimizer import Optimizer
+from deepspec.train.run import Progress, Run
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe, write_rows
 
 QWEN3_4B = PUBLISHED_TARGETS["Qwen/Qwen3-4B"]
@@ -109,7 +110,7 @@ def test_state_bytes_are_those_of_a_real_optimiser(precision: str):
     """Weight and gradient as they are after the backward pass, then masters and moments after a step."""
     draft = tiny_draft(tiny_spec("dflash"), torch.bfloat16 if precision == "bfloat16" else torch.float32)
     recipe = load_recipe("pocket-dflash", [f"precision={precision}"])
-    optimizer = Optimizer(draft, recipe)
+    optimizer = Optimizer(draft, recipe.optim)
     for parameter in draft.parameters():
         parameter.grad = torch.ones_like(parameter)
     held = [t for p in draft.parameters() for t in (p, p.grad)]
@@ -132,7 +133,7 @@ def test_checkpoint_on_disk_has_the_bytes_that_the_plan_counts(tmp_path: Path, p
     for parameter in draft.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step(0.5)
-    save_checkpoint(recipe, tmp_path, draft, optimizer, Progress(1), target, {})
+    Run(tmp_path, recipe).save(draft, optimizer, Progress(1), target, {})
     folder = tmp_path / "checkpoints" / "step_1"
     moments = (folder / "optimizer.pt").stat().st_size
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -574,7 +575,9 @@ from deepspec.config import load_recipe
 from deepspec.features.batches import online
 from deepspec.data.tokens import Encoded
 from deepspec.targets import Target
-from deepspec.train.loop import Optimizer, train_step
+from deepspec.train.loop import train_step
+from deepspec.train.optimizer import Optimizer
+from deepspec.train.run import Progress, Run
 
 def peak():
     status = Path("/proc/self/status").read_text()
@@ -584,7 +587,7 @@ target, peaks = Target.from_pretrained("pocket"), []
 for name, overrides, rows, length in json.loads(sys.argv[1]):
     recipe = load_recipe(name, overrides)
     draft = build_draft(recipe, target, [])
-    optimizer, source = Optimizer(draft, recipe), online(target, draft.feature_layers)
+    optimizer, source = Optimizer(draft, recipe.optim), online(target, draft.feature_layers)
     for width in (8, length):
         ids, mask = [7 + i % 900 for i in range(width)], [0, 0] + [1] * (width - 2)
         gc.collect()
@@ -704,8 +707,8 @@ def test_rounds_are_timed_from_a_drafts_place_without_the_prefills(llama_dir: Pa
     ticks = iter(range(1000))
     monkeypatch.setattr(profile, "_clock", lambda target: float(next(ticks)))
     clock = profile._Clock(target)
-    requests = [Request([5, 6, 7 + i], 6 + 2 * i, i, str(i)) for i in range(3)]
-    decoder = Decoder(target, clock, Sampling(1.0), max_rows=2)
+    requests = [Request([5, 6, 7 + i], 6 + 2 * i, i, str(i), Sampling(1.0)) for i in range(3)]
+    decoder = Decoder(target, clock, max_rows=2)
     assert sum(len(answer.token_ids) for answer in decoder.run(requests)) == 6 + 8 + 10
     assert clock.prefills == [1.0] * 3
     # Five rounds of two rows until the first answer ends; the round that the third prompt's prefill followed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from deepspec.errors import UserError
 from deepspec.targets import Target
 from kills import held_by_another, needs_fork
 from tools.pocket import build as module
+from tools.pocket import corpus
 from tools.pocket.build import BuildSettings, build
+
+SOME = {"random.py", "shutil.py", "textwrap.py", "pathlib.py", "argparse.py", "statistics.py"}
 
 TINY = BuildSettings(
     vocab_size=320,
@@ -25,14 +29,25 @@ TINY = BuildSettings(
     head_dim=16,
     micro_tokens=512,
     micro_batches=2,
-    total_tokens=12 * 1024,
+    total_tokens=6 * 1024,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_library() -> Iterator[None]:
+    """A few files of the standard library instead of all: reading them is most of what a tiny build takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        some = [p for p in corpus.library_files() if p.name in SOME]
+        patch.setattr(corpus, "library_files", lambda: tuple(some))
+        corpus.library.cache_clear()
+        yield
+    corpus.library.cache_clear()
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pocket")
-    build(out, TINY, checkpoint_every=4)
+    build(out, TINY, checkpoint_every=3)
     return out
 
 
@@ -42,16 +57,16 @@ def test_build_that_stops_between_checkpoints_goes_on_to_the_same_weights(built,
     def dying(*args: object) -> torch.Tensor:
         nonlocal taken
         taken += 1
-        if taken == 13:  # the first half of step 6, two steps after a checkpoint
+        if taken == 11:  # the first half of step 6, two steps after a checkpoint
             raise KeyboardInterrupt
         return loss_sum(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "loss_sum", dying)
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path, TINY, checkpoint_every=4)
+        build(tmp_path, TINY, checkpoint_every=3)
     assert not (tmp_path / "target").exists()
-    build(tmp_path, TINY, checkpoint_every=4)
-    assert taken == 13 + 2 * (TINY.steps - 4)
+    build(tmp_path, TINY, checkpoint_every=3)
+    assert taken == 11 + 2 * (TINY.steps - 3)
     weights = "target/model.safetensors"
     for name, tensor in load_file(built / weights).items():
         assert torch.equal(tensor, load_file(tmp_path / weights)[name]), name

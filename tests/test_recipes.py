@@ -11,13 +11,14 @@ import pytest
 import plan_examples
 import recipe_parameters
 import reproduce_cost
-from deepspec.checkpoints.draft import copy_shapes, draft_shapes
 from deepspec.checkpoints.inspect import parameters
-from deepspec.config import Recipe, load_recipe, recipe_names
+from deepspec.checkpoints.read import copy_shapes, draft_shapes
+from deepspec.config import Recipe, load_recipe
 from deepspec.cost.formulas import state_bytes_per_parameter
 from deepspec.drafts.spec import read_spec, write_config
 from deepspec.errors import RecipeError
 from deepspec.families import default_target_layers
+from deepspec.recipe_files import recipe_names
 from deepspec.train.build import draft_spec
 from golden_case import FOLDER
 

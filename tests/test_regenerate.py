@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -16,9 +17,10 @@ from typer.testing import CliRunner
 from deepspec.answers import in_process as module
 from deepspec.answers.dialogue import Dialogue, turns_of
 from deepspec.answers.file import beside
-from deepspec.answers.in_process import regenerate, row_seed
+from deepspec.answers.in_process import regenerate
 from deepspec.cli import app
 from deepspec.data.conversations import Conversation, conversation_from_row, read_conversations
+from deepspec.data.identity import row_seed
 from deepspec.data.tokens import encode_turns, prompt_ids
 from deepspec.decode.engine import generate
 from deepspec.errors import DataError, UserError
@@ -221,65 +223,32 @@ PROMPTS = [asked(f"r{i}", said(u="?" * (7 - i))) for i in range(5)]
 
 
 @needs_fork
-def test_killed_at_any_durable_operation_the_file_comes_out_the_same(target, tmp_path, stand_in):
-    def work(out: Path) -> None:
-        regenerate(target, PROMPTS, out, max_rows=1)
-
-    work(tmp_path / "whole.jsonl")
-    whole = (tmp_path / "whole.jsonl").read_bytes()
-    assert len({row["messages"][1]["content"][:8] for row in rows_of(tmp_path / "whole.jsonl")}) == 3
-    torn = 0
-    for operation in count(1):
-        out = tmp_path / f"cut-{operation}.jsonl"
-        if not killed_at(operation, lambda out=out: work(out)):
-            break
-        torn += not out.read_bytes().endswith(b"\n")
-        work(out)
-        assert out.read_bytes() == whole, f"killed at operation {operation}"
-    assert operation > 15
-    assert torn >= 5  # each line was once cut in half (and so is the empty file no whole line)
-
-
-@needs_fork
-def test_killed_again_and_again_the_file_comes_out_the_same(target, tmp_path, stand_in):
-    out = tmp_path / "cut.jsonl"
-
-    def work() -> None:
-        regenerate(target, PROMPTS, out, max_rows=1)
-
-    kills = 0
-    while killed_at(4 + kills % 3, work):
-        kills += 1
-    again = out.read_bytes()
-    out.unlink()
-    beside(out, "timings").unlink()
-    work()
-    assert out.read_bytes() == again
-    assert kills >= 4
-
-
-@needs_fork
-def test_prompts_added_later_change_no_answer_and_a_kill_among_them_none_either(target, tmp_path, stand_in):
-    """What was there before the start is not decoded again, whichever stretch it would now belong to."""
-    few, more = PROMPTS[:3], [*PROMPTS, *(asked(f"n{i}", said(u="?" * i)) for i in range(1, 7))]
+@pytest.mark.parametrize("before", [0, 3])
+def test_killed_at_any_durable_operation_the_file_comes_out_the_same(target, tmp_path, stand_in, before):
+    """What was there before the start is not decoded again, whichever group it would now belong to."""
+    more = [*PROMPTS, *(asked(f"n{i}", said(u="?" * i)) for i in range(1, 4))]
 
     def work(out: Path, prompts: Sequence[Conversation]) -> None:
         regenerate(target, prompts, out, max_rows=2)
 
-    work(tmp_path / "whole.jsonl", few)
-    before = (tmp_path / "whole.jsonl").read_bytes()
+    work(tmp_path / "start.jsonl", PROMPTS[:before])
+    shutil.copy(tmp_path / "start.jsonl", tmp_path / "whole.jsonl")
+    shutil.copy(tmp_path / "start.timings.jsonl", tmp_path / "whole.timings.jsonl")
     work(tmp_path / "whole.jsonl", more)
     whole = (tmp_path / "whole.jsonl").read_bytes()
-    assert whole.startswith(before)
-    assert len(rows_of(tmp_path / "whole.jsonl")) == len(more)
+    assert whole.startswith((tmp_path / "start.jsonl").read_bytes())
+    assert len({row["messages"][1]["content"][:8] for row in rows_of(tmp_path / "whole.jsonl")}) >= 2
+    torn = 0
     for operation in count(1):
         out = tmp_path / f"cut-{operation}.jsonl"
-        work(out, few)
+        shutil.copy(tmp_path / "start.jsonl", out)
+        shutil.copy(tmp_path / "start.timings.jsonl", beside(out, "timings"))
         if not killed_at(operation, lambda out=out: work(out, more)):
             break
+        torn += bool(out.stat().st_size) and not out.read_bytes().endswith(b"\n")
         work(out, more)
         assert out.read_bytes() == whole, f"killed at operation {operation}"
-    assert operation > 8
+    assert torn == len(more) - before  # each line was once cut in half
 
 
 @needs_fork
@@ -442,7 +411,7 @@ def test_answers_end_where_the_target_ends(fussy, tmp_path):
 
 def test_a_line_that_is_no_answer_stops_the_run_before_it_starts(target, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(DataError, match="no answered row") as caught:
+    with pytest.raises(DataError, match="this line has no 'thinking'") as caught:
         regenerate(target, PROMPTS, tmp_path / "a.jsonl")
     assert "a.jsonl:1" in str(caught.value)
 
@@ -466,16 +435,16 @@ def test_command_says_what_was_done_and_what_comes_next(target, tmp_path):
     assert "made with thinking False" in text
     text = call(*words).stdout
     assert "1 new answers, 2 were there already" in text
-    assert "2 rows left out: their id had come before" in text
+    assert "2 rows left out: an earlier row has the same id" in text
     assert len(list(read_conversations(out))) == 3
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--server", "http://127.0.0.1:1", "--rows", 4], "--rows says nothing with --server"),
-        (["--concurrency", 4], "--concurrency says nothing without --server"),
-        (["--model", "m"], "--model says nothing without --server"),
+        (["--server", "http://127.0.0.1:1", "--rows", 4], "--rows has no effect with --server"),
+        (["--concurrency", 4], "--concurrency has no effect without --server"),
+        (["--model", "m"], "--model has no effect without --server"),
         (["--server", "127.0.0.1:8000"], "not a server's address"),
     ],
 )

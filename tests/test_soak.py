@@ -25,13 +25,13 @@ from typer.testing import CliRunner
 from deepspec.answers.dialogue import turns_of
 from deepspec.answers.file import beside, last_mark
 from deepspec.answers.in_process import regenerate
-from deepspec.answers.pool import Policy
 from deepspec.answers.through_servers import regenerate_served
 from deepspec.cli import app
 from deepspec.data.conversations import Conversation, conversation_from_row
 from deepspec.errors import UserError
+from deepspec.http_client import Policy
 from deepspec.targets import Target
-from kills import disk_of, in_child, kill_at, killed_at
+from kills import at_operation, disk_of, in_child, killed_at
 from standin import PASSING, StandIn
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe
 from test_train import metrics_of, same_state
@@ -204,7 +204,7 @@ def test_every_prompt_once_while_servers_and_the_run_itself_are_killed(tmp_path:
             probe.bind(("127.0.0.1", 0))
             ports.append(probe.getsockname()[1])
     rows, out, dice = prompts(1800), tmp_path / "a.jsonl", random.Random(5)
-    policy = Policy(0.5, 30, 0.01, 0.1, 3, 60, 0.5)
+    policy = Policy(0.5, 30, 0.01, 0.1, 60)
 
     def work() -> None:
         regenerate_served(
@@ -212,8 +212,13 @@ def test_every_prompt_once_while_servers_and_the_run_itself_are_killed(tmp_path:
         )
 
     def work_until(operation: int) -> None:
-        kill_at(operation)
-        work()
+        def act(n: int, half: Callable[[], object]) -> None:
+            if n == operation:
+                half()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with at_operation(act):
+            work()
 
     alive = {port: misbehaving(port, port) for port in ports}
     deaths, seen = 0, Counter[str]()

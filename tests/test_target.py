@@ -35,8 +35,8 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from conftest import FAMILIES, MODELS, SLIDING_WINDOW, prompts_of, save_tiny
-from deepspec.checkpoints.draft import find_checkpoint
+from conftest import DEVICE, FAMILIES, MODELS, SLIDING_WINDOW, prompts_of, save_tiny
+from deepspec.checkpoints.read import find_checkpoint
 from deepspec.errors import CheckpointError, TargetError
 from deepspec.targets import Target, TargetSpec
 from sequences import CLOSE, Sequences, scripted
@@ -48,14 +48,14 @@ def target(request: pytest.FixtureRequest, targets: dict[str, Target]) -> Target
 
 
 def load(path: Path) -> Target:
-    return Target.from_pretrained(path, dtype="float32", device="cpu")
+    return Target.from_pretrained(path, dtype="float32", device=DEVICE)
 
 
 # ── features, hidden states, head ─────────────────────────────────────────────────────────────────────
 
 
 def test_every_feature_is_the_residual_stream_after_its_layer(target: Target) -> None:
-    ids = torch.tensor(prompts_of(target, [19, 19]))
+    ids = torch.tensor(prompts_of(target, [19, 19]), device=DEVICE)
     with torch.no_grad():
         theirs = target.model(ids, output_hidden_states=True)
     depth = target.spec.num_layers
@@ -78,7 +78,7 @@ def test_no_layers_means_no_features(target: Target) -> None:
 
 
 def test_last_hidden_is_after_the_final_norm(target: Target) -> None:
-    ids = torch.tensor(prompts_of(target, [15]))
+    ids = torch.tensor(prompts_of(target, [15]), device=DEVICE)
     with torch.no_grad():
         theirs = target.model(ids, output_hidden_states=True).hidden_states[-1]
         before = target.read(ids, [target.spec.num_layers - 2]).features
@@ -88,7 +88,7 @@ def test_last_hidden_is_after_the_final_norm(target: Target) -> None:
 
 
 def test_head_gives_the_models_logits_soft_cap_included(target: Target) -> None:
-    ids = torch.tensor(prompts_of(target, [15]))
+    ids = torch.tensor(prompts_of(target, [15]), device=DEVICE)
     with torch.no_grad():
         theirs = target.model(ids).logits
     ours = target.logits(target.read(ids, []).last_hidden)
@@ -107,8 +107,8 @@ def test_the_soft_cap_of_the_gemma_target_bites(targets: dict[str, Target]) -> N
 def test_embedding_repeats_the_models_scale_and_its_rounding(
     target_dirs: dict[str, Path], dtype: str
 ) -> None:
-    target = Target.from_pretrained(target_dirs["gemma4"], dtype=dtype, device="cpu")
-    ids = torch.arange(target.vocab_size)
+    target = Target.from_pretrained(target_dirs["gemma4"], dtype=dtype, device=DEVICE)
+    ids = torch.arange(target.vocab_size, device=DEVICE)
     assert target.embedding.scale != 1
     assert torch.equal(target.embedding(ids), target.model.get_input_embeddings()(ids))
     assert target.dtype == getattr(torch, dtype)
@@ -200,7 +200,7 @@ def test_eager_attention_gets_its_mask_as_numbers(target_dirs: dict[str, Path]) 
     """Eager attention adds the mask to its scores: a boolean one would only add one to what may be seen."""
     path = target_dirs["gemma4"]
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-    scripted(Target(TargetSpec.from_pretrained(str(path)), model))
+    scripted(Target(TargetSpec.from_pretrained(str(path)), model.to(DEVICE)))
 
 
 @pytest.mark.parametrize("order", [(0, 2, 1, 3), (3, 2, 1, 0), (1, 3), (3, 1), (2, 3)])
@@ -329,7 +329,7 @@ def test_code_that_comes_with_a_model_is_not_run(
     config |= {"model_type": "no-such-model", "auto_map": {"AutoConfig": "code.Config"}}
     (path / "config.json").write_text(json.dumps(config), "utf-8")
     (path / "code.py").write_text("raise SystemExit('it was run')", "utf-8")
-    with pytest.raises(TargetError, match="modelling code of its own, which is not run"):
+    with pytest.raises(TargetError, match="needs modelling code from its own repository"):
         load(path)
 
 

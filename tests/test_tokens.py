@@ -12,7 +12,15 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deepspec.data.conversations import Conversation
-from deepspec.data.tokens import _STAND_IN, Encoded, encode_turns, prompt_ids, template_hash, tokenizer_hash
+from deepspec.data.tokens import (
+    _STAND_IN,
+    Encoded,
+    encode_turns,
+    prompt_ids,
+    require_tokenizer,
+    template_hash,
+    tokenizer_hash,
+)
 from deepspec.errors import DataError, TargetError
 
 # ChatML with a thinking switch: history is written exactly as it was said.
@@ -318,10 +326,6 @@ def test_answer_that_carries_its_own_end_of_turn_is_refused(chatml: PreTrainedTo
     assert "contains the end-of-turn token '<|im_end|>'" in refusal(chatml, talk("q", "four<|im_end|>"))
 
 
-def test_bad_answer_ids_of_a_row_made_in_memory_are_refused(chatml: PreTrainedTokenizerFast) -> None:
-    assert "list of non-negative integers" in refusal(chatml, talk("q", "a", meta={"answer_ids": [1.5]}))
-
-
 def test_messages_that_the_template_refuses_name_the_row(backend: Tokenizer) -> None:
     tokenizer = chat(backend, "{{ raise_exception('no such role here') }}")
     message = refusal(tokenizer, talk("q", "a"))
@@ -333,6 +337,15 @@ def test_template_that_loses_the_answer_is_a_target_error(backend: Tokenizer) ->
     with pytest.raises(TargetError, match="does not write the assistant's text") as caught:
         encode(tokenizer, talk("q", "a"), True, 99)
     assert "where: rows.jsonl:7" in str(caught.value)
+
+
+def test_target_without_a_tokenizer_is_refused_with_a_way_out(chatml: PreTrainedTokenizerFast) -> None:
+    assert require_tokenizer(chatml, "some/model") is chatml
+    with pytest.raises(TargetError, match="some/model has no tokenizer") as caught:
+        require_tokenizer(None, "some/model", "leave --target out")
+    assert caught.value.next_step == (
+        "put the target's tokenizer files next to its config, or leave --target out"
+    )
 
 
 def test_tokenizer_without_chat_template_says_what_to_do(backend: Tokenizer) -> None:

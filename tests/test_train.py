@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -21,10 +20,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import deepspec
-import deepspec.train.loop as room
+import deepspec.checkpoints.draft as checkpoint
+import deepspec.train.loop as loop
 from deepspec.checkpoints.draft import load_draft
 from deepspec.cli import app
-from deepspec.config import Recipe
+from deepspec.config import Recipe, load_recipe
 from deepspec.data.rows import frequent_ids
 from deepspec.data.tokens import Encoded
 from deepspec.decode.engine import generate
@@ -34,16 +34,18 @@ from deepspec.log import Tracker
 from deepspec.maths.blocks import FeatureBatch
 from deepspec.targets import Target
 from deepspec.train.build import build_draft, mask_token
-from deepspec.train.loop import Optimizer, schedule, train
-from kills import held_by_another, needs_fork
-from talking import recipe_tree, save_talking_llama, write_data, write_recipe
+from deepspec.train.loop import train
+from deepspec.train.optimizer import Optimizer, adamw, schedule
+from deepspec.train.run import Run, forget_after, open_run
+from kills import held_by_another, in_child, needs_fork
+from talking import recipe_tree, save_talking_llama, train_in, write_data, write_recipe
 
 TIMING = {"seconds", "tokens_per_s"}
 
 
 @pytest.fixture(autouse=True)
 def log_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "LOG_EVERY", 1)
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
 
 
 def recipe_for(algorithm: str, **changes: Any) -> Recipe:
@@ -98,11 +100,11 @@ def interrupting(at_call: int, value: float = 1.5) -> Callable[[Any], float]:
 def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(targets, tmp_path, algorithm, precision):
     target, recipe = targets["llama"], recipe_for(algorithm, precision=precision)
     rows = rows_for(target)
-    whole = train(recipe, target, rows, tmp_path / "whole", {}, lambda draft: 1.5)
-    cut = train(recipe, target, rows, tmp_path / "cut", {}, interrupting(1))
+    whole = train_in(tmp_path / "whole", recipe, target, rows, lambda draft: 1.5)
+    cut = train_in(tmp_path / "cut", recipe, target, rows, interrupting(1))
     assert (cut.interrupted, cut.steps) == (True, 3)
     assert not (tmp_path / "cut" / "checkpoints" / "step_6").exists()
-    on = train(recipe, target, rows, tmp_path / "cut", {}, lambda draft: 1.5)
+    on = train_in(tmp_path / "cut", recipe, target, rows, lambda draft: 1.5)
     assert (on.interrupted, on.steps, on.tokens) == (False, 6, whole.tokens)
     same_state(tmp_path / "whole/checkpoints/step_6", tmp_path / "cut/checkpoints/step_6")
     assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
@@ -117,7 +119,7 @@ def test_reduced_vocabulary_is_the_datas_own_and_comes_back_from_the_checkpoint(
     recipe = recipe.model_copy(update={"draft": recipe.draft.model_copy(update={"vocab_size": 20})})
     counts = Counter(i for r in rows for i, m in zip(r.ids, r.loss_mask, strict=True) if m)
     best = sorted(range(target.vocab_size), key=lambda i: (-counts[i], i))[:20]
-    outcome = train(recipe, target, rows, tmp_path, {})
+    outcome = train_in(tmp_path, recipe, target, rows)
     draft = load_draft(outcome.best, target)
     assert draft.head.kept is not None
     assert draft.head.kept.tolist() == sorted(best)
@@ -136,7 +138,7 @@ def test_reduced_vocabulary_is_the_datas_own_and_comes_back_from_the_checkpoint(
     # Counted anew in other data it would be another vocabulary under the same weights.
     longer = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"max_steps": 8})})
     with pytest.raises(CheckpointError, match="counted in other data"):
-        train(longer, target, rows[:2], tmp_path, {})
+        train_in(tmp_path, longer, target, rows[:2])
 
 
 def test_ids_that_must_be_kept_are_and_ties_go_to_the_lower_id():
@@ -149,19 +151,19 @@ def test_ids_that_must_be_kept_are_and_ties_go_to_the_lower_id():
 def test_trackers_are_closed_when_a_step_fails(targets, tmp_path, monkeypatch):
     closed = []
     tracker = Tracker(lambda values, step: None, lambda: closed.append(True))
-    monkeypatch.setattr(room, "open_trackers", lambda *words: tracker)
-    monkeypatch.setattr(room, "train_step", lambda *words, **options: 1 / 0)
+    monkeypatch.setattr("deepspec.train.run.open_trackers", lambda *words: tracker)
+    monkeypatch.setattr(loop, "train_step", lambda *words, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train(recipe_for("dflash"), targets["llama"], rows_for(targets["llama"]), tmp_path, {})
+        train_in(tmp_path, recipe_for("dflash"), targets["llama"], rows_for(targets["llama"]))
     assert closed == [True]
 
 
 def test_finished_run_started_again_changes_nothing(targets, tmp_path):
     target, recipe = targets["llama"], recipe_for("dflash", eval_every_steps=4)
     taus = iter([2.0, 1.5])
-    first = train(recipe, target, rows_for(target), tmp_path, {}, lambda draft: next(taus))
+    first = train_in(tmp_path, recipe, target, rows_for(target), lambda draft: next(taus))
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    again = train(recipe, target, rows_for(target), tmp_path, {}, lambda draft: next(taus))
+    again = train_in(tmp_path, recipe, target, rows_for(target), lambda draft: next(taus))
     assert (again.steps, again.held_out_tau, again.tokens) == (6, first.held_out_tau, first.tokens)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
@@ -175,10 +177,10 @@ def test_best_checkpoint_is_the_one_with_the_highest_held_out_tau(targets, tmp_p
         seen.append({k: v.clone() for k, v in draft.state_dict().items()})
         return taus[len(seen) - 1]
 
-    outcome = train(recipe, target, rows_for(target), tmp_path, {"target": "llama"}, held_out)
+    outcome = train_in(tmp_path, recipe, target, rows_for(target), held_out, origin="llama")
     assert outcome.held_out_tau == 1.9
     facts = json.loads((outcome.best / "deepspec.json").read_text())
-    assert (facts["step"], facts["held_out_tau"], facts["target"]) == (4, 1.9, "llama")
+    assert (facts["step"], facts["held_out_tau"], facts["origin"]) == (4, 1.9, "llama")
     stored = load_file(outcome.best / "model.safetensors")
     assert all(torch.equal(stored[name], seen[1][name]) for name in stored)
     judged = [(m["step"], m["held_out_tau"]) for m in metrics_of(tmp_path) if "held_out_tau" in m]
@@ -188,27 +190,25 @@ def test_best_checkpoint_is_the_one_with_the_highest_held_out_tau(targets, tmp_p
 
 def test_without_a_measurement_best_is_the_last_even_after_an_interruption(targets, tmp_path, monkeypatch):
     target, recipe = targets["llama"], recipe_for("dflash")
-    real = room.train_step
+    real = loop.train_step
 
     def interrupted(*args: Any, **options: Any) -> Any:
         if args[4] == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args, **options)
 
-    monkeypatch.setattr(room, "train_step", interrupted)
-    assert train(recipe, target, rows_for(target), tmp_path, {}).interrupted
-    monkeypatch.setattr(room, "train_step", real)
-    outcome = train(recipe, target, rows_for(target), tmp_path, {})
-    best, last = (
-        load_file(p / "model.safetensors") for p in (outcome.best, room.latest_checkpoint(tmp_path))
-    )
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    assert train_in(tmp_path, recipe, target, rows_for(target)).interrupted
+    monkeypatch.setattr(loop, "train_step", real)
+    outcome = train_in(tmp_path, recipe, target, rows_for(target))
+    best, last = (load_file(p / "model.safetensors") for p in (outcome.best, Run(tmp_path, recipe).latest()))
     assert outcome.steps == 6
     assert all(torch.equal(best[name], last[name]) for name in last)
 
 
 def test_only_the_last_checkpoints_stay(targets, tmp_path):
     target, recipe = targets["llama"], recipe_for("eagle3", checkpoint_every_steps=1)
-    train(recipe, target, rows_for(target), tmp_path, {})
+    train_in(tmp_path, recipe, target, rows_for(target))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best", "step_5", "step_6"]
 
 
@@ -216,16 +216,16 @@ def test_metric_lines_of_lost_steps_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [{"step": 1, "loss": 3.0}, {"step": 3, "held_out_tau": 1.1}, {"step": 4, "loss": 2.0}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 2, "lo')
-    room._forget_after(path, 3)
+    forget_after(path, 3)
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:2]
 
 
 def test_another_draft_in_the_same_run_is_refused(targets, tmp_path):
     target, recipe = targets["llama"], recipe_for("dflash")
-    train(recipe, target, rows_for(target), tmp_path, {})
+    train_in(tmp_path, recipe, target, rows_for(target))
     wider = recipe_for("dflash", draft=recipe.draft.model_copy(update={"num_layers": 1}).model_dump())
     with pytest.raises(CheckpointError, match="another shape"):
-        train(wider, target, rows_for(target), tmp_path, {})
+        train_in(tmp_path, wider, target, rows_for(target))
 
 
 def test_draft_that_cannot_be_built_names_the_recipe(targets):
@@ -245,8 +245,8 @@ def gradients(
     """(loss, gradients of the masters, metric sums) of step 0 with micro-batches of `size` rows."""
     recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"micro_batch_size": size})})
     draft = build_draft(recipe, target)
-    optimizer = Optimizer(draft, recipe)
-    loss, sums = room.train_step(
+    optimizer = Optimizer(draft, recipe.optim)
+    loss, sums = loop.train_step(
         draft, online(target, draft.feature_layers), rows, recipe, 0, measure=True, optimizer=optimizer
     )
     names = [name for name, p in draft.named_parameters() if p.requires_grad]
@@ -305,7 +305,7 @@ def test_gradients_of_many_parts_are_summed_in_float32():
     """In bfloat16, 256 + 1 is 256: the later parts would be lost."""
     draft = OneNumber(torch.bfloat16)
     recipe = recipe_for("dflash", optim={"lr": 1e-4, "max_steps": 1})
-    optimizer = Optimizer(draft, recipe)  # type: ignore[arg-type]
+    optimizer = Optimizer(draft, recipe.optim)  # type: ignore[arg-type]
     for value in (256.0, 1.0, 1.0):
         draft.x.grad = torch.full_like(draft.x, value)
         optimizer.collect()
@@ -404,9 +404,9 @@ NEEDS_BITSANDBYTES = "optim.states=8bit needs bitsandbytes, an optional extra"
 def test_8bit_run_resumes_bit_for_bit(targets, tmp_path):
     pytest.importorskip("bitsandbytes", reason=NEEDS_BITSANDBYTES)
     target, rows, recipe = targets["llama"], rows_for(targets["llama"]), eight_bit_recipe()
-    train(recipe, target, rows, tmp_path / "whole", {}, lambda draft: 1.5)
-    assert train(recipe, target, rows, tmp_path / "cut", {}, interrupting(1)).steps == 3
-    train(recipe, target, rows, tmp_path / "cut", {}, lambda draft: 1.5)
+    train_in(tmp_path / "whole", recipe, target, rows, lambda draft: 1.5)
+    assert train_in(tmp_path / "cut", recipe, target, rows, interrupting(1)).steps == 3
+    train_in(tmp_path / "cut", recipe, target, rows, lambda draft: 1.5)
     saved = []
     for run in ("whole", "cut"):
         path = tmp_path / run / "checkpoints" / "step_6"
@@ -422,12 +422,12 @@ def test_8bit_run_resumes_bit_for_bit(targets, tmp_path):
 def test_8bit_states_take_what_the_recipes_page_counts(targets):
     pytest.importorskip("bitsandbytes", reason=NEEDS_BITSANDBYTES)
     large, small = nn.Parameter(torch.randn(64, 128)), nn.Parameter(torch.randn(64))
-    adamw = room.adamw([large, small], eight_bit_recipe().optim)
+    made = adamw([large, small], eight_bit_recipe().optim)
     (large.sum() + small.sum()).backward()
-    adamw.step()
+    made.step()
     shared = {"qmap1", "qmap2"}  # one table for all parameters
     sizes = [
-        sum(v.nbytes for k, v in adamw.state[p].items() if isinstance(v, torch.Tensor) and k not in shared)
+        sum(v.nbytes for k, v in made.state[p].items() if isinstance(v, torch.Tensor) and k not in shared)
         for p in (large, small)
     ]
     assert sizes == [2 * 8192 + 2 * 4 * 8192 // 256, 2 * 4 * 64]
@@ -438,7 +438,7 @@ def test_8bit_training_learns_about_as_well(targets, tmp_path):
     target, last = targets["llama"], {}
     for states in ("float32", "8bit"):
         recipe = eight_bit_recipe(states=states, max_steps=40)
-        train(recipe, target, rows_for(target), tmp_path / states, {})
+        train_in(tmp_path / states, recipe, target, rows_for(target))
         last[states] = [m["loss"] for m in metrics_of(tmp_path / states)]
     assert last["8bit"] != last["float32"]
     mean = {states: sum(losses[-8:]) / 8 for states, losses in last.items()}
@@ -455,19 +455,49 @@ def test_missing_bitsandbytes_is_said_before_anything_is_loaded(tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_run_with_other_optimiser_states_does_not_go_on(targets, tmp_path):
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [("optim.states=8bit", "its optim.states is float32, the recipe's is 8bit"), ("seed=3", None)],
+)
+def test_run_continues_under_another_recipe_only_if_it_can(targets, tmp_path, capsys, override, named):
+    path = write_recipe(tmp_path / "r.yaml", recipe_tree(Path("unused"), tmp_path, "dflash", max_steps=6))
+    with open_run(tmp_path, load_recipe(path)) as run:
+        train_in(run.folder, run.recipe, targets["llama"], rows_for(targets["llama"]))
+    kept = (run.folder / "recipe.yaml").read_bytes()
+    if named is None:
+        with open_run(tmp_path, load_recipe(path, [override])) as run:
+            assert load_recipe(run.folder / "recipe.yaml").seed == 3
+        assert "was started with another recipe; it continues with this one" in capsys.readouterr().err
+        return
+    with pytest.raises(RecipeError, match=named), open_run(tmp_path, load_recipe(path, [override])):
+        pass
+    assert (run.folder / "recipe.yaml").read_bytes() == kept
+
+
+def test_checkpoints_from_before_optimiser_states_could_be_chosen_still_resume(targets, tmp_path):
+    """And those that name them, as between then and now."""
     target, recipe = targets["llama"], recipe_for("dflash")
-    train(recipe, target, rows_for(target), tmp_path, {})
+    train_in(tmp_path, recipe, target, rows_for(target))
     path = tmp_path / "checkpoints/step_6/optimizer.pt"
     state = torch.load(path, weights_only=True)
-    assert state["states"] == "float32"
-    torch.save({**state, "states": "8bit"}, path)
-    with pytest.raises(CheckpointError, match=r"(?s)in 8bit.*add optim.states=8bit") as caught:
-        train(recipe, target, rows_for(target), tmp_path, {})
-    del state["states"]  # as written before there was a choice
-    torch.save(state, path)
-    assert caught.value.where == str(path.parent)
-    assert train(recipe, target, rows_for(target), tmp_path, {}).steps == 6
+    assert state.keys() == {"adamw", "masters"}
+    torch.save({**state, "states": "float32"}, path)
+    assert train_in(tmp_path, recipe, target, rows_for(target)).steps == 6
+
+
+def test_every_rank_but_the_first_writes_and_prints_nothing(targets, tmp_path, capsys):
+    """With several processes in one folder each file would be written by all of them."""
+    target, recipe, rows = targets["llama"], recipe_for("dflash"), rows_for(targets["llama"])
+    draft = build_draft(recipe, target, rows)
+    with open_run(tmp_path / "runs", recipe, rank=1) as run:
+        outcome = train(run, draft, target, rows, online(target, draft.feature_layers), {}, lambda draft: 1.5)
+    assert outcome.steps == 6
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+    # It reads, though: every rank resumes from the checkpoint that the first one wrote.
+    train_in(tmp_path / "runs" / recipe.name, recipe, target, rows)
+    with open_run(tmp_path / "runs", recipe, rank=1) as run:
+        assert run.resume(draft, Optimizer(draft, recipe.optim), {}).step == 6
 
 
 # ── schedule and order ────────────────────────────────────────────────────────────────────────────────
@@ -491,7 +521,7 @@ def test_warm_up_is_linear_and_decay_half_a_cosine(done, warmup, expected):
 def test_each_step_gets_the_rate_of_its_share(targets, tmp_path):
     target = targets["llama"]
     recipe = recipe_for("dflash")
-    train(recipe, target, rows_for(target), tmp_path, {})
+    train_in(tmp_path, recipe, target, rows_for(target))
     rates = [m["lr"] for m in metrics_of(tmp_path)]
     assert rates == [1e-2 * schedule(step / 6, recipe.optim.warmup) for step in range(6)]
 
@@ -527,7 +557,7 @@ class OneNumber(nn.Module):
 def test_float32_masters_keep_what_bfloat16_would_lose():
     recipe = recipe_for("dflash", optim={"lr": 1e-4, "warmup": 0.5, "max_steps": 1})
     draft = OneNumber(torch.bfloat16)
-    optimizer = Optimizer(draft, recipe)  # type: ignore[arg-type]
+    optimizer = Optimizer(draft, recipe.optim)  # type: ignore[arg-type]
     for step in range(40):
         draft.x.grad = torch.ones_like(draft.x)
         assert optimizer.step(0.5)[0] == 1e-4
@@ -548,7 +578,7 @@ def test_float32_masters_keep_what_bfloat16_would_lose():
 def test_clipping_is_by_the_norm_over_all_parameters():
     draft = nn.ParameterList([torch.ones(1), torch.ones(1)])
     recipe = recipe_for("dflash", optim={"lr": 1e-4, "max_steps": 1, "grad_clip": 1.0})
-    optimizer = Optimizer(draft, recipe)  # type: ignore[arg-type]
+    optimizer = Optimizer(draft, recipe.optim)  # type: ignore[arg-type]
     draft[0].grad, draft[1].grad = torch.tensor([3.0]), torch.tensor([4.0])
     _, norm = optimizer.step(0.5)
     assert norm == 5.0
@@ -557,33 +587,6 @@ def test_clipping_is_by_the_norm_over_all_parameters():
 
 
 # ── killed, interrupted, started again ────────────────────────────────────────────────────────────────
-
-KILLED = """
-import os, signal, sys
-import deepspec.checkpoints.draft, deepspec.train.loop
-room, moment = deepspec.train.loop, sys.argv.pop(1)
-room.LOG_EVERY = 1
-step, save = room.train_step, deepspec.checkpoints.draft.save_file
-
-def die(*args, **options):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def dying_step(*args, **options):
-    return die() if args[4] == 5 else step(*args, **options)
-
-def dying_save(tensors, path, **options):
-    if "step_4" not in str(path):
-        return save(tensors, path, **options)
-    path.write_bytes(b"half a file")
-    die()
-
-if moment == "step":
-    room.train_step = dying_step
-else:
-    deepspec.checkpoints.draft.save_file = dying_save
-from deepspec.cli import main
-main()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -598,23 +601,35 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@needs_fork
 @pytest.mark.parametrize(("moment", "whole_step"), [("step", 4), ("save", 2)])
 def test_killed_training_goes_on_from_the_last_whole_checkpoint(scene, tmp_path, moment, whole_step):
     """Killed inside a step, and while a checkpoint is half on disk."""
     command = ["train", str(scene / "r.yaml"), "--runs", str(tmp_path)]
-    source = Path(deepspec.__file__).parents[1]
-    path = os.pathsep.join(filter(None, [str(source), os.getenv("PYTHONPATH")]))
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, moment, *command],
-        env=os.environ | threads | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    step, save = loop.train_step, checkpoint.save_file
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying_step(*args: Any, **options: Any) -> Any:
+        return die() if args[4] == 5 else step(*args, **options)
+
+    def dying_save(tensors: Any, path: Path, **options: Any) -> Any:
+        if "step_4" not in str(path):
+            return save(tensors, path, **options)
+        path.write_bytes(b"half a file")
+        die()
+
+    def killed() -> None:
+        if moment == "step":
+            loop.train_step = dying_step
+        else:
+            checkpoint.save_file = dying_save
+        CliRunner().invoke(app, command)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(in_child(killed), 0)[1]) == -signal.SIGKILL
     run = tmp_path / "tiny-dspark"
-    found = room.latest_checkpoint(run)
-    assert found is not None
+    found = max((run / "checkpoints").glob("step_*"))
     assert found.name == f"step_{whole_step}"
     load_file(found / "model.safetensors")
     result = CliRunner().invoke(app, command)
@@ -630,7 +645,7 @@ def test_killed_training_goes_on_from_the_last_whole_checkpoint(scene, tmp_path,
 @pytest.mark.parametrize("more", [[], ["--fresh"]])
 def test_two_trainings_in_one_run_folder_do_not_mix(scene, tmp_path, more):
     """The second would go on from the first's checkpoint, and each would drop the other's."""
-    command = ["train", str(scene / "r.yaml"), "--runs", str(tmp_path), *more]
+    command = ["train", str(scene / "r.yaml"), "optim.max_steps=1", "--runs", str(tmp_path), *more]
     run = tmp_path / "tiny-dspark"
     with held_by_another(run, "training"):
         refused = CliRunner().invoke(app, command)
@@ -664,20 +679,20 @@ def test_run_whose_folder_is_a_file_says_so(scene, tmp_path):
 
 def test_interrupted_command_saves_and_says_how_to_go_on(scene, tmp_path, monkeypatch):
     command = ["train", str(scene / "r.yaml"), "seed=0", "--runs", str(tmp_path)]
-    real = room.train_step
+    real = loop.train_step
 
     def interrupted(*args: Any, **options: Any) -> Any:
         if args[4] == 4:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args, **options)
 
-    monkeypatch.setattr(room, "train_step", interrupted)
+    monkeypatch.setattr(loop, "train_step", interrupted)
     stopped = CliRunner().invoke(app, command)
     assert stopped.exit_code == 130, stopped.output
-    assert "interrupted after step 5, saved" in stopped.stderr
+    assert "interrupted and saved after step 5" in stopped.stderr
     assert f"deepspec train {scene / 'r.yaml'} seed=0 --runs {tmp_path}" in stopped.stderr
     assert (tmp_path / "tiny-dspark/checkpoints/step_5/optimizer.pt").is_file()
-    monkeypatch.setattr(room, "train_step", real)
+    monkeypatch.setattr(loop, "train_step", real)
     on = CliRunner().invoke(app, command)
     assert on.exit_code == 0, on.output
     assert "from step 5" in on.stderr

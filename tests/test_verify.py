@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from deepspec.drafts.base import choose
 from deepspec.maths.verify import Sampling, Verdict, draw, verify, warp
 from reference.enumeration import (
     Verify,
@@ -448,6 +449,67 @@ def test_warped_rows_do_not_depend_on_their_batch(sampling: Sampling, dtype: tor
     alone = torch.stack([torch.stack([warp(row, sampling) for row in block]) for block in logits])
     assert together.dtype == torch.float32
     assert torch.equal(together, alone)
+
+
+POOL = (
+    Sampling(),
+    Sampling(1.0),
+    Sampling(0.6),
+    Sampling(1.7, top_k=3),
+    Sampling(1.0, top_p=0.7),
+    Sampling(0.9, top_k=7, top_p=0.8),
+)
+
+
+@exact
+@given(
+    st.lists(st.sampled_from(POOL), min_size=1, max_size=6),
+    st.integers(0, 2**32),
+    st.integers(2, 300),
+    st.sampled_from([(), (3,)]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(),
+)
+def test_rows_of_different_samplings_are_each_as_alone(
+    samplings: list[Sampling],
+    seed: int,
+    vocabulary: int,
+    middle: tuple[int, ...],
+    dtype: torch.dtype,
+    ties: bool,
+) -> None:
+    """To the bit, and so are the tokens drawn from them: [R, V] and [R, γ, V], with and without ties."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(len(samplings), *middle, vocabulary, generator=generator)
+    logits = ((2 * logits).round() / 2 if ties else logits).to(dtype)
+    uniforms = torch.rand(len(samplings), *middle, generator=generator)
+    together = warp(logits, samplings)
+    assert together.dtype == torch.float32
+    tokens, q = choose(logits, samplings, uniforms)
+    assert torch.equal(q, together)
+    for row, sampling in enumerate(samplings):
+        alone = warp(logits[row : row + 1], sampling)
+        assert torch.equal(together[row], alone[0])
+        assert torch.equal(
+            tokens[row], choose(logits[row : row + 1], sampling, uniforms[row : row + 1])[0][0]
+        )
+        if sampling.greedy:
+            assert torch.equal(tokens[row], logits[row].argmax(-1))
+            assert together[row].unique().tolist() == [0, 1]
+
+
+def test_another_rows_temperature_makes_no_ties() -> None:
+    """Subtracting the maximum makes neighbours far below it equal: a row without temperature is spared."""
+    near = torch.tensor([100.0, 1.0, torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)).item()])
+    samplings = [Sampling(1.0, top_k=2), Sampling(0.5)]
+    assert (warp(torch.stack([near, near]), samplings)[0] > 0).tolist() == [True, False, True]
+    assert torch.equal(warp(torch.stack([near, near]), samplings)[0], warp(near, samplings[0]))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_sampling_is_needed_for_each_row(count: int) -> None:
+    with pytest.raises(ValueError, match=f"{count} samplings for 2 rows of logits"):
+        warp(torch.zeros(2, 5), [Sampling(1.0)] * count)
 
 
 @pytest.mark.parametrize(

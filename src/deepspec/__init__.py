@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from deepspec.maths.verify import Sampling, verify
     from deepspec.measure.evaluate import evaluate_draft, evaluate_drafts, load_prompts
     from deepspec.targets import Target, TargetSpec
-    from deepspec.train.run import train_draft
+    from deepspec.train.loop import train_draft
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -39,7 +39,7 @@ _HOMES = {
     "load_prompts": "measure.evaluate",
     "load_recipe": "config",
     "quickstart": "demo",
-    "train_draft": "train.run",
+    "train_draft": "train.loop",
     "verify": "maths.verify",
 }
 __all__ = [

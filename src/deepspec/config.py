@@ -1,19 +1,16 @@
-"""The training recipe: one typed tree that refuses what it does not know.
+"""The training recipe: one typed tree that refuses keys and values it does not know.
 
-A recipe is a YAML file. `extends: other` takes another recipe (by shipped name, or by a path relative to
-the file) as the base: mappings are merged key by key, anything else is replaced. A list of bases is laid one
-over the other in its order. `load_recipe` resolves a
-name or a path, applies `key.path=value` overrides and checks the result; `dump_recipe` writes the resolved
-tree, which loads back to the same recipe.
+A recipe is a YAML file. `extends: other` makes another recipe its base (by shipped name, or by a path
+relative to the file): mappings are merged key by key, and anything else is replaced. Several bases are laid
+one over the other in the order of their list. `load_recipe` resolves a name or a path, applies
+`key.path=value` overrides and checks the result; `dump_recipe` writes the resolved tree, which loads back to
+the same recipe.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib import resources
-from importlib.resources.abc import Traversable
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -27,6 +24,7 @@ from deepspec.errors import RecipeError, nearest
 from deepspec.files import write_text
 from deepspec.log import TrackerName
 from deepspec.pocket import TRAINED_ON
+from deepspec.recipe_files import Keys, find_recipe, lay_recipe, merge, parse_override
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -35,34 +33,39 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 KEPT_CHECKPOINTS = 2
-"""Latest checkpoints that a run keeps, besides the best one."""
+"""The number of latest checkpoints that a run keeps, besides the best one."""
 LOG_EVERY = 10
 """Optimiser steps from one line of metrics to the next; only these steps compute the metrics."""
 HELD_OUT_ROWS = 16
-"""Prompts that a held-out evaluation decodes together."""
+"""The number of prompts that a held-out evaluation decodes together."""
 
-FEATURE_SOURCES = ("online", "cache", "vllm", "sglang")
+FEATURE_SOURCES = ("online", "cache", "vllm")
 
 
 def feature_source(text: str) -> tuple[str, str]:
     """A recipe's `data.features` as (form, directory or URL).
 
-    `online`, `cache:DIR`, `vllm:URL` or `sglang:URL`. Raises ValueError where it is none of them.
+    `online`, `cache:DIR` or `vllm:URL`. Raises ValueError if it is none of them.
     """
     form, _, place = text.partition(":")
+    if form == "sglang":
+        raise ValueError(
+            "SGLang is no longer a feature source: it gives too little for most drafts. Write "
+            "vllm:http://HOST:PORT for a vLLM server, cache:DIRECTORY for a cache that `deepspec data cache` "
+            "wrote, or online to compute features in the step"
+        )
     known = text == "online" or (form in FEATURE_SOURCES[1:] and bool(place))
-    if known and form in ("vllm", "sglang"):
+    if known and form == "vllm":
         known = place.startswith(("http://", "https://"))
     if not known:
         raise ValueError(
-            f"{text!r} is no feature source: write online, cache:DIRECTORY, vllm:http://HOST:PORT or "
-            "sglang:http://HOST:PORT"
+            f"{text!r} is not a feature source: write online, cache:DIRECTORY or vllm:http://HOST:PORT"
         )
     return form, place
 
 
 def _known(names: Mapping[str, object]) -> Callable[[str], str]:
-    """A check that a value is one of some names."""
+    """A validator that accepts only the given names."""
 
     def check(value: str) -> str:
         if value not in names:
@@ -75,33 +78,35 @@ def _known(names: Mapping[str, object]) -> Callable[[str], str]:
 
 
 class Section(BaseModel):
-    """One mapping of the tree: unknown keys are errors, values do not change once read."""
+    """One mapping of the tree. Unknown keys are errors, and values cannot be changed after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class DraftConfig(Section):
-    """The draft's shape. Widths, heads and vocabulary are the target's."""
+    """The draft's shape. Widths, heads and vocabulary are taken from the target."""
 
     num_layers: Count
-    block: Count  # γ, tokens proposed per round; for eagle3 the unroll length K
+    block: Count  # γ, the tokens proposed per round; for eagle3 the unroll length K
     target_layer_ids: list[Annotated[int, Field(ge=-1)]] | None = (
-        None  # None: by rule from the target's depth
+        None  # None: a rule chooses them from the target's depth
     )
-    mask_token_id: Annotated[int, Field(ge=0)] | None = None  # None: the target family's
+    mask_token_id: Annotated[int, Field(ge=0)] | None = None  # None: a token that the target never writes
     markov_rank: Annotated[int, Field(ge=0)] = 0  # r; 0 means no sequential head
     markov_head: Annotated[str, AfterValidator(_known(MARKOV_HEADS))] = "vanilla"
     confidence: bool = False
-    confidence_with_markov: bool = False  # the confidence head sees W₁[previous token] beside the hidden row
+    confidence_with_markov: bool = False  # the confidence head also sees W₁[previous token]
     intermediate_size: Count | None = None  # None: the target's
-    vocab_size: Count | None = None  # ids the draft can propose: the data's most frequent; None: all
-    qk_norm: bool = True  # per-head norms of queries and keys; SGLang's and llama.cpp's Eagle-3 has none
-    init: Literal["random", "target"] = "random"  # first weights: drawn, or the target's last layers'
-    step_loss_decay: Annotated[float, Field(gt=0, le=1)] = 0.8  # eagle3: unroll step s weighs decay^s
+    vocab_size: Count | None = None  # the draft proposes only this many, most frequent, ids; None: all
+    qk_norm: bool = True  # per-head norms of queries and keys; SGLang and llama.cpp want none in Eagle-3
+    init: Literal["random", "target"] = (
+        "random"  # first weights: random, or those of the target's last layers
+    )
+    step_loss_decay: Annotated[float, Field(gt=0, le=1)] = 0.8  # eagle3: unroll step s has weight decay^s
 
 
 class LossConfig(Section):
-    """Weights of the loss terms; eagle3's `ce` weighs its soft cross-entropy."""
+    """Weights of the loss terms. For eagle3, `ce` is the weight of its soft cross-entropy."""
 
     ce: NotNegative = 1.0
     l1: NotNegative = 0.0
@@ -110,28 +115,28 @@ class LossConfig(Section):
 
 
 class DataConfig(Section):
-    """Where conversations come from: a JSONL path, or a set that ships with the pocket target."""
+    """Where conversations come from: a JSONL file, or a set that ships with the pocket target."""
 
     train: str = "pocket:train"
     select: str = (
-        "pocket:select"  # held-out prompts that choose the best checkpoint; neither trained nor reported
+        "pocket:select"  # held-out prompts that choose the best checkpoint; not for training or results
     )
-    features: str = "online"  # or cache:DIR, vllm:URL, sglang:URL: where the target's features come from
-    max_length: Count = 512  # tokens per sequence, longer ones are cut
+    features: str = "online"  # or cache:DIR, vllm:URL: where the target's features come from
+    max_length: Count = 512  # tokens per sequence; longer sequences are cut
     min_supervised: Count = 2  # sequences with fewer supervised tokens are left out; an anchor needs two
 
 
 class OptimConfig(Section):
-    """AdamW, linear warm-up, cosine decay. Training ends at whichever of the three limits comes first."""
+    """AdamW with linear warm-up and cosine decay. Training ends at the first limit that it reaches."""
 
     lr: Positive = 6e-4
     warmup: Share = 0.04  # share of the whole run
     weight_decay: NotNegative = 0.0
     betas: tuple[Share, Share] = (0.9, 0.95)
-    grad_clip: Positive = 1.0  # global gradient norm
+    grad_clip: Positive = 1.0  # largest global gradient norm
     states: Literal["float32", "8bit"] = "float32"  # AdamW's moments; 8bit needs bitsandbytes
-    batch_size: Count = 16  # sequences per step, over all ranks
-    micro_batch_size: Count | None = None  # of them, how many at a time; None: all. Memory, not the result
+    batch_size: Count = 16  # sequences per step, of all ranks together
+    micro_batch_size: Count | None = None  # sequences at a time, to save memory; None: the whole batch
     epochs: Positive | None = None
     max_steps: Count | None = None
     max_minutes: Positive | None = None  # wall-clock budget
@@ -142,9 +147,9 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # also the folder under runs/
     algorithm: Annotated[str, AfterValidator(_known(ALGORITHMS))]
-    target: str = "pocket"  # shipped name, path, or hub id
+    target: str = "pocket"  # built-in name, path, or Hub id
     thinking: bool = False
-    start_from: str | None = None  # a draft to fine-tune (`deepspec train --from`); None: fresh weights
+    start_from: str | None = None  # a draft to fine-tune (`deepspec train --from`); None: new weights
     draft: DraftConfig
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()
@@ -159,14 +164,14 @@ class Recipe(Section):
     trackers: list[TrackerName] = ["tensorboard"]
 
     def total_steps(self, rows: int) -> int | None:
-        """Optimiser steps after which training on so many rows ends; None if only its time is limited."""
+        """The number of optimiser steps over `rows` training rows; None if only the time is limited."""
         limits = [] if self.optim.max_steps is None else [self.optim.max_steps]
         if self.optim.epochs is not None:
             limits.append(math.ceil(self.optim.epochs * self.steps_per_epoch(rows)))
         return min(limits, default=None)
 
     def steps_per_epoch(self, rows: int) -> int:
-        """Optimiser steps over all rows; the last one may hold fewer sequences."""
+        """The number of optimiser steps that pass all rows once; the last step may have fewer sequences."""
         return max(math.ceil(rows / self.optim.batch_size), 1)
 
     @model_validator(mode="after")
@@ -177,21 +182,21 @@ class Recipe(Section):
         return self
 
 
-# ---- what must hold between keys ---------------------------------------------------------------------------
+# ---- rules between keys ---------------------------------------------------------------------------
 
 
 def _draft_problems(recipe: Recipe) -> Iterator[str]:
     draft, loss, row = recipe.draft, recipe.loss, ALGORITHMS[recipe.algorithm]
     ids = draft.target_layer_ids
     if ids is not None and (not ids or any(a >= b for a, b in pairwise(ids))):
-        yield f"`draft.target_layer_ids` must name layers in strictly increasing order, not {ids}"
+        yield f"`draft.target_layer_ids` must list layers in strictly increasing order, not {ids}"
     name, with_heads = recipe.algorithm, ", ".join(n for n, other in ALGORITHMS.items() if other.heads)
     if not row.heads and draft.markov_rank:
-        yield f"`draft.markov_rank` must be 0 for {name}; the algorithm with that head is {with_heads}"
+        yield f"`draft.markov_rank` must be 0 for {name}; only {with_heads} has a sequential head"
     if not row.heads and draft.confidence:
-        yield f"`draft.confidence` must be false for {name}; the algorithm with that head is {with_heads}"
+        yield f"`draft.confidence` must be false for {name}; only {with_heads} has a confidence head"
     if row.heads and not (draft.markov_rank or draft.confidence):
-        yield f"{name} needs `draft.markov_rank` or `draft.confidence`; without both it is dflash"
+        yield f"{name} needs `draft.markov_rank` above 0 or `draft.confidence`; without both it is dflash"
     if row.layers not in (None, draft.num_layers):
         yield f"`draft.num_layers` must be {row.layers} for {name}, not {draft.num_layers}"
     if loss.l1 and not row.l1:
@@ -200,11 +205,11 @@ def _draft_problems(recipe: Recipe) -> Iterator[str]:
         yield "`draft.confidence_with_markov` needs `draft.confidence` and a `draft.markov_rank` above 0"
     if draft.confidence != (loss.confidence > 0):
         yield (
-            "`draft.confidence` and `loss.confidence` go together: a confidence head is trained by its loss "
-            "and by nothing else"
+            "`draft.confidence` and `loss.confidence` go together: set both or neither, because only that "
+            "loss trains a confidence head"
         )
     if not (loss.ce or loss.l1):
-        yield "`loss.ce` and `loss.l1` are both 0: nothing would teach the draft its tokens"
+        yield "`loss.ce` and `loss.l1` are both 0, so the draft would learn no tokens"
 
 
 def _run_problems(recipe: Recipe) -> Iterator[str]:
@@ -215,159 +220,27 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
         yield "training has no end: set one of `optim.epochs`, `optim.max_steps`, `optim.max_minutes`"
     for key, source in (("train", data.train), ("select", data.select)):
         if source.startswith("pocket:") and source not in TRAINED_ON:
-            yield f"`data.{key}` is {source!r}; the packaged sets for it are {', '.join(TRAINED_ON)}"
+            yield f"`data.{key}` is {source!r}, but it must be a file or one of {', '.join(TRAINED_ON)}"
     try:
         feature_source(data.features)
     except ValueError as error:
         yield f"`data.features`: {error}"
     if data.train == data.select:
-        yield f"`data.train` and `data.select` are both {data.train!r}: what chooses must not be trained on"
+        yield (
+            f"`data.train` and `data.select` are both {data.train!r}: the prompts that choose the best "
+            "checkpoint must not be trained on"
+        )
     if data.min_supervised > data.max_length:
         yield f"`data.min_supervised` ({data.min_supervised}) is above `data.max_length` ({data.max_length})"
     if len(set(recipe.trackers)) != len(recipe.trackers):
-        yield f"`trackers` names one twice: {', '.join(recipe.trackers)}"
+        yield f"`trackers` contains the same name twice: {', '.join(recipe.trackers)}"
 
 
-# ---- reading YAML ------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, except that a key given twice is an error instead of the last one winning."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key}` appears twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise RecipeError(f"not valid YAML: {error.problem}", where=f"{where}{line}") from error
-    except (yaml.YAMLError, TypeError) as error:  # TypeError: a mapping used as a key
-        raise RecipeError(f"not valid YAML: {error}", where=where) from error
-
-
-def _shipped() -> dict[str, Traversable]:
-    """Every recipe file of the package by name, such as `pocket-dspark` or `dspark/qwen3-4b`."""
-    folder = resources.files("deepspec").joinpath("recipes")
-    found: dict[str, Traversable] = {}
-    for entry in folder.iterdir():
-        inside = {f"{entry.name}/{file.name}": file for file in entry.iterdir()} if entry.is_dir() else None
-        found |= inside if inside is not None else {entry.name: entry}
-    return {name.removesuffix(".yaml"): file for name, file in found.items() if name.endswith(".yaml")}
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package; those with a leading underscore are bases only."""
-    return sorted(name for name in _shipped() if not name.split("/")[-1].startswith("_"))
-
-
-def _find(name_or_path: str, beside: Path | None) -> tuple[str, Path | Traversable]:
-    """(label for messages, file) of a recipe given as a shipped name or as a path; the name wins."""
-    shipped = _shipped()
-    if name_or_path in shipped:
-        return f"{name_or_path} (shipped recipe)", shipped[name_or_path]
-    close = nearest(name_or_path, recipe_names())
-    hint = f"did you mean {close}? " if close else ""
-    path = Path(name_or_path).expanduser()
-    if beside is not None and not path.is_absolute():
-        path = beside / path
-    looks_like_path = path.suffix in (".yaml", ".yml") or any(sep in name_or_path for sep in ("/", os.sep))
-    if looks_like_path:
-        if not path.is_file():
-            raise RecipeError(
-                f"there is no recipe file {path}",
-                next_step=f"{hint}Give a path that exists, or a shipped recipe: {', '.join(recipe_names())}",
-            )
-        return str(path), path
-    raise RecipeError(
-        f"there is no recipe named {name_or_path!r}",
-        next_step=f"{hint}Shipped recipes: {', '.join(recipe_names())}; or give the path of a .yaml file",
-    )
-
-
-# ---- merging, with the origin of every value ---------------------------------------------------------------
-
-Keys = tuple[str | int, ...]
-
-
-def _merge(
-    tree: dict[str, Any], new: Mapping[str, Any], origins: dict[Keys, str], label: str, at: Keys
-) -> None:
-    """Lay `new` over `tree` in place, and note `label` as the origin of each value that it sets."""
-    for key, value in new.items():
-        here = (*at, key)
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value, origins, label, here)
-            continue
-        for below in [path for path in origins if path[: len(here)] == here]:
-            del origins[below]
-        origins[here] = label
-        tree[key] = {} if isinstance(value, dict) else value
-        if isinstance(value, dict):
-            _merge(tree[key], value, origins, label, here)
-
-
-def _lay(
-    name_or_path: str,
-    beside: Path | None,
-    tree: dict[str, Any],
-    origins: dict[Keys, str],
-    seen: tuple[str, ...] = (),
-) -> None:
-    """Lay a recipe file over `tree` in place, after everything that it extends."""
-    label, file = _find(name_or_path, beside)
-    if label in seen:
-        raise RecipeError("recipes extend each other in a circle: " + " → ".join([*seen, label]))
-    try:
-        content = _parse(file.read_text(encoding="utf-8"), label)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe cannot be read: {error}", where=label) from error
-    if not isinstance(content, dict):
-        raise RecipeError("a recipe is a mapping of keys to values", where=label)
-    given = content.pop("extends", None)
-    bases = given if isinstance(given, list) else [] if given is None else [given]
-    if not all(isinstance(base, str) for base in bases):
-        raise RecipeError(f"`extends` takes names or paths of recipes, not {given!r}", where=label)
-    for base in bases:
-        try:
-            folder = file.parent if isinstance(file, Path) else None
-            _lay(base, folder, tree, origins, (*seen, label))
-        except RecipeError as error:
-            if error.where is None:
-                error.where = f"`extends` in {label}"
-            raise
-    _merge(tree, content, origins, label, ())
-
-
-def _override(text: str) -> dict[str, Any]:
-    """ "optim.lr=1e-3" -> {"optim": {"lr": "1e-3"}}; the value is read as YAML."""
-    path, equals, value = text.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise RecipeError(
-            f"not an override: {text!r}", next_step="write key.path=value, for example optim.lr=1e-3"
-        )
-    tree: Any = _parse(value, f"override {text}")
-    for key in reversed(keys):
-        tree = {key: tree}
-    return dict(tree)
-
-
-# ---- saying what is wrong ----------------------------------------------------------------------------------
+# ---- error messages ----------------------------------------------------------------------------------
 
 
 def _sections(model: type[BaseModel], at: str = "") -> Iterator[tuple[str, list[str]]]:
-    """(dotted prefix, keys) of every mapping in the tree."""
+    """(dotted prefix, its keys) for every mapping in the tree."""
     yield at, list(model.model_fields)
     for key, field in model.model_fields.items():
         for kind in (field.annotation, *get_args(field.annotation)):
@@ -376,10 +249,10 @@ def _sections(model: type[BaseModel], at: str = "") -> Iterator[tuple[str, list[
 
 
 def _nearest_key(keys: Keys) -> str | None:
-    """The known key path most like an unknown one.
+    """The known key path that is most like an unknown one.
 
-    The same name elsewhere in the tree comes first (`lr` at the top is `optim.lr`), then a like name in the
-    same mapping, then a like name anywhere.
+    The same name elsewhere in the tree comes first (`lr` at the top is `optim.lr`), then a similar name in
+    the same mapping, then a similar name anywhere.
     """
     *parents, last = (str(key) for key in keys)
     prefix = "".join(f"{key}." for key in parents)
@@ -399,17 +272,17 @@ def _dotted(keys: Keys) -> str:
 
 
 def _explain(error: ErrorDetails) -> str:
-    """One pydantic error as one line that names the key path."""
+    """One pydantic error as a line that names the key path."""
     keys = error["loc"]
     if error["type"] == "extra_forbidden":
         close = _nearest_key(keys)
         return f"unknown key `{_dotted(keys)}`" + (f"; did you mean `{close}`?" if close else "")
     if error["type"] == "missing":
         return f"`{_dotted(keys)}` is missing"
-    if error["type"] == "value_error":  # a message of ours; one about the whole recipe names its keys itself
+    if error["type"] == "value_error":  # our own message; if it is about the whole recipe, it names the keys
         return f"`{_dotted(keys)}`: {error['ctx']['error']}" if keys else str(error["ctx"]["error"])
     if error["type"] == "model_type":
-        return f"`{_dotted(keys)}` is {error['input']!r}: a mapping of keys is expected here"
+        return f"`{_dotted(keys)}` is {error['input']!r}, but it must be a mapping of keys"
     message = error["msg"][0].lower() + error["msg"][1:]
     line = f"`{_dotted(keys)}` is {error['input']!r}: {message}"
     if error["type"] == "literal_error" and isinstance(error["input"], str):
@@ -421,7 +294,7 @@ def _explain(error: ErrorDetails) -> str:
 
 
 def _where(keys: Iterable[Keys], origins: Mapping[Keys, str], default: str) -> str:
-    """The files and overrides that the keys at fault were set in."""
+    """The files and overrides that set the keys at fault."""
     found: dict[str, None] = {}
     for path in keys:
         lengths = range(len(path), 0, -1)
@@ -429,19 +302,19 @@ def _where(keys: Iterable[Keys], origins: Mapping[Keys, str], default: str) -> s
     return ", ".join(found)
 
 
-# ---- the two verbs -----------------------------------------------------------------------------------------
+# ---- loading and writing -----------------------------------------------------------------------------------
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of that shipped name or path, with `key.path=value` overrides laid over it.
+    """The recipe with a shipped name or path, after its `key.path=value` overrides.
 
-    Raises RecipeError, naming the file or override, the key path and the nearest known key, for anything
-    that is not a recipe: a missing file, broken YAML, an unknown key, a value out of range, keys at odds.
+    Raises RecipeError for a missing file, broken YAML, an unknown key, a value out of range, or keys that
+    contradict each other. The error names the file or override, the key path and the nearest known key.
     """
-    label, _ = _find(str(name_or_path), None)
+    label, _ = find_recipe(str(name_or_path), None)
     tree: dict[str, Any] = {}
     origins: dict[Keys, str] = {}
-    _lay(str(name_or_path), None, tree, origins)
+    lay_recipe(str(name_or_path), None, tree, origins)
     return _resolved(tree, origins, overrides, label)
 
 
@@ -452,16 +325,16 @@ def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
 
 def _resolved(tree: dict[str, Any], origins: dict[Keys, str], overrides: Sequence[str], label: str) -> Recipe:
     for text in overrides:
-        _merge(tree, _override(text), origins, f"override {text}", ())
+        merge(tree, parse_override(text), origins, f"override {text}", ())
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         details = error.errors(include_url=False)
         overridden = [origin for origin in dict.fromkeys(origins.values()) if origin.startswith("override ")]
-        default = ", ".join([label, *overridden])  # keys at odds may have been set anywhere
+        default = ", ".join([label, *overridden])  # contradicting keys may come from any of them
         raise RecipeError(
             "\n".join(_explain(detail) for detail in details),
-            # What is missing was set nowhere; an origin further up would only name the wrong file.
+            # No file set a missing key, and the origin of its parent would be the wrong file.
             where=_where(
                 (() if detail["type"] == "missing" else detail["loc"] for detail in details), origins, default
             ),

@@ -1,15 +1,15 @@
-"""What can go wrong for a person at the keyboard, as one small tree.
+"""The errors that a user can put right, as one small tree.
 
     Exception
-    └── UserError            something the user can put right; printed without a traceback
-        ├── RecipeError      a recipe file, or a `key=value` override, does not say something possible
-        ├── DataError        a data file or record cannot be used as it stands
+    └── UserError            a problem that the user can put right; it is printed without a traceback
+        ├── RecipeError      a recipe file, or a `key=value` override, is not valid
+        ├── DataError        a data file or a record in it cannot be used
         ├── CheckpointError  a checkpoint is missing, torn, or of another kind
-        ├── TargetError      a target model cannot be found, opened, or drafted for
-        ├── ServerError      a server cannot be reached, or answers otherwise than it was asked to
-        └── MismatchError    a draft does not fit the target it is asked to run with
+        ├── TargetError      a target model cannot be found or loaded, or cannot have a draft
+        ├── ServerError      a server cannot be reached, or its answer is not what was asked for
+        └── MismatchError    a draft does not fit its target
 
-Anything outside this tree is a bug in the program and keeps its traceback.
+Any other exception is a bug in the program and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from difflib import get_close_matches
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate spelt most like `name`, letter case aside; None when nothing comes close."""
+    """The candidate whose spelling is closest to `name`, ignoring case; None if nothing is close."""
     by_folded = {candidate.casefold(): candidate for candidate in candidates}
     close = get_close_matches(name.casefold(), by_folded, n=1, cutoff=0.5)
     return by_folded[close[0]] if close else None
 
 
 class UserError(Exception):
-    """A problem the user can mend: what went wrong, where it was found, and what to do next.
+    """A problem that the user can put right: what is wrong, where, and what to do next.
 
     `str()` gives one line for each part that is known:
 
@@ -51,24 +51,24 @@ class UserError(Exception):
 
 
 class RecipeError(UserError):
-    """A recipe, or an override of one, cannot be followed."""
+    """A recipe, or an override of one of its values, is not valid."""
 
 
 class DataError(UserError):
-    """A data file or record cannot be used."""
+    """A data file or a record in it cannot be used."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be read or is not what it should be."""
+    """A checkpoint cannot be read, or is not what it should be."""
 
 
 class TargetError(UserError):
-    """A target model cannot be found, opened, or served by this program."""
+    """A target model cannot be found or loaded, or cannot have a draft."""
 
 
 class ServerError(UserError):
-    """A server cannot be reached, or does not answer as it was asked to."""
+    """A server cannot be reached, or its answer is not what was asked for."""
 
 
 class MismatchError(UserError):
-    """A draft and a target do not belong together."""
+    """A draft does not fit its target."""

@@ -1,7 +1,7 @@
-"""What differs between model families, as data: one row per family, no code per family.
+"""What differs between model families, as data: there is one row per family, and no code per family.
 
-Drafts come in two shapes, `qwen3` and `gemma4`; every target that is not Gemma-4 gets a
-Qwen3-shaped draft. A target row only says what the draft must repeat of it. Nothing is imported.
+Drafts come in two shapes, `qwen3` and `gemma4`; every target that is not Gemma-4 gets a Qwen3-shaped draft.
+The row of a target holds only what its draft must repeat. Nothing is imported.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 
 class DraftFamily(NamedTuple):
-    """How a draft's layers are wired, and where its config keeps the dimensions (method.md 3-4b)."""
+    """How a draft's layers are connected, and where its config keeps the dimensions (method.md 3-4b)."""
 
     head_dim_key: str
     kv_heads_key: str
-    """Read when keys and values are one (`attention_k_eq_v`); otherwise `num_key_value_heads`."""
+    """Read if keys and values are one (`attention_k_eq_v`); otherwise `num_key_value_heads` is read."""
     activation_key: str
     activation: str
     rope_entry: str | None
-    """Name of the nested rope entry to read; None when the rope facts are not nested."""
+    """The name of the nested rope entry to read; None if the rope facts are not nested."""
     attention_scale: float | None
     """None means 1/sqrt(head dim)."""
     value_norm: bool
@@ -52,27 +52,28 @@ DRAFT_FAMILIES: dict[str, DraftFamily] = {
 }
 
 
-# Where Hugging Face decoders keep what is not to be had through a method of theirs. The decoder is whatever
-# holds `layers` and one of these; embedding and head come from get_input_embeddings, get_output_embeddings.
+# Names of the final norm, for which Hugging Face models have no method. The decoder is the module that has
+# `layers` and one of these; embedding and head come from get_input_embeddings and get_output_embeddings.
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "embedding_norm", "norm_f")
 SOFTCAP = "final_logit_softcapping"
-# Kinds of layers (`layer_types`) whose masks we know how to draw over ragged rows.
+# Kinds of layers (`layer_types`) whose masks can be made for rows of different lengths.
 MASKED_LAYERS = frozenset({"full_attention", "sliding_attention"})
-# Kinds of rotary positions that turn all keys anew once a sequence grows past some length.
+# Kinds of rotary positions whose frequencies change, for all keys, once a sequence passes some length.
 LENGTH_DEPENDENT_ROPE = frozenset({"longrope", "dynamic"})
 
 
 class TargetFamily(NamedTuple):
-    """Facts of a target that its generic Hugging Face interface does not tell."""
+    """Facts of a target that the generic Hugging Face interface does not provide."""
 
     draft: str = "qwen3"
     mask_token_id: int | None = None
-    """A token that the family reserves and never writes; None: chosen by rule."""
+    """A token that the family reserves and never writes; if it is None, a rule chooses one."""
     template_note: str = ""
     embedding_factor: str | None = None
-    """Config key of a factor on the embedding's output; None: the embedding module says (Gemma), or 1."""
+    """Config key of a factor on the embedding's output; if it is None, the embedding module knows the factor
+    (Gemma), or the factor is 1."""
     logit_factor: tuple[str, int] | None = None
-    """Config key of a factor on the logits, and the power it is taken to (-1: they are divided by it)."""
+    """Config key of a factor on the logits, and its power (-1 means that the logits are divided by it)."""
 
 
 _GRANITE = TargetFamily(embedding_factor="embedding_multiplier", logit_factor=("logits_scaling", -1))
@@ -102,26 +103,26 @@ TARGET_FAMILIES: dict[str, TargetFamily] = {
 
 
 def target_family(model_type: str) -> TargetFamily:
-    """The row of a target's `model_type`; an unknown one has no special facts."""
+    """The row of a target's `model_type`; an unknown type has no special facts."""
     return TARGET_FAMILIES.get(model_type, TargetFamily())
 
 
 def rope_facts(config: dict[str, Any], family: DraftFamily) -> dict[str, Any]:
-    """The rope entry a draft uses: theta, kind, partial factor, and any scaling fields."""
+    """The rope facts that a draft uses: theta, kind, partial factor, and any scaling fields."""
     entry = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if family.rope_entry is not None:
         entry = entry.get(family.rope_entry) or {}
     elif isinstance(entry.get("full_attention"), dict):
-        # A target whose sliding layers turn otherwise: a draft attends to everything.
+        # The sliding layers of this target use other frequencies; a draft attends to everything.
         entry = entry["full_attention"]
     theta = entry.get("rope_theta") or config.get("rope_theta") or 10000.0
     return {**entry, "rope_theta": float(theta), "rope_type": entry.get("rope_type") or "default"}
 
 
 def default_target_layers(depth: int, count: int = 5) -> list[int]:
-    """round(1 + i * (depth - 4) / (count - 1)), duplicates removed (method.md 2); never the last layer.
+    """Layers round(1 + i * (depth - 4) / (count - 1)), without duplicates and never the last (method.md 2).
 
-    depth: decoder layers of the target. Raises ValueError for a target of fewer than two layers.
+    depth: the number of the target's decoder layers. Raises ValueError if it is below two.
     """
     if depth < 2:
         raise ValueError(f"a target of {depth} layer(s) has no inner layer to read features from")

@@ -1,8 +1,9 @@
-"""What must survive a kill, a full disk or a power cut: files written beside, fsynced and renamed, and files
-that only ever grow by whole lines.
+"""What must survive a kill, a full disk or a power cut: files that are written whole under another name,
+fsynced and renamed, and files that only ever grow by whole lines.
 
 Every durable write of the program goes through here, so that a test which kills the process at a chosen
-`write`, `fsync` or `replace` meets them all.
+`write`, `fsync` or `replace` meets them all. What to tell a user about a path that cannot be written is
+decided here too (`writing`, `check_writable`).
 """
 
 from __future__ import annotations
@@ -14,49 +15,80 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn, Self
 
-from deepspec.errors import UserError
+from filelock import lock_descriptor
+
+from deepspec.errors import DataError, UserError
 from deepspec.log import warn
 
 try:
     import fcntl
-except ImportError:  # not POSIX: files cannot be claimed there
+except ImportError:  # not POSIX: pieces cannot be claimed there
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
-"""In a folder that several processes may write to: what they claim is a byte of it."""
+"""The lock file of a folder that several processes may write to."""
 TAIL = 1 << 16
 """Bytes read at a time when the last line of a file is looked for from its end."""
 
+# ── paths that cannot be written ──────────────────────────────────────────────────────────────────────
+
+_FULL = "make room on that disk and run the same command again: what was finished is kept"
+_ELSEWHERE = "name a place that you may write to"
+UNWRITABLE = {
+    errno.ENOSPC: _FULL,
+    getattr(errno, "EDQUOT", errno.ENOSPC): _FULL,
+    errno.EACCES: _ELSEWHERE,
+    errno.EPERM: _ELSEWHERE,
+    errno.EROFS: _ELSEWHERE,
+    errno.EISDIR: "name a file, not a folder",
+    errno.ENOTDIR: "a folder on that path is a file: name another place",
+    errno.EEXIST: "a folder on that path is a file: name another place",
+}
+"""What the system may answer to a write, and what the user does next. Any other answer is a bug of ours."""
+
 
 def is_disk_full(error: OSError) -> bool:
-    """Whether a write failed for want of space, or of the user's share of it."""
-    return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+    """Whether a write failed because the disk, or the user's quota, is full."""
+    return UNWRITABLE.get(error.errno or 0) == _FULL
+
+
+def cannot_write(error: OSError, path: Path | None = None) -> UserError | None:
+    """The error to show for a write that the system refused; None if it is not one of `UNWRITABLE`."""
+    if error.errno not in UNWRITABLE:
+        return None
+    place = path or error.filename or "a file"
+    return UserError(f"cannot write {place}: {error.strerror}", next_step=UNWRITABLE[error.errno])
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what a disk refuses inside the block into an error that says what to do about it."""
+    """Raise UserError, with what to do next, if the system refuses a write to `path` inside the block."""
     try:
         yield
     except OSError as error:
-        if is_disk_full(error):
-            todo = "make room there and run the same command again: what was finished is kept"
-        elif error.errno in (
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-            errno.EISDIR,
-            errno.ENOTDIR,
-            errno.EEXIST,
-        ):
-            todo = "give a path that can be written to"
-        else:
-            raise
-        raise UserError(f"cannot write: {error.strerror}", where=str(path), next_step=todo) from error
+        raise cannot_write(error, path) or error from error
+
+
+def check_writable(path: Path | None) -> None:
+    """Raise UserError if a file could not be written, before the work whose result it will hold."""
+    if path is None:
+        return
+    nearest = next(p for p in path.absolute().parents if p.exists())
+    if path.is_dir():
+        why = "it is a folder"
+    elif not nearest.is_dir():
+        why = f"{nearest} is not a folder"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        why = f"you may not write to {nearest}"
+    else:
+        return
+    raise UserError(
+        f"{path} cannot be written: {why}", next_step="name a file in a folder that you may write to"
+    )
 
 
 # ── whole files and directories ───────────────────────────────────────────────────────────────────────
@@ -141,16 +173,49 @@ def count_lines(path: Path | str) -> int | None:
         return None
 
 
-# ── one writer for a piece of work ────────────────────────────────────────────────────────────────────
+# ── locks ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _locked(handle: int) -> bool:
+    """Lock an open file for this process; False if another process holds it. A killed process holds nothing.
+
+    A file system without locks (some network file systems) keeps no process out.
+    """
+    try:
+        return lock_descriptor(handle, blocking=False)
+    except OSError:
+        return True
+
+
+@contextmanager
+def alone_in(folder: Path, doing: str) -> Iterator[None]:
+    """Keep a folder, made if it is missing, to this process inside the block.
+
+    Two processes that train in one folder would continue from each other's checkpoints. Raises UserError if
+    another process is `doing` it, or if the folder cannot be written to.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if not _locked(handle):
+            raise UserError(
+                f"another process is {doing} in this folder",
+                where=str(folder),
+                next_step="wait until it is done, or give this one a folder or a name of its own",
+            )
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager
 def claimed(lock: Path, piece: int, *, wait: bool = False) -> Iterator[bool]:
     """Whether this process, of all that share the lock file, holds piece number `piece` inside the block.
 
-    Piece n is byte n of the file, locked by the system, so that a killed process holds nothing. Without
-    `wait` a piece that another process holds is given up at once. Where the system has no such locks, nobody
-    is kept out.
+    Piece n is byte n of the file, so that any number of pieces needs one lock file and a killed process
+    leaves nothing behind. With `wait` the claim waits for a process that holds the piece. A system without
+    such locks keeps no process out.
     """
     if fcntl is None:
         yield True
@@ -162,31 +227,11 @@ def claimed(lock: Path, piece: int, *, wait: bool = False) -> Iterator[bool]:
             fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, piece)
             ours = True
         except OSError as error:
-            # Some network file systems refuse all locks, and that is not somebody else's claim.
+            # Some network file systems refuse all locks, and that is not another process's claim.
             ours = error.errno not in (errno.EACCES, errno.EAGAIN)
         yield ours
     finally:
         os.close(handle)
-
-
-@contextmanager
-def alone_in(folder: Path, doing: str) -> Iterator[None]:
-    """Keep a folder to this process inside the block; it is made where it is not there.
-
-    Two that train in one folder would go on from each other's checkpoints. Raises UserError where another
-    process is `doing` it, or where the folder cannot be written to. Nobody is kept out where the system has
-    no locks (`claimed`).
-    """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with claimed(folder / LOCK, 0) as ours:
-        if not ours:
-            raise UserError(
-                f"another process is {doing} in this folder",
-                where=str(folder),
-                next_step="wait until it is done, or give this one a folder or a name of its own",
-            )
-        yield
 
 
 # ── files that grow by whole lines ────────────────────────────────────────────────────────────────────
@@ -237,13 +282,12 @@ def repair_last_line(path: Path) -> int:
 
 
 class JsonlWriter:
-    """Append objects to a JSONL file, one a line, each handed to the system as it is written.
+    """Append objects to a JSONL file, one per line. Each line is handed to the system as it is written.
 
-    A killed process loses no line it had finished, and a torn last line from an earlier run is repaired on
-    opening (`dropped_bytes` says how much of it went). `sync` has everything so far on the disk, as closing
-    does. Numbers that JSON does not know (nan, inf) are written as null. Raises UserError where the path
-    cannot be written to, where the disk is full, and, with `alone`, where another process is writing to the
-    file.
+    A killed process loses no line it had finished, and a torn last line from an earlier run is dropped on
+    opening (`dropped_bytes` is its length). `sync` puts everything so far on the disk; so does closing.
+    Numbers that JSON does not know (nan, inf) are written as null. Raises UserError if the path cannot be
+    written to, if the disk is full, and, with `alone`, if another process is writing to the file.
     """
 
     def __init__(self, path: Path | str, *, alone: bool = False) -> None:
@@ -251,27 +295,17 @@ class JsonlWriter:
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file: BinaryIO = self.path.open("ab", buffering=0)
-            if alone:
-                self._claim()
+            # On Windows a locked file could not be read either.
+            if alone and os.name == "posix" and not _locked(self._file.fileno()):
+                self._file.close()
+                raise UserError(
+                    "another process is writing to this file",
+                    where=str(self.path),
+                    next_step="wait until it is done, or give this one a path of its own",
+                )
             self.dropped_bytes = repair_last_line(self.path)
         if self.dropped_bytes:
             warn(f"{self.path}: dropped a torn last line of {self.dropped_bytes} bytes")
-
-    def _claim(self) -> None:
-        """Keep the file to this process until it is closed. Two would write every row twice."""
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise UserError(
-                "another process is writing to this file",
-                where=str(self.path),
-                next_step="wait until it is done, or give this one a path of its own",
-            ) from None
-        except OSError:
-            pass  # a file system without locks
 
     @property
     def size(self) -> int:
@@ -279,10 +313,10 @@ class JsonlWriter:
         return os.fstat(self._file.fileno()).st_size
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one object as one line. Raises TypeError on a value that is not plain JSON data."""
+        """Append one object as one line. Raises TypeError for a value that is not plain JSON data."""
         line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        # One system call for text and newline together: a reader beside us never sees half of the pair. The
-        # system may take less than all of it (a disk that fills up): the rest then goes, or raises, next.
+        # One system call for text and newline together, so that another process never reads half of the pair.
+        # The system may take only a part (a disk that fills up): the rest is then written, or raises, next.
         with writing(self.path):
             while line:
                 line = line[os.write(self._file.fileno(), line) :]
@@ -296,10 +330,66 @@ class JsonlWriter:
             self.sync()
             self._file.close()
 
-    def __enter__(self) -> JsonlWriter:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
+
+
+class ResumableLog(JsonlWriter):
+    """Append to a JSONL file that was made under the same conditions, as its only writer.
+
+    The conditions are either the first line (`header`) or part of every line. A file with another header is
+    moved aside to NAME.old-1.jsonl, with a warning, and this one starts empty. A line that was made under
+    other conditions is refused when it is read. Raises UserError as `JsonlWriter` does.
+    """
+
+    def __init__(self, path: Path, conditions: Mapping[str, Any], *, header: bool = False) -> None:
+        self.conditions: dict[str, Any] = json.loads(json.dumps(plain(conditions)))
+        self._header = header
+        super().__init__(path, alone=True)
+        if not header:
+            return
+        with path.open("rb") as stream:
+            first = json.loads(stream.readline() or b"null")
+        other = first and next((k for k in {**first, **self.conditions} if self._differs(first, k)), None)
+        if other:
+            aside = next(p for i in count(1) if not (p := path.with_suffix(f".old-{i}.jsonl")).exists())
+            path.rename(aside)
+            self.close()
+            warn(f"{aside} was begun with another '{other}'; {path.name} starts again without it")
+            super().__init__(path, alone=True)
+        if not self.size:
+            self.write(self.conditions)
+
+    def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(offset in bytes, record) of each line but the header.
+
+        Raises DataError at a line that is not an object, or that was made under other conditions.
+        """
+        at = 0
+        with self.path.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    record = None
+                if not isinstance(record, dict):
+                    self._refuse(number, "this line is not a JSON object")
+                keys = () if self._header else self.conditions
+                if (other := next((k for k in keys if self._differs(record, k)), None)) is not None:
+                    was = (
+                        f"was made with {other} {record[other]!r}" if other in record else f"has no '{other}'"
+                    )
+                    self._refuse(number, f"this line {was}, but now it is {self.conditions[other]!r}")
+                if number > 1 or not self._header:
+                    yield at, record
+                at += len(line)
+
+    def _differs(self, record: Mapping[str, Any], key: str) -> bool:
+        return record.get(key) != self.conditions.get(key)
+
+    def _refuse(self, line: int, what: str) -> NoReturn:
+        todo = "write to another file, or delete this one to start again"
+        raise DataError(what, where=f"{self.path}:{line}", next_step=todo)

@@ -1,7 +1,7 @@
-"""Everything a run says: the console, progress bars, experiment trackers.
+"""Messages on the console, progress bars, experiment trackers.
 
-Console output goes to standard error, so that what a command prints on standard output can be piped.
-This is the only room that imports trackers, and it does so when one is opened, never before.
+Messages go to standard error, so that what a command prints on standard output can be piped. Only this room
+imports trackers, and only when one is opened.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "none"]
 
 
 def note(text: str, *, style: str = "") -> None:
-    """One line for the person watching. Printed as it stands: brackets are not markup, paths do not wrap."""
+    """Print one line as it is: brackets are not markup, and long paths do not wrap."""
     console.print(Text(text, style=style), soft_wrap=True)
 
 
 def warn(text: str) -> None:
-    """A line about something that went another way than asked, and that the run survived."""
+    """Print a warning: something is not as it was asked for, and the run continues."""
     note(f"warning: {text}", style="yellow")
 
 
 def show_error(error: UserError) -> None:
-    """The three parts of a user's error; the first line stands out."""
+    """Print the three parts of a user's error; the first line stands out."""
     what, *rest = str(error).split("\n")
     note(f"error: {what}", style="bold red")
     for line in rest:
@@ -66,24 +66,22 @@ class Bar:
         self._fields: dict[str, object] = {}
 
     def update(self, advance: float = 1, *, completed: float | None = None, **fields: object) -> None:
-        """Move on by `advance`, or to `completed` where given, and set fields to show beside the bar.
+        """Advance by `advance`, or to `completed` if it is given, and set fields to show next to the bar.
 
         A field's name may be any text: `bar.update(loss=2.1, **{"tokens/s": 1800.0})`.
         """
         self._fields.update(fields)
         text = "  ".join(f"{name} {shown(value)}" for name, value in self._fields.items())
-        if completed is None:
-            self._display.update(self._task, advance=advance, fields_text=text)
-        else:
-            self._display.update(self._task, completed=completed, fields_text=text)
+        step = advance if completed is None else None
+        self._display.update(self._task, advance=step, completed=completed, fields_text=text)
 
 
 @contextmanager
 def progress(description: str, total: float | None, *, count: bool = True) -> Iterator[Bar]:
-    """A bar with time left and text fields; nothing at all is drawn when standard error is no terminal.
+    """A bar with time left and text fields; it is drawn only if standard error is a terminal.
 
-    `total` is in any unit (steps, prompts, seconds of a time budget), None where the end is not known.
-    `count` shows "12/400" beside the bar; turn it off where the unit is not a thing one counts.
+    total: in any unit (steps, prompts, seconds of a time budget); None if the end is not known. count: show
+    "12/400" next to the bar, which makes sense for things that one counts.
     """
     columns = [
         TextColumn("{task.description}", markup=False),
@@ -100,14 +98,14 @@ def progress(description: str, total: float | None, *, count: bool = True) -> It
 
 
 class Tracker(NamedTuple):
-    """Where figures go while a run is on: two functions, whatever is behind them."""
+    """Where the figures of a run go."""
 
     log: Callable[[Mapping[str, float], int], None]  # (name -> value, step)
     close: Callable[[], None]
 
 
 def import_tracker(module: str, package: str, extra: str | None) -> ModuleType:
-    """Import a tracker's module, or say which command installs it."""
+    """Import a tracker's module. Raises UserError with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -153,16 +151,11 @@ def open_trackio(directory: Path, run: str, settings: Mapping[str, Any]) -> Trac
     return Tracker(lambda values, step: trackio.log(dict(values), step=step), trackio.finish)
 
 
-def open_nothing(directory: Path, run: str, settings: Mapping[str, Any]) -> Tracker:
-    return Tracker(lambda values, step: None, lambda: None)
-
-
 TRACKERS: dict[TrackerName, Callable[[Path, str, Mapping[str, Any]], Tracker]] = {
     "tensorboard": open_tensorboard,
     "wandb": open_wandb,
     "mlflow": open_mlflow,
     "trackio": open_trackio,
-    "none": open_nothing,
 }
 
 
@@ -182,8 +175,8 @@ def open_trackers(
 ) -> Tracker:
     """Open every named tracker and return one that writes to all of them.
 
-    `directory` is the run's folder, `run` its name, `settings` its recipe as plain data. Raises UserError,
-    with the command to type, for a tracker that is not installed; those opened before it are closed again.
+    directory: for the trackers' own files. run: its name. settings: its recipe as plain data. Raises
+    UserError for a tracker that is not installed, after closing those that were opened before it.
     """
     opened: list[Tracker] = []
 
@@ -196,8 +189,7 @@ def open_trackers(
             tracker.close()
 
     try:
-        for name in names:
-            opened.append(TRACKERS[name](directory, run, settings))
+        opened += (TRACKERS[name](directory, run, settings) for name in names if name != "none")
     except BaseException:
         close()
         raise

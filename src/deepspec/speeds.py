@@ -20,11 +20,12 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from deepspec.answers.in_process import FLIGHTS, row_seed
+from deepspec.answers.in_process import FLIGHTS
 from deepspec.config import HELD_OUT_ROWS, LOG_EVERY, Recipe
 from deepspec.cost.machines import Machine, host_memory, row_of_device
 from deepspec.cost.step_time import Speeds, TrainSpeed, speed_key
 from deepspec.data.conversations import Conversation, Message, prompt_messages
+from deepspec.data.identity import row_seed
 from deepspec.data.tokens import Encoded, encode_turns, prompt_ids
 from deepspec.decode.engine import Decoder, Generation, NoDraft, Request
 from deepspec.drafts.base import Draft, NeuralDraft, Proposal
@@ -34,11 +35,13 @@ from deepspec.features.cache_write import batch_rows, plan_cache, shard_tensors
 from deepspec.files import write_json
 from deepspec.log import note, open_trackers, progress
 from deepspec.maths.blocks import FeatureBatch
-from deepspec.maths.verify import Sampling
+from deepspec.maths.verify import Sampling, Samplings
 from deepspec.targets import Target
 from deepspec.this_machine import read_joules, this_machine
 from deepspec.train.build import build_draft, feature_layers, read_rules
-from deepspec.train.loop import Optimizer, Progress, save_checkpoint, train_step
+from deepspec.train.loop import train_step
+from deepspec.train.optimizer import Optimizer
+from deepspec.train.run import Progress, Run
 
 SAMPLES, ANSWER_SECONDS = (96, 64, 48, 32, 24), 120.0
 """How many prompts are answered to learn the lengths of answers: the most that take so many seconds if none
@@ -127,7 +130,8 @@ def _decode(
 ) -> tuple[list[Generation], float]:
     """(answers at temperature 1, seconds)."""
     ends = target.stop_token_ids if stops else frozenset()
-    decoder = Decoder(target, draft, Sampling(1.0), stop_token_ids=ends, max_rows=min(slots, len(requests)))
+    requests = [replace(r, sampling=Sampling(1.0), stop_token_ids=ends) for r in requests]
+    decoder = Decoder(target, draft, max_rows=min(slots, len(requests)))
     began = _clock(target)
     found = list(decoder.run(requests))
     return found, _clock(target) - began
@@ -160,14 +164,14 @@ class _Clock(NoDraft):
             self._opened, self._filled = None, True
 
     def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
+        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
     ) -> Proposal:
         now = _clock(self.target)
         if self._last is not None and not self._filled:
             rows, before = self._last
             self.rounds.append((rows, now - before))
         self._filled, self._last = False, (len(slots), now)
-        return super().propose(slots, anchors, sampling, uniforms)
+        return super().propose(slots, anchors, samplings, uniforms)
 
 
 def line_through(rounds: Sequence[tuple[int, float]]) -> tuple[float, float]:
@@ -253,13 +257,13 @@ def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainS
     cut = [replace(r, ids=r.ids[:length], loss_mask=r.loss_mask[:length]) for r in rows]
     began = _clock(target)
     draft = build_draft(recipe, target, cut)
-    optimizer = Optimizer(draft, recipe)
+    optimizer = Optimizer(draft, recipe.optim)
     with tempfile.TemporaryDirectory() as folder:
         open_trackers(recipe.trackers, Path(folder), recipe.name, recipe.model_dump()).close()
         setup = _clock(target) - began
         step, features = _steps(target, draft, optimizer, recipe, cut)
         began = _clock(target)
-        save_checkpoint(recipe, Path(folder), draft, optimizer, Progress(1), target, {})
+        Run(Path(folder), recipe).save(draft, optimizer, Progress(1), target, {})
         checkpoint = _clock(target) - began
     draft.eval()
     slots = min(HELD_OUT_ROWS, recipe.eval_prompts)

@@ -151,7 +151,7 @@ def naive_unroll(draft: Any, features: Tensor, ids: Sequence[int]) -> list[Tenso
 
 def naive_markov(head: Any, kind: str, previous: Sequence[int], hidden: Tensor) -> Tensor:
     """[γ, r] of one block, slot after slot: previous tokens and hidden rows [γ, d]."""
-    state = torch.zeros(head.rank, dtype=hidden.dtype)
+    state = hidden.new_zeros(head.rank)
     out = []
     for token, h in zip(previous, hidden, strict=True):
         embedded = head.markov_w1.weight[token]

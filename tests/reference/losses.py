@@ -37,7 +37,7 @@ def plain_terms(
     ids = list(range(head.vocab_size)) if head.kept is None else head.kept.tolist()
     log_p = logits - torch.logsumexp(logits, dim=1, keepdim=True)
     p = log_p.exp()
-    best = torch.tensor([ids[i] for i in logits.argmax(1).tolist()])
+    best = torch.tensor([ids[i] for i in logits.argmax(1).tolist()], device=logits.device)
     found: dict[str, Tensor] = {}
     if labels is not None:
         found["ce"] = torch.stack(

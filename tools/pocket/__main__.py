@@ -1,4 +1,4 @@
-"""`python -m tools.pocket`: build the embedded target, check it, and train its ready-made drafts."""
+"""`python -m tools.pocket`: build the pocket target, check it, and train its ready-made drafts."""
 
 from __future__ import annotations
 
@@ -10,26 +10,24 @@ import typer
 from rich.text import Text
 
 from deepspec.cli import Commands
-from deepspec.cli.common import (
-    SETTINGS,
-    Json,
-    print_json,
-    stdout,
-    table_of,
-)
+from deepspec.cli.common import SETTINGS, Json, print_json, stdout, table_of
 
 pocket_app = typer.Typer(
-    help="Build and check the embedded target.", no_args_is_help=True, cls=Commands, **SETTINGS
+    help="Build and check the pocket target.", no_args_is_help=True, cls=Commands, **SETTINGS
 )
 
 
 @pocket_app.command("build")
 def pocket_build(
-    out: Annotated[Path, typer.Option("--out")] = Path("build/pocket"),
-    tokens: Annotated[int | None, typer.Option("--tokens", min=10_000, help="Training tokens.")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the build.")] = Path("build/pocket"),
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=10_000, help="Number of training tokens.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Number of CPU threads.")] = None,
 ) -> None:
-    """Train the pocket target from this Python's own library and arithmetic (about an hour on two cores).
+    """Train the pocket target on this Python's standard library and on arithmetic.
+
+    It takes about an hour on two cores. The same command continues after an interruption.
 
     \b
     Example:
@@ -49,9 +47,11 @@ def pocket_build(
 
 @pocket_app.command("drafts")
 def pocket_drafts(
-    out: Annotated[Path, typer.Option("--out")] = Path("build/pocket-drafts"),
-    minutes: Annotated[float, typer.Option("--minutes", min=0.01, help="Training time per draft.")] = 30.0,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Answers per training prompt.")] = 4,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the drafts.")] = Path("build/pocket-drafts"),
+    minutes: Annotated[
+        float, typer.Option("--minutes", min=0.01, help="Training time of each draft.")
+    ] = 30.0,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Number of answers to each prompt.")] = 4,
     as_json: Json = False,
 ) -> None:
     """Train the three ready-made drafts of the pocket target.
@@ -86,13 +86,17 @@ def pocket_drafts(
 @pocket_app.command("check")
 def pocket_check(
     model: Annotated[
-        str, typer.Option("--model", help="pocket, or a directory that a build wrote.")
+        str, typer.Option("--model", help="pocket, or the target folder of a build.")
     ] = "pocket",
-    problems: Annotated[int, typer.Option("--problems", min=1, help="Arithmetic problems.")] = 200,
-    functions: Annotated[int, typer.Option("--functions", min=1, help="Functions to complete.")] = 100,
+    problems: Annotated[int, typer.Option("--problems", min=1, help="Number of arithmetic problems.")] = 200,
+    functions: Annotated[
+        int, typer.Option("--functions", min=1, help="Number of functions to complete.")
+    ] = 100,
     as_json: Json = False,
 ) -> None:
-    """Measure the pocket target on held-out examples: arithmetic, code that parses, loss, samples.
+    """Measure the pocket target on held-out examples.
+
+    The measures are correct arithmetic, code that parses, and loss; a few samples are shown as they are.
 
     \b
     Example:

@@ -1,9 +1,8 @@
-"""Step-by-step arithmetic word problems, generated: the `math` domain of the pocket target.
+"""Generated arithmetic word problems with worked answers: the `math` domain of the pocket target.
 
-A problem is one to three small operations told as a story. The worked answer writes every
-operation out, so that a five-million-parameter model can get it right, and so that a reader
-can check it. Numbers stay small on purpose: the domain exists to have acceptance with a
-meaning, not to teach arithmetic.
+A problem is one to three small operations told as a story. The worked answer writes out every operation, so
+that a model of five million parameters can get it right and a reader can check it. The numbers are small on
+purpose: the domain exists so that acceptance has a meaning, not to teach arithmetic.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ CONTAINERS = ["bags", "baskets", "boxes", "crates", "drawers", "jars", "packs", 
 
 @dataclass(frozen=True)
 class Step:
-    """One operation of a story: what happens, and the sentence that works it out."""
+    """One operation of a story: the event, and the sentence that computes its result."""
 
     event: str
     working: str
@@ -41,7 +40,7 @@ class Problem:
     worked: str
     """The answer without thinking: one sentence per operation, then the result."""
     notes: str
-    """The same in shorthand, for the thinking block."""
+    """The same steps in shorthand, for the thinking block."""
     result: int
 
     @property
@@ -92,7 +91,7 @@ def _share(rng: random.Random, name: str, thing: str, have: int) -> tuple[Step, 
 
 
 def problem(rng: random.Random) -> Problem:
-    """Draw one problem; every intermediate value is a positive integer."""
+    """Draw one problem. Every intermediate value is a positive integer."""
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     start = have = rng.randint(3, 40)
     if rng.random() < 0.3:
@@ -123,6 +122,6 @@ def problem(rng: random.Random) -> Problem:
 
 
 def result_of(answer: str) -> int | None:
-    """The number that an answer ends on (`The answer is 12.`), or None when it gives none."""
+    """The number that an answer ends with (`The answer is 12.`), or None if it gives none."""
     found = re.findall(r"The answer is (-?\d+)", answer)
     return int(found[-1]) if found else None

@@ -1,7 +1,7 @@
-"""Train the pocket target: tokenizer, corpus, optimiser steps, measurements.
+"""Train the pocket target: its tokenizer, then its weights.
 
-`python -m tools.pocket build` runs this. It resumes from its last checkpoint, and with the same
-`corpus_hash` and thread count it repeats the same steps.
+`python -m tools.pocket build` runs this. It resumes from its last checkpoint, and with the same `corpus_hash`
+and number of threads it repeats the same steps.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from deepspec.log import note, progress
 from tools.pocket import corpus
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|mask|>")
-# How Qwen2 and Qwen3 cut text before byte-pair merges: engines recognise it by this behaviour.
+# How Qwen2 and Qwen3 split text before byte-pair merges; servers recognise the tokenizer by this behaviour.
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# ChatML with a thinking switch in the generation prompt: on opens a think block, off writes an empty one.
+# ChatML with a thinking switch. If it is on, the generation prompt opens a think block; else it writes an
+# empty one.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' }}
@@ -57,7 +58,7 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What a build is made of. Sizes in tokens unless the name says otherwise."""
+    """The settings of a build. Sizes are in tokens unless the name says otherwise."""
 
     vocab_size: int = 4096
     hidden_size: int = 192
@@ -119,7 +120,7 @@ def train_tokenizer(settings: BuildSettings) -> PreTrainedTokenizerFast:
 
 
 def render(example: corpus.Example, thinking: bool) -> str:
-    """An example as the chat template writes it, thinking block included."""
+    """An example as the chat template writes it, with its thinking block."""
     block = f"<think>\n{example.thought}\n</think>\n\n" if thinking else "<think>\n\n</think>\n\n"
     answer = example.thoughtful_answer if thinking else example.answer
     return (
@@ -129,7 +130,7 @@ def render(example: corpus.Example, thinking: bool) -> str:
 
 
 def documents(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[int]]:
-    """Token ids of training examples, the domains mixed by tokens, forever."""
+    """An endless stream of training examples as token ids; domains are mixed by their shares of tokens."""
     rng = random.Random(seed)
     library = {
         "code": [e for e in corpus.code_examples() if not e.held_out],
@@ -153,10 +154,11 @@ def documents(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast, seed:
 
 
 def micro_batches(stream: Iterator[list[int]], settings: BuildSettings, pad: int) -> Iterator[torch.Tensor]:
-    """Right-padded [B, S] ids of about `micro_tokens` each.
+    """Micro-batches of right-padded ids [B, S], each of about `micro_tokens`.
 
-    Documents of like length share a micro-batch, so little is padding and short ones don't pay
-    for the attention of long ones; the few distinct shapes let the CPU's matrix kernels be reused.
+    Documents of similar length share a micro-batch, so that there is little padding and short documents do
+    not pay for the attention of long ones. There are only a few distinct shapes, so the CPU's matrix kernels
+    are reused.
     """
     waiting: dict[int, list[list[int]]] = {}
     for document in stream:
@@ -205,13 +207,13 @@ def optimizers(model: Qwen3ForCausalLM, settings: BuildSettings) -> list[torch.o
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up over 2%, then a straight line to zero."""
+    """The factor on the learning rate: a linear warm-up over 2% of the steps, then linear decay to zero."""
     warm = max(1, steps // 50)
     return min((step + 1) / warm, (steps - step) / (steps - warm))
 
 
 def loss_sum(model: Qwen3ForCausalLM, ids: torch.Tensor, pad: int) -> torch.Tensor:
-    """Summed nats over the predicted tokens; a document's own last token (`pad`) counts once."""
+    """The sum of nats over the predicted tokens; the last token of a document (`pad`) counts once."""
     labels = torch.full_like(ids, -100)
     labels[:, :-1] = torch.where((ids[:, 1:] == pad) & (ids[:, :-1] == pad), -100, ids[:, 1:])
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -220,7 +222,7 @@ def loss_sum(model: Qwen3ForCausalLM, ids: torch.Tensor, pad: int) -> torch.Tens
 
 
 def build(out: Path, settings: BuildSettings, *, checkpoint_every: int = 100) -> None:
-    """Train (or go on training) the pocket target into `out`. Raises UserError where another process does."""
+    """Train the pocket target in `out`, or continue. Raises UserError if another process trains there."""
     with alone_in(out, "building"):
         _build_in(out, settings, checkpoint_every)
 
@@ -287,7 +289,8 @@ def _build_in(out: Path, settings: BuildSettings, checkpoint_every: int) -> None
 def save_target(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, settings: BuildSettings
 ) -> None:
-    """Fill a Hugging Face model directory: bf16 tensors (half the size), float32 arithmetic."""
+    """Fill a Hugging Face model directory. Tensors are stored in bf16, at half the size; the config asks for
+    float32 arithmetic."""
     model.config.save_pretrained(out)
     model.generation_config.save_pretrained(out)
     tokenizer.save_pretrained(out)

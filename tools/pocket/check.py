@@ -1,7 +1,7 @@
-"""Is the pocket target readable? Measured on held-out examples: arithmetic, code that parses, loss, samples.
+"""Measure the pocket target on held-out examples: correct arithmetic, code that parses, loss, and samples.
 
-Arithmetic problems are drawn afresh and kept only where the corpus holds them out; functions and
-documentation are the held-out share of this Python's library. All answers are greedy.
+Arithmetic problems are newly drawn, and kept only if the corpus holds them out. Functions and documentation
+are the held-out share of this Python's library. All answers are greedy.
 """
 
 from __future__ import annotations
@@ -16,27 +16,25 @@ from typing import Any
 
 import torch
 
-from deepspec.data.tokens import prompt_ids
+from deepspec.data.tokens import prompt_ids, require_tokenizer
 from deepspec.decode.engine import Decoder, Request
-from deepspec.errors import TargetError
 from deepspec.log import progress
-from deepspec.maths.verify import Sampling
 from deepspec.targets import Target
 from tools.pocket import arithmetic, corpus
 from tools.pocket.build import BuildSettings
 
 ROWS = 32
 PROBLEM_SEED = 987_654_321
-"""Neither the training text's nor that of the packaged prompts."""
+"""This seed differs from those of the training text and of the packaged prompts."""
 ANSWER_TOKENS = {"math": 160, "code": 320, "chat": 200}
 LOSS_EXAMPLES = 96
-"""Per domain."""
+"""The number of examples per domain for the loss."""
 SAMPLES = 2
-"""Per domain, shown as they are: the first ones, not the best ones."""
+"""The number of samples per domain: the first ones, not the best ones."""
 
 
 def held_out(problems: int, functions: int) -> dict[str, list[corpus.Example]]:
-    """Held-out examples by domain: fresh problems, and library examples in the order of a hash."""
+    """Held-out examples by domain: new problems, and library examples in the order of a hash."""
 
     def by_hash(example: corpus.Example) -> bytes:
         return hashlib.sha256(example.question.encode()).digest()
@@ -44,7 +42,7 @@ def held_out(problems: int, functions: int) -> dict[str, list[corpus.Example]]:
     fresh = {e.question: e for e in itertools.islice(_fresh_problems(), problems)}
     code = [e for e in corpus.code_examples() if e.held_out and '"""' in e.question]
     chat = [e for e in corpus.chat_examples() if e.held_out]
-    longest = BuildSettings().longest_document * 4  # characters; beyond it nothing was trained on
+    longest = BuildSettings().longest_document * 4  # characters; no longer text was in the training set
     return {
         "math": list(fresh.values()),
         "code": sorted((e for e in code if len(e.question) < longest), key=by_hash)[:functions],
@@ -68,8 +66,7 @@ def check(model: str = "pocket", *, problems: int = 200, functions: int = 100) -
     Raises TargetError for a model that cannot be loaded or has no tokenizer.
     """
     target = Target.from_pretrained(model)
-    if target.tokenizer is None:
-        raise TargetError(f"{model} has no tokenizer", next_step="check the directory that the build wrote")
+    require_tokenizer(target.tokenizer, model)
     examples = held_out(problems, functions)
     math, code, chat = (examples[domain] for domain in corpus.DOMAINS)
     solved = answers(target, math, thinking=False)
@@ -118,13 +115,13 @@ def _share(found: Sequence[bool]) -> dict[str, float]:
 
 
 def parses(answer: str) -> bool:
-    """Whether the answer's first code block is there, is closed, is not empty, and is valid Python."""
+    """Whether the answer's first code block exists, is closed, is not empty, and is valid Python."""
     block = re.search(r"```python\n(.*?)\n?```", answer, re.DOTALL)
     if block is None or not block.group(1).strip():
         return False
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an odd escape in generated text is not ours to report
+            warnings.simplefilter("ignore")  # a strange escape in generated text does not matter here
             ast.parse(block.group(1))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
@@ -134,25 +131,20 @@ def parses(answer: str) -> bool:
 def answers(target: Target, examples: Sequence[corpus.Example], *, thinking: bool) -> list[str]:
     """Greedy answers, in the order of the examples."""
     tokenizer: Any = target.tokenizer
-    decoder = Decoder(
-        target,
-        None,
-        Sampling(0.0),
-        stop_token_ids=target.stop_token_ids,
-        max_rows=min(ROWS, len(examples)),
-    )
+    decoder = Decoder(target, None, max_rows=min(ROWS, len(examples)))
     requests = [
         Request(
             prompt_ids(tokenizer, [{"role": "user", "content": e.question}], thinking),
             ANSWER_TOKENS[e.domain],
             key=str(i),
+            stop_token_ids=target.stop_token_ids,
         )
         for i, e in enumerate(examples)
     ]
     found: dict[int, str] = {}
     mode = "thinking" if thinking else "plain"
     with progress(f"{examples[0].domain}, {mode}", len(requests)) as bar:
-        # Rows of like length together: fewer padded steps.
+        # Rows of similar length are decoded together, which saves padded steps.
         for answer in decoder.run(sorted(requests, key=lambda r: len(r.input_ids))):
             ids = answer.token_ids[: -1 if answer.stopped else None]
             found[int(answer.key)] = tokenizer.decode(ids).strip()
@@ -161,7 +153,7 @@ def answers(target: Target, examples: Sequence[corpus.Example], *, thinking: boo
 
 
 def loss(target: Target, examples: Sequence[corpus.Example], *, thinking: bool) -> float:
-    """Mean nats per answer token, end of turn included; the thoughts count where thinking is on."""
+    """Mean nats per answer token, with the end of the turn, and with the thoughts if thinking is on."""
     tokenizer: Any = target.tokenizer
     rows = []
     for example in examples:

@@ -1,11 +1,11 @@
-"""The text that the pocket target is trained on: this Python's own library, and arithmetic.
+"""The text that the pocket target is trained on: this Python's standard library, and arithmetic.
 
-Three domains, each a stream of `Example`s: **math** (generated word problems), **code** (signature
-and docstring -> body) and **chat** (questions about Python -> documentation). The standard
-library's text varies with the Python version, so a build records `corpus_hash`.
+There are three domains, and each is a stream of `Example`s: **math** (generated word problems), **code**
+(signature and docstring -> body) and **chat** (questions about Python -> documentation). The text of the
+standard library varies with the Python version, so a build records `corpus_hash`.
 
-Held-out prompts are chosen by a hash of what they are about, so that neither a duplicate in
-another file nor another Python version can bring one into the training text.
+Held-out prompts are chosen by a hash of their subject, so that neither a duplicate in another file nor
+another Python version can bring one into the training text.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ HELD_OUT_SHARE = 0.04
 
 @dataclass(frozen=True)
 class Example:
-    """One exchange. `thought` is what the thinking block holds when thinking is on."""
+    """One question with its answer. thought: the content of the thinking block if thinking is on."""
 
     domain: str
     key: str
-    """What the example is about; the held-out choice hashes this."""
+    """The subject of the example; its hash decides whether the example is held out."""
     question: str
     answer: str
     thought: str
@@ -58,7 +58,7 @@ class Example:
 
 
 def normalise(text: str) -> str:
-    """Case, white space and punctuation folded, so that near-copies share a hash."""
+    """The text without case, white space and punctuation, so that near-copies have the same hash."""
     return re.sub(r"[\W_]+", " ", text.lower()).strip()
 
 
@@ -72,8 +72,8 @@ def math_examples(seed: int) -> Iterator[Example]:
 
 @cache
 def library_files() -> tuple[Path, ...]:
-    """The standard library's sources, in order, without installed packages, tests, or files
-    that carry paths of the machine that built Python."""
+    """The source files of the standard library in order, without installed packages, tests, and files that
+    contain paths of the machine that built Python."""
     root = Path(sysconfig.get_path("stdlib"))
     found = []
     for path in sorted(root.rglob("*.py")):
@@ -96,7 +96,7 @@ def _read(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Definition:
-    """A function of the library, as the two library domains need it."""
+    """A function of the library, with what the code and chat domains need of it."""
 
     module: str
     owner: str
@@ -114,7 +114,7 @@ class Definition:
 
 
 def _definitions(path: Path) -> Iterator[Definition | tuple[str, str, str]]:
-    """Every function of a file as a `Definition`; every documented class as (module, name, doc)."""
+    """Every function of a file as a `Definition`, and every documented class as (module, name, doc)."""
     text = _read(path)
     if text is None:
         return
@@ -170,7 +170,7 @@ def library() -> tuple[tuple[Definition, ...], tuple[tuple[str, str, str], ...]]
 
 
 def _opening(doc: str, limit: int = MAX_DOC_CHARS) -> str:
-    """The first whole paragraphs of a docstring within `limit` characters (at least a sentence)."""
+    """The first whole paragraphs of a docstring within `limit` characters, and at least one sentence."""
     kept = ""
     for paragraph in re.split(r"\n\s*\n", doc.strip()):
         if kept and len(kept) + len(paragraph) > limit:
@@ -180,7 +180,7 @@ def _opening(doc: str, limit: int = MAX_DOC_CHARS) -> str:
 
 
 def code_examples() -> Iterator[Example]:
-    """Signature (and docstring, where there is one) -> the whole function."""
+    """Questions with a signature, and a docstring if there is one; the answers are the whole functions."""
     for d in library()[0]:
         if not d.body.strip() or len(d.source) > MAX_CODE_CHARS or d.body.strip() in ("pass", "..."):
             continue
@@ -201,7 +201,7 @@ def _listing(names: tuple[str, ...] | list[str]) -> str:
 
 
 def chat_examples() -> Iterator[Example]:
-    """Questions about functions, classes and language topics -> their documentation."""
+    """Questions about functions, classes and language topics; the answers are their documentation."""
     asks = ("What does `{0}` do?", "Explain `{0}`.", "How do I use `{0}`?", "Tell me about `{0}`.")
     functions, classes = library()
     for d in functions:
@@ -238,7 +238,7 @@ def _topic_examples() -> Iterator[Example]:
 
 
 def corpus_hash() -> str:
-    """A hash of all library examples: two builds with the same hash saw the same text."""
+    """A hash of all library examples; two builds with the same hash were trained on the same text."""
     digest = hashlib.sha256()
     for example in (*code_examples(), *chat_examples()):
         digest.update(f"{example.question}\0{example.answer}\0".encode())

@@ -11,14 +11,13 @@ from deepspec.data.conversations import read_conversations
 from deepspec.drafts import ALGORITHMS
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target
-from deepspec.train.loop import Outcome
-from deepspec.train.run import train_draft
+from deepspec.train.loop import Outcome, train_draft
 
 
 def train_pocket_drafts(
     out: Path | str, *, minutes: float = 30.0, samples: int = 4, seed: int = 0
 ) -> dict[str, Outcome]:
-    """The ready-made drafts: `samples` answers to every training prompt, each draft trained for `minutes`."""
+    """Train the ready-made drafts on `samples` answers to every training prompt, for `minutes` each."""
     out = Path(out)
     target = Target.from_pretrained("pocket")
     answers = out / "answers.jsonl"

@@ -1,8 +1,8 @@
-"""The prompts that ship with the pocket target: train, select and test, three disjoint sets.
+"""The prompts that ship with the pocket target, in three disjoint sets: train, select and test.
 
-`write_prompts` made the files; they are frozen in the package, because the standard library's text
-varies with the Python version. Select and test come from the held-out share, which neither the
-target's training text nor the drafts' ever holds.
+`write_prompts` wrote the files. They are frozen in the package, because the text of the standard library
+varies with the Python version. Select and test come from the held-out share, which is in the training text
+of neither the target nor the drafts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from deepspec.data.conversations import Conversation, write_conversations
 from tools.pocket import corpus
 
 SPLITS = {"train": 900, "select": 16, "test": 40}
-"""Prompts per domain."""
+"""The number of prompts per domain."""
 
 
 def _by_hash(example: corpus.Example) -> bytes:
@@ -23,7 +23,7 @@ def _by_hash(example: corpus.Example) -> bytes:
 
 
 def choose_prompts() -> dict[str, list[corpus.Example]]:
-    """Every split's examples, chosen by hash: held-out ones for select and test, others for train."""
+    """The examples of every set, chosen by hash: held-out ones for select and test, others for train."""
     chosen: dict[str, list[corpus.Example]] = {split: [] for split in SPLITS}
     streams = {
         "math": list(itertools.islice(corpus.math_examples(seed=10**9), 12_000)),
@@ -42,7 +42,7 @@ def choose_prompts() -> dict[str, list[corpus.Example]]:
 
 
 def write_prompts(folder: Path) -> dict[str, int]:
-    """Write the three files; how many rows each got."""
+    """Write the three files. Returns the number of rows of each."""
     counts = {}
     for split, examples in choose_prompts().items():
         ordered = sorted(examples, key=_by_hash)

@@ -1,15 +1,14 @@
-"""One conversation being answered turn by turn: what has been said, and what is still to be said before each
+"""A conversation that is being answered turn by turn: what has been said so far, and what comes before each
 answer.
 
-A target must answer its own history: where a row holds several questions, each is asked after the target's
-own answer to the one before, whatever the row's old answers were. Tool results are the exception. They belong
-to the calls that stand before them, so everything up to the last of them stays as it is: as context, since
-nobody knows who wrote it (weight 0).
+A target must answer its own history: if a row holds several questions, each is asked after the target's own
+answer to the one before, whatever the row's old answers were. Tool results are the exception. They belong to
+the calls before them, so everything up to the last of them stays as it is, as context with weight 0, since it
+is unknown who wrote it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,14 +16,15 @@ from deepspec.data.conversations import Conversation, Message
 from deepspec.errors import DataError
 
 OURS = ("answer_ids", "finished", "follow_ups")
-"""Keys of an answered row that say how it was answered: never carried over from the row that was asked."""
+"""Keys of an answered row that tell how it was answered; they are never taken over from the row that was
+asked."""
 
 
 def turns_of(conversation: Conversation) -> list[list[Message]]:
-    """What is said before each answer to be given, the first with everything that stays as it is.
+    """The messages before each answer that will be given; the first also has everything that stays as it is.
 
-    Old answers fall away; the questions waiting in `follow_ups` come last. Raises DataError where
-    `follow_ups` is not a list of texts.
+    Old answers are left out; the questions in `follow_ups` come last. Raises DataError if `follow_ups` is not
+    a list of texts.
     """
     messages = conversation.messages
     results = [i for i, message in enumerate(messages) if message["role"] == "tool"]
@@ -47,17 +47,17 @@ def turns_of(conversation: Conversation) -> list[list[Message]]:
 
 @dataclass(eq=False)
 class Dialogue:
-    """A conversation on its way. `turns`: what is said before each answer; `said`: everything so far."""
+    """A conversation under way. `turns`: the messages before each answer; `said`: every message so far."""
 
     conversation: Conversation
     turns: list[list[Message]]
     said: list[Message] = field(default_factory=list)
     ids: list[list[int] | None] = field(default_factory=list)
-    """Each answer's token ids, None where only its text is known."""
+    """Each answer's token ids, or None if only its text is known."""
     finished: bool = True
     """Every answer ended by itself, not at the budget."""
     tokens: int = 0
-    """Of all answers."""
+    """In all answers together."""
     trouble: str | None = None
     """Why it cannot be answered."""
 
@@ -70,21 +70,22 @@ class Dialogue:
         return len(self.ids) == len(self.turns)
 
     def prompt(self) -> list[Message]:
-        """Everything that the next answer answers."""
+        """The messages that the next answer follows."""
         return [*self.said, *self.turns[len(self.ids)]]
 
     def answer(self, text: str, ids: list[int] | None, finished: bool, tokens: int) -> None:
-        """Take the next answer: its text, its ids where known, whether it ended by itself, its length."""
+        """Add the next answer: its text, its ids if known, whether it ended by itself, its length in
+        tokens."""
         self.said = [*self.prompt(), Message(role="assistant", content=text)]
         self.ids.append(ids)
         self.finished = self.finished and finished
         self.tokens += tokens
 
     def row(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """The answered row: messages, the target's own ids where all are known, and the conditions.
+        """The answered row: messages, the target's own ids if all are known, and the conditions.
 
-        Assistant turns that are not this target's get weight 0. `answer_ids` is the list of ids where there
-        is one assistant turn, else one entry for each: a list of ids, or null for a turn of weight 0.
+        Assistant turns that are not this target's get weight 0. With one assistant turn `answer_ids` is a
+        list of ids; with several it has one entry per turn: a list of ids, or null for a turn of weight 0.
         """
         conversation = self.conversation
         messages = [dict(message) for message in self.said]
@@ -101,15 +102,10 @@ class Dialogue:
             every = [*[None] * len(foreign), *self.ids]
             row["answer_ids"] = every[0] if len(every) == 1 else every
         row |= {"finished": self.finished, **facts}
-        rest = carried(conversation.meta, (*OURS, *facts))
+        rest = {key: value for key, value in conversation.meta.items() if key not in (*OURS, *facts)}
         return row | ({"meta": rest} if rest else {})
 
 
 def _unweighted(message: Message) -> Message:
-    """Without the weight that it was given for training: no part of what a target reads."""
+    """The message without its training weight, which a target does not read."""
     return cast(Message, {key: value for key, value in message.items() if key != "weight"})
-
-
-def carried(meta: dict[str, Any], ours: Collection[str]) -> dict[str, Any]:
-    """What a row brought along beside its messages and keeps when it is answered."""
-    return {key: value for key, value in meta.items() if key not in ours}

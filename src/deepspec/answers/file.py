@@ -1,12 +1,12 @@
-"""The file of answers and what lies beside it: what is there already, what failed, how fast it went.
+"""The file of answers and the two files next to it.
 
 For `answers.jsonl` there are
 
-* `answers.jsonl`: one answered row a line, only ever appended to;
-* `answers.timings.jsonl`: seconds, rows and tokens of each stretch of work, kept out of the rows so that
-  these depend on nothing but the prompts; `bytes` says up to where `answers.jsonl` held whole stretches then;
-* `answers.failures.jsonl`: the rows that the latest start could not answer, each with its reason. A start
-  tries them again, so it begins without the file.
+* `answers.jsonl`: one answered row per line; it only ever grows;
+* `answers.timings.jsonl`: seconds, rows and tokens of each group of rows, kept out of the rows so that these
+  depend on nothing but the prompts; `bytes` is the size of `answers.jsonl` when the group was finished;
+* `answers.failures.jsonl`: the rows that the latest run could not answer, each with its reason. Every run
+  tries them again, so it begins without this file.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from deepspec.answers.dialogue import Dialogue
-from deepspec.errors import DataError
-from deepspec.files import JsonlWriter
+from deepspec.conditions import Conditions
+from deepspec.files import JsonlWriter, ResumableLog
 from deepspec.log import progress
 from deepspec.maths.verify import Sampling
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """What an answer depends on beside its prompt. Every row carries them (`facts`)."""
+class Settings:
+    """What an answer depends on, apart from its prompt. Every row carries it (`facts`)."""
 
     target: str
     template_hash: str | None
-    """None where a server's own template was used: nobody here has seen it."""
+    """None if a server used its own template, which is not known here."""
     thinking: bool
     sampling: Sampling
     max_new_tokens: int
@@ -41,11 +40,9 @@ class Conditions:
 
     @property
     def facts(self) -> dict[str, Any]:
-        s = self.sampling
+        now = Conditions(self.thinking, self.template_hash, sampling=asdict(self.sampling))
         return {
-            "thinking": self.thinking,
-            "template_hash": self.template_hash,
-            "sampling": {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p},
+            **now.record(),
             "target": self.target,
             "max_new_tokens": self.max_new_tokens,
             "seed": self.seed,
@@ -54,13 +51,13 @@ class Conditions:
 
 @dataclass
 class Tally:
-    """What one start did. `tokens` counts those of new answers, `seconds` all of the time."""
+    """What one run did. `tokens` counts those of new answers; `seconds` is all of its time."""
 
     new: int = 0
     there: int = 0
     failed: int = 0
     twice: int = 0
-    """Rows left out because their id had come before."""
+    """Rows left out because an earlier row has the same id."""
     tokens: int = 0
     seconds: float = 0.0
     began: float = field(default_factory=time.perf_counter, repr=False, compare=False)
@@ -79,26 +76,28 @@ def beside(out: Path, what: str) -> Path:
 
 
 class AnswerFile:
-    """Answers to append to, made under the same conditions as those that are there. A context.
+    """Append answers to a file that was made under the same conditions. A context.
 
-    done: ids answered in stretches that were finished; tail: ids answered after the last of them, by a
-    process that was killed in the middle of one. Rows that came from elsewhere, more than a stretch of them
-    or without timings, are done. Raises DataError where the file holds answers made under other conditions,
-    UserError where it cannot be written or another process is writing to it.
+    done: ids that were answered in finished groups; tail: ids that a killed process answered after the last
+    finished group. More than `group` such rows, or rows without timings, came from elsewhere and count as
+    done. Raises DataError if the file holds answers made under other conditions, UserError if it cannot be
+    written or another process is writing to it.
     """
 
-    def __init__(self, out: Path, facts: Mapping[str, Any], stretch: int = 0) -> None:
-        self.out, self.facts = out, dict(facts)
+    def __init__(self, out: Path, facts: Mapping[str, Any], group: int = 0) -> None:
+        self.out = out
         self.done: set[str] = set()
         self.tail: set[str] = set()
         self._failures: JsonlWriter | None = None
-        self._rows = JsonlWriter(out, alone=True)  # a torn last line is repaired before anything is read
-        self._times: JsonlWriter | None = None
+        self._rows = ResumableLog(out, facts)  # this drops a torn last line before anything is read
         try:
             self._times = JsonlWriter(beside(out, "timings"))
             mark = last_mark(self._times.path)
-            self._read(self._rows.size if mark is None else mark)
-            if mark is None or len(self.tail) > stretch:
+            with progress("reading the answers so far", self._rows.size, count=False) as bar:
+                for at, row in self._rows.records():
+                    (self.done if mark is None or at < mark else self.tail).add(str(row.get("id")))
+                    bar.update(completed=at)
+            if mark is None or len(self.tail) > group:
                 self.done |= self.tail
                 self.tail = set()
                 self.mark()
@@ -120,63 +119,30 @@ class AnswerFile:
         )
 
     def sync(self) -> None:
-        """Have all answers so far on the disk."""
+        """Put all answers so far on the disk."""
         self._rows.sync()
 
     def mark(self, **figures: float) -> None:
-        """A stretch of work is finished: its answers are on the disk, and its figures beside them."""
-        assert self._times is not None
+        """Finish a group of rows: put its answers on the disk, then a line with its figures."""
         self.sync()
         when = datetime.now(UTC).isoformat(timespec="seconds")
         self._times.write({"bytes": self._rows.size, **figures, "time": when})
         self._times.sync()
 
-    def _read(self, mark: int) -> None:
-        """Sort the ids that are there into `done` and `tail`: lines that begin before the mark, and after."""
-        at = 0
-        with (
-            self.out.open("rb") as stream,
-            progress("reading the answers that are there", self._rows.size, count=False) as bar,
-        ):
-            for number, line in enumerate(stream, start=1):
-                (self.done if at < mark else self.tail).add(self._id(line, f"{self.out}:{number}"))
-                at += len(line)
-                bar.update(completed=at)
-
-    def _id(self, line: bytes, where: str) -> str:
-        """A line's id. Raises DataError where it is no answer of ours, made under these conditions."""
-        try:
-            row = json.loads(line)
-            name = row["id"]
-        except (ValueError, TypeError, KeyError):
-            raise DataError(
-                "this line is no answered row", where=where, next_step="give another --out, or mend the file"
-            ) from None
-        other = next((k for k, v in self.facts.items() if row.get(k) != v), None)
-        if other is not None:
-            raise DataError(
-                f"this answer was made with {other} {row.get(other)!r}, but now it is {self.facts[other]!r}",
-                where=where,
-                next_step="give another --out, or delete the file to answer everything anew",
-            )
-        return str(name)
-
     def close(self) -> None:
-        for file in (self._rows, self._times, self._failures):
+        for file in (self._rows, getattr(self, "_times", None), self._failures):
             if file is not None:
                 file.close()
 
     def __enter__(self) -> AnswerFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 def last_mark(timings: Path) -> int | None:
-    """Up to which byte the answers were whole stretches; None where nothing says so."""
+    """The size of the answers' file after its last finished group; None if no line tells it."""
     mark = None
     for line in timings.read_bytes().splitlines():
         try:

@@ -6,22 +6,22 @@ alone, and rounding is decided by what is decoded together, so the file comes ou
 often the run was killed: a stretch that is on disk in part is decoded again as a whole, and only what is
 missing is appended. (The same machine and libraries, that is, and the same `max_rows`.)
 
-Answers through servers are in `served.py`.
+Answers through servers are in `through_servers.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from deepspec.answers.dialogue import Dialogue
-from deepspec.answers.file import AnswerFile, Conditions, Tally
+from deepspec.answers.file import AnswerFile, Settings, Tally
 from deepspec.data.conversations import Conversation, read_conversations, tools_of
-from deepspec.data.tokens import prompt_ids, template_hash
+from deepspec.data.identity import row_seed
+from deepspec.data.tokens import prompt_ids, require_tokenizer, template_hash
 from deepspec.decode.engine import Decoder, Request
-from deepspec.errors import DataError, TargetError
+from deepspec.errors import DataError
 from deepspec.log import Bar, progress
 from deepspec.maths.verify import Sampling
 from deepspec.pocket import prompts_path
@@ -33,13 +33,6 @@ PACKAGED_TOKENS, PACKAGED_ROWS = 224, 64
 """New tokens of an answer to a packaged prompt, and how many the pocket target decodes together."""
 FLIGHTS = 8
 """Prompts of a stretch for each row in flight: more waste less at its end, and lose more to a kill."""
-
-
-def row_seed(seed: int, row_id: str, turn: int = 0) -> int:
-    """An answer's own seed: a function of the run's seed, the row's id and the turn only."""
-    later = f"\0{turn}" if turn else ""
-    digest = hashlib.sha256(f"{seed}:{row_id}{later}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
 
 
 def regenerate(
@@ -66,10 +59,8 @@ def regenerate(
     other conditions: they are not this run's answers. UserError where `out` cannot be written.
     """
     sampling = sampling or Sampling(temperature=1.0)
-    tokenizer = target.tokenizer
-    if tokenizer is None:
-        raise TargetError(f"{target.spec.name} has no tokenizer", next_step="regeneration works on text")
-    now = Conditions(target.spec.name, template_hash(tokenizer), thinking, sampling, max_new_tokens, seed)
+    tokenizer = require_tokenizer(target.tokenizer, target.spec.name)
+    now = Settings(target.spec.name, template_hash(tokenizer), thinking, sampling, max_new_tokens, seed)
     if total is None and isinstance(conversations, Sequence):
         total = len(conversations)
     tally, stretch_size = Tally(), FLIGHTS * max_rows
@@ -120,7 +111,7 @@ def _answer(
     tally: Tally,
     bar: Bar,
     target: Target,
-    now: Conditions,
+    now: Settings,
     max_rows: int,
 ) -> None:
     """Answer what a stretch still lacks, and append it in the stretch's order."""
@@ -157,7 +148,7 @@ def _begin(conversation: Conversation) -> Dialogue:
 
 
 def decoded(
-    dialogues: Sequence[Dialogue], target: Target, now: Conditions, max_rows: int
+    dialogues: Sequence[Dialogue], target: Target, now: Settings, max_rows: int
 ) -> Iterator[Dialogue]:
     """Answer dialogues together, all first turns, then all second turns; each is yielded when it is over.
 
@@ -172,13 +163,7 @@ def decoded(
                 yield dialogue
             else:
                 requests.append(request)
-        decoder = Decoder(
-            target,
-            None,
-            now.sampling,
-            stop_token_ids=target.stop_token_ids,
-            max_rows=min(max_rows, len(requests) or 1),
-        )
+        decoder = Decoder(target, None, max_rows=min(max_rows, len(requests)))
         assert target.tokenizer is not None
         for answer in decoder.run(requests):
             dialogue = open_[int(answer.key)]
@@ -189,7 +174,7 @@ def decoded(
         open_ = [d for d in open_ if d.trouble is None and not d.answered]
 
 
-def _request(dialogue: Dialogue, key: str, target: Target, now: Conditions) -> Request | None:
+def _request(dialogue: Dialogue, key: str, target: Target, now: Settings) -> Request | None:
     """The next turn as a request; None, with the dialogue's trouble set, where it cannot be asked."""
     conversation = dialogue.conversation
     if dialogue.trouble is not None:
@@ -210,7 +195,8 @@ def _request(dialogue: Dialogue, key: str, target: Target, now: Conditions) -> R
     if room < 1:
         dialogue.trouble = f"the prompt is {len(ids)} tokens, and {target.spec.name} reads at most {limit}"
         return None
-    return Request(ids, room, row_seed(now.seed, conversation.id, len(dialogue.ids)), key)
+    seed = row_seed(now.seed, conversation.id, len(dialogue.ids))
+    return Request(ids, room, seed, key, now.sampling, target.stop_token_ids)
 
 
 def answered(name: str, target: Target, thinking: bool, beside: Path) -> Path:

@@ -1,33 +1,36 @@
-"""How a completion is asked of a server, and read from its answer: one wire for each way of saying it.
+"""How a server is asked for one answer, and how the answer is read.
 
-With the target's tokenizer at hand the prompt goes out as token ids, so that the template is exactly ours: to
-`/v1/completions`, or to llama-server's own `/completion`, which gives token ids back. Without it the messages
-go to `/v1/chat/completions`, and the server's template is used. All sampling settings are spelt out, those
-that are off too: servers have defaults of their own (vLLM takes the model's generation config, llama-server a
-min-p of 0.05), and an answer must follow the law that the row says.
+With the target's tokenizer, the prompt is sent as token ids, so that the template is exactly the target's: to
+`/v1/completions`, or to llama-server's own `/completion`, which gives token ids back. Without the tokenizer
+the messages are sent to `/v1/chat/completions`, and the server's template is used. Every sampling setting is
+sent, also those that are off: servers have defaults of their own (vLLM takes the model's generation config,
+llama-server a min-p of 0.05), and an answer must follow the distribution that its row states.
 
-Token ids come back from vLLM (`return_token_ids`) and from llama-server; other servers give text.
+vLLM (`return_token_ids`) and llama-server give token ids back; other servers give text.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from deepspec.answers.file import Conditions
-from deepspec.answers.pool import Call, Endpoint, Garbled, Greeter, Pool, Refused
-from deepspec.errors import UserError, nearest
+from deepspec.answers.file import Settings
+from deepspec.errors import ServerError, nearest
+from deepspec.http_client import CHECK_TIMEOUT, Passing, Server, Servers, Unanswered
 
 LLAMA_SERVER = "llamacpp"
 """What llama-server calls itself in /v1/models; vLLM and SGLang say `vllm` and `sglang`."""
 SEEDS = 2**31
 """Servers take seeds of 32 bits, some of them signed."""
+TOKENIZING = threading.Lock()
+"""Held by the thread that uses a tokenizer: one of transformers may fail if two threads use it at once."""
 SPECIMEN = "Anna's 12 apples cost 3.50 each.\n\ndef total(n):\n    return n * 3.5  # naïve\n"
 
 
 class Reply(NamedTuple):
-    """A server's answer. ids: its token ids, a stop token included, or None where the server gives none;
-    finished: ended by itself rather than at the budget; tokens: how many, as the server counts."""
+    """A server's answer. ids: its token ids, a stop token included, or None if the server gives none;
+    finished: it ended by itself, not at the budget; tokens: how many, as the server counts."""
 
     text: str
     ids: list[int] | None
@@ -35,27 +38,98 @@ class Reply(NamedTuple):
     tokens: int
 
 
+class Call(NamedTuple):
+    """A request: POST `body` to `path`; `read` makes a Reply of the answer. It raises Passing if it
+    cannot."""
+
+    path: str
+    body: dict[str, Any]
+    read: Callable[[dict[str, Any]], Reply]
+
+
+class Served(NamedTuple):
+    """What a check finds out about a server. max_length: of a sequence in tokens, if it tells."""
+
+    model: str
+    engine: str
+    max_length: int | None = None
+
+
+# ── the check ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_model(
+    servers: Servers, server: Server, model: str | None, tokenizer: Any, *, asked_for: bool
+) -> Served:
+    """Find out which engine a server is, and that it serves the model (None: the first that it lists).
+
+    asked_for: the user named the model, so that a llama-server with a single model may call it otherwise.
+    With a tokenizer (the target's), the server must split a text as it does: ids mean nothing to another
+    model. Raises Passing, and ServerError for a server that is the wrong one.
+    """
+    listed = servers.models(server)
+    names = list(listed)
+    name = model or names[0]
+    if asked_for and len(names) == 1 and listed[names[0]].get("owned_by") == LLAMA_SERVER:
+        name = names[0]
+    if name not in listed:
+        raise ServerError(
+            f"{name!r} is not served here; this server has {', '.join(map(repr, names[:8]))}",
+            where=server.name,
+            next_step=f"give --model {nearest(name, names) or names[0]}"
+            if asked_for
+            else "give --model NAME",
+        )
+    entry = listed[name]
+    if tokenizer is not None:
+        _check_tokens(servers, server, name, tokenizer)
+    return Served(name, str(entry.get("owned_by")), entry.get("max_model_len"))
+
+
+def _check_tokens(servers: Servers, server: Server, model: str, tokenizer: Any) -> None:
+    """Raise ServerError if the server splits a text into other tokens than the target does."""
+    body = {"model": model, "content": SPECIMEN, "prompt": SPECIMEN, "add_special": False}
+    body["add_special_tokens"] = False
+    try:
+        theirs = _ids(servers.send(server, "/tokenize", body, CHECK_TIMEOUT).get("tokens"))
+    except Unanswered:
+        return  # a server without that route
+    with TOKENIZING:
+        ours = list(tokenizer(SPECIMEN, add_special_tokens=False)["input_ids"])
+    if theirs is not None and theirs != ours:
+        raise ServerError(
+            f"{model} splits text into other tokens than the target, so it is another model",
+            where=server.name,
+            next_step="give the --target that runs there, or leave --target out to use the server's template",
+        )
+
+
+# ── the request ───────────────────────────────────────────────────────────────────────────────────────
+
+
 def completion(
-    endpoint: Endpoint,
-    now: Conditions,
+    served: Served,
+    now: Settings,
     seed: int,
     messages: Sequence[Any],
     prompt: Sequence[int] | None,
     tools: object = None,
-) -> Call[Reply]:
-    """The request for one answer to this server, from the prompt's ids where given, else the messages.
+) -> Call:
+    """The request for one answer, from the prompt's token ids if they are given, else from the messages.
 
-    Raises Refused for a prompt that leaves no room for an answer, where the server has said how long a
-    sequence it takes (vLLM rejects what could become longer, llama-server stops there by itself).
+    Raises Unanswered for a prompt that leaves no room for an answer, if the server told its longest sequence
+    (vLLM refuses what could become longer; llama-server stops there by itself).
     """
-    llama = endpoint.facts["engine"] == LLAMA_SERVER
-    s, limit, budget = now.sampling, endpoint.facts.get("max_length"), now.max_new_tokens
+    llama = served.engine == LLAMA_SERVER
+    s, limit, budget = now.sampling, served.max_length, now.max_new_tokens
     if prompt is not None and limit is not None:
         budget = min(budget, limit - len(prompt))
         if budget < 1:
-            raise Refused(f"the prompt is {len(prompt)} tokens, and the server takes {limit} with the answer")
+            raise Unanswered(
+                f"the prompt is {len(prompt)} tokens, and the server takes {limit} with the answer"
+            )
     body: dict[str, Any] = {
-        "model": endpoint.facts["model"],
+        "model": served.model,
         "temperature": s.temperature,
         "top_p": s.top_p,
         "top_k": s.top_k or (0 if llama else -1),
@@ -77,113 +151,58 @@ def completion(
     return Call("/v1/chat/completions", body, read_chat)
 
 
-def read_llama(found: Any) -> Reply:
-    """llama-server's own form."""
+# ── the answer; a server may send anything ────────────────────────────────────────────────────────────
+
+
+def read_llama(found: dict[str, Any]) -> Reply:
+    """Read llama-server's own format."""
     text, ids = _field(found, "content", str), _ids(_field(found, "tokens", list))
     kind = _field(found, "stop_type", str)
     if kind not in ("eos", "word", "limit"):
-        raise Garbled(f"stop_type is {kind!r}")
+        raise Passing(f"garbled answer: stop_type is {kind!r}")
     return Reply(text, ids, kind != "limit", len(ids or ()))
 
 
-def read_completion(found: Any) -> Reply:
-    """The OpenAI form of a plain completion."""
+def read_completion(found: dict[str, Any]) -> Reply:
+    """Read an OpenAI completion."""
     choice = _choice(found)
     return _reply(found, choice, _field(choice, "text", str))
 
 
-def read_chat(found: Any) -> Reply:
-    """The OpenAI form of a chat completion. Raises UserError where the server has taken the answer apart."""
+def read_chat(found: dict[str, Any]) -> Reply:
+    """Read an OpenAI chat completion. Raises ServerError if the server has taken the answer apart."""
     choice = _choice(found)
     message = _field(choice, "message", dict)
     whole = choice.get("token_ids") is not None
     for part in ("reasoning_content", "reasoning", "tool_calls"):
         if message.get(part) and not whole:
-            raise UserError(
-                f"the server takes answers apart ({part} beside the content): what the model wrote is not "
-                "to be had exactly",
+            raise ServerError(
+                f"the server takes answers apart ({part} next to the content), so what the model wrote is "
+                "unknown",
                 next_step="give --target, whose template and token ids are then used, or start the server "
                 "without a reasoning parser and a tool-call parser",
             )
     return _reply(found, choice, message.get("content") or "")
 
 
-def greeter(model: str | None, tokenizer: Any) -> Greeter:
-    """Finds out which engine a server is, and that it serves the model: the one named, or the first seen.
-
-    With a tokenizer (the target's), also that the server splits text as the target does: ids mean nothing to
-    another model.
-    """
-    chosen = model
-
-    async def greet(pool: Pool, endpoint: Endpoint) -> None:
-        nonlocal chosen
-        limit = pool.policy.greeting
-        try:
-            served = await pool.send(endpoint, Call("/v1/models", {}, _served), method="GET", timeout=limit)
-        except Refused as error:
-            raise UserError(
-                f"this is no OpenAI-compatible server: /v1/models says {error}",
-                where=endpoint.url,
-                next_step="give the address that comes before /v1, such as http://127.0.0.1:8000",
-            ) from error
-        names = list(served)
-        chosen = chosen or names[0]
-        alone = served[names[0]]["engine"] == LLAMA_SERVER and len(names) == 1 and model is not None
-        if chosen not in served and not alone:  # llama-server answers with what it has, whatever it is called
-            near = nearest(chosen, names)
-            raise UserError(
-                f"{chosen!r} is not served here, but {', '.join(map(repr, names[:8]))}",
-                where=endpoint.url,
-                next_step=f"give --model {near or names[0]}" if model else "give --model NAME",
-            )
-        name = chosen if chosen in served else names[0]
-        endpoint.facts = {"model": name, **served[name]}
-        if tokenizer is not None:
-            await _same_tokens(pool, endpoint, tokenizer)
-
-    return greet
-
-
-async def _same_tokens(pool: Pool, endpoint: Endpoint, tokenizer: Any) -> None:
-    """Raise UserError where the server says how it splits a text, and it is not how the target does."""
-    body = {"model": endpoint.facts["model"], "content": SPECIMEN, "prompt": SPECIMEN}
-    body |= {"add_special": False, "add_special_tokens": False}
-    read: Callable[[Any], list[int] | None] = lambda found: _ids(found.get("tokens"))  # noqa: E731
-    try:
-        theirs = await pool.send(endpoint, Call("/tokenize", body, read), timeout=pool.policy.greeting)
-    except Refused:
-        return  # a server without that route
-    ours = list(tokenizer(SPECIMEN, add_special_tokens=False)["input_ids"])
-    if theirs is not None and theirs != ours:
-        raise UserError(
-            f"{endpoint.facts['model']} splits text into other tokens than the target: it is another model",
-            where=endpoint.url,
-            next_step="give the --target that runs there, or leave --target out to use the server's template",
-        )
-
-
-# ── reading with care: what a server sends may be anything ────────────────────────────────────────────
-
-
 def _field(found: Any, name: str, kind: type) -> Any:
     value = found.get(name) if isinstance(found, dict) else None
     if not isinstance(value, kind):
-        raise Garbled(f"no {name!r}")
+        raise Passing(f"garbled answer: no {name!r}")
     return value
 
 
 def _choice(found: Any) -> dict[str, Any]:
     choices = _field(found, "choices", list)
     if not choices or not isinstance(choices[0], dict):
-        raise Garbled("'choices' is empty")
+        raise Passing("garbled answer: 'choices' is empty")
     return choices[0]
 
 
 def _reply(found: dict[str, Any], choice: dict[str, Any], text: str) -> Reply:
     reason, ids = choice.get("finish_reason"), _ids(choice.get("token_ids"))
     if reason not in ("stop", "length", "tool_calls"):
-        raise Garbled(f"finish_reason is {reason!r}")
+        raise Passing(f"garbled answer: finish_reason is {reason!r}")
     usage = found.get("usage")
     count = usage.get("completion_tokens") if isinstance(usage, dict) else None
     tokens = len(ids) if ids is not None else count if isinstance(count, int) else 0
@@ -194,17 +213,5 @@ def _ids(value: Any) -> list[int] | None:
     if value is None:
         return None
     if not isinstance(value, list) or any(type(token) is not int or token < 0 for token in value):
-        raise Garbled("token ids are not a list of numbers")
+        raise Passing("garbled answer: token ids are not a list of numbers")
     return value
-
-
-def _served(found: Any) -> dict[str, dict[str, Any]]:
-    """{model: its engine and the longest sequence, where told} of /v1/models."""
-    served = {
-        m["id"]: {"engine": str(m.get("owned_by")), "max_length": m.get("max_model_len")}
-        for m in _field(found, "data", list)
-        if isinstance(m, dict) and "id" in m
-    }
-    if not served:
-        raise Garbled("no model is listed")
-    return served

@@ -1,26 +1,26 @@
-"""Answers by the target through inference servers, as many as there are, in order of arrival.
+"""Answers by the target through inference servers, in order of arrival.
 
-Which row is asked when depends on how fast the servers are, so the file's order does; each id is there once.
+The order of the rows depends on how fast the servers are; each id is answered once.
 """
 
 from __future__ import annotations
 
-import asyncio
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deepspec.answers.dialogue import Dialogue
-from deepspec.answers.file import AnswerFile, Conditions, Tally, beside
-from deepspec.answers.in_process import row_seed
-from deepspec.answers.pool import Exhausted, Policy, Pool, Refused
-from deepspec.answers.requests import completion, greeter
+from deepspec.answers.file import AnswerFile, Settings, Tally, beside
+from deepspec.answers.requests import TOKENIZING, Reply, Served, check_model, completion
 from deepspec.data.conversations import Conversation, tools_of
-from deepspec.data.tokens import prompt_ids, template_hash
-from deepspec.errors import DataError, TargetError, UserError
+from deepspec.data.identity import row_seed
+from deepspec.data.tokens import prompt_ids, require_tokenizer, template_hash
+from deepspec.errors import DataError, UserError
+from deepspec.http_client import API_KEY, Exhausted, Policy, Server, Servers, Unanswered
 from deepspec.log import Bar, progress
 from deepspec.maths.verify import Sampling
 
@@ -32,11 +32,20 @@ SYNC_EVERY = 1.0
 MARK_EVERY = 30.0
 """Seconds between lines of the timings file."""
 HOPELESS = 32
-"""Rows that fail before any is answered: then it is the settings that are wrong, not the rows."""
+"""The run ends if so many rows fail before any is answered, or in a row at servers that fail every attempt:
+the settings or the servers are wrong then, not the rows."""
+
+
+class Outcome(NamedTuple):
+    """What became of a row. engine: the server's name for itself; exhausted: every attempt at it failed."""
+
+    dialogue: Dialogue
+    engine: str = ""
+    exhausted: bool = False
 
 
 def regenerate_served(
-    servers: Sequence[str],
+    urls: Sequence[str],
     conversations: Iterable[Conversation],
     out: Path,
     *,
@@ -47,83 +56,134 @@ def regenerate_served(
     max_new_tokens: int = 256,
     concurrency: int = 32,
     seed: int = 0,
-    api_key: str | None = None,
+    api_key_env: str = API_KEY,
     policy: Policy | None = None,
     total: int | None = None,
 ) -> Tally:
-    """Have OpenAI-compatible servers answer every conversation, turn by turn; what was new, there, or failed.
+    """Have OpenAI-compatible servers answer every conversation, turn by turn, and append the answers to
+    `out`.
 
-    With a `target` its tokenizer and template make the prompts, which go out as token ids, and `answer_ids`
-    are kept where the server gives them. Without one the server's template is used, `model` (default: the
+    With a `target` its tokenizer and template make the prompts, which are sent as token ids, and `answer_ids`
+    are kept if the server gives them. Without one the server's template is used, and `model` (default: the
     first that the server lists) stands as the target in the rows. At most `concurrency` prompts are with each
     server.
 
-    Raises UserError when no server is well for `policy.patience` seconds, or can never do; what is answered
-    by then is kept. DataError where `out` holds answers made under other conditions.
+    Raises UserError if no server can be asked for `policy.patience` seconds, or if one is the wrong server;
+    what was answered by then is kept. DataError if `out` holds answers made under other conditions.
     """
-    tokenizer = None if target is None else target.tokenizer()
-    if target is not None and tokenizer is None:
-        raise TargetError(f"{target.name} has no tokenizer", next_step="leave --target out")
+    tokenizer = None
+    if target is not None:
+        tokenizer = require_tokenizer(target.tokenizer(), target.name, "leave --target out")
     if total is None and isinstance(conversations, Sequence):
         total = len(conversations)
+    chosen = model
 
-    async def main() -> Tally:
-        pool = Pool(
-            servers,
-            greeter(model, tokenizer),
-            concurrency=concurrency,
-            api_key=api_key,
-            policy=policy,
-            seed=seed,
+    def check(server: Server) -> Served:
+        return check_model(servers, server, chosen, tokenizer, asked_for=model is not None)
+
+    servers = Servers(urls, check, concurrency=concurrency, policy=policy, api_key_env=api_key_env)
+    with closing(servers):
+        chosen = servers.ask(lambda server: server).facts.model
+        now = Settings(
+            target.name if target is not None else str(chosen),
+            template_hash(tokenizer) if tokenizer is not None else None,
+            thinking,
+            sampling or Sampling(temperature=1.0),
+            max_new_tokens,
+            seed,
         )
-        async with pool:
-            first = await pool.first()
-            now = Conditions(
-                target.name if target is not None else str(first.facts["model"]),
-                template_hash(tokenizer) if tokenizer is not None else None,
-                thinking,
-                sampling or Sampling(temperature=1.0),
-                max_new_tokens,
-                seed,
-            )
-            with AnswerFile(out, now.facts) as file, progress("regenerating answers", total) as bar:
-                run = _Run(pool, file, now, tokenizer, Tally(), bar)
-                await run.all(conversations)
-                return run.tally
-
-    return asyncio.run(main())
+        with AnswerFile(out, now.facts) as file, progress("regenerating answers", total) as bar:
+            keeper = _Keeper(file, now, bar)
+            wanted = keeper.wanted(conversations)
+            for outcome in _answered(wanted, servers, now, tokenizer):
+                keeper.keep(outcome)
+            keeper.mark()
+    return keeper.tally
 
 
-@dataclass(eq=False)
-class _Run:
-    """What the workers share."""
+def _answered(
+    wanted: Iterable[Conversation], servers: Servers, now: Settings, tokenizer: Any
+) -> Iterator[Outcome]:
+    """The outcome of every conversation, in order of arrival. Threads ask; this one feeds and collects."""
+    room = servers.concurrency * len(servers.servers)
+    asked: SimpleQueue[Conversation | None] = SimpleQueue()
+    found: SimpleQueue[Outcome | BaseException] = SimpleQueue()
 
-    pool: Pool
-    file: AnswerFile
-    now: Conditions
-    tokenizer: Any
-    """The target's, or None."""
-    tally: Tally
-    bar: Bar
-    synced: float = 0.0
-    marked: float = 0.0
+    def work() -> None:
+        while (conversation := asked.get()) is not None:
+            try:
+                found.put(_converse(conversation, servers, now, tokenizer))
+            except BaseException as error:  # the thread that collects raises it again
+                found.put(error)
 
-    async def all(self, conversations: Iterable[Conversation]) -> None:
-        """Answer everything: as many workers as the servers have room for, all drawing from one iterator."""
-        waiting = self._wanted(conversations)
+    def collect() -> Outcome:
+        outcome = found.get()
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    for _ in range(room):
+        threading.Thread(target=work, daemon=True).start()  # Ctrl-C does not wait for requests under way
+    under_way = 0
+    try:
+        for conversation in wanted:
+            asked.put(conversation)
+            under_way += 1
+            if under_way == 2 * room:  # as many wait as are asked, so that no thread runs dry
+                yield collect()
+                under_way -= 1
+        for _ in range(under_way):
+            yield collect()
+    finally:
+        for _ in range(room):
+            asked.put(None)
+
+
+def _converse(conversation: Conversation, servers: Servers, now: Settings, tokenizer: Any) -> Outcome:
+    """Answer a conversation turn by turn, or say in its dialogue why it cannot be answered."""
+    dialogue, engine = Dialogue(conversation, []), ""
+    try:
+        dialogue = Dialogue.begin(conversation)
+        while not dialogue.answered:
+            said, prompt, tools = dialogue.prompt(), None, tools_of(conversation)
+            if tokenizer is not None:
+                with TOKENIZING:
+                    prompt = prompt_ids(tokenizer, said, now.thinking, tools=tools, where=conversation.where)
+            seed = row_seed(now.seed, conversation.id, len(dialogue.ids))
+
+            def question(
+                server: Server, said: Any = said, prompt: Any = prompt, tools: Any = tools, seed: int = seed
+            ) -> tuple[Reply, str]:
+                call = completion(server.facts, now, seed, said, prompt, tools)
+                return call.read(servers.send(server, call.path, call.body)), server.facts.engine
+
+            reply, engine = servers.ask(question)
+            text = reply.text
+            if tokenizer is not None and reply.ids is not None:
+                with TOKENIZING:
+                    text = tokenizer.decode(reply.ids, skip_special_tokens=True)
+            if not reply.ids and not text.strip():
+                raise Unanswered("the server gave an empty answer")
+            dialogue.answer(text, reply.ids, reply.finished, reply.tokens)
+    except DataError as error:
+        dialogue.trouble = error.what
+    except Unanswered as error:
+        dialogue.trouble = str(error)
+        return Outcome(dialogue, exhausted=isinstance(error, Exhausted))
+    return Outcome(dialogue, engine)
+
+
+class _Keeper:
+    """Writes outcomes to the file and counts them, all in one thread."""
+
+    def __init__(self, file: AnswerFile, now: Settings, bar: Bar) -> None:
+        self.file, self.now, self.bar, self.tally = file, now, bar, Tally()
+        self.exhausted = 0
+        """Rows in a row at which every attempt failed."""
         self.synced = self.marked = time.perf_counter()
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(self.pool.room):
-                    group.create_task(self._work(waiting))
-        except BaseExceptionGroup as many:
-            raise _first(many) from None  # the others are the same trouble, met by other workers
-        finally:
-            self.tally.seconds = time.perf_counter() - self.tally.began
-        self._mark()
 
-    def _wanted(self, conversations: Iterable[Conversation]) -> Iterator[Conversation]:
-        """Those that have no answer yet, each id once."""
+    def wanted(self, conversations: Iterable[Conversation]) -> Iterator[Conversation]:
+        """The conversations that have no answer yet, each id once."""
         seen: set[str] = set()
         for conversation in conversations:
             if conversation.id in seen:
@@ -135,81 +195,36 @@ class _Run:
                 yield conversation
             seen.add(conversation.id)
 
-    async def _work(self, waiting: Iterator[Conversation]) -> None:
-        for conversation in waiting:
-            dialogue = Dialogue(conversation, [])
-            try:
-                dialogue = Dialogue.begin(conversation)
-                engine = await self._converse(dialogue)
-            except DataError as error:
-                dialogue.trouble = error.what
-            except (Refused, Exhausted) as error:
-                dialogue.trouble = str(error)
-            if dialogue.trouble is None:
-                self.tally.new += 1
-                self.tally.tokens += dialogue.tokens
-                self.file.write(dialogue.row(self.now.facts | {"engine": engine}))
-            else:
-                self._failed(dialogue)
-            self.bar.update(1, **self.tally.fields)
-            self._keep()
-
-    async def _converse(self, dialogue: Dialogue) -> str:
-        """Answer a dialogue turn by turn, or set its trouble. Returns the name of the engine that did."""
-        conversation, engine = dialogue.conversation, ""
-        while not dialogue.answered:
-            said, prompt = dialogue.prompt(), None
-            if self.tokenizer is not None:
-                prompt = prompt_ids(
-                    self.tokenizer,
-                    said,
-                    self.now.thinking,
-                    tools=tools_of(conversation),
-                    where=conversation.where,
+    def keep(self, outcome: Outcome) -> None:
+        """Write an answer or a failure. Raises UserError once failures look hopeless."""
+        dialogue = outcome.dialogue
+        if dialogue.trouble is None:
+            self.tally.new += 1
+            self.tally.tokens += dialogue.tokens
+            self.exhausted = 0
+            self.file.write(dialogue.row(self.now.facts | {"engine": outcome.engine}))
+        else:
+            self.tally.failed += 1
+            self.exhausted += outcome.exhausted
+            self.file.fail(dialogue)
+            if self.exhausted >= HOPELESS or (self.tally.failed >= HOPELESS and not self.tally.new):
+                raise UserError(
+                    f"{HOPELESS} rows failed and none was answered in between; the last reason: "
+                    f"{dialogue.trouble}",
+                    where=str(beside(self.file.out, "failures")),
+                    next_step="correct what the reasons tell, and run the same command again",
                 )
-            question = partial(
-                completion,
-                now=self.now,
-                seed=row_seed(self.now.seed, conversation.id, len(dialogue.ids)),
-                messages=said,
-                prompt=prompt,
-                tools=tools_of(conversation),
-            )
-            reply, endpoint = await self.pool.ask(question)
-            engine, text = endpoint.facts["engine"], reply.text
-            if self.tokenizer is not None and reply.ids is not None:
-                text = self.tokenizer.decode(reply.ids, skip_special_tokens=True)
-            if not reply.ids and not text.strip():
-                dialogue.trouble = "the server gave an empty answer"
-                break
-            dialogue.answer(text, reply.ids, reply.finished, reply.tokens)
-        return engine
-
-    def _failed(self, dialogue: Dialogue) -> None:
-        self.tally.failed += 1
-        self.file.fail(dialogue)
-        if self.tally.failed >= HOPELESS and self.tally.new == 0:
-            raise UserError(
-                f"the first {HOPELESS} rows failed, the last one so: {dialogue.trouble}",
-                where=str(beside(self.file.out, "failures")),
-                next_step="mend what the reasons say, and run the same command again",
-            )
-
-    def _keep(self) -> None:
+        self.bar.update(1, **self.tally.fields)
         now = time.perf_counter()
         if now - self.marked > MARK_EVERY:
-            self._mark()
+            self.mark()
         elif now - self.synced > SYNC_EVERY:
             self.synced = now
             self.file.sync()
 
-    def _mark(self) -> None:
+    def mark(self) -> None:
+        """Write a line of timings."""
         self.marked = self.synced = now = time.perf_counter()
-        seconds = round(now - self.tally.began, 3)
+        self.tally.seconds = now - self.tally.began
+        seconds = round(self.tally.seconds, 3)
         self.file.mark(rows=self.tally.new, tokens=self.tally.tokens, seconds=seconds)
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first plain exception of a group."""
-    found = group.exceptions[0]
-    return _first(found) if isinstance(found, BaseExceptionGroup) else found

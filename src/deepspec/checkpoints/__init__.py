@@ -1,1 +1,1 @@
-"""Drafts on disk: written, read, inspected, and exported to servers."""
+"""Drafts on disk: they are read, written, inspected, and exported to servers."""

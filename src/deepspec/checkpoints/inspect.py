@@ -1,5 +1,5 @@
-"""What a draft checkpoint is, and whether it fits a target: from config.json, the headers of the weight files
-and `deepspec.json`. No weights are loaded, of the draft or of the target.
+"""What a draft checkpoint is, and whether it fits a target. The answers come from `config.json`,
+`deepspec.json` and the headers of the weight files; no weights are loaded, not even the target's.
 
 V vocabulary, K rows of the draft's own head, d hidden width.
 """
@@ -10,7 +10,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from deepspec.checkpoints.draft import (
+from deepspec.checkpoints.draft import misfits
+from deepspec.checkpoints.layouts import layout_of
+from deepspec.checkpoints.read import (
     SHARED,
     check_formats,
     check_names,
@@ -20,9 +22,7 @@ from deepspec.checkpoints.draft import (
     load_config,
     load_provenance,
     load_spec,
-    misfits,
 )
-from deepspec.checkpoints.layouts import layout_of
 from deepspec.data.tokens import template_hash, tokenizer_hash
 from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.spec import DraftSpec
@@ -32,12 +32,12 @@ from deepspec.targets.shards import read_headers
 
 
 def inspect_draft(name_or_path: str | Path, target: TargetSpec | None = None) -> dict[str, Any]:
-    """Facts of a draft, as plain JSON data; None where the checkpoint does not say.
+    """Facts of a draft as plain JSON data. A fact is None if the checkpoint does not contain it.
 
-    `parameters` are the draft's own; embedding and head are the target's unless the draft stores others,
-    which only loading can tell. `gb_added` (10⁹ bytes) and `kv_bytes_per_token` are at the target's number
-    format, or at the stored one without a target. `fits`: None without a target; `reasons` say why not,
-    `doubts` what differs and does not keep it from running. Raises CheckpointError.
+    `parameters` counts the draft's own; embedding and head are the target's unless the draft stores others,
+    which only loading it can tell. `gb_added` (10⁹ bytes) and `kv_bytes_per_token` assume the target's number
+    format, or the stored one if no target is given. `fits` is None without a target; `reasons` lists why the
+    draft does not fit, `doubts` the differences that do not keep it from running. Raises CheckpointError.
     """
     path = find_checkpoint(name_or_path)
     spec = load_spec(path, None if target is None else target.num_layers)
@@ -89,13 +89,13 @@ def inspect_draft(name_or_path: str | Path, target: TargetSpec | None = None) ->
 
 
 def parameters(spec: DraftSpec) -> tuple[int, int]:
-    """(a draft's own parameters, those of the embedding [V, d] and the head [K, d] that it runs with)."""
+    """(number of a draft's own parameters, number of those of its embedding [V, d] and its head [K, d])."""
     own = sum(math.prod(shape) for shape in draft_shapes(spec).values())
     return own, sum(math.prod(copy_shapes(spec)[name]) for name in SHARED)
 
 
 def _alignment(spec: DraftSpec) -> str | None:
-    """Which slot proposes what (method.md 3); Eagle-3 has no slots."""
+    """Which slot proposes which token (method.md 3); None for Eagle-3, which has no slots."""
     if not ALGORITHMS[spec.algorithm].parallel:
         return None
     return "anchor-first" if spec.sample_from_anchor else "fill-in"
@@ -104,20 +104,20 @@ def _alignment(spec: DraftSpec) -> str | None:
 def _confidence(spec: DraftSpec) -> str | None:
     if not spec.confidence:
         return None
-    return "sees the previous token" if spec.confidence_with_markov else "sees the hidden row alone"
+    return "sees the previous token" if spec.confidence_with_markov else "sees only the hidden row"
 
 
 def _doubts(facts: dict[str, Any], target: TargetSpec) -> list[str]:
-    """Where the target's tokenizer or template is not the one that the draft was trained with."""
+    """How the target's tokenizer and template differ from those that the draft was trained with."""
     tokenizer = target.tokenizer()
     if tokenizer is None:
-        return ["the target has no tokenizer here to compare with"] if facts.get("tokenizer_hash") else []
+        return ["the target has no tokenizer to compare with"] if facts.get("tokenizer_hash") else []
     ours = {"tokenizer": tokenizer_hash(tokenizer)}
     if tokenizer.chat_template:
         ours["template"] = template_hash(tokenizer)
     theirs = {name: facts.get(f"{name}_hash") or "" for name in ours}
     return [
-        f"it was trained with {name} {theirs[name][:12]}, the target's is {hashed[:12]}"
+        f"it was trained with {name} {theirs[name][:12]}, and the target's is {hashed[:12]}"
         for name, hashed in ours.items()
         if theirs[name] and theirs[name] != hashed
     ]

@@ -1,8 +1,8 @@
-"""Other writers' configs in the words of the released layout: what `spec.read_spec` then reads.
+"""Configs of other trainers, translated to the released layout, which `spec.read_spec` then reads.
 
-One function per layout, from a raw config.json to a released-layout one; no files, no tensors. The tensors
-have the same names in all three. What a draft of ours cannot compute is refused here, with the reason:
-read as something else it would load, propose badly, and say nothing.
+One function per layout turns a raw config.json into one of the released layout; files and tensors are not
+touched. The tensors have the same names in all three layouts. A draft that our classes cannot compute is
+refused here, with the reason: read as something else it would load without an error and propose badly.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.spec import EAGLE3_NORMS, SpecError
 
 OLDER_DFLASH = "DFlashDraftModel"
-# What the nested `dflash_config` may say; `use_aux_hidden_state` and the mask's name change nothing here.
+# The keys that the nested `dflash_config` may have; `use_aux_hidden_state` and `mask_token` have no effect.
 OLDER_DFLASH_KEYS = {
     "target_layer_ids",
     "mask_token_id",
@@ -24,20 +24,20 @@ OLDER_DFLASH_KEYS = {
     "use_aux_hidden_state",
 }
 SPECULATORS = ("eagle3", "dflash", "dspark")
-"""Their names of the algorithms, which are ours too."""
+"""The algorithms of that package that can be read; their names are the same here."""
 
 
 def layout_of(config: dict[str, Any]) -> str:
-    """released, older-dflash or speculators."""
+    """The name of a config's layout: released, older-dflash or speculators."""
     if "speculators_model_type" in config:
         return "speculators"
     return "older-dflash" if (config.get("architectures") or [None])[0] == OLDER_DFLASH else "released"
 
 
 def as_released(config: dict[str, Any], target_depth: int | None = None) -> dict[str, Any]:
-    """A raw config.json of any layout as a released-layout one.
+    """A raw config.json of any layout, translated to the released layout.
 
-    target_depth: decoder layers of the target, where it is known. Raises SpecError.
+    target_depth: the number of the target's decoder layers, if it is known. Raises SpecError.
     """
     layout = layout_of(config)
     if layout == "speculators":
@@ -46,13 +46,14 @@ def as_released(config: dict[str, Any], target_depth: int | None = None) -> dict
 
 
 def from_older_dflash(config: dict[str, Any]) -> dict[str, Any]:
-    """The first DFlash layout: facts nested in `dflash_config`, slot 0 proposes nothing unless it says so."""
+    """A config of the first DFlash layout, translated: its facts are nested in `dflash_config`, and slot 0
+    proposes nothing unless the config says so."""
     nested = config.get("dflash_config") or {}
     strange = sorted(k for k, v in nested.items() if k not in OLDER_DFLASH_KEYS and v not in (None, False))
     if config.get("is_causal"):
         strange.append("is_causal")
     if strange:
-        raise SpecError(f"{', '.join(strange)}: a DFlash of this kind is not supported")
+        raise SpecError(f"a DFlash draft with {', '.join(strange)} is not supported")
     facts = {**config, **{k: v for k, v in nested.items() if v is not None}}
     return {
         **facts,
@@ -63,18 +64,20 @@ def from_older_dflash(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_speculators(config: dict[str, Any], target_depth: int | None = None) -> dict[str, Any]:
-    """The speculators package's layout: a plain decoder config inside, the draft's facts around it."""
+    """A config of the speculators package, translated: a decoder config with the draft's facts around it."""
     kind, inner = config["speculators_model_type"], config.get("transformer_layer_config")
     if kind not in SPECULATORS:
-        raise SpecError(f"speculators_model_type {kind!r} is not supported (only {', '.join(SPECULATORS)})")
+        raise SpecError(
+            f"speculators_model_type {kind!r} is not supported, only {', '.join(SPECULATORS)} are"
+        )
     if not isinstance(inner, dict):
-        raise SpecError("config has no 'transformer_layer_config'")
+        raise SpecError("the config has no 'transformer_layer_config'")
     shape = inner.get("model_type")
     if shape not in (("llama", "qwen3") if kind == "eagle3" else ("qwen3",)):
         raise SpecError(f"the draft's layers are of model_type {shape!r}, which is not supported for {kind}")
     for key, where in (("mlp_bias", inner), ("fc_norm", config), ("target_hidden_size", config)):
         if where.get(key) and where[key] != inner.get("hidden_size"):
-            raise SpecError(f"{key} is {where[key]!r}: a draft with it is not supported")
+            raise SpecError(f"{key} is {where[key]!r}, and a draft with that is not supported")
     released = {
         **inner,
         "architectures": [ALGORITHMS[kind].architectures["qwen3"]],
@@ -96,23 +99,25 @@ def from_speculators(config: dict[str, Any], target_depth: int | None = None) ->
             "confidence_head_with_markov": config.get("confidence_head_with_markov", True),
             "sample_from_anchor": config.get("sample_from_anchor", dspark),
         }
-    # Theirs name what enters a layer, ours what leaves it.
+    # Their ids name what enters a layer, ours what leaves it.
     released["target_layer_ids"] = None if ids is None else [i - 1 for i in ids]
     return released
 
 
 def _usual_layers(depth: int | None) -> list[int]:
-    """Null layer ids are resolved by speculators from the target's depth."""
+    """The feature layers that the speculators package reads if the config has null, by the target's depth."""
     if depth is None:
-        raise SpecError("eagle_aux_hidden_state_layer_ids is null: its meaning depends on the target's depth")
+        raise SpecError(
+            "eagle_aux_hidden_state_layer_ids is null, which depends on the target's depth: give the target"
+        )
     return [2, depth // 2, depth - 3]
 
 
 def _proposals(config: dict[str, Any]) -> int:
-    """Tokens per round, which only the proposal method says of an Eagle-3 draft."""
+    """Tokens per round of an Eagle-3 draft; only its proposal method contains that number."""
     try:
         return int(config["speculators_config"]["proposal_methods"][0]["speculative_tokens"])
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise SpecError(
-            "speculators_config.proposal_methods[0].speculative_tokens is missing or no number"
+            "speculators_config.proposal_methods[0].speculative_tokens is missing or not a number"
         ) from error

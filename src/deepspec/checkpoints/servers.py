@@ -1,7 +1,7 @@
 """The servers that drafts are exported to: how each is started, how it names a draft, what it cannot run.
 
-A new server is a row of `SERVERS` and its limits in `LIMITS`. The facts come from the servers' own loaders
-(docs/serving.md has the versions); nothing of theirs is imported.
+A new server is a row of `SERVERS` and its limits in `LIMITS`. The facts were read from the servers' own
+loaders (docs/serving.md has the versions); none of their code is imported.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from deepspec.targets import Target
 
 NATIVE = "deepspec"
-"""The released layout, which is not a server's."""
+"""The name of the released layout, which belongs to no server."""
 
 
 class Server(NamedTuple):
-    """A server that drafts are written for. `launch`: the commands that run one."""
+    """A server that drafts are written for. launch: the commands that start it with a draft."""
 
     title: str
     launch: tuple[str, ...]
@@ -60,7 +60,7 @@ SERVERS: dict[str, Server] = {
 
 
 class Served(NamedTuple):
-    """How servers know a kind of draft: its registered architecture, its model type, the method's name."""
+    """What servers call a kind of draft: its registered architecture, its model type, the method's name."""
 
     architecture: str
     model_type: str
@@ -76,13 +76,13 @@ SERVED_AS: dict[str, Served] = {
 
 
 def served_as(spec: DraftSpec) -> Served:
-    """How servers know this draft."""
+    """What servers call this draft."""
     return SERVED_AS[ALGORITHMS[spec.algorithm].served(spec)]
 
 
 class Facts(NamedTuple):
-    """What limits are about. own: it brings an embedding or a head that may not be the target's.
-    target: what it was trained for, where that is at hand."""
+    """What a limit depends on. own: whether the draft has an embedding or head that may not be the target's.
+    target: the target it was trained for, if one was given."""
 
     spec: DraftSpec
     own: bool
@@ -94,7 +94,8 @@ class Facts(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """What some servers (names, blank-separated) cannot run: when, why, and what to do instead."""
+    """A kind of draft that some servers (names separated by blanks) cannot run: the condition, the reason,
+    and what to do instead."""
 
     servers: str
     when: Callable[[Facts], bool]
@@ -102,94 +103,92 @@ class Limit(NamedTuple):
     instead: str
 
 
-EVERYWHERE = "vllm sglang llamacpp"
-
-
+EVERYWHERE = " ".join(SERVERS)
 LIMITS: tuple[Limit, ...] = (
     Limit(
         EVERYWHERE,
         lambda f: f.spec.family != "qwen3",
-        "its layers are Gemma-4-shaped: SGLang registers no such draft, llama.cpp's refuses a soft-capped "
-        "head, and vLLM's loader of them was not checked",
-        "export with --to deepspec, the released layout (vLLM registers its architecture, Gemma4DSparkModel)",
+        "its layers are Gemma-4-shaped: SGLang has no such draft, llama.cpp refuses a soft-capped head, and "
+        "vLLM's loader for them was not checked",
+        "export with --to deepspec, the released layout (vLLM knows its architecture, Gemma4DSparkModel)",
     ),
     Limit(
         EVERYWHERE,
         lambda f: f.spec.family == "qwen3" and f.spec.softcap is not None,
-        "the target soft-caps its logits, and the server's draft would not",
+        "the target soft-caps its logits, and the draft in the server would not",
         "run this draft with `deepspec generate`",
     ),
     Limit(
         EVERYWHERE,
         lambda f: f.spec.family == "qwen3" and f.target is not None and f.target.embedding.scale != 1.0,
-        "the target scales its embedding by a factor, and the server's draft would not",
+        "the target scales its embedding by a factor, and the draft in the server would not",
         "run this draft with `deepspec generate`",
     ),
     Limit(
         EVERYWHERE,
         lambda f: f.spec.family == "qwen3" and f.target is not None and f.target.head.scale != 1.0,
-        "the target scales its logits by a factor, and the server's draft would not",
+        "the target scales its logits by a factor, and the draft in the server would not",
         "run this draft with `deepspec generate`",
     ),
     Limit(
         EVERYWHERE,
         lambda f: f.spec.family == "qwen3" and f.spec.shape.activation != "silu",
-        "its MLP is not gated by SiLU, the only one that the server's draft has",
-        "train a draft here: those for targets other than Gemma-4 use SiLU",
+        "its MLP is not gated by SiLU, and the server supports no other activation in a draft",
+        "train a new draft with `deepspec train`: it uses SiLU for every target but Gemma-4",
     ),
     Limit(
         EVERYWHERE,
         lambda f: f.spec.shape.attention_bias,
-        "its attention has biases, which the server's loader drops without a word",
-        "train a draft here: those for targets other than Gemma-4 have none",
+        "its attention has biases, which the server's loader drops silently",
+        "train a new draft with `deepspec train`: it has no biases for any target but Gemma-4",
     ),
     Limit(
         EVERYWHERE,
         lambda f: f.spec.family == "qwen3" and f.spec.shape.rope.kind != "default",
-        "its rotary positions are not the default kind",
-        "train a draft here: those for targets other than Gemma-4 use the default kind",
+        "its rotary positions are not of the default kind",
+        "train a new draft with `deepspec train`: it uses the default kind for every target but Gemma-4",
     ),
     Limit(
         EVERYWHERE,
         lambda f: f.spec.target_layer_ids[0] < 1,
-        "it reads the embedding or layer 0, which the server's spellings of layer ids do not agree on",
-        "train with draft.target_layer_ids from 1 to the last layer but one",
+        "it reads the embedding or layer 0, and the two ways of numbering layers disagree about those",
+        "train with draft.target_layer_ids that start at 1 or later",
     ),
     Limit(
         EVERYWHERE,
         lambda f: not f.eagle and not f.spec.shape.qk_norm,
-        "it has no per-head norms of queries and keys, and the server's block drafts do",
+        "its queries and keys have no per-head norms, and the server expects them in block drafts",
         "train with draft.qk_norm=true",
     ),
     Limit(
         "sglang llamacpp",
         lambda f: f.eagle and f.spec.shape.qk_norm,
-        "its queries and keys have per-head norms, and the server's only Eagle-3 has none",
+        "its queries and keys have per-head norms, and the server does not support them in Eagle-3",
         "export with --to vllm (Eagle3Qwen3ForCausalLM), or train with draft.qk_norm=false "
         "(recipe pocket-eagle3-portable)",
     ),
     Limit(
         "llamacpp",
         lambda f: f.eagle and len(f.spec.target_layer_ids) != 3,
-        "it does not read exactly three feature layers, as llama.cpp's Eagle-3 does",
+        "it does not read exactly three feature layers, and llama.cpp's Eagle-3 needs three",
         "train with three draft.target_layer_ids, or export with --to vllm or sglang",
     ),
     Limit(
         "vllm llamacpp",
         lambda f: f.spec.markov_rank > 0 and f.spec.markov_head != "vanilla",
-        "its sequential head is gated or rnn, and the server knows vanilla only",
+        "its sequential head is gated or rnn, and the server supports only vanilla",
         "export with --to sglang, or train with draft.markov_head=vanilla",
     ),
     Limit(
         "sglang llamacpp",
         lambda f: f.own,
-        "it brings an embedding and a head of its own, and the server would use the target's",
-        "add --target, which leaves copies out where they are equal, or export with --to vllm",
+        "it has its own embedding and head, and the server would use the target's",
+        "add --target, so that copies equal to the target's are left out, or export with --to vllm",
     ),
     Limit(
         "sglang",
         lambda f: not f.eagle and f.spec.draft_vocab_size is not None,
-        "its vocabulary is reduced, which SGLang's DFlash and DSpark ignore",
+        "its vocabulary is reduced, and SGLang ignores that in DFlash and DSpark drafts",
         "export with --to vllm",
     ),
     Limit(
@@ -202,7 +201,7 @@ LIMITS: tuple[Limit, ...] = (
 
 
 def refuse(to: str, facts: Facts) -> None:
-    """Raise UserError with every limit of the server that a draft meets; nothing where it can run."""
+    """Raise UserError with every reason why a server cannot run a draft, if there are any."""
     met = [limit for limit in LIMITS if to in limit.servers.split() and limit.when(facts)]
     if met:
         raise UserError(
@@ -212,9 +211,9 @@ def refuse(to: str, facts: Facts) -> None:
 
 
 def launch_commands(to: str, spec: DraftSpec, target: str, draft: Path) -> list[str]:
-    """The commands that serve an exported draft beside its target."""
+    """The commands that serve an exported draft with its target."""
     method, count = served_as(spec).method, spec.proposals
-    # vLLM's takes the draft inside JSON inside quotes; in the others it is a word of its own.
+    # vLLM takes the draft inside quoted JSON; for the others it is a separate word.
     inside = json.dumps(str(draft))[1:-1].replace("'", "'\\''")
     words = {
         "target": shlex.quote(target),
@@ -222,7 +221,7 @@ def launch_commands(to: str, spec: DraftSpec, target: str, draft: Path) -> list[
         "method": method,
         "METHOD": method.upper(),
         "proposals": count,
-        # SGLang drafts a block in one step, and counts the anchor among the tokens it verifies.
+        # SGLang drafts a block in one step, and it counts the anchor as one of the tokens that it verifies.
         "steps": count if method == "eagle3" else 1,
         "window": spec.block if method == "dflash" else spec.block + 1,
     }

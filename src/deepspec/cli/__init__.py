@@ -1,13 +1,12 @@
-"""The command line: parse, call, print, exit code.
+"""The command line: each command parses, calls, and prints.
 
-Exit codes: 0 done, 1 a failure of ours (with its traceback), 2 bad input, 130 interrupted. Tables and JSON go
-to standard output, everything else to standard error. Each command imports what it needs when it runs, so
-that `deepspec --help` loads neither torch nor transformers.
+The exit code is 0 for success, 1 for a bug (with its traceback) or a failure of the machine, 2 for bad input,
+and 130 after Ctrl-C. Tables and JSON go to standard output, everything else to standard error. Each command
+imports what it needs when it runs, so that `deepspec --help` loads neither torch nor transformers.
 """
 
 from __future__ import annotations
 
-import errno
 from typing import Annotated, Any
 
 import typer
@@ -33,27 +32,19 @@ from deepspec.cli import (
 from deepspec.cli import eval as eval_command
 from deepspec.cli.common import BAD_INPUT, FAILED, INTERRUPTED, SETTINGS
 from deepspec.errors import UserError
+from deepspec.files import cannot_write, is_disk_full
 from deepspec.log import note, show_error
 
 KEPT = {
-    "quickstart": "answers, checkpoints and metrics so far are kept; the same command goes on from there",
-    "train": "answers, checkpoints and metrics so far are kept; the same command goes on from there",
-    "eval": "with --out, the prompts measured so far are kept; the same command goes on from there",
-    "data": "the shards and answers finished so far are kept; the same command goes on with the rest",
+    "quickstart": "answers, checkpoints and metrics so far are kept; the same command continues from there",
+    "train": "answers, checkpoints and metrics so far are kept; the same command continues from there",
+    "eval": "with --out, the prompts measured so far are kept; the same command continues from there",
+    "data": "the shards and answers finished so far are kept; the same command continues with the rest",
 }
-_ELSEWHERE = "name a place that you may write to"
-UNWRITABLE = {
-    errno.EACCES: _ELSEWHERE,
-    errno.EROFS: _ELSEWHERE,
-    errno.EISDIR: "name a file, not a folder",
-    errno.ENOTDIR: "a folder on that path is a file: name another place",
-    errno.ENOSPC: "make room on that disk; what was finished before is kept",
-}
-"""What the system may answer to a path that somebody named: no bug of ours."""
 
 
 class Commands(TyperGroup):
-    """The root group: what went wrong inside a command becomes a message and an exit code here."""
+    """The root group. It turns the errors of all commands into messages and exit codes."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -62,31 +53,29 @@ class Commands(TyperGroup):
             show_error(error)
             raise typer.Exit(BAD_INPUT) from None
         except OSError as error:
-            if error.errno not in UNWRITABLE:
+            refused = cannot_write(error)
+            if refused is None:
                 raise
-            where = error.filename or "a file being written"
-            show_error(UserError(f"{where}: {error.strerror}", next_step=UNWRITABLE[error.errno]))
-            raise typer.Exit(FAILED if error.errno == errno.ENOSPC else BAD_INPUT) from None
+            show_error(refused)
+            raise typer.Exit(FAILED if is_disk_full(error) else BAD_INPUT) from None
         except KeyboardInterrupt:
             kept = KEPT.get(ctx.invoked_subcommand or "", "nothing was left half-written")
             note(f"interrupted: {kept}", style="yellow")
             raise typer.Exit(INTERRUPTED) from None
 
 
-app = typer.Typer(
-    cls=Commands, help="Make a language model faster without changing what it says.", **SETTINGS
-)
+app = typer.Typer(cls=Commands, help="Make a language model faster without changing its output.", **SETTINGS)
 
 
 def main() -> None:
-    """The console script."""
+    """Run the `deepspec` console script."""
     app(prog_name="deepspec")
 
 
 @app.callback(invoke_without_command=True)
 def root(
     ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
         typer.echo(f"deepspec {__version__}")
@@ -104,7 +93,9 @@ app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("export")(export.export)
 
-data_app = typer.Typer(help="Prepare conversations to train on.", no_args_is_help=True, **SETTINGS)
+data_app = typer.Typer(
+    help="Prepare the conversations that a draft is trained on.", no_args_is_help=True, **SETTINGS
+)
 data_app.command("download")(data_download.download)
 data_app.command("split")(data_split.split)
 data_app.command("regenerate")(data_regenerate.regenerate)

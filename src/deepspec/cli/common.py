@@ -1,9 +1,8 @@
-"""What the commands share: options, loading with clear errors, printing."""
+"""What the commands share: options, loading with clear errors, and printing."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -16,16 +15,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deepspec.errors import DataError, UserError
+from deepspec.errors import UserError
 from deepspec.log import note
 
 if TYPE_CHECKING:
-    from deepspec.data.lines import Skipped
+    from deepspec.data.skipping import Skipped
     from deepspec.maths.verify import Sampling
     from deepspec.targets import Target
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-"""Exit codes: a failure of ours or of the machine; bad input; Ctrl-C. 0 is done."""
+"""Exit codes: a bug or a failure of the machine, bad input, Ctrl-C. 0 means success."""
 SETTINGS: dict[str, Any] = {
     "rich_markup_mode": None,
     "pretty_exceptions_enable": False,
@@ -33,19 +32,23 @@ SETTINGS: dict[str, Any] = {
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 
-TargetName = Annotated[str, typer.Option("--target", help="pocket, a directory, or a Hub id.")]
-Thinking = Annotated[bool, typer.Option("--thinking", help="Let the template switch thinking on.")]
-TopK = Annotated[int, typer.Option("--top-k", min=0, help="0: all tokens.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Above 0, up to 1.")]
-MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Budget of new tokens per prompt.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out and count them by reason.")]
-Seed = Annotated[int, typer.Option("--seed", min=0)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
-
-
+TargetName = Annotated[str, typer.Option("--target", help="The model: pocket, a directory, or a Hub id.")]
+Thinking = Annotated[bool, typer.Option("--thinking", help="Turn on the target's thinking mode.")]
+TopK = Annotated[
+    int, typer.Option("--top-k", min=0, help="Sample from the K likeliest tokens only; 0: from all.")
+]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="Sample from the likeliest tokens of this total probability.")
+]
+MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most new tokens per prompt.")]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out rows that cannot be used, and count them.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all random numbers.")]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON on standard output.")]
 DropRepeats = Annotated[
     bool,
-    typer.Option("--drop-repeats", help="Keep a prompt's first row only, not all of its rows."),
+    typer.Option("--drop-repeats", help="Keep only the first row of each prompt."),
 ]
 
 
@@ -82,20 +85,20 @@ def sampling_of(temperature: float, top_k: int = 0, top_p: float = 1.0) -> Sampl
 
 
 def prompt_file(name: str | None, target: str) -> Path:
-    """The file behind --prompts; the pocket target brings its own."""
+    """The file that --prompts names; without it, the pocket target is measured on pocket:test."""
     from deepspec.pocket import prompts_path
 
     if name is None and target != "pocket":
         raise UserError(
-            f"no prompts to evaluate {target} on",
-            next_step="add --prompts FILE.jsonl, one conversation per line, or --prompts pocket:test",
+            f"{target} needs prompts to be evaluated on",
+            next_step="add --prompts FILE.jsonl with one conversation per line, or --prompts pocket:test",
         )
     return prompts_path(name or "pocket:test")
 
 
 def skipping(skip_bad: bool) -> Skipped:
     """What becomes of bad rows: counted, or refused with a word on --skip-bad."""
-    from deepspec.data.lines import SkipNothing, Skipped
+    from deepspec.data.skipping import SkipNothing, Skipped
 
     return Skipped() if skip_bad else SkipNothing()
 
@@ -103,24 +106,6 @@ def skipping(skip_bad: bool) -> Skipped:
 def report_skipped(skipped: Skipped) -> None:
     for line in skipped.lines():
         note(line, style="yellow" if not line.startswith(" ") else "")
-
-
-def check_out(path: Path | None) -> None:
-    """Raise UserError where a file could not be written, before the work whose result it is to hold."""
-    if path is None:
-        return
-    nearest = next(p for p in path.absolute().parents if p.exists())
-    if path.is_dir():
-        why = "it is a folder"
-    elif not nearest.is_dir():
-        why = f"{nearest} is not a folder"
-    elif not os.access(nearest, os.W_OK | os.X_OK):
-        why = f"{nearest} may not be written to"
-    else:
-        return
-    raise UserError(
-        f"{path} cannot be written: {why}", next_step="name a file in a folder that you may write to"
-    )
 
 
 def stdout() -> Console:
@@ -146,38 +131,13 @@ def table_of(*heads: str) -> Table:
     return table
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The results of a file: one object, or the array that `deepspec eval --json` prints for several
-    temperatures. Raises DataError."""
-    from deepspec.report.compare import FORMAT
-
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
-        raise DataError(
-            f"the results cannot be read: {why}",
-            where=str(path),
-            next_step="give a file that `deepspec eval --out FILE.json` wrote",
-        ) from error
-    results = found if isinstance(found, list) else [found]
-    for result in results:
-        if not isinstance(result, dict) or result.get("format") != FORMAT:
-            raise DataError(
-                f"not a results file: no format {FORMAT!r} in it",
-                where=str(path),
-                next_step="give a file that `deepspec eval --out FILE.json` wrote",
-            )
-    return results
-
-
 @contextmanager
 def whole_or_not() -> Iterator[None]:
-    """Ctrl-C in here: the other commands of `data` keep what was finished, these start over."""
+    """Report that nothing was kept after Ctrl-C; the other commands of `data` keep what was finished."""
     try:
         yield
     except KeyboardInterrupt:
-        note("interrupted: nothing was written, and what was there before stays", style="yellow")
+        note("interrupted: nothing was written, and earlier files are unchanged", style="yellow")
         raise typer.Exit(INTERRUPTED) from None
 
 

@@ -4,28 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
-from deepspec.cli.common import (
-    Json,
-    print_json,
-    read_results,
-    stdout,
-    table_of,
-)
+from deepspec.cli.common import Json, print_json, stdout, table_of
 from deepspec.log import warn
-
-if TYPE_CHECKING:
-    pass
+from deepspec.report.results import MISSING, number, read_results
 
 
 def compare(
     files: Annotated[list[Path], typer.Argument(metavar="RESULTS.json", help="Written by deepspec eval.")],
     allow_mismatch: Annotated[
-        bool, typer.Option("--allow-mismatch", help="Compare even what was measured under other conditions.")
+        bool, typer.Option("--allow-mismatch", help="Compare even if the files differ in their conditions.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -35,9 +27,10 @@ def compare(
     Example:
       deepspec compare before.json after.json
     """
+    results = [result for file in files for result in read_results(file)]
     from deepspec.report.compare import compare_results
 
-    found = compare_results([r for file in files for r in read_results(file)], allow_mismatch)
+    found = compare_results(results, allow_mismatch)
     for sentence in [*found["refusals"], *found["warnings"]]:
         warn(sentence)
     if as_json:
@@ -51,12 +44,10 @@ def compare(
     stdout().print(table)
     left_out = max(pair["left_out"] for pair in found["comparisons"])
     if left_out:
-        warn(f"up to {left_out} prompts that only one side has were left out")
+        warn(f"up to {left_out} prompts are left out, because only one side has them")
 
 
 def _difference_cells(name: str, part: Mapping[str, Any]) -> list[Text]:
-    from deepspec.report.compare import MISSING, number
-
     found = part["difference"] or {}
     interval = f"{number(found.get('low'))} to {number(found.get('high'))}" if found else MISSING
     figures = [str(part["prompts"]), number(part["tau_a"]), number(part["tau_b"]), number(found.get("value"))]

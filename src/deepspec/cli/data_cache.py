@@ -29,27 +29,29 @@ def cache(
     out: Annotated[Path, typer.Option("--out", file_okay=False, help="Folder of the cache.")],
     answers: Annotated[
         Path | None,
-        typer.Option("--answers", exists=True, dir_okay=False, help="Instead of the recipes' data.train."),
+        typer.Option(
+            "--answers", exists=True, dir_okay=False, help="Use this file, not the recipes' data.train."
+        ),
     ] = None,
-    dtype: Annotated[Format, typer.Option("--dtype", help="fp8 and int8: a scale per token and layer.")] = (
-        Format.bf16
-    ),
+    dtype: Annotated[
+        Format, typer.Option("--dtype", help="Number format; fp8 and int8 keep a scale per token and layer.")
+    ] = Format.bf16,
     max_rows: Annotated[
-        int | None, typer.Option("--max-rows", min=1, help="The first rows of the answers only.")
+        int | None, typer.Option("--max-rows", min=1, help="Take only the first rows of the answers.")
     ] = None,
     shard_mb: Annotated[
-        int, typer.Option("--shard-mb", min=1, help="MiB of a shard: what a kill can cost.")
+        int, typer.Option("--shard-mb", min=1, help="Size of a shard in MiB; a kill costs one at most.")
     ] = 256,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")] = "auto",
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check the shards that are there, write damaged ones anew.")
+        bool, typer.Option("--verify", help="Check the shards that are there, and write damaged ones again.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Write the target's features to disk, so that training reads them instead of computing them.
 
-    Only what the recipes' losses read is stored. Run again, it goes on with the shards that are missing;
-    under torchrun each process writes its share.
+    Only what the recipes' losses read is stored. The same command continues with the shards that are
+    missing; under torchrun each process writes its share.
 
     \b
     Example:
@@ -63,15 +65,15 @@ def cache(
     names = [w for w in words if "=" not in w]
     if not names:
         raise UserError(
-            "no recipe: it says which layers and positions are stored",
-            next_step="deepspec data cache pocket-dspark --answers answers.jsonl --out features",
+            "no recipe is given: it decides which layers and positions are stored",
+            next_step="name one: deepspec data cache pocket-dspark --answers answers.jsonl --out features",
         )
     recipes = [load_recipe(name, overrides) for name in names]
     rank, world = _torchrun()
     if world > 1 and answers is None and recipes[0].data.train.startswith("pocket:"):
         raise UserError(
             "several processes would all answer the packaged prompts",
-            next_step="answer them once with `deepspec data regenerate`, and give --answers",
+            next_step="have them answered once with `deepspec data regenerate`, and give --answers",
         )
     from deepspec.train.data import cache_features
 
@@ -87,15 +89,14 @@ def cache(
         rank=rank,
         world=world,
     )
-    tokens = sum(c.tokens for c in plan.counts)
     facts = {
         "out": str(out),
         "complete": written.complete,
         "rows": len(plan.rows),
-        "tokens": tokens,
+        "tokens": plan.tokens,
         "shards": len(plan.shards),
         "bytes": plan.payload,
-        "bytes_per_token": plan.payload / tokens,
+        "bytes_per_token": plan.payload / plan.tokens,
         "written_shards": written.shards,
         "written_bytes": written.bytes,
         **{key: plan.facts[key] for key in ("dtype", "layers", "reads")},
@@ -105,29 +106,29 @@ def cache(
     elif written.complete:
         typer.echo(
             f"{out}: complete, {written.shards} of {len(plan.shards)} shards written now, "
-            f"{facts['bytes_per_token']:,.0f} bytes a token"
+            f"{facts['bytes_per_token']:,.0f} bytes per token"
         )
         train = ["deepspec", "train", names[0], *overrides, *(["--answers", str(answers)] if answers else [])]
         typer.echo(f"next: {shlex.join([*train, f'data.features=cache:{out}'])}")
     else:
-        note(f"{out}: this process's shards are written; others are still at theirs", style="yellow")
+        note(f"{out}: this process's shards are written; other processes are still writing", style="yellow")
 
 
 def _torchrun() -> tuple[int, int]:
-    """(rank, world size) as torchrun tells them; (0, 1) without it."""
+    """(rank, world size) from torchrun's variables; (0, 1) without it."""
     rank, world = (os.environ.get(k) for k in ("RANK", "WORLD_SIZE"))
     if rank is None or world is None:
         return 0, 1
     if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
         raise UserError(
-            f"RANK={rank} and WORLD_SIZE={world} are no rank in a world",
+            f"RANK={rank} and WORLD_SIZE={world} are not a rank and the number of processes",
             next_step="unset both, or start with torchrun",
         )
     return int(rank), int(world)
 
 
 def _own_device(device: str) -> str:
-    """Of torchrun's processes on a machine, each takes its own accelerator."""
+    """The device for this process: under torchrun each one on a machine takes an accelerator of its own."""
     local = os.environ.get("LOCAL_RANK")
     if device != "auto" or local is None:
         return device

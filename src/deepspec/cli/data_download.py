@@ -29,27 +29,27 @@ def download(
             metavar="SOURCE...", help="A data set's name, a Hub id, or JSONL, CSV and Parquet files."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="JSONL file to write, whole or not at all.")],
+    out: Annotated[Path, typer.Option("--out", help="JSONL file to write. Only a complete file appears.")],
     columns: Annotated[
         list[str] | None,
-        typer.Option("--map", metavar="FIELD=COLUMN", help="Such as prompt=question; once for each field."),
+        typer.Option("--map", metavar="FIELD=COLUMN", help="For example prompt=question; once per field."),
     ] = None,
     id_column: Annotated[
         str | None, typer.Option("--id", metavar="COLUMN", help="The same as --map id=COLUMN.")
     ] = None,
-    domain: Annotated[
-        str | None, typer.Option("--domain", help="The group that all rows are reported under.")
-    ] = None,
+    domain: Annotated[str | None, typer.Option("--domain", help="Group to report all rows under.")] = None,
     config: Annotated[str | None, typer.Option("--config", help="A Hub data set's config.")] = None,
     split: Annotated[str | None, typer.Option("--split", help="A Hub data set's split (train).")] = None,
     copies: Annotated[
         list[Path] | None,
-        typer.Option("--from", metavar="FILE", help="A named set's local copy: a file of it, or its folder."),
+        typer.Option("--from", metavar="FILE", help="Read a named set from this local file or folder."),
     ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
-            "--limit", min=0, help="Rows kept, chosen by the seed; 0: all. Default: the benchmark's, or all."
+            "--limit",
+            min=0,
+            help="Rows to keep, chosen by the seed; 0: all. Default: the benchmark's, or all.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -57,7 +57,7 @@ def download(
     skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
-    """Make any data set a file of conversations.
+    """Convert any data set to a file of conversations.
 
     Named sets: open-perfectblend (training); gsm8k, math500, aime25, humaneval, mbpp, livecodebench,
     mt-bench, alpaca, arena-hard-v2 (benchmarks, worded as published).
@@ -68,13 +68,13 @@ def download(
       deepspec data download logs/*.jsonl --out prompts.jsonl --domain support
       deepspec data download OWNER/NAME --split test --map prompt=question --out prompts.jsonl
     """
-    from deepspec.data.named import SOURCES
+    from deepspec.data.catalogue import DATASETS
+    from deepspec.data.download import download as run
     from deepspec.data.sources import Wanted, open_source
-    from deepspec.data.sources import download as run
 
-    named = SOURCES.get(names[0])
+    known = DATASETS.get(names[0])
     if limit is None:
-        limit = (named.rows if named else None) or 0
+        limit = (known.rows if known else None) or 0
     wanted = Wanted(names, column_map(columns or [], id_column), domain, config, split, copies or ())
     skipped = skipping(skip_bad)
     with whole_or_not():
@@ -83,12 +83,12 @@ def download(
     report_skipped(skipped)
     if as_json:
         asked = {"out": str(out), "limit": limit, "seed": seed}
-        print_json({**asked, **done.as_json(), "skipped": skipped.as_json()})
+        print_json({**asked, **vars(done), "skipped": skipped.as_json()})
         return
     chosen = f" of {done.read:,}, chosen by seed {seed}" if limit and done.rows == limit < done.read else ""
     typer.echo(f"{out}: {done.rows:,} rows{chosen}, {done.answered:,} of them with an answer")
     say_repeats(done.repeats, drop_repeats)
-    if named and named.rows:
+    if known and known.rows:
         words = ["deepspec", "eval", "--target", "TARGET", "--draft", "DRAFT", "--prompts", str(out)]
     else:
         folder = out.with_suffix("") if out.suffix else f"{out}-split"
@@ -97,12 +97,12 @@ def download(
 
 
 def column_map(words: list[str], id_column: str | None) -> dict[str, str]:
-    """["prompt=question"] and --id as {field: column}; UserError for another form, or a field twice."""
+    """["prompt=question"] and --id as {field: column}. Raises UserError."""
     columns: dict[str, str] = {}
     for word in [*words, *([f"id={id_column}"] if id_column else [])]:
         name, equals, column = word.partition("=")
         if not (name and equals and column):
-            raise UserError(f"--map {word!r} is not FIELD=COLUMN", next_step="such as --map prompt=question")
+            raise UserError(f"--map {word!r} is not FIELD=COLUMN", next_step="as in --map prompt=question")
         if columns.setdefault(name, column) != column:
             raise UserError(f"--map fills {name!r} from both {columns[name]!r} and {column!r}")
     return columns

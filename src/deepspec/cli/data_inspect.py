@@ -23,7 +23,6 @@ from deepspec.cli.common import (
     stdout,
     table_of,
 )
-from deepspec.errors import TargetError
 from deepspec.log import note, progress
 
 if TYPE_CHECKING:
@@ -32,9 +31,9 @@ if TYPE_CHECKING:
     from deepspec.data.tokens import PreTrainedTokenizerBase
 
 OPEN, CLOSE = "⟦", "⟧"
-"""Around supervised text where there is no colour."""
+"""Brackets around supervised text if there is no colour."""
 SHORT = 300
-"""Characters kept of a long stretch, half at either end, where a row is shown as an example."""
+"""Characters kept of a long piece, half at either end, in a row that is shown as an example."""
 DOMAIN_COLUMNS = {
     "rows": "rows",
     "sequences": "sequences",
@@ -51,20 +50,21 @@ def inspect(
     file: Annotated[str, typer.Argument(metavar="FILE", help="JSONL file, or pocket:train.")],
     target: TargetName = "pocket",
     row: Annotated[
-        str | None, typer.Option("--row", metavar="ID|N", help="Show one row whole, by id or number.")
+        str | None, typer.Option("--row", metavar="ID|N", help="Show one whole row, by id or number.")
     ] = None,
     thinking: Thinking = False,
     max_length: Annotated[
         int,
         typer.Option("--max-length", min=1, help="Tokens kept of a sequence: a recipe's data.max_length."),
     ] = 512,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first N rows only.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Read the first N rows only.")] = None,
     skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
-    """Show which tokens a draft would be trained on, and what a file adds up to.
+    """Show which tokens a draft would be trained on, and the totals of a file.
 
-    Reads the target's tokenizer and chat template, no weights. Exit code 2 where training would refuse a row.
+    Reads the target's tokenizer and chat template, not its weights. Exit code 2 means that training would
+    refuse a row.
 
     \b
     Example:
@@ -73,9 +73,12 @@ def inspect(
     source = prompt_file(file, target)
     from deepspec.data.conversations import read_conversations
     from deepspec.data.inspect import find_row, inspect_rows
+    from deepspec.data.tokens import require_tokenizer
     from deepspec.files import count_lines
+    from deepspec.targets import TargetSpec
 
-    tokenizer, skipped = _tokenizer(target), skipping(skip_bad)
+    tokenizer = require_tokenizer(TargetSpec.from_pretrained(target).tokenizer(), target)
+    skipped = skipping(skip_bad)
 
     def rows() -> Iterator[Conversation]:
         return islice(read_conversations(source, skipped=skipped), limit)
@@ -97,18 +100,6 @@ def inspect(
         raise typer.Exit(BAD_INPUT)
 
 
-def _tokenizer(target: str) -> PreTrainedTokenizerBase:
-    from deepspec.targets import TargetSpec
-
-    tokenizer = TargetSpec.from_pretrained(target).tokenizer()
-    if tokenizer is None:
-        raise TargetError(
-            f"{target} has no tokenizer, so text cannot become tokens",
-            next_step="put the target's tokenizer files beside its config",
-        )
-    return tokenizer
-
-
 # ── totals ───────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -125,17 +116,17 @@ def _print_totals(found: dict[str, Any]) -> None:
             f"longer than {limit} tokens": f"{cut['sequences']:,}  ({cut['tokens']:,} tokens cut, "
             f"{cut['supervised_tokens']:,} of them supervised)",
         }
-    if found["prompts"]:
-        facts["tokens of prompts only"] = f"{found['prompt_tokens']:,}"
-    facts |= {
-        f"no answer within {limit} tokens": f"{cut['without_answer']:,}",
-        "repeated prompts": f"{found['repeated_prompts']:,}",
-        "repeated ids": f"{found['repeated_ids']:,}",
-        "empty questions or answers": f"{found['empty']:,}",
-        "with follow-ups not yet asked": f"{found['follow_ups']:,}",
-        "answered in another mode": f"{found['other_mode']:,}",
-        "cannot be used": f"{found['refused']:,}",
+    counts = {
+        "tokens of prompts only": found["prompt_tokens"] or None,
+        f"no answer within {limit} tokens": cut["without_answer"],
+        "repeated prompts": found["repeated_prompts"],
+        "repeated ids": found["repeated_ids"],
+        "empty questions or answers": found["empty"],
+        "with follow-ups not yet asked": found["follow_ups"],
+        "answered in another mode": found["other_mode"],
+        "cannot be used": found["refused"],
     }
+    facts |= {name: f"{count:,}" for name, count in counts.items() if count is not None}
     console = stdout()
     for name, value in facts.items():
         console.print(Text(f"{name:<30}{value}"), soft_wrap=True)
@@ -176,16 +167,13 @@ def _show(
     short: int | None = None,
     as_json: bool = False,
 ) -> None:
-    """A row's sequences: coloured, or marked by brackets where there is no colour, or as JSON."""
+    """Print a row's sequences: in colour, with brackets if there is no colour, or as JSON."""
     from deepspec.data.inspect import pieces, row_sequences
 
     sequences = row_sequences(tokenizer, row, thinking)
     if as_json:
         parts = [
-            {
-                **vars(sequence),
-                "pieces": [vars(piece) for piece in pieces(tokenizer, sequence, max_length)],
-            }
+            vars(sequence) | {"pieces": [vars(piece) for piece in pieces(tokenizer, sequence, max_length)]}
             for sequence in sequences
         ]
         print_json({"id": row.id, "where": row.source, "max_length": max_length, "sequences": parts})
@@ -201,20 +189,17 @@ def _show(
 
 
 def coloured_row(found: list[Piece], max_length: int, colour: bool, short: int | None = None) -> Text:
-    """Supervised text green, or in ⟦brackets⟧; the template's tokens bold; what is cut struck through."""
-    text, inside = Text(), False
-    for before, piece in zip([None, *found], found, strict=False):
-        if before is not None and before.kept and not piece.kept:
+    """Supervised text in green, or in ⟦brackets⟧; the template's tokens bold; cut text struck through."""
+    text, inside, kept = Text(), False, False
+    for piece in found:
+        if kept and not piece.kept:
             text.append(f"✂{max_length}✂", style="red")
         if piece.supervised is not inside and not colour:
             text.append(OPEN if piece.supervised else CLOSE)
-        inside = piece.supervised
-        style = [
-            "green" if piece.supervised else "dim",
-            "bold" if piece.added else "",
-            "" if piece.kept else "strike",
-        ]
-        text.append(_shortened(piece.text, short), style=" ".join(filter(None, style)))
+        inside, kept = piece.supervised, piece.kept
+        style = "green" if piece.supervised else "dim"
+        style += " bold" * piece.added + " strike" * (not piece.kept)
+        text.append(_shortened(piece.text, short), style=style)
     if inside and not colour:
         text.append(CLOSE)
     return text

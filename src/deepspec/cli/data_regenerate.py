@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,41 +42,48 @@ def regenerate(
     ] = None,
     thinking: Thinking = False,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0, help="1: the target's own law.")
+        float, typer.Option("--temperature", min=0, help="1 samples from the target's own distribution.")
     ] = 1.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     max_new_tokens: MaxNew = 256,
     seed: Seed = 0,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first prompts only.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Answer only the first N prompts.")
+    ] = None,
     rows: Annotated[
-        int | None, typer.Option("--rows", min=1, help="In process: prompts decoded together (16).")
+        int | None, typer.Option("--rows", min=1, help="In process: number of prompts decoded together (16).")
     ] = None,
     server: Annotated[
         list[str] | None,
         typer.Option("--server", metavar="URL", help="Ask this server instead; repeat it for several."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="Its name on the servers; theirs if not given.")
+        str | None,
+        typer.Option("--model", help="The target's name on the servers; default: the first listed."),
     ] = None,
     concurrency: Annotated[
-        int | None, typer.Option("--concurrency", min=1, help="Prompts with each server at once (32).")
+        int | None,
+        typer.Option("--concurrency", min=1, help="Number of prompts with each server at once (32)."),
     ] = None,
     timeout: Annotated[
         float | None, typer.Option("--timeout", min=1, help="Seconds to wait for one answer (600).")
     ] = None,
     api_key_env: Annotated[
-        str, typer.Option("--api-key-env", metavar="NAME", help="Environment variable with the servers' key.")
+        str,
+        typer.Option(
+            "--api-key-env", metavar="NAME", help="Environment variable that holds the servers' key."
+        ),
     ] = "OPENAI_API_KEY",
     skip_bad: SkipBad = False,
 ) -> None:
     """Have the target answer prompts, so that a draft learns what this target writes.
 
-    In process, or through OpenAI-compatible servers (vLLM, SGLang, llama-server) that run the target. Rows
-    that the output file already answers are not asked again, so the same command goes on where it stopped.
+    The target runs in this process, or in OpenAI-compatible servers (vLLM, SGLang, llama-server). Rows that
+    the output file already answers are not asked again, so the same command continues where it stopped.
 
-    With servers, give --target as well where its tokenizer is at hand: prompts are then built by its template
-    here and sent as token ids.
+    With servers, give --target too if its tokenizer is available: prompts are then built by its template here
+    and sent as token ids.
 
     \b
     Example:
@@ -85,7 +91,14 @@ def regenerate(
       deepspec data regenerate prompts.jsonl --out answers.jsonl --target Qwen/Qwen3-4B \\
           --server http://gpu1:8000 --server http://gpu2:8000 --max-new-tokens 4096
     """
-    _one_way(server, {"--rows": rows}, {"--model": model, "--concurrency": concurrency, "--timeout": timeout})
+    only_served = {"--model": model, "--concurrency": concurrency, "--timeout": timeout}
+    ignored = {"--rows": rows} if server else only_served
+    stray = next((option for option, value in ignored.items() if value is not None), None)
+    if stray is not None:
+        raise UserError(
+            f"{stray} has no effect {'with' if server else 'without'} --server",
+            next_step="prompts asked at once are --concurrency with servers, and --rows in process",
+        )
     source, sampling = prompt_file(prompts, target or "pocket"), sampling_of(temperature, top_k, top_p)
     from deepspec.data.conversations import read_conversations
     from deepspec.files import count_lines
@@ -105,8 +118,8 @@ def regenerate(
         "total": total,
     }
     if server:
-        from deepspec.answers.pool import Policy
         from deepspec.answers.through_servers import regenerate_served
+        from deepspec.http_client import Policy
         from deepspec.targets import TargetSpec
 
         tally = regenerate_served(
@@ -116,7 +129,7 @@ def regenerate(
             target=None if target is None else TargetSpec.from_pretrained(target),
             model=model,
             concurrency=concurrency or 32,
-            api_key=os.environ.get(api_key_env),
+            api_key_env=api_key_env,
             policy=Policy(timeout=timeout or 600.0),
             **settings,
         )
@@ -129,20 +142,8 @@ def regenerate(
     _report(tally, out, target or "TARGET", thinking)
 
 
-def _one_way(
-    server: Sequence[str] | None, in_process: Mapping[str, object], served: Mapping[str, object]
-) -> None:
-    """Refuse options that belong to the other way of answering: they would be ignored."""
-    stray = next((k for k, v in (in_process if server else served).items() if v is not None), None)
-    if stray is not None:
-        raise UserError(
-            f"{stray} says nothing {'with' if server else 'without'} --server",
-            next_step="prompts asked at once are --concurrency with servers, and --rows in process",
-        )
-
-
 def _report(tally: Tally, out: Path, target: str, thinking: bool) -> None:
-    """What was done, and what may be done next."""
+    """Print what was done, and the commands that may follow."""
     from deepspec.answers.file import beside
 
     there = f", {tally.there} were there already" if tally.there else ""
@@ -154,7 +155,7 @@ def _report(tally: Tally, out: Path, target: str, thinking: bool) -> None:
             f"{tally.tokens / seconds:.0f} tokens/s"
         )
     if tally.twice:
-        typer.echo(f"{tally.twice} rows left out: their id had come before")
+        typer.echo(f"{tally.twice} rows left out: an earlier row has the same id")
     if tally.failed:
         typer.echo(
             f"{tally.failed} rows failed, with reasons in {beside(out, 'failures')}; "

@@ -26,16 +26,16 @@ def split(
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for train.jsonl, select.jsonl and test.jsonl.")],
     select: Annotated[
-        float, typer.Option("--select", help="Share that the best checkpoint is chosen by.")
+        float, typer.Option("--select", help="Share of rows to choose the best checkpoint with.")
     ] = 0.01,
-    test: Annotated[float, typer.Option("--test", help="Share that results are reported on.")] = 0.04,
+    test: Annotated[float, typer.Option("--test", help="Share of rows to report results on.")] = 0.04,
     drop_repeats: DropRepeats = False,
     skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
-    """Divide conversations into train, select and test, by hash of the opening question.
+    """Divide conversations into train, select and test sets that share no question.
 
-    Re-runs, another order and duplicates fall as before: no question is in two sets.
+    The set depends on the opening question alone, so copies, another order or another run change nothing.
 
     \b
     Example:
@@ -48,13 +48,11 @@ def split(
         done = run(file, out, select=select, test=test, drop_repeats=drop_repeats, skipped=skipped)
     report_skipped(skipped)
     if as_json:
-        facts = {"rows": done.rows, "repeats": done.repeats, "overlap": done.overlap}
-        print_json({"out": str(out), **facts, "skipped": skipped.as_json()})
+        print_json({"out": str(out), **vars(done), "skipped": skipped.as_json()})
         return
     total = sum(done.rows.values())
     for name, rows in done.rows.items():
         typer.echo(f"{out / name}.jsonl: {rows:,} rows ({rows / total:.1%})")
     say_repeats(done.repeats, drop_repeats)
-    typer.echo(f"questions in more than one set, as read back: {done.overlap}")
     words = ["deepspec", "data", "regenerate", str(out / "train.jsonl"), "--out", str(out / "answers.jsonl")]
     typer.echo(f"next: {shlex.join([*words, '--target', 'TARGET'])}")

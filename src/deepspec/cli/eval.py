@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -17,7 +17,6 @@ from deepspec.cli.common import (
     Thinking,
     TopK,
     TopP,
-    check_out,
     load_target,
     print_json,
     print_results,
@@ -25,23 +24,23 @@ from deepspec.cli.common import (
     sampling_of,
 )
 from deepspec.errors import UserError
+from deepspec.files import check_writable
 from deepspec.log import note, warn
 from deepspec.pocket import DRAFTS
-
-if TYPE_CHECKING:
-    pass
 
 
 def evaluate(
     target: TargetName = "pocket",
     draft: Annotated[
         list[str] | None,
-        typer.Option("--draft", help="Built-in name, checkpoint or run folder; may be repeated."),
+        typer.Option("--draft", help="A built-in name, a run's or checkpoint's folder; may be repeated."),
     ] = None,
     prompts: Annotated[
-        str | None, typer.Option("--prompts", help="JSONL file, pocket:test or pocket:select.")
+        str | None, typer.Option("--prompts", help="A JSONL file, pocket:test or pocket:select.")
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=0, help="Prompts, domains in turns. 0: all.")] = 12,
+    limit: Annotated[
+        int, typer.Option("--limit", min=0, help="Number of prompts, domains in turns. 0: all.")
+    ] = 12,
     temperature: Annotated[
         list[float] | None, typer.Option("--temperature", min=0, help="0 is greedy; may be repeated.")
     ] = None,
@@ -49,7 +48,9 @@ def evaluate(
     top_p: TopP = 1.0,
     max_new_tokens: MaxNew = 96,
     thinking: Thinking = False,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never stop before the budget.")] = False,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Generate the whole budget, past stop tokens.")
+    ] = False,
     seed: Seed = 0,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts decoded together.")] = 1,
     dtype: Annotated[Dtype, typer.Option("--dtype")] = Dtype.auto,
@@ -59,14 +60,14 @@ def evaluate(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Results file; with several temperatures -t<temperature> is added."),
+        typer.Option("--out", help="Results file; several temperatures add -t<temperature> to its name."),
     ] = None,
-    report: Annotated[Path | None, typer.Option("--report", help="Write an HTML report too.")] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Also write an HTML report.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure drafts beside plain decoding: accepted length, speed, and whether the output changed.
+    """Measure drafts next to plain decoding: accepted length, speed, and whether the output changed.
 
-    With --out what is measured is kept prompt by prompt: after Ctrl-C or a kill the same command goes on.
+    With --out every prompt measured is kept: after Ctrl-C or a kill the same command continues.
 
     \b
     Example:
@@ -80,13 +81,13 @@ def evaluate(
             next_step=f"add --draft NAME: a run or checkpoint folder, or one of {', '.join(DRAFTS)}",
         )
     samplings = [sampling_of(t, top_k, top_p) for t in temperature or [0.0]]
-    check_out(out)
-    check_out(report)
+    check_writable(out)
+    check_writable(report)
     from deepspec.checkpoints.draft import find_checkpoint, load_draft, load_provenance
-    from deepspec.measure.evaluate import evaluate_at, load_prompts, mode_of
-    from deepspec.report.compare import mode_differences
+    from deepspec.conditions import Conditions, differences
+    from deepspec.measure.evaluate import conditions_of, evaluate_at, load_prompts
     from deepspec.report.page import write_report
-    from deepspec.train.facts import read_metrics
+    from deepspec.report.results import read_metrics
 
     folders = {label: name for label, name in zip(draft_labels(names), names, strict=True)}
     for name in names:
@@ -94,10 +95,10 @@ def evaluate(
     model = load_target(target, dtype.value, device)
     drafts = {label: load_draft(name, model) for label, name in folders.items()}
     tasks = load_prompts(source, model, thinking=thinking, limit=limit)
-    now = mode_of(model, tasks, thinking)
+    now = conditions_of(model, tasks, thinking)
     for label, name in folders.items():
-        facts = load_provenance(find_checkpoint(name))
-        for sentence in mode_differences(f"{label} was trained", facts, "is measured", now):
+        trained = Conditions.read(load_provenance(find_checkpoint(name)))
+        for sentence in differences(f"{label} was trained", trained, "is measured", now):
             warn(sentence)
     results = evaluate_at(
         model,
@@ -113,7 +114,11 @@ def evaluate(
         out=out,
     )
     if report is not None:
-        curves = {label: rows for label, name in folders.items() if (rows := read_metrics(Path(name)))}
+        curves = {
+            label: rows
+            for label, name in folders.items()
+            if (rows := read_metrics(Path(name) / "metrics.jsonl"))
+        }
         note(f"report: {write_report(report, results, curves)}")
     if as_json:
         print_json(results if len(results) > 1 else results[0])
@@ -122,14 +127,10 @@ def evaluate(
 
 
 def draft_labels(names: Sequence[str]) -> list[str]:
-    """What drafts are called in tables: the run's or the folder's name, in full where two would be alike."""
-    labels = []
-    for name in names:
-        path = Path(name)
-        inside_run = path.parent.name == "checkpoints"
-        labels.append(
-            path.parent.parent.name if inside_run and path.parent.parent.name else path.name or name
-        )
+    """The drafts' names in tables: that of the run or the folder, in full if two would be alike."""
+    paths = [Path(name) for name in names]
+    runs = [path.parent.parent.name if path.parent.name == "checkpoints" else "" for path in paths]
+    labels = [run or path.name or name for run, path, name in zip(runs, paths, names, strict=True)]
     full = [name if labels.count(label) > 1 else label for name, label in zip(names, labels, strict=True)]
     twice = next((label for label in full if full.count(label) > 1), None)
     if twice is not None:

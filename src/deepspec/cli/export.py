@@ -1,4 +1,4 @@
-"""`deepspec export`: drafts for the servers that people run."""
+"""`deepspec export`: write a draft for an inference server."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ Server = StrEnum("Server", {name: name for name in (*SERVERS, NATIVE)})  # type:
 
 def export(
     draft: Annotated[
-        str, typer.Argument(metavar="DRAFT", help="Built-in name, checkpoint folder or run folder.")
+        str, typer.Argument(metavar="DRAFT", help="A built-in name, checkpoint or run folder, or a Hub id.")
     ],
     to: Annotated[Server, typer.Option("--to", help="The server that will load the draft.")],
-    out: Annotated[Path, typer.Option("--out", help="A new folder, or that of an earlier export.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder, or the folder of an earlier export.")],
     target: Annotated[
         str | None,
-        typer.Option("--target", help="Check it against this target; equal copies are left out."),
+        typer.Option("--target", help="Check the draft against this target, and leave out equal copies."),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="auto: as stored.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Number format; auto: as stored.")] = Dtype.auto,
     as_json: Json = False,
 ) -> None:
-    """Write a draft for vLLM, SGLang or llama.cpp, or say why that server cannot run it.
+    """Write a draft for vLLM, SGLang or llama.cpp.
+
+    If the server cannot run the draft, the command explains why and says what to do instead.
 
     \b
     Example:
       deepspec export pocket-dspark --to llamacpp --out exported/pocket-dspark --target pocket
     """
-    from deepspec.checkpoints.draft import find_checkpoint
+    from deepspec.checkpoints.read import find_checkpoint
 
     find_checkpoint(draft)  # a mistyped name should not wait for the target to load
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,21 +21,20 @@ from deepspec.errors import UserError
 from deepspec.log import note
 
 if TYPE_CHECKING:
-    from deepspec.decode.engine import Generation
-    from deepspec.targets import Target
+    from deepspec.decode.text import Piece
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the user says.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The user's message.")],
     target: TargetName = "pocket",
-    draft: Annotated[str | None, typer.Option("--draft", help="Default for pocket: pocket-dspark.")] = None,
+    draft: Annotated[str | None, typer.Option("--draft", help="For pocket: pocket-dspark.")] = None,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.0,
     max_new_tokens: MaxNew = 128,
     thinking: Thinking = False,
     seed: Seed = 0,
     plain: Annotated[bool, typer.Option("--plain", help="Decode without a draft.")] = False,
 ) -> None:
-    """Answer one prompt and show which tokens the draft produced.
+    """Answer one prompt, as the tokens come, and show which of them the draft produced.
 
     \b
     Example:
@@ -43,19 +43,26 @@ def generate(
     if draft is None and target == "pocket":
         draft = "pocket-dspark"
     if draft is None and not plain:
-        raise UserError(f"no draft for {target}", next_step="add --draft NAME, or --plain to decode without")
-    sampling_of(temperature)
+        raise UserError(
+            f"{target} needs a draft", next_step="add --draft NAME, or --plain to decode without a draft"
+        )
+    sampling = sampling_of(temperature)
     from deepspec.checkpoints.draft import load_draft
-    from deepspec.data.tokens import prompt_ids
-    from deepspec.decode.engine import generate as decode
+    from deepspec.data.tokens import prompt_ids, require_tokenizer
+    from deepspec.decode.engine import Decoder, Request
+    from deepspec.decode.text import TextStream
 
     model = load_target(target)
-    if model.tokenizer is None:
-        raise UserError(f"{target} has no tokenizer", next_step="put its tokenizer files beside its weights")
+    tokenizer = require_tokenizer(model.tokenizer, target)
     chosen = None if plain or draft is None else load_draft(draft, model)
-    ids = prompt_ids(model.tokenizer, [{"role": "user", "content": prompt}], thinking)
-    answer = decode(model, chosen, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    stdout().print(coloured(model, answer), soft_wrap=True)
+    ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}], thinking)
+    decoder, console, text = Decoder(model, chosen), stdout(), TextStream(tokenizer)
+    decoder.submit(Request(ids, max_new_tokens, seed, "", sampling, model.stop_token_ids))
+    while not decoder.idle:
+        for event in decoder.step():
+            answer = event.answer
+            console.print(coloured(text.new(answer, finished=event.finished)), end="", soft_wrap=True)
+    console.print()
     rate = f"{len(answer.token_ids)} tokens, {len(answer.token_ids) / answer.seconds:.1f} tokens/s"
     if chosen is not None and answer.kept:
         # The round past a full budget kept nothing and would only pull the figure down.
@@ -66,11 +73,6 @@ def generate(
         note(rate)
 
 
-def coloured(target: Target, answer: Generation) -> Text:
-    """The answer, draft-produced tokens in green."""
-    from deepspec.decode.engine import pieces_of
-
-    text = Text()
-    for piece, drafted in pieces_of(target.tokenizer, answer):
-        text.append(piece, style="green" if drafted else "")
-    return text
+def coloured(pieces: Sequence[Piece]) -> Text:
+    """Some of an answer, draft-produced tokens in green."""
+    return Text.assemble(*((piece, "green" if drafted else "") for piece, drafted in pieces))

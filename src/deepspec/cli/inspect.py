@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
-from deepspec.cli.common import (
-    Json,
-    print_json,
-    stdout,
-)
+from deepspec.cli.common import Json, print_json, stdout
 from deepspec.log import warn
-
-if TYPE_CHECKING:
-    pass
 
 
 def inspect(
     draft: Annotated[
-        str, typer.Argument(metavar="DRAFT", help="Built-in name, checkpoint or run folder; any layout.")
+        str, typer.Argument(metavar="DRAFT", help="A built-in name, checkpoint or run folder, or a Hub id.")
     ],
     target: Annotated[
         str | None,
-        typer.Option("--target", help="Also say whether it fits: pocket, a directory, or a Hub id."),
+        typer.Option("--target", help="Also check whether the draft fits this target."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a draft checkpoint is, what it costs beside its target, and whether it fits one.
+    """Describe a draft checkpoint.
 
-    Reads config files and the weights' headers: no weights are loaded.
+    The facts include what the draft adds to its target and, with --target, whether it fits. Only config
+    files and the headers of weight files are read; no weights are loaded.
 
     \b
     Example:
       deepspec inspect pocket-dspark --target pocket
     """
-    from deepspec.checkpoints.draft import find_checkpoint
     from deepspec.checkpoints.inspect import inspect_draft
+    from deepspec.checkpoints.read import find_checkpoint
     from deepspec.targets import TargetSpec
 
     find_checkpoint(draft)  # a mistyped name should not wait for the Hub
@@ -56,7 +50,7 @@ def inspect(
 
 
 def _fact(value: Any) -> str:
-    """A fact as people read it; "–" where there is none, or the checkpoint does not say."""
+    """A fact as text; "–" if there is none, or if the checkpoint does not contain it."""
     if value is None:
         return "–"
     if isinstance(value, bool):

@@ -20,20 +20,24 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as optim.lr=1e-3.")
     ] = None,
-    runs: Annotated[Path, typer.Option("--runs", help="Where the run's folder goes.")] = Path("runs"),
+    runs: Annotated[
+        Path, typer.Option("--runs", help="Folder in which the run's own folder is made.")
+    ] = Path("runs"),
     answers: Annotated[
         Path | None,
-        typer.Option("--answers", exists=True, dir_okay=False, help="Instead of the recipe's data.train."),
+        typer.Option(
+            "--answers", exists=True, dir_okay=False, help="Use this file, not the recipe's data.train."
+        ),
     ] = None,
     start_from: Annotated[
         str | None,
-        typer.Option("--from", metavar="DRAFT", help="Fine-tune this draft instead of a fresh one."),
+        typer.Option("--from", metavar="DRAFT", help="Fine-tune this draft instead of starting a fresh one."),
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start anew; an earlier run of that name is moved aside.")
+        bool, typer.Option("--fresh", help="Start over; an earlier run of that name is moved aside.")
     ] = False,
 ) -> None:
-    """Train a draft, or go on where the run of that name stopped.
+    """Train a draft, or continue the run of that name where it stopped.
 
     \b
     Example:
@@ -45,18 +49,9 @@ def train(
     if start_from is not None:
         overrides = [*(overrides or []), f"start_from={json.dumps(start_from)}"]
     settings = load_recipe(recipe, overrides or [])
-    from deepspec.files import alone_in
-    from deepspec.train.run import train_draft
+    from deepspec.train.loop import train_draft
 
-    run = runs / settings.name
-    if fresh and run.exists():
-        aside = next(p for n in range(1, 10**6) if not (p := run.with_name(f"{run.name}.old-{n}")).exists())
-        with alone_in(run, "training"):
-            run.rename(aside)
-        note(f"the earlier run is kept as {aside}")
-    if not (run / "checkpoints").is_dir():
-        note(f"starting a new run in {run}")
-    outcome = train_draft(settings, runs, answers=answers)
+    outcome = train_draft(settings, runs, answers=answers, fresh=fresh)
     typer.echo(f"best checkpoint: {outcome.best}")
     if outcome.held_out_tau is not None:
         typer.echo(f"held-out τ: {outcome.held_out_tau:.3f} tokens per verify round")
@@ -64,10 +59,10 @@ def train(
     if outcome.interrupted:
         words = ["deepspec", "train", recipe, *(overrides or []), "--runs", str(runs)]
         words += ["--answers", str(answers)] if answers else []
-        note(f"interrupted after step {outcome.steps}, saved; to go on:", style="yellow")
+        note(f"interrupted and saved after step {outcome.steps}; to continue:", style="yellow")
         note(f"  {shlex.join(words)}")
         raise typer.Exit(INTERRUPTED)
-    words = ["deepspec", "eval", "--target", settings.target, "--draft", str(run)]
+    words = ["deepspec", "eval", "--target", settings.target, "--draft", str(outcome.run)]
     words += [] if settings.target == "pocket" else ["--prompts", "PROMPTS.jsonl"]
     words += ["--thinking"] if settings.thinking else []
     typer.echo(f"next: {shlex.join(words)}")

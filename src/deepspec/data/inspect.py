@@ -1,7 +1,6 @@
-"""What a file of conversations becomes when it is trained on: totals, lengths, what is cut and refused, and
-one row's sequences, token by token.
+"""What a file of conversations becomes in training: totals, lengths, refused rows, and one row's tokens.
 
-Rows stream: memory grows by a length and a hash for each, whatever they hold.
+Rows stream: memory grows by a length and two hashes for each row.
 """
 
 from __future__ import annotations
@@ -9,12 +8,12 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from deepspec.data.conversations import Conversation, prompt_id, prompt_messages, tools_of
-from deepspec.data.messages import is_trained
+from deepspec.data.messages import last_trained
 from deepspec.data.tokens import Encoded, added_ids, encode_turns, prompt_ids
 from deepspec.errors import DataError
 from deepspec.log import Bar
@@ -24,64 +23,7 @@ if TYPE_CHECKING:
 
 NO_DOMAIN = "(none)"
 PROBLEMS_SHOWN = 20
-
-
-@dataclass
-class Counts:
-    """What rows add up to: of all of them, or of a domain's. `prompts`: rows that nobody has answered yet."""
-
-    rows: int = 0
-    sequences: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    prompts: int = 0
-    prompt_tokens: int = 0
-
-    def add(self, sequences: Sequence[Encoded], prompt: Encoded | None) -> None:
-        self.rows += 1
-        self.sequences += len(sequences)
-        self.tokens += sum(len(row.ids) for row in sequences)
-        self.supervised_tokens += sum(sum(row.loss_mask) for row in sequences)
-        if prompt is not None:
-            self.prompts += 1
-            self.prompt_tokens += len(prompt.ids)
-
-
-@dataclass
-class Cut:
-    """What `max_length` takes away. `without_answer`: sequences and unanswered prompts that fill it before an
-    answer begins; training leaves them out."""
-
-    sequences: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    without_answer: int = 0
-
-    def add(self, row: Encoded, max_length: int) -> None:
-        if len(row.ids) > max_length:
-            self.sequences += 1
-            self.tokens += len(row.ids) - max_length
-            self.supervised_tokens += sum(row.loss_mask[max_length:])
-            self.without_answer += not any(row.loss_mask[:max_length])
-
-
-@dataclass
-class Totals:
-    """The sums over a file's rows."""
-
-    all: Counts = field(default_factory=Counts)
-    domains: dict[str, Counts] = field(default_factory=dict)
-    cut: Cut = field(default_factory=Cut)
-    lengths: array[int] = field(default_factory=lambda: array("i"))
-    prompt_lengths: array[int] = field(default_factory=lambda: array("i"))
-    answered: int = 0
-    empty: int = 0
-    other_mode: int = 0
-    waiting: int = 0
-    refused: int = 0
-    problems: list[dict[str, str | None]] = field(default_factory=list)
-    prompts: Counter[int] = field(default_factory=Counter)
-    ids: Counter[int] = field(default_factory=Counter)
+_COUNTS = ("rows", "sequences", "tokens", "supervised_tokens", "prompts", "prompt_tokens")
 
 
 def inspect_rows(
@@ -94,102 +36,111 @@ def inspect_rows(
 ) -> dict[str, Any]:
     """Totals of the rows as plain JSON data, in rows and tokens of this tokenizer.
 
-    ``lengths``: of the uncut training sequences; ``prompt_lengths``: of rows that nobody has answered yet, as
-    ``prompts`` and ``prompt_tokens`` are. ``cut``: what ``max_length`` takes away. ``repeated_prompts``: rows
-    whose normalised prompt came before; ``repeated_ids`` likewise. ``other_mode``: rows that say they were
-    answered with another thinking mode. ``follow_ups``: rows with questions that wait for an answer.
-    ``empty``: rows with a blank question or answer. ``refused``: rows that training would stop at, the first
-    of them in ``problems``. Whatever reading the rows raises is raised here.
+    ``lengths``: of the uncut training sequences; ``prompt_lengths``: of rows without an answer, which
+    ``prompts`` and ``prompt_tokens`` count. ``cut``: what ``max_length`` takes away; its ``without_answer``
+    counts sequences and prompts that fill it before an answer begins, which training leaves out.
+    ``repeated_prompts``: rows whose normalised prompt came before; ``repeated_ids`` likewise. ``other_mode``:
+    rows answered with another thinking mode, by their own account. ``follow_ups``: rows with questions that
+    are not asked yet. ``empty``: rows with a blank question or answer. ``refused``: rows at which training
+    would stop; the first are in ``problems``. Errors of reading the rows are raised.
     """
-    totals = Totals()
+    total: Counter[str] = Counter(dict.fromkeys(_COUNTS, 0))
+    domains: dict[str, Counter[str]] = {}
+    cut = Counter(sequences=0, tokens=0, supervised_tokens=0, without_answer=0)
+    flags = Counter(answered=0, refused=0, empty=0, other_mode=0, follow_ups=0)
+    lengths, prompt_lengths = array("i"), array("i")
+    problems: list[dict[str, str | None]] = []
+    prompts_seen: set[int] = set()
+    ids_seen: set[int] = set()
     for conversation in rows:
-        _add(totals, conversation, tokenizer, thinking, max_length)
+        prompts_seen.add(hash(prompt_id(conversation)))
+        ids_seen.add(hash(conversation.id))
+        mode = conversation.meta.get("thinking")
+        flags["other_mode"] += isinstance(mode, bool) and mode != thinking
+        flags["follow_ups"] += bool(conversation.meta.get("follow_ups"))
+        messages = conversation.messages
+        flags["empty"] += any(not m["content"].strip() and "tool_calls" not in m for m in messages)
+        answered, sequences = is_answered(conversation), []
+        try:
+            sequences = row_sequences(tokenizer, conversation, thinking)
+        except DataError as error:
+            flags["refused"] += 1
+            if len(problems) < PROBLEMS_SHOWN:
+                problems.append({"where": error.where, "what": error.what, "next": error.next_step})
+        flags["answered"] += answered and bool(sequences)
+        (lengths if answered else prompt_lengths).extend(len(row.ids) for row in sequences)
+        counts = _counted(sequences, answered)
+        total.update(counts)
+        name = conversation.domain or NO_DOMAIN
+        domains.setdefault(name, Counter(dict.fromkeys(_COUNTS, 0))).update(counts)
+        for row in sequences:
+            cut.update(_cut(row, max_length, answered))
         if bar is not None:
-            bar.update(1, tokens=totals.all.tokens, refused=totals.refused)
-    known = vars(totals.all) | {
-        "answered": totals.answered,
-        "refused": totals.refused,
-        "supervised_share": totals.all.supervised_tokens / max(totals.all.tokens, 1),
-        "repeated_prompts": _repeats(totals.prompts),
-        "repeated_ids": _repeats(totals.ids),
-        "empty": totals.empty,
-        "other_mode": totals.other_mode,
-        "follow_ups": totals.waiting,
-    }
-    return known | {
+            bar.update(1, tokens=total["tokens"], refused=flags["refused"])
+    return {
+        **total,
+        **flags,
+        "supervised_share": total["supervised_tokens"] / max(total["tokens"], 1),
+        "repeated_prompts": total["rows"] - len(prompts_seen),
+        "repeated_ids": total["rows"] - len(ids_seen),
         "thinking": thinking,
         "max_length": max_length,
-        "cut": vars(totals.cut),
-        "lengths": distribution(totals.lengths),
-        "prompt_lengths": distribution(totals.prompt_lengths),
-        "domains": {name: vars(counts) for name, counts in sorted(totals.domains.items())},
-        "problems": totals.problems,
+        "cut": dict(cut),
+        "lengths": distribution(lengths),
+        "prompt_lengths": distribution(prompt_lengths),
+        "domains": {name: dict(counts) for name, counts in sorted(domains.items())},
+        "problems": problems,
     }
 
 
-def _add(
-    totals: Totals,
-    conversation: Conversation,
-    tokenizer: PreTrainedTokenizerBase,
-    thinking: bool,
-    max_length: int,
-) -> None:
-    meta = conversation.meta
-    totals.prompts[hash(prompt_id(conversation))] += 1
-    totals.ids[hash(conversation.id)] += 1
-    totals.empty += any(not m["content"].strip() and "tool_calls" not in m for m in conversation.messages)
-    totals.other_mode += isinstance(meta.get("thinking"), bool) and meta["thinking"] != thinking
-    totals.waiting += bool(meta.get("follow_ups"))
-    sequences: list[Encoded] = []
-    try:
-        sequences = row_sequences(tokenizer, conversation, thinking)
-    except DataError as error:
-        totals.refused += 1
-        if len(totals.problems) < PROBLEMS_SHOWN:
-            totals.problems.append({"where": error.where, "what": error.what, "next": error.next_step})
-    prompt = sequences.pop() if sequences and not is_answered(conversation) else None
-    if prompt is not None:
-        totals.prompt_lengths.append(len(prompt.ids))
-        totals.cut.without_answer += len(prompt.ids) >= max_length
-    totals.answered += bool(sequences)
-    totals.all.add(sequences, prompt)
-    totals.domains.setdefault(conversation.domain or NO_DOMAIN, Counts()).add(sequences, prompt)
-    for row in sequences:
-        totals.lengths.append(len(row.ids))
-        totals.cut.add(row, max_length)
+def _counted(sequences: Sequence[Encoded], answered: bool) -> dict[str, int]:
+    """What one row adds to the counts."""
+    tokens = sum(len(row.ids) for row in sequences)
+    if not answered:
+        return {"rows": 1, "prompts": len(sequences), "prompt_tokens": tokens}
+    supervised = sum(sum(row.loss_mask) for row in sequences)
+    return {"rows": 1, "sequences": len(sequences), "tokens": tokens, "supervised_tokens": supervised}
 
 
-def _repeats(counts: Counter[int]) -> int:
-    return counts.total() - len(counts)
+def _cut(row: Encoded, max_length: int, answered: bool) -> dict[str, int]:
+    """What `max_length` takes away from one sequence or prompt."""
+    if not answered:
+        return {"without_answer": int(len(row.ids) >= max_length)}
+    if len(row.ids) <= max_length:
+        return {}
+    return {
+        "sequences": 1,
+        "tokens": len(row.ids) - max_length,
+        "supervised_tokens": sum(row.loss_mask[max_length:]),
+        "without_answer": int(not any(row.loss_mask[:max_length])),
+    }
 
 
 def distribution(lengths: Sequence[int]) -> dict[str, Any] | None:
-    """Least, mean, greatest, percentiles (nearest rank) and counts between powers of two; None of nothing."""
+    """Mean, extremes, percentiles (nearest rank) and counts between powers of two; None without lengths."""
     if not lengths:
         return None
     ordered = sorted(lengths)
-    percentiles = {f"p{p}": ordered[max(-(-p * len(ordered) // 100) - 1, 0)] for p in (50, 90, 99)}
     doublings = Counter(length.bit_length() for length in ordered)
-    histogram = [
-        {"from": 1 << bits >> 1, "to": (1 << bits) - 1, "count": doublings[bits]}
-        for bits in range(min(doublings), max(doublings) + 1)
-    ]
     return {
         "count": len(ordered),
         "min": ordered[0],
         "mean": sum(ordered) / len(ordered),
-        **percentiles,
+        **{f"p{p}": ordered[max(-(-p * len(ordered) // 100) - 1, 0)] for p in (50, 90, 99)},
         "max": ordered[-1],
-        "histogram": histogram,
+        "histogram": [
+            {"from": 1 << bits >> 1, "to": (1 << bits) - 1, "count": doublings[bits]}
+            for bits in range(min(doublings), max(doublings) + 1)
+        ],
     }
 
 
-# ── one row ───────────────────────────────────────────────────────────────────────────────────────────
+# -- one row -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of tokens alike in all of this, decoded. ``added``: one of the template's own tokens."""
+    """Decoded text of tokens with equal flags. ``added``: they are added tokens of the tokenizer."""
 
     text: str
     supervised: bool
@@ -198,7 +149,7 @@ class Piece:
 
 
 def find_row(rows: Iterable[Conversation], wanted: str) -> Conversation:
-    """The row of that id; where there is none, the row of that number, counted from 1. Raises DataError."""
+    """The row with that id or, if there is none, with that number, counted from 1. Raises DataError."""
     numbered, count = None, 0
     for count, conversation in enumerate(rows, start=1):
         if conversation.id == wanted:
@@ -213,7 +164,7 @@ def find_row(rows: Iterable[Conversation], wanted: str) -> Conversation:
 
 
 def is_answered(conversation: Conversation) -> bool:
-    return any(map(is_trained, conversation.messages))
+    return last_trained(conversation.messages) is not None
 
 
 def row_sequences(
@@ -228,13 +179,11 @@ def row_sequences(
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, row: Encoded, max_length: int) -> list[Piece]:
-    """A sequence as stretches of text. Texts decode on their own: half a character at a border shows as �."""
+    """A sequence as decoded pieces. Each is decoded alone: a character split between two shows as �."""
     added = added_ids(tokenizer)
 
-    def kind(i: int) -> tuple[bool, bool, bool]:
+    def flags(i: int) -> tuple[bool, bool, bool]:
         return bool(row.loss_mask[i]), row.ids[i] in added, i < max_length
 
-    found = []
-    for facts, run in groupby(range(len(row.ids)), kind):
-        found.append(Piece(tokenizer.decode([row.ids[i] for i in run]), *facts))
-    return found
+    runs = groupby(range(len(row.ids)), flags)
+    return [Piece(tokenizer.decode([row.ids[i] for i in run]), *facts) for facts, run in runs]

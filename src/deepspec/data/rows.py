@@ -1,4 +1,4 @@
-"""Training sequences in flat arrays: five bytes a token, and a row's lists only when it is asked for.
+"""Training sequences in flat arrays: five bytes a token. A row becomes lists only when it is asked for.
 
 N tokens of all rows together, R rows, V vocabulary.
 """
@@ -17,12 +17,12 @@ from torch import Tensor
 from deepspec.data.tokens import Encoded
 
 COUNTED = 1 << 24
-"""Tokens counted at a time, so that counting needs no second copy of the data."""
+"""Tokens counted at a time, so that counting does not copy all of them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rows(Sequence[Encoded]):
-    """ids [N] int32, loss_mask [N] uint8, offsets [R+1] int64: row i is [offsets[i], offsets[i+1]); names."""
+    """ids [N] int32, loss_mask [N] uint8, offsets [R+1] int64, names: row i is [offsets[i], offsets[i+1])."""
 
     ids: Tensor
     loss_mask: Tensor
@@ -47,7 +47,7 @@ class Rows(Sequence[Encoded]):
 
 
 def pack(rows: Iterable[Encoded]) -> Rows:
-    """The rows in flat arrays, taken one at a time; rows that are packed already come back as they are."""
+    """The rows in flat arrays, read one at a time; rows that are packed already are returned unchanged."""
     if isinstance(rows, Rows):
         return rows
     ids, mask, offsets, names = array("i"), array("B"), array("q", [0]), []
@@ -56,20 +56,15 @@ def pack(rows: Iterable[Encoded]) -> Rows:
         mask.extend(row.loss_mask)
         offsets.append(len(ids))
         names.append(row.id)
-    if not names:
-        return Rows(
-            torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.uint8), torch.zeros(1).long(), []
-        )
-    return Rows(
-        torch.frombuffer(ids, dtype=torch.int32),
-        torch.frombuffer(mask, dtype=torch.uint8),
-        torch.frombuffer(offsets, dtype=torch.int64),
-        names,
-    )
+    return Rows(_tensor(ids, torch.int32), _tensor(mask, torch.uint8), _tensor(offsets, torch.int64), names)
+
+
+def _tensor(values: array, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(values, dtype=dtype) if values else torch.zeros(0, dtype=dtype)
 
 
 def distinct(name: str, seen: Counter[str]) -> str:
-    """`name`, or `name~2`, `name~3` and so on where it was seen before; what is returned counts as seen."""
+    """`name`, or `name~2`, `name~3` and so on if it was seen before; the result then counts as seen."""
     seen[name] += 1
     if seen[name] == 1:
         return name
@@ -94,9 +89,9 @@ def supervised_counts(rows: Sequence[Encoded], vocab_size: int) -> Tensor:
 
 
 def frequent_ids(rows: Sequence[Encoded], size: int, always: Iterable[int], vocab_size: int) -> list[int]:
-    """The `size` ids that the target produced most often in the rows, ascending; `always` are among them.
+    """The `size` ids that the target produced most often in the rows, ascending, `always` included.
 
-    A pure function of the rows: ties, and what is left when the rows hold fewer ids, go to the lower id.
+    Ties go to the lower id, and so do the places that are left if the rows have fewer ids.
     """
     counts = supervised_counts(rows, vocab_size)
     counts[[i for i in set(always) if i < vocab_size]] = torch.iinfo(torch.int64).max

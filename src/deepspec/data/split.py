@@ -1,28 +1,20 @@
-"""Train, select and test: three sets that share no question, whatever happens to the file in between.
+"""Train, select and test: three sets that share no question.
 
-Where a row goes depends on its normalised opening question alone (`holdout_bucket`): another order, another
-run, a copy, another spelling, a longer conversation that opens alike, all fall into the same set.
+A row's set depends on its normalised opening question alone (`holdout_bucket`): another order, another run, a
+copy, another spelling and a longer conversation with the same opening all fall into the same set.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deepspec.data.conversations import (
-    Conversation,
-    holdout_bucket,
-    line_of,
-    normalise,
-    opening_question,
-    read_conversations,
-)
-from deepspec.data.lines import Skipped
-from deepspec.data.sources import BAR_ROWS, nothing_left
-from deepspec.data.unique import Unique
+from deepspec.data.conversations import Conversation, line_of, opening_question, read_conversations
+from deepspec.data.download import BAR_ROWS, nothing_left
+from deepspec.data.identity import holdout_bucket
+from deepspec.data.repeats import UniqueIds
+from deepspec.data.skipping import Skipped
 from deepspec.errors import DataError
 from deepspec.files import atomic_file
 from deepspec.log import progress, warn
@@ -32,15 +24,14 @@ SETS = ("train", "select", "test")
 
 @dataclass
 class Split:
-    """Rows of each set that was written, prompts that came again, and questions found in two sets (none)."""
+    """Rows of each set that was written, and rows that repeat a prompt."""
 
     rows: dict[str, int] = field(default_factory=dict)
     repeats: int = 0
-    overlap: int = 0
 
 
 def set_of(conversation: Conversation, select: float, test: float) -> str:
-    """The row's set, for shares of select and test. Another share of select never moves a test row."""
+    """The row's set, for shares of select and test. Changing the share of select never moves a test row."""
     bucket = holdout_bucket(opening_question(conversation))
     return "test" if bucket < test else "select" if bucket < test + select else "train"
 
@@ -54,64 +45,36 @@ def split(
     drop_repeats: bool = False,
     skipped: Skipped | None = None,
 ) -> Split:
-    """Write `out`/train.jsonl, select.jsonl and test.jsonl, all three or none; a share of 0 makes no file.
+    """Write `out`/train.jsonl, select.jsonl and test.jsonl, all or none of them; a share of 0 makes no file.
 
-    Rows keep their order. A prompt that comes again stays in its prompt's set, under an id of its own, or is
-    dropped (`drop_repeats`). The written files are read again and compared before they get their names.
-    Raises DataError for impossible shares, a bad row, an id that comes twice, or a file that would be
-    written over by mistake.
+    Rows keep their order. A repeated prompt stays in its prompt's set, under an id of its own, or is dropped
+    (`drop_repeats`). Raises DataError for impossible shares, a bad row, an id that comes twice, or a file
+    that would be overwritten by mistake.
     """
     files = {name: out / f"{name}.jsonl" for name in _wanted(select, test, out)}
     if path.resolve() in [file.resolve() for file in files.values()]:
         raise DataError(
-            "the split would write over what it reads", where=str(path), next_step="another --out"
+            "the split would overwrite the file that it reads", where=str(path), next_step="another --out"
         )
     done = Split(dict.fromkeys(files, 0))
+    unique = UniqueIds(drop_repeats=drop_repeats)
     with ExitStack() as stack:
-        unique = stack.enter_context(Unique(drop_repeats=drop_repeats))
         streams = {name: stack.enter_context(atomic_file(file)) for name, file in files.items()}
-        with progress("splitting rows", None) as bar:
-            for row in unique.rows(read_conversations(path, skipped=skipped), skipped):
-                name = set_of(row, select, test)
-                streams[name].write(line_of(row))
-                done.rows[name] += 1
-                if sum(done.rows.values()) % BAR_ROWS == 0:
-                    bar.update(BAR_ROWS, **done.rows)
+        bar = stack.enter_context(progress("splitting rows", None))
+        rows = unique.rows(read_conversations(path, skipped=skipped), skipped)
+        for number, row in enumerate(rows, start=1):
+            name = set_of(row, select, test)
+            streams[name].write(line_of(row))
+            done.rows[name] += 1
+            if number % BAR_ROWS == 0:
+                bar.update(BAR_ROWS, **done.rows)
         if not any(done.rows.values()):
             raise nothing_left(skipped)
-        for stream in streams.values():
-            stream.flush()
-        done.repeats = unique.repeats
-        done.overlap = overlap({name: Path(stream.name) for name, stream in streams.items()})
-        assert not done.overlap, f"{done.overlap} questions in two sets"
-    for name, file in files.items():
-        if not done.rows[name]:
-            warn(f"{file} is empty: too few questions for its share")
+    done.repeats = unique.repeats
+    for name, count in done.rows.items():
+        if not count:
+            warn(f"{files[name]} is empty: there are too few questions for its share")
     return done
-
-
-def overlap(files: dict[str, Path]) -> int:
-    """How many opening questions of one file, normalised, are in another one too. The largest file is read
-    row by row; of the others a hash of every question is held in memory."""
-    largest = max(files, key=lambda name: files[name].stat().st_size)
-    seen: set[bytes] = set()
-    shared: set[bytes] = set()
-    with progress("comparing sets", len(files)) as bar:
-        for name in sorted(files, key=lambda name: name == largest):
-            own = _questions(read_conversations(files[name]))
-            if name == largest:
-                shared.update(question for question in own if question in seen)
-            else:
-                held = set(own)
-                shared |= held & seen
-                seen |= held
-            bar.update(1)
-    return len(shared)
-
-
-def _questions(rows: Iterable[Conversation]) -> Iterator[bytes]:
-    for row in rows:
-        yield hashlib.sha256(normalise(opening_question(row)).encode()).digest()[:16]
 
 
 def _wanted(select: float, test: float, out: Path) -> list[str]:
@@ -120,13 +83,13 @@ def _wanted(select: float, test: float, out: Path) -> list[str]:
     if not (0 <= select < 1 and 0 <= test < 1 and shares["train"] > 0):
         raise DataError(
             f"shares of {select:g} (select) and {test:g} (test) leave nothing to train on",
-            next_step="each from 0, together below 1",
+            next_step="give shares of 0 or more that add up to less than 1",
         )
-    for name, share in shares.items():
-        # An older file of that name would look like part of this split, and may hold what train now holds.
-        if not share and (stale := out / f"{name}.jsonl").exists():
+    for name in SETS:
+        # An older file of that name would look like part of this split, and may hold rows of its train set.
+        if not shares[name] and (stale := out / f"{name}.jsonl").exists():
             raise DataError(
-                f"{stale.name} is there from before, and a share of 0 makes none",
+                f"{stale.name} exists from an earlier split, and a share of 0 writes no new one",
                 where=str(stale),
                 next_step="move it away, give another --out, or give it a share",
             )

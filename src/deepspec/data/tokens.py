@@ -1,32 +1,21 @@
-"""From conversations to token ids and loss masks, through the target's own chat template.
+"""From conversations to token ids and loss masks, through the target's own chat template (docs/masks.md).
 
-A draft must learn what the target *saw and produced*, so the supervised tokens are built, never searched for.
-For every assistant turn:
+A draft must learn what the target *saw and produced*, so the supervised tokens are built, not searched for in
+rendered text. For every assistant turn:
 
     sequence = generation prompt  +  answer  +  end of turn
     mask     = 0 …                   1 …        1 …
 
 * The generation prompt is the template over everything before the turn with ``add_generation_prompt=True``:
-  the very ids a server would feed the target. Rendering the finished conversation instead would be wrong
-  where the two differ; Qwen3's, for one, writes the empty think block of non-thinking mode into the
-  generation prompt and leaves it out of the history.
-* The answer is ``meta["answer_ids"]`` verbatim where the row has them: the ids as the target produced them,
-  with its end-of-turn token if it wrote one, and without if it was cut. Otherwise a plain answer is its text,
-  tokenised alone, whatever the template would strip from it. A turn with tool calls or ``reasoning_content``
-  is what the template writes for it.
+  the ids that a server would feed the target. The finished conversation may be rendered differently.
+* The answer is ``meta["answer_ids"]`` verbatim if the row has them. Otherwise a plain answer is its text,
+  tokenised alone, and a turn with tool calls or ``reasoning_content`` is what the template writes for it.
 * The end of turn is what the template writes after an assistant's text up to and including the first special
-  token (``<|im_end|>``, not the newline after it, which the target never produces). Where a template does not
-  end a turn after its tool calls, the last special token that it writes for them ends it (Gemma-4 leaves the
-  turn open for the result: ``<|tool_response>`` is where the target stops).
+  token. If a template leaves a turn with tool calls open, the last special token of the turn ends it.
 
-A turn of weight 0 was not written by the target: it is context, whatever ids it brings.
-
-Several turns: the last one's sequence also supervises every earlier turn that its prompt holds id for id.
-Where a template rewrites or strips a turn later on (thoughts, think blocks), that turn gets a sequence of its
-own, with the prompt that the target saw at the time.
-
-Refused, with the row and the reason, because the target could not have seen or produced what would be built:
-a template that leaves out messages or tools, and one that drops or alters parts of a rendered turn.
+The last turn's sequence also supervises every earlier turn that its prompt holds id for id. A turn that the
+template rewrites later on gets a sequence of its own. A row is refused if the template leaves out messages or
+tools, or drops or alters parts of a rendered turn: the target could not have seen or produced the result.
 """
 
 from __future__ import annotations
@@ -49,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One training sequence. ``loss_mask[i]`` is 1 exactly where the target produced ``ids[i]``."""
+    """One training sequence. ``loss_mask[i]`` is 1 if and only if the target produced ``ids[i]``."""
 
     ids: list[int]
     loss_mask: list[int]
@@ -57,7 +46,20 @@ class Encoded:
 
 
 class OverlongError(DataError):
-    """Nothing supervised is left of a row within the length that was asked for."""
+    """No supervised token of a row lies within the requested length."""
+
+
+def require_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, target: str, otherwise: str = ""
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of the target with that name. Raises TargetError if it has none."""
+    if tokenizer is None:
+        raise TargetError(
+            f"{target} has no tokenizer, so text cannot become tokens",
+            next_step="put the target's tokenizer files next to its config"
+            + (otherwise and f", or {otherwise}"),
+        )
+    return tokenizer
 
 
 def prompt_ids(
@@ -70,9 +72,9 @@ def prompt_ids(
 ) -> list[int]:
     """The ids that the target is given before it answers ``messages``, offered ``tools``.
 
-    ``thinking`` goes to the template as ``enable_thinking``, always: templates disagree on what leaving it
-    out means. Raises TargetError without a chat template, DataError (naming ``where``) when the template
-    refuses the messages.
+    ``thinking`` always goes to the template as ``enable_thinking``, because templates disagree on its
+    default. Raises TargetError without a chat template, DataError (naming ``where``) if the template refuses
+    the messages.
     """
     chat = _Chat(tokenizer, thinking, tools, where)
     return chat.ids(chat.write(messages, ask=True))
@@ -86,14 +88,13 @@ def encode_turns(
 ) -> list[Encoded]:
     """The fewest sequences that supervise every trained turn exactly once (module docstring), in order.
 
-    The last carries the row's id; one that an earlier turn needs for itself is called ``ID#TURN``, counted
-    from 1 over all assistant turns. Of each sequence the first ``max_length`` tokens are kept, and none
-    without a supervised token. Messages after the last trained turn are left out: nothing is learnt there.
+    The last one has the row's id; one for an earlier turn alone is called ``ID#TURN``, counted from 1 over
+    all assistant turns. The first ``max_length`` tokens of each sequence are kept, and sequences without a
+    supervised token are dropped, as are messages after the last trained turn.
 
-    Raises DataError, naming the row, when there is no trained turn, when an answer is empty or contains the
-    end-of-turn token, and when the template refuses, leaves out or alters what it is given; OverlongError
-    when nothing supervised is left after the cut; TargetError when the chat template is missing or loses
-    answers.
+    Raises DataError, naming the row, if no turn is trained, if an answer is empty or contains the end-of-turn
+    token, or if the template refuses, leaves out or alters a part; OverlongError if no supervised token is
+    left after the cut; TargetError if the chat template is missing or loses answers.
     """
     last = last_answer(conversation)
     messages, given = conversation.messages[: last + 1], answer_ids_by_turn(conversation)
@@ -109,7 +110,11 @@ def encode_turns(
         prompt = chat.write(messages[:index], ask=True)
         answer = _answer(chat, messages[: index + 1], prompt) if known is None else known
         if not answer:
-            raise _empty(index, conversation.where)
+            raise DataError(
+                f"all-zero loss mask: empty answer in message {index + 1}, there is nothing to supervise",
+                where=conversation.where,
+                next_step="have the target answer the prompt again, or remove the row",
+            )
         turns[number] = (chat.ids(prompt), answer)
     _check_kept(chat, messages)
     rows = [
@@ -138,8 +143,8 @@ def cut(row: Encoded, max_length: int) -> Encoded:
 def _sequences(turns: Mapping[int, tuple[list[int], list[int]]]) -> list[tuple[int, list[int], list[int]]]:
     """(number, ids, mask) of the turns that need a sequence; ``turns``: number -> (prompt, answer), in order.
 
-    A turn is held by a later prompt or by none, and what one sequence holds, every sequence that holds its
-    turn holds too: taking the latest turn that is not yet supervised, again and again, needs the fewest.
+    A sequence that holds a turn also holds every turn in that turn's prompt. So taking the latest turn that
+    is not supervised yet, until none is left, needs the fewest sequences.
     """
     found, waiting = [], list(turns)
     while waiting:
@@ -157,7 +162,7 @@ def _sequences(turns: Mapping[int, tuple[list[int], list[int]]]) -> list[tuple[i
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of the chat template's text. Raises TargetError where there is none."""
+    """SHA-256 (hex) of the chat template's text. Raises TargetError if there is none."""
     return hashlib.sha256(_template(tokenizer).encode("utf-8")).hexdigest()
 
 
@@ -172,8 +177,8 @@ def system_hash(messages: Sequence[Message]) -> str | None:
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 (hex) of what decides how text becomes ids: vocabulary, merges, splitting, special tokens.
 
-    The chat template is not part of it (see ``template_hash``), nor are the padding and truncation that a
-    call may have left switched on.
+    It leaves out the chat template (see ``template_hash``), and the padding and truncation that an earlier
+    call may have switched on.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -187,7 +192,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def added_ids(tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> set[int]:
-    """Ids of tokens that are matched whole, before the text is split; ``special``: only those marked so."""
+    """Ids of the tokens that are matched whole before text is split; with ``special``, only special ones."""
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special or not special}
 
 
@@ -196,8 +201,8 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
         raise TargetError(
             "the target's tokenizer has no chat template",
             where=str(getattr(tokenizer, "name_or_path", "")) or None,
-            next_step="use the chat (instruct) version of the model, or put a chat_template.jinja beside its "
-            "tokenizer files: a draft must be trained on prompts built as they will be served",
+            next_step="use the chat (instruct) version of the model, or put a chat_template.jinja next to "
+            "its tokenizer files: a draft must be trained on prompts built as they will be served",
         )
     text: str = tokenizer.get_chat_template()
     return text
@@ -205,19 +210,19 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 # -- what the template writes ------------------------------------------------------------------------------
 
-# Rendered in an answer's place to see what the template writes around it: no white space that a template
-# would strip, no markup that it would interpret.
+# Rendered instead of an answer, to see what the template writes around it. It has no white space that a
+# template would strip, and no markup that a template would interpret.
 _STAND_IN = "DEEPSPEC-ANSWER-ENDS-HERE"
 
 
 def _stand_in(number: int) -> str:
-    """One for each of several texts; none is part of another, and no change of case leaves it as it is."""
+    """A stand-in for text number n. None is part of another, and any change of case can be seen."""
     return f"DeepSpec-text-{number}-here"
 
 
 @dataclass(frozen=True)
 class _Chat:
-    """A chat template, with all that a row's rendering depends on beside its messages."""
+    """A chat template, and everything except the messages that a row's rendering depends on."""
 
     tokenizer: PreTrainedTokenizerBase
     thinking: bool
@@ -225,7 +230,7 @@ class _Chat:
     where: str | None
 
     def write(self, messages: Sequence[Message], *, ask: bool) -> str:
-        """The template over messages; ``ask``: with the generation prompt at its end."""
+        """The template's text for the messages, with the generation prompt at its end if ``ask``."""
         _template(self.tokenizer)
         try:
             text: str = self.tokenizer.apply_chat_template(
@@ -245,7 +250,7 @@ class _Chat:
         return text
 
     def ids(self, text: str) -> list[int]:
-        # The template has written every special token that belongs there: the tokenizer must add none.
+        # The template has written all special tokens already.
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def special(self) -> set[int]:
@@ -253,28 +258,25 @@ class _Chat:
 
 
 def _as_served(message: Message) -> dict[str, Any]:
-    """A message as servers hand it to the template: arguments as an object, not as its JSON text."""
+    """A message as servers give it to the template: arguments as an object, not as its JSON text."""
     served: dict[str, Any] = {key: value for key, value in message.items() if key != "weight"}
     if "tool_calls" in message:
-        served["tool_calls"] = [
-            {
-                **call,
-                "function": {**call["function"], "arguments": call_arguments(call["function"]["arguments"])},
-            }
-            for call in message["tool_calls"]
-        ]
+        served["tool_calls"] = []
+        for call in message["tool_calls"]:
+            arguments = call_arguments(call["function"]["arguments"])
+            served["tool_calls"].append({**call, "function": {**call["function"], "arguments": arguments}})
     return served
 
 
 def _answer(chat: _Chat, messages: Sequence[Message], prompt: str) -> list[int]:
-    """Ids of the last of the messages, its end of turn included; ``prompt`` is what stands before it."""
+    """Ids of the last message with its end of turn; ``prompt`` is the generation prompt before it."""
     *before, message = messages
     if not message["content"] and "tool_calls" not in message:
         return []
     head, found, tail = chat.write([*before, _plain(_STAND_IN)], ask=False).rpartition(_STAND_IN)
     if not found:
         raise TargetError(
-            "the target's chat template does not write the assistant's text as it is given",
+            "the target's chat template does not write the assistant's text unchanged",
             where=chat.where,
             next_step="check the template: no answer can be placed in its prompt",
         )
@@ -293,10 +295,10 @@ def _answer(chat: _Chat, messages: Sequence[Message], prompt: str) -> list[int]:
             body, end = body[:stop], body[stop : stop + 1]
     if end and end[-1] in body:
         raise DataError(
-            f"the answer contains the end-of-turn token {chat.tokenizer.decode(end[-1:])!r}, where the "
+            f"the answer contains the end-of-turn token {chat.tokenizer.decode(end[-1:])!r}, at which the "
             "target would have stopped",
             where=chat.where,
-            next_step="cut the answer's text before it: the end of turn is added here",
+            next_step="cut the answer's text before this token, which is added automatically",
         )
     return body + end
 
@@ -306,19 +308,18 @@ def _plain(text: str) -> Message:
 
 
 def _rendered(chat: _Chat, messages: Sequence[Message], prompt: str, head: str) -> str:
-    """What the template writes for the last message, from where the target began to where the text ends.
+    """What the template writes for the last message, from where the target began to the end of the text.
 
-    ``prompt``: the generation prompt; ``head``: what the template writes before a plain answer in its place.
-    Either may go on past the other, with an empty think block that is not the target's. A turn without
-    thoughts begins where a plain answer does; one with thoughts begins where the generation prompt ends.
+    ``prompt``: the generation prompt; ``head``: what the template writes before a plain answer. One may be
+    longer than the other by an empty think block, which the target did not write. A turn without thoughts
+    begins where a plain answer does; a turn with thoughts begins where the generation prompt ends.
     """
     *before, message = messages
-    # Written at all, and in the order in which the target says it: seen by stand-ins for every part.
+    # Stand-ins show whether every part is written, and in the order in which the target produces them.
     twin, marks = _marked(message)
     written = chat.write([*before, twin], ask=False)
-    lost = next((what for mark, what in marks.items() if mark not in written), None)
-    if lost is not None:
-        raise _altered(chat, messages, f"leaves out or changes {lost}")
+    if lost := [what for mark, what in marks.items() if mark not in written]:
+        raise _altered(chat, messages, f"leaves out or changes {lost[0]}")
     places = [written.index(mark) for mark, what in marks.items() if what != _ARGUMENT]
     if places != sorted(places):
         raise _altered(chat, messages, "does not write thoughts, text and tool calls in that order")
@@ -332,9 +333,9 @@ def _rendered(chat: _Chat, messages: Sequence[Message], prompt: str, head: str) 
                 where=chat.where,
                 next_step="switch thinking on, or remove 'reasoning_content'",
             )
-        raise _altered(chat, messages, "begins the turn otherwise than the generation prompt does")
+        raise _altered(chat, messages, "begins the turn differently from the generation prompt")
     text = whole[len(start) :]
-    # And as it is: outer white space is the template's to set, since servers cut it off or leave it on.
+    # The real texts show whether they are changed. Outer white space may be: servers differ there too.
     for given in (message.get("reasoning_content", ""), message["content"]):
         if given.strip() not in text:
             raise _altered(chat, messages, f"alters {given.strip()[:40]!r}")
@@ -367,62 +368,50 @@ def _marked(message: Message) -> tuple[Message, dict[str, str]]:
         for call in _as_served(message)["tool_calls"]:
             name, arguments = call["function"]["name"], call["function"]["arguments"]
             function = {"name": mark(name, _CALL), "arguments": mark(arguments, _ARGUMENT)}
-            twin["tool_calls"].append({**call, "function": function})
+            twin["tool_calls"].append(call | {"function": function})
     return twin, marks
 
 
 def _check_calls(chat: _Chat, messages: Sequence[Message]) -> None:
-    """Raise DataError where the template leaves out a tool call of the last message, or a part of it."""
+    """Raise DataError if the template leaves out a tool call of the last message, or a part of it."""
     *before, message = messages
     twin, marks = _marked(message)
     written = chat.write([*before, twin], ask=False)
-    lost = next((w for mark, w in marks.items() if w in (_CALL, _ARGUMENT) and mark not in written), None)
-    if lost is not None:
-        raise DataError(
-            f"message {len(messages)} (assistant): the target's chat template leaves out or changes {lost}",
-            where=chat.where,
-            next_step="remove the row: the target would never see the call that the result answers",
-        )
+    for mark, what in marks.items():
+        if what in (_CALL, _ARGUMENT) and mark not in written:
+            raise _left_out(chat, f"or changes {what} of message {len(messages)} (assistant)", "the row")
 
 
 def _check_kept(chat: _Chat, messages: Sequence[Message]) -> None:
-    """Raise DataError where the template leaves out a message that stands before the last, or the tools."""
+    """Raise DataError if the template leaves out the tools, or a message before the last."""
     *before, _ = messages
-    # A turn with tool calls may lose its text to them, and was checked when it was its turn.
+    # A turn with tool calls may lose its text to them; `_rendered` has checked it.
     marks = {i: _stand_in(i) for i, m in enumerate(before) if m["content"].strip() and "tool_calls" not in m}
     twins = [Message(**{**m, "content": marks.get(i, m["content"])}) for i, m in enumerate(before)]
     written = chat.write([*twins, _plain(_STAND_IN)], ask=False)
-    lost = next((i for i, mark in marks.items() if mark not in written), None)
-    if lost is not None:
-        raise DataError(
-            f"the target's chat template leaves out message {lost + 1} ({before[lost]['role']})",
-            where=chat.where,
-            next_step="remove the message or the row: the target would never see it",
-        )
+    for i, mark in marks.items():
+        if mark not in written:
+            raise _left_out(chat, f"message {i + 1} ({before[i]['role']})", "the message or the row")
     for k, tool in enumerate(chat.tools or []):
         function = tool.get("function", tool)
         twin = {**function, "name": _stand_in(k)}
         offered = replace(chat, tools=[{**tool, "function": twin} if function is not tool else twin])
         if _stand_in(k) not in offered.write([*before, _plain(_STAND_IN)], ask=False):
-            raise DataError(
-                f"the target's chat template leaves out tool {k + 1}",
-                where=chat.where,
-                next_step="remove 'tools' or the row: the target would never see them",
-            )
+            raise _left_out(chat, f"tool {k + 1}", "'tools' or the row")
+
+
+def _left_out(chat: _Chat, what: str, remove: str) -> DataError:
+    return DataError(
+        f"the target's chat template leaves out {what}",
+        where=chat.where,
+        next_step=f"remove {remove}: the target would never see this part",
+    )
 
 
 def _altered(chat: _Chat, messages: Sequence[Message], how: str) -> DataError:
     return DataError(
-        f"message {len(messages)} (assistant): the target's chat template {how}, so what the target produced "
-        "cannot be told",
+        f"message {len(messages)} (assistant): the target's chat template {how}, so it is unknown "
+        "which tokens the target produced",
         where=chat.where,
         next_step="give the turn's tokens as 'answer_ids', or all that the target wrote as plain 'content'",
-    )
-
-
-def _empty(index: int, where: str | None) -> DataError:
-    return DataError(
-        f"all-zero loss mask: empty answer in message {index + 1}, there is nothing to supervise",
-        where=where,
-        next_step="have the target answer the prompt again, or remove the row",
     )

@@ -1,33 +1,40 @@
 """Speculative decoding: propose -> verify -> commit, for one sequence or a changing batch of them.
 
-R rows in flight, γ proposals per round, V vocabulary. This room owns the slots, the random numbers
+R rows in flight, γ proposals per round, V vocabulary. The engine owns the slots, the random numbers
 and the stop tokens; what is accepted is decided in `verify`, what is proposed in `drafts`.
 """
 
 from __future__ import annotations
 
 import time
+from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, overload
+from dataclasses import dataclass, field, replace
+from itertools import count, islice
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from deepspec.drafts.base import Draft, Proposal
 from deepspec.errors import UserError
-from deepspec.maths.verify import Sampling, draw, verify, warp
+from deepspec.maths.verify import Sampling, Samplings, draw, verify, warp
 from deepspec.targets import Target
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence to continue. Its tokens depend on its seed, not on its batch."""
+    """One sequence to continue, and how. Its tokens depend on nothing but this: not on its batch.
+
+    key: what the decoder calls it; empty means that the decoder finds a name.
+    """
 
     input_ids: Sequence[int]
     max_new_tokens: int = 48
     seed: int = 0
     key: str = ""
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_token_ids: frozenset[int] = frozenset()
 
 
 @dataclass(eq=False)
@@ -57,24 +64,13 @@ class Generation:
         return [a + 1 for a in self.accepted]
 
 
-def pieces_of(tokenizer: Any, answer: Generation) -> list[tuple[str, bool]]:
-    """The answer's text in runs by who produced it: (text, whether the draft proposed it); no stop token.
+class Event(NamedTuple):
+    """What one step gave one request: its new tokens (a last round may keep none), and all of its answer so
+    far, which later steps extend until `finished`."""
 
-    Everything is decoded from the start each time: a character may be spread over tokens of both.
-    """
-    ids = answer.token_ids[: -1 if answer.stopped else None]
-    pieces, shown = [], ""
-    for i, drafted in enumerate(answer.from_draft[: len(ids)]):
-        last = i + 1 == len(ids)
-        if not last and answer.from_draft[i + 1] == drafted:
-            continue
-        whole = tokenizer.decode(ids[: i + 1], skip_special_tokens=True)
-        if not last:
-            whole = whole.rstrip("\ufffd")  # the rest of that character is still to come
-        if len(whole) > len(shown):
-            pieces.append((whole[len(shown) :], drafted))
-            shown = whole
-    return pieces
+    tokens: list[int]
+    answer: Generation
+    finished: bool
 
 
 class NoDraft:
@@ -87,6 +83,9 @@ class NoDraft:
     def open(self, slot: int) -> None:
         pass
 
+    def free(self, slot: int) -> None:
+        pass
+
     def observe(
         self,
         slots: Sequence[int],
@@ -97,7 +96,7 @@ class NoDraft:
         pass
 
     def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
+        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
     ) -> Proposal:
         return Proposal(torch.zeros(len(slots), 0, dtype=torch.long), torch.zeros(len(slots), 0, 0), None)
 
@@ -110,125 +109,185 @@ class _Row:
     request: Request
     random: torch.Generator
     began: float
-    result: Generation
+    answer: Generation
     anchor: int = -1
+
+    def commit(self, tokens: list[int], drafted: int) -> list[int]:
+        """Append tokens, `drafted` of them the draft's, up to the budget or a stop token; those kept."""
+        answer = self.answer
+        kept = tokens[: self.request.max_new_tokens - len(answer.token_ids)]
+        stop = next((i for i, t in enumerate(kept) if t in self.request.stop_token_ids), None)
+        if stop is not None:
+            kept, answer.stopped = kept[: stop + 1], True
+        answer.token_ids.extend(kept)
+        answer.from_draft.extend(i < drafted for i in range(len(kept)))
+        return kept
 
 
 class Decoder:
-    """Continues requests in up to `max_rows` slots; a finished row's slot goes to the next request."""
+    """Continues requests, each by its own sampling, in up to `max_rows` slots.
 
-    def __init__(
-        self,
-        target: Target,
-        draft: Draft | None,
-        sampling: Sampling,
-        *,
-        stop_token_ids: Iterable[int] = (),
-        max_rows: int = 1,
-    ) -> None:
-        self.target, self.draft, self.sampling = target, draft or NoDraft(), sampling
-        self.stops = frozenset(stop_token_ids)
+        decoder = Decoder(target, draft, max_rows=16)
+        decoder.submit(Request(ids, 100, sampling=Sampling(0.8)))
+        while not decoder.idle:
+            for event in decoder.step():
+                ...  # new tokens of one request
+
+    Requests wait for a slot in the order in which they were submitted; a row that finishes or is cancelled
+    leaves its slot to the next.
+    """
+
+    def __init__(self, target: Target, draft: Draft | None, *, max_rows: int = 1) -> None:
+        self.target, self.draft = target, draft or NoDraft()
         self.max_rows = max_rows
+        self.waiting: dict[str, Request] = {}
         self.rows: list[_Row] = []
-        self._free = list(range(max_rows))[::-1]
+        """In the order of their slots: a step over neighbouring slots copies no keys and values."""
+        self._names = (f"#{n}" for n in count())
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Generation]:
-        """Results in the order in which they finish."""
-        waiting = iter(requests)
-        while True:
-            while self._free and (request := next(waiting, None)) is not None:
-                row = self._start(request)
-                if self._finished(row):
-                    yield self._close(row)
-                else:
-                    self.rows.append(row)
-            if not self.rows:
-                return
-            self._round()
-            for row in [r for r in self.rows if self._finished(r)]:
-                self.rows.remove(row)
-                yield self._close(row)
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is waiting or in flight, so that a step would do nothing."""
+        return not self.waiting and not self.rows
 
-    def _start(self, request: Request) -> _Row:
-        """Prefill: the target reads the prompt and gives the first new token."""
+    def submit(self, request: Request) -> str:
+        """Put a request in line; its key.
+
+        Raises UserError for an empty prompt, tokens outside the vocabulary, a budget below one token, or the
+        key of a request that has not finished.
+        """
+        request = replace(request, key=request.key or next(self._names))
+        key, size = request.key, self.target.vocab_size
         if not request.input_ids:
             raise UserError("an empty prompt cannot be continued", next_step="give at least one token id")
-        began = time.perf_counter()
-        random = torch.Generator().manual_seed(request.seed)
-        row = _Row(self._free.pop(), request, random, began, Generation(request.key))
-        self.target.open(row.slot)
-        self.draft.open(row.slot)
-        prompt = list(request.input_ids)
-        output = self.target.step([row.slot], [prompt], self.draft.feature_layers)
-        probabilities = warp(self.target.logits(output.last_hidden[0, -1:]), self.sampling)
-        row.anchor = int(draw(probabilities.cpu(), torch.rand(1, generator=random)))
-        self.draft.observe([row.slot], output.features, [prompt], [[*prompt[1:], row.anchor]])
-        self._commit(row, [row.anchor], drafted=0)
-        return row
+        outside = next((t for t in request.input_ids if not 0 <= t < size), None)
+        if outside is not None:
+            raise UserError(
+                f"prompt {key} holds token {outside}, outside the vocabulary of {size}",
+                next_step="encode it with the target's own tokenizer",
+            )
+        if request.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
+        if key in self.waiting or any(row.answer.key == key for row in self.rows):
+            raise UserError(
+                f"a request with the key {key!r} has not finished yet",
+                next_step="give each request its own key",
+            )
+        self.waiting[key] = request
+        return key
 
-    def _round(self) -> None:
-        """One propose-verify-commit round over all rows in flight."""
-        target, draft, rows = self.target, self.draft, self.rows
-        slots = [r.slot for r in rows]
+    def cancel(self, key: str) -> Generation:
+        """Drop a request that has not finished, and free its slot; what it had so far.
+
+        Raises UserError for a key that is neither waiting nor in flight.
+        """
+        if self.waiting.pop(key, None) is not None:
+            return Generation(key)
+        row = next((row for row in self.rows if row.answer.key == key), None)
+        if row is None:
+            raise UserError(
+                f"there is no request with the key {key!r}",
+                next_step="cancel a request that was submitted and has not finished",
+            )
+        return self._close(row)
+
+    def step(self) -> list[Event]:
+        """One pass of the target: the first waiting request's prompt if a slot is free, which gives its first
+        token; otherwise a round over all rows in flight. Empty if the decoder is idle."""
+        if self.waiting and len(self.rows) < self.max_rows:
+            return [self._start(self.waiting.pop(next(iter(self.waiting))))]
+        return self._round() if self.rows else []
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Generation]:
+        """Answers in the order in which they finish. A request is drawn from `requests` once a slot is free
+        for it. Raises UserError where `submit` does."""
+        requests = iter(requests)
+        while True:
+            free = self.max_rows - len(self.rows) - len(self.waiting)
+            for request in islice(requests, max(free, 0)):
+                self.submit(request)
+            if self.idle:
+                return
+            yield from (event.answer for event in self.step() if event.finished)
+
+    def _start(self, request: Request) -> Event:
+        """Prefill: the target reads the prompt and gives the first new token."""
+        taken = {row.slot for row in self.rows}
+        slot = next(s for s in range(self.max_rows) if s not in taken)
+        random = torch.Generator().manual_seed(request.seed)
+        row = _Row(slot, request, random, time.perf_counter(), Generation(request.key))
+        insort(self.rows, row, key=lambda r: r.slot)
+        self.target.open(slot)
+        self.draft.open(slot)
+        try:
+            prompt = list(request.input_ids)
+            output = self.target.step([slot], [prompt], self.draft.feature_layers)
+            p = warp(self.target.logits(output.last_hidden[0, -1:]), request.sampling)
+            row.anchor = int(draw(p.cpu(), torch.rand(1, generator=random)))
+            self.draft.observe([slot], output.features, [prompt], [[*prompt[1:], row.anchor]])
+        except BaseException:
+            self._close(row)
+            raise
+        return self._event(row, row.commit([row.anchor], drafted=0))
+
+    def _round(self) -> list[Event]:
+        """Propose, verify and commit, once for all rows in flight."""
+        target, draft, rows = self.target, self.draft, list(self.rows)
+        slots, anchors = [r.slot for r in rows], [r.anchor for r in rows]
+        samplings = [r.request.sampling for r in rows]
         gamma = draft.max_proposals
         uniforms = torch.stack([torch.rand(2 * gamma + 1, generator=r.random) for r in rows])
         uniforms = uniforms.to(target.device)
-        anchors = [r.anchor for r in rows]
-        proposal = draft.propose(slots, anchors, self.sampling, uniforms[:, :gamma])
+        proposal = draft.propose(slots, anchors, samplings, uniforms[:, :gamma])
         proposed = proposal.tokens.tolist()
         before = [target.length(s) for s in slots]
         output = target.step(
             slots, [[a, *p] for a, p in zip(anchors, proposed, strict=True)], draft.feature_layers
         )
-        p = warp(target.logits(output.last_hidden), self.sampling)
+        p = warp(target.logits(output.last_hidden), samplings)
         q = proposal.q.to(p.device) if gamma else p[:, :0]
         lengths = torch.full((len(rows),), gamma, device=p.device)
         verdict = verify(p, q, proposal.tokens.to(p.device), lengths, uniforms[:, gamma:])
-        observed, following = [], []
-        for i, (row, accepted, token) in enumerate(
-            zip(rows, verdict.accepted.tolist(), verdict.next_token.tolist(), strict=True)
-        ):
-            new = [*proposed[i][:accepted], token]
-            # The cache keeps the anchor and what was accepted; the new token is the next anchor.
-            target.rollback(row.slot, before[i] + accepted + 1)
-            observed.append([row.anchor, *new[:-1]])
-            following.append(new)
-            row.anchor = token
-            row.result.proposed.append(gamma)
-            row.result.accepted.append(accepted)
-            row.result.kept.append(self._commit(row, new, drafted=accepted))
-            if proposal.confidence is not None:
-                row.result.confidence.append(proposal.confidence[i].tolist())
+        verdicts = zip(verdict.accepted.tolist(), verdict.next_token.tolist(), strict=True)
+        new = [[*proposed[i][:accepted], token] for i, (accepted, token) in enumerate(verdicts)]
+        # The caches keep the anchor and what was accepted; the new token is the next anchor.
+        observed = [[anchor, *tokens[:-1]] for anchor, tokens in zip(anchors, new, strict=True)]
+        for slot, length, tokens in zip(slots, before, observed, strict=True):
+            target.rollback(slot, length + len(tokens))
         features = output.features
         if features is not None:
             features = features[:, : max(map(len, observed))]
-        draft.observe(slots, features, observed, following)
+        draft.observe(slots, features, observed, new)
+        events = []
+        for i, (row, tokens) in enumerate(zip(rows, new, strict=True)):
+            row.anchor, answer = tokens[-1], row.answer
+            kept = row.commit(tokens, drafted=len(tokens) - 1)
+            answer.proposed.append(gamma)
+            answer.accepted.append(len(tokens) - 1)
+            answer.kept.append(len(kept))
+            if proposal.confidence is not None:
+                answer.confidence.append(proposal.confidence[i].tolist())
+            events.append(self._event(row, kept))
+        return events
 
-    def _commit(self, row: _Row, tokens: list[int], drafted: int) -> int:
-        """Append tokens up to the budget or a stop token; how many were kept."""
-        result = row.result
-        room = row.request.max_new_tokens - len(result.token_ids)
-        kept = tokens[: max(room, 0)]
-        stop = next((i for i, t in enumerate(kept) if t in self.stops), None)
-        if stop is not None:
-            kept, result.stopped = kept[: stop + 1], True
-        result.token_ids.extend(kept)
-        result.from_draft.extend(i < drafted for i in range(len(kept)))
-        return len(kept)
-
-    def _finished(self, row: _Row) -> bool:
-        """Rounds go on while the anchor's index is below the maximum length (method.md 1), so a draft's
-        round may run once the budget is exactly full; plain decoding has nothing to gain from one."""
-        result = row.result
-        if result.stopped or self.draft.max_proposals == 0:
-            return result.stopped or len(result.token_ids) >= row.request.max_new_tokens
-        return 1 + sum(result.committed_per_round) > row.request.max_new_tokens
+    def _event(self, row: _Row, tokens: list[int]) -> Event:
+        """What a row's step gave; the row is closed if that was its last."""
+        answer = row.answer
+        full = len(answer.token_ids) == row.request.max_new_tokens
+        # Rounds continue while the anchor's index is below the maximum length (method.md 1), so a draft runs
+        # one more if the last filled the budget exactly; plain decoding has nothing to gain from it.
+        cut = bool(answer.kept) and answer.kept[-1] <= answer.accepted[-1]
+        finished = answer.stopped or (full and (cut or self.draft.max_proposals == 0))
+        if finished:
+            self._close(row)
+        return Event(tokens, answer, finished)
 
     def _close(self, row: _Row) -> Generation:
+        self.rows.remove(row)
         self.target.free(row.slot)
-        self._free.append(row.slot)
-        row.result.seconds = time.perf_counter() - row.began
-        return row.result
+        self.draft.free(row.slot)
+        row.answer.seconds = time.perf_counter() - row.began
+        return row.answer
 
 
 @overload
@@ -262,24 +321,15 @@ def generate(  # type: ignore[misc]
         raise UserError(
             f"{len(seeds)} seeds for {len(prompts)} prompts", next_step="give one seed per prompt"
         )
-    for i, prompt in enumerate(prompts):
-        outside = [t for t in prompt if not 0 <= t < target.vocab_size]
-        if outside:
-            raise UserError(
-                f"prompt {i} holds token {outside[0]}, outside the vocabulary of {target.vocab_size}",
-                next_step="encode it with the target's own tokenizer",
-            )
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     try:
         sampling = Sampling(temperature, top_k, top_p)
     except ValueError as error:
         raise UserError(str(error)) from error
     stops = () if ignore_eos else (target.stop_token_ids if stop_token_ids is None else stop_token_ids)
-    decoder = Decoder(target, draft, sampling, stop_token_ids=stops, max_rows=len(prompts))
     requests = [
-        Request(p, max_new_tokens, s, str(i)) for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))
+        Request(p, max_new_tokens, s, str(i), sampling, frozenset(stops))
+        for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))
     ]
-    results = {g.key: g for g in decoder.run(requests)}
-    ordered = [results[str(i)] for i in range(len(prompts))]
+    answers = {g.key: g for g in Decoder(target, draft, max_rows=len(prompts)).run(requests)}
+    ordered = [answers[r.key] for r in requests]
     return ordered[0] if single else ordered

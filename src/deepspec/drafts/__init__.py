@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class LossWeights(Protocol):
-    """Weights of the loss terms, as a recipe or `LossSettings` holds them."""
+    """Weights of the loss terms; a recipe's `loss` and `LossSettings` have them."""
 
     @property
     def l1(self) -> float: ...
@@ -34,7 +34,8 @@ def load(place: str) -> Any:
 
 
 def reads_of_a_block(loss: LossWeights) -> tuple[str, ...]:
-    """A block draft reads features before its anchors; L1 and confidence also learn from the target's law."""
+    """What the loss of a block draft reads: the features before its anchors and, for L1 and confidence, the
+    target's distribution."""
     return ("context", "labels") if loss.l1 or loss.confidence else ("context",)
 
 
@@ -47,17 +48,18 @@ def has_heads(config: Mapping[str, Any]) -> bool:
 class Algorithm:
     """What other rooms know about a draft algorithm.
 
-    title: its name for people; marker and dashes: how charts draw it.
+    title: its name in text; marker and dashes: how charts draw it.
     draft: "module:Class" of its `NeuralDraft`.
     architectures: the `architectures` entry of its config.json, by draft family.
     claims: whether a config with one of these architectures describes this algorithm.
     parallel: a block of γ slots is filled in one pass from mask tokens, and trained at sampled anchors. If it
     is False, γ tokens are unrolled one after another (Eagle-3), and every position is trained.
-    reads: from the loss weights to the `maths.blocks.READ_RULES` of what the loss reads of the target.
-    served: what servers call a draft of this spec (a key of `checkpoints.servers.SERVED_AS`).
-    heads: whether it has a sequential or a confidence head. layers: the only depth it can have, if there is
-    only one. l1: whether it has the L1 loss term.
-    aliases: architectures that other trainers wrote, by name, with the draft family they mean.
+    reads: a function from the loss weights to the names (`maths.blocks.READ_RULES`) of what the loss reads
+    from the target.
+    served: a function from a spec to what servers call the draft (a key of `checkpoints.servers.SERVED_AS`).
+    heads: whether it has a sequential or a confidence head. layers: the only depth it can have, or None. l1:
+    whether its loss has the L1 term.
+    aliases: names of architectures that other trainers write, with the draft family of each.
     """
 
     title: str
@@ -76,11 +78,11 @@ class Algorithm:
 
     @property
     def needs_mask(self) -> bool:
-        """Whether a token has to stand for "not known yet"."""
+        """Whether a mask token is needed, which stands for "not known yet"."""
         return self.parallel
 
     def passes(self, block: int) -> int:
-        """Forward passes of the draft for one proposal of `block` slots."""
+        """The number of forward passes for one proposal of `block` slots."""
         return 1 if self.parallel else block
 
     def build(self, spec: DraftSpec) -> NeuralDraft:
@@ -131,7 +133,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         heads=True,
     ),
 }
-"""By the name that recipes use."""
+"""The algorithms, by the name that recipes use."""
 
 MARKOV_HEADS: dict[str, str] = {
     "vanilla": "deepspec.drafts.heads:MarkovHead",
@@ -142,7 +144,7 @@ MARKOV_HEADS: dict[str, str] = {
 
 
 def algorithm_of(config: Mapping[str, Any]) -> tuple[str, str] | None:
-    """(algorithm, draft family) of a released-layout config, or None if it is not a draft's config."""
+    """(algorithm, draft family) of a config in the released layout, or None if it is not a draft's config."""
     architecture = (config.get("architectures") or [None])[0]
     for name, row in ALGORITHMS.items():
         families = {known: family for family, known in row.architectures.items()} | dict(row.aliases or {})

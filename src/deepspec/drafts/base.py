@@ -18,7 +18,7 @@ from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import FeatureBatch
 from deepspec.maths.head import Embedding, Head
 from deepspec.maths.slots import Rows
-from deepspec.maths.verify import Sampling, draw, warp
+from deepspec.maths.verify import Sampling, Samplings, draw, one_hot, warp
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,10 @@ class Draft(Protocol):
         """Start a sequence in a slot, forgetting whatever was there."""
         ...
 
+    def free(self, slot: int) -> None:
+        """Forget an opened slot's sequence: its row has finished or was cancelled."""
+        ...
+
     def observe(
         self,
         slots: Sequence[int],
@@ -82,9 +86,12 @@ class Draft(Protocol):
         ...
 
     def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
+        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
     ) -> Proposal:
-        """γ tokens after each row's anchor, its last committed token. uniforms: [R, γ] in [0, 1)."""
+        """γ tokens after each row's anchor, its last committed token, drawn by each row's own sampling.
+
+        samplings: one per row, or one for all. uniforms: [R, γ] in [0, 1).
+        """
         ...
 
 
@@ -176,6 +183,9 @@ class NeuralDraft(nn.Module):
     def open(self, slot: int) -> None:
         self.lengths.of[slot] = 0
 
+    def free(self, slot: int) -> None:
+        del self.lengths.of[slot]
+
     def plan(self, batch: FeatureBatch, num_anchors: int, generator: torch.Generator | None) -> Any:
         """What `forward` learns from in this batch, such as drawn anchors; None for every position."""
         return None
@@ -190,17 +200,21 @@ class NeuralDraft(nn.Module):
         raise NotImplementedError
 
     def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
+        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
     ) -> Proposal:
         raise NotImplementedError
 
 
-def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw one token per row of logits [R, V]: (tokens [R], the distribution it came from [R, V])."""
-    if sampling.greedy:
+def choose(logits: Tensor, samplings: Samplings, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw one token from each of logits [R, ..., V], row r by the r-th sampling (a single one is for all).
+
+    uniforms: [R, ...] in [0, 1). Returns the tokens [R, ...] and the distributions [R, ..., V] that they
+    were drawn from.
+    """
+    if samplings.greedy if isinstance(samplings, Sampling) else all(s.greedy for s in samplings):
         tokens = logits.argmax(-1)
-        return tokens, torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, tokens[:, None], 1.0)
-    q = warp(logits, sampling)
+        return tokens, one_hot(tokens, logits.shape[-1])
+    q = warp(logits, samplings)
     return draw(q, uniforms), q
 
 

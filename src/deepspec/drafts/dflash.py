@@ -23,7 +23,7 @@ from deepspec.maths.blocks import (
 )
 from deepspec.maths.losses import HeadLoss, head_loss, position_weights
 from deepspec.maths.slots import SlotStore
-from deepspec.maths.verify import Sampling
+from deepspec.maths.verify import Samplings
 
 
 class DFlashDraft(NeuralDraft):
@@ -139,7 +139,7 @@ class DFlashDraft(NeuralDraft):
         )
 
     def markov_rows(self, blocks: Blocks, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(z [N, r], W2 [V, r]) of the valid slots, where there is a sequential head; DFlash has none."""
+        """(z [N, r], W2 [V, r]) of the valid slots if there is a sequential head; DFlash has none."""
         return None
 
     def confidence_term(
@@ -220,10 +220,10 @@ class DFlashDraft(NeuralDraft):
 
     @torch.inference_mode()
     def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
+        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
     ) -> Proposal:
         """γ proposals after each anchor, each slot drawn on its own."""
         hidden = self.block_hidden(slots, anchors)[:, self.spec.block - self.max_proposals :]
         logits = self.head.spread(self.head.logits(hidden), self.spec.vocab_size)
-        flat, q = choose(logits.flatten(0, 1), sampling, uniforms.flatten())
-        return Proposal(flat.view(logits.shape[:2]), q.view(logits.shape), None)
+        tokens, q = choose(logits, samplings, uniforms)
+        return Proposal(tokens, q, None)

@@ -17,7 +17,7 @@ from deepspec.drafts.heads import ConfidenceHead, MarkovHead
 from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import Blocks
 from deepspec.maths.losses import confidence_loss
-from deepspec.maths.verify import Sampling
+from deepspec.maths.verify import Samplings
 
 
 class DSparkDraft(DFlashDraft):
@@ -71,7 +71,7 @@ class DSparkDraft(DFlashDraft):
 
     @torch.inference_mode()
     def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
+        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
     ) -> Proposal:
         """γ proposals, left to right: each is drawn given the one before it."""
         skip = self.spec.block - self.max_proposals
@@ -94,7 +94,7 @@ class DSparkDraft(DFlashDraft):
             if self.markov_head is not None:
                 logits = logits + self.markov_head.markov_w2(z)
             logits = self.head.spread(logits, self.spec.vocab_size)
-            previous, distribution = choose(logits, sampling, uniforms[:, slot - skip])
+            previous, distribution = choose(logits, samplings, uniforms[:, slot - skip])
             tokens.append(previous)
             q.append(distribution)
             conditioned.append(previous)

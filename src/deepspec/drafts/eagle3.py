@@ -16,7 +16,7 @@ from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import FeatureBatch, unroll_ids, unroll_masks, unroll_teacher_index
 from deepspec.maths.losses import head_loss
 from deepspec.maths.slots import Rows, SlotStore, causal_rows_mask
-from deepspec.maths.verify import Sampling
+from deepspec.maths.verify import Samplings
 
 
 class Eagle3Draft(NeuralDraft):
@@ -128,6 +128,10 @@ class Eagle3Draft(NeuralDraft):
 
     # ── decoding ──────────────────────────────────────────────────────────────────────────────────
 
+    def free(self, slot: int) -> None:
+        super().free(slot)
+        self.last_hidden.pop(slot, None)
+
     @torch.inference_mode()
     def advance(self, rows: Rows, hidden: Tensor, ids: Tensor) -> Tensor:
         """The layer over Q new rows per slot, keys stored: [R, Q, d] hidden, [R, Q] ids -> [R, Q, d]."""
@@ -160,7 +164,7 @@ class Eagle3Draft(NeuralDraft):
 
     @torch.inference_mode()
     def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
+        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
     ) -> Proposal:
         """γ proposals, each fed back with the hidden state that gave it."""
         hidden = torch.stack([self.last_hidden[s] for s in slots])[:, None]
@@ -168,7 +172,7 @@ class Eagle3Draft(NeuralDraft):
         tokens, q = [], []
         for step in range(self.spec.block):
             logits = self.head.spread(self.head.logits(self.norm(hidden[:, 0])), self.spec.vocab_size)
-            chosen, distribution = choose(logits, sampling, uniforms[:, step])
+            chosen, distribution = choose(logits, samplings, uniforms[:, step])
             tokens.append(chosen)
             q.append(distribution)
             if step + 1 < self.spec.block:

@@ -1,8 +1,8 @@
 """Heads of a block draft: the sequential (Markov) head and the confidence head (method.md 3).
 
-[...] leading dimensions, γ slots, V vocabulary, K rows of the draft's head (V, or fewer where its
-vocabulary is reduced), r Markov rank, d hidden width.
-A new sequential head is a subclass with `step`, named in `MARKOV_HEADS` (`drafts/__init__.py`).
+[...] leading dimensions, γ slots, V vocabulary, K rows of the draft's head (V, or fewer if its vocabulary is
+reduced), r Markov rank, d hidden width.
+A new sequential head is a subclass with its own `step`, and a line in `MARKOV_HEADS` (`drafts/__init__.py`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 
 class MarkovHead(nn.Module):
-    """`vanilla`: bias over the vocabulary that depends on the previous token only, z = W1[previous].
+    """The `vanilla` head: a bias over the vocabulary that depends only on the previous token.
 
-    The bias W2 z is added to the base logits after the soft-cap.
+    z = W1[previous]. The bias W2 z is added to the base logits after the soft-cap.
     """
 
     def __init__(self, vocab_size: int, rank: int, hidden: int, head_rows: int | None = None) -> None:
@@ -25,15 +25,16 @@ class MarkovHead(nn.Module):
         self.markov_w2 = nn.Linear(rank, head_rows or vocab_size, bias=False)
 
     def start(self, embedded: Tensor) -> Tensor | None:
-        """State before the first slot; None where the head keeps none. embedded: [..., r]."""
+        """The state before the first slot, or None if the head keeps none. embedded: [..., r]."""
         return None
 
     def step(self, embedded: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """One slot: (z [..., r], new state) from W1[previous] [..., r] and the slot's hidden row [..., d]."""
+        """(z [..., r], new state) of one slot. embedded: W1[previous] [..., r]; hidden: [..., d]."""
         return embedded, None
 
     def forward(self, previous: Tensor, hidden: Tensor) -> Tensor:
-        """Teacher-forced z [..., γ, r] of previous tokens [..., γ] and hidden rows [..., γ, d]."""
+        """z [..., γ, r] of all slots in training, from the true previous tokens [..., γ] and the hidden rows
+        [..., γ, d]."""
         embedded = self.markov_w1(previous)
         state = self.start(embedded[..., 0, :])
         if state is None:
@@ -46,7 +47,7 @@ class MarkovHead(nn.Module):
 
 
 class GatedMarkovHead(MarkovHead):
-    """z = sigmoid(Wg [h ; W1[previous]] + b) * W1[previous]."""
+    """The `gated` head: z = sigmoid(Wg [h ; W1[previous]] + b) * W1[previous]."""
 
     def __init__(self, vocab_size: int, rank: int, hidden: int, head_rows: int | None = None) -> None:
         super().__init__(vocab_size, rank, hidden, head_rows)
@@ -58,7 +59,7 @@ class GatedMarkovHead(MarkovHead):
 
 
 class RecurrentMarkovHead(MarkovHead):
-    """`rnn`: a gated state over the slots of a block; z = tanh(output)."""
+    """The `rnn` head: a gated state that runs over the slots of a block; z = tanh(output)."""
 
     def __init__(self, vocab_size: int, rank: int, hidden: int, head_rows: int | None = None) -> None:
         super().__init__(vocab_size, rank, hidden, head_rows)
@@ -75,7 +76,7 @@ class RecurrentMarkovHead(MarkovHead):
 
 
 class ConfidenceHead(nn.Module):
-    """Logit of the probability that a slot's token survives, given that all before it did."""
+    """The logit of the probability that a slot's token is accepted, given that all tokens before it were."""
 
     def __init__(self, hidden: int, rank: int, with_markov: bool) -> None:
         super().__init__()
@@ -83,7 +84,8 @@ class ConfidenceHead(nn.Module):
         self.proj = nn.Linear(hidden + (rank if with_markov else 0), 1)
 
     def forward(self, hidden: Tensor, embedded: Tensor | None) -> Tensor:
-        """[..., d] hidden rows and, with the Markov input, W1[previous] [..., r] -> logits [...]."""
+        """Logits [...] from hidden rows [..., d] and, if the head sees the previous token, W1[previous]
+        [..., r]."""
         if self.with_markov:
             assert embedded is not None
             hidden = torch.cat([hidden, embedded], dim=-1)

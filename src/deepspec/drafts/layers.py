@@ -1,8 +1,8 @@
-"""The decoder layers that all drafts are made of, shaped by family facts instead of by subclasses.
+"""The decoder layers that all drafts are made of. Family facts shape them, not subclasses.
 
 B rows, Q query tokens, K keys, H query heads, G key/value heads, D head dim, d hidden width.
-Grouped-query attention repeats each key/value head for consecutive query heads; rotary positions
-are rotate-half, always in float32; norm epsilon is inside the root (method.md, opening; 4b for Gemma-4).
+Grouped-query attention repeats each key/value head for consecutive query heads. Rotary positions use the
+rotate-half form, always in float32. The epsilon of a norm is inside the root (method.md; 4b for Gemma-4).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def inverse_frequencies(shape: LayerShape) -> Tensor:
-    """[D/2] float32. "proportional" turns the first int(partial * D/2) pairs, the rest stand still."""
+    """The rotary frequencies [D/2] in float32. The kind "proportional" rotates only the first
+    int(partial * D/2) pairs."""
     dim, rope = shape.head_dim, shape.rope
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     frequencies = rope.theta**-exponents
@@ -35,14 +36,14 @@ def inverse_frequencies(shape: LayerShape) -> Tensor:
 
 
 def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Rotation:
-    """cos and sin [..., Q, D] of integer positions [..., Q]; angles in float32, then cast."""
+    """cos and sin [..., Q, D] of integer positions [..., Q]; angles are computed in float32, then cast."""
     angles = positions[..., None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:
-    """Apply rotate-half positions to [B, H, Q, D]; cos and sin are [B, Q, D] or [Q, D]."""
+    """x [B, H, Q, D] with rotate-half positions applied; cos and sin are [B, Q, D] or [Q, D]."""
     cos, sin = turn
     if cos.dim() == 3:
         cos, sin = cos[:, None], sin[:, None]
@@ -52,7 +53,7 @@ def rotate(x: Tensor, turn: Rotation) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the statistics in float32."""
+    """x / rms(x) * weight, with the statistics in float32."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -64,7 +65,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections, per-head norms and rotary positions; who sees whom is the caller's mask."""
+    """Projections, per-head norms and rotary positions; the caller's mask decides which keys a query sees."""
 
     def __init__(self, shape: LayerShape, input_width: int) -> None:
         super().__init__()
@@ -83,12 +84,12 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.shape.head_dim))
 
     def queries(self, x: Tensor, turn: Rotation) -> Tensor:
-        """[B, Q, input] -> [B, H, Q, D]."""
+        """Inputs [B, Q, input] to queries [B, H, Q, D]."""
         return rotate(self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2), turn)
 
     def keys_values(self, x: Tensor, turn: Rotation) -> tuple[Tensor, Tensor]:
-        """[B, K, input] -> keys and values [B, G, K, D]. Where values are the keys, they are the
-        projection before its norm and rotation."""
+        """Inputs [B, K, input] to keys and values [B, G, K, D]. In families whose values are the keys, the
+        values are the projection before its norm and rotation."""
         raw = self._heads(self.k_proj(x))
         values = raw if self.v_proj is None else self._heads(self.v_proj(x))
         if self.shape.value_norm:
@@ -96,7 +97,7 @@ class Attention(nn.Module):
         return rotate(self.k_norm(raw).transpose(1, 2), turn), values.transpose(1, 2)
 
     def spread(self, x: Tensor) -> Tensor:
-        """[B, G, K, D] -> [B, H, K, D]: each key/value head repeated for its group of query heads."""
+        """Keys or values [B, G, K, D] to [B, H, K, D]: each head is repeated for its group of query heads."""
         group = self.shape.heads // self.shape.kv_heads
         if group == 1:
             return x
@@ -104,14 +105,15 @@ class Attention(nn.Module):
         return x[:, :, None].expand(rows, kv, group, length, dim).reshape(rows, kv * group, length, dim)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, H, Q, D] queries over [B, G, K, D] keys -> [B, Q, d]. mask: bool, broadcast to [B, 1, Q, K]."""
+        """Queries [B, H, Q, D] over keys [B, G, K, D] to outputs [B, Q, d]. mask: bool, broadcast to
+        [B, 1, Q, K]."""
         mixed = F.scaled_dot_product_attention(
             queries, self.spread(keys), self.spread(values), attn_mask=mask, scale=self.scale
         )
         return self.project(mixed)
 
     def project(self, mixed: Tensor) -> Tensor:
-        """[B, H, Q, D] -> [B, Q, d]."""
+        """Mixed values [B, H, Q, D] to outputs [B, Q, d]."""
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
 
 
@@ -128,8 +130,8 @@ class MLP(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """One decoder layer. With `paired` (Eagle-3) the attention reads [norm(embedding) ; norm(hidden)],
-    twice the width, and the residual comes from `hidden`."""
+    """One decoder layer. If it is `paired` (Eagle-3), the attention reads [norm(embedding) ; norm(hidden)],
+    which is twice as wide, and the residual comes from `hidden`."""
 
     layer_scalar: Tensor
 
@@ -148,7 +150,8 @@ class DraftLayer(nn.Module):
             self.register_buffer("layer_scalar", torch.ones(1))
 
     def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
-        """Residual sums, MLP, and the sandwich norms and layer scalar where the family has them."""
+        """The layer's output: residual sums and MLP, with sandwich norms and a layer scalar in families that
+        have them."""
         if not self.shape.sandwich:
             hidden = residual + attended
             return hidden + self.mlp(self.post_attention_layernorm(hidden))
@@ -158,10 +161,10 @@ class DraftLayer(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """Normal(0, 1/sqrt(fan-in)) for matrices, zero biases; norms keep their ones.
+    """Draw matrices from normal(0, 1/sqrt(fan-in)) and set biases to zero; norms keep their ones.
 
-    At the released drafts' widths this is their 0.02; on a narrow target a fixed 0.02 would leave the
-    layers nearly silent for the first thousand steps.
+    At the widths of the released drafts this is their 0.02. On a narrow target, a fixed 0.02 would make the
+    outputs of the layers almost zero for the first thousand steps.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):

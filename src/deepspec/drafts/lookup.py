@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepspec.drafts.base import Proposal
-from deepspec.maths.verify import Sampling
+from deepspec.maths.verify import Samplings, one_hot
 
 
 class PromptLookup:
@@ -32,6 +32,9 @@ class PromptLookup:
     def open(self, slot: int) -> None:
         self.history[slot], self.seen[slot] = [], {}
 
+    def free(self, slot: int) -> None:
+        del self.history[slot], self.seen[slot]
+
     def observe(
         self,
         slots: Sequence[int],
@@ -49,12 +52,11 @@ class PromptLookup:
                         seen[tuple(history[-n - 1 : -1])] = len(history) - 1
 
     def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], sampling: Sampling, uniforms: Tensor
+        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
     ) -> Proposal:
         guesses = [self._continue(slot, anchor) for slot, anchor in zip(slots, anchors, strict=True)]
         tokens = torch.tensor(guesses)
-        q = torch.zeros(*tokens.shape, self.vocab_size).scatter_(-1, tokens[..., None], 1.0)
-        return Proposal(tokens, q, None)
+        return Proposal(tokens, one_hot(tokens, self.vocab_size), None)
 
     def _continue(self, slot: int, anchor: int) -> list[int]:
         history = [*self.history[slot], anchor]

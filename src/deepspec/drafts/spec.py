@@ -1,7 +1,7 @@
-"""Between a released `config.json` and a `DraftSpec`, both ways; no files, no tensors.
+"""The spec of a draft, read from a released config and written to one; files and tensors are not touched.
 
-A draft's config is a copy of its target's text config with the draft's own keys on top
-(`num_hidden_layers` is then the draft's depth, the rest of the dimensions the target's).
+A draft's config is a copy of its target's text config with the draft's own keys on top: `num_hidden_layers`
+is the draft's depth, and the other dimensions are the target's.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ from typing import Any
 from deepspec import families
 from deepspec.drafts import ALGORITHMS, MARKOV_HEADS, algorithm_of
 
-# Ways of Eagle-3 that the published drafts don't go, and other trainers' do; absent means no.
+# Variants of Eagle-3 that other trainers use and the published drafts do not; an absent key means no.
 EAGLE3_NORMS = ("norm_before_fc", "norm_before_residual", "norm_output")
 
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
-"""What a draft's MLP may be gated by; `layers` has the functions."""
+"""The functions that may gate a draft's MLP; `layers.py` has them."""
 
 
 @dataclass(frozen=True)
 class RopeFacts:
-    """theta; `kind` "default" or "proportional"; the share of dimensions that turn (proportional only)."""
+    """The rotary positions of a draft. kind: "default" or "proportional"; partial: the share of dimensions
+    that are rotated (proportional only)."""
 
     theta: float = 10000.0
     kind: str = "default"
     partial: float = 1.0
     rounded: bool = False
-    """Round the frequencies to bfloat16, as some published drafts were trained. Never for ours."""
+    """Whether the frequencies are rounded to bfloat16, as in some published drafts; never in new drafts."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class LayerShape:
     activation: str = "silu"
     attention_bias: bool = False
     qk_norm: bool = True
-    """Per-head norms of queries and keys: all released drafts have them, the Eagle-3 of most servers not."""
+    """Per-head norms of queries and keys. All released drafts have them; most servers' Eagle-3 does not."""
     attention_scale: float | None = None
     value_is_key: bool = False
     value_norm: bool = False
@@ -57,12 +58,13 @@ class LayerShape:
 class DraftSpec:
     """Everything about a draft except its weights.
 
-    algorithm: a key of `ALGORITHMS`. block: γ slots (Eagle-3: proposals, the unroll length).
+    algorithm: a key of `ALGORITHMS`. block: the number of slots γ (for Eagle-3, the unroll length).
     target_layer_ids: 0-based decoder layers whose outputs are the features; -1 is the embedding.
-    num_target_layers: None where the checkpoint does not say it.
-    draft_vocab_size: rows of the draft's own head where its vocabulary is reduced, else None.
-    norm_before_fc, norm_before_residual, norm_output (Eagle-3): a norm over all features before `fc`; the
-    residual taken after the norm of the hidden half; the hidden state fed back after the last norm.
+    num_target_layers: None if the checkpoint does not contain it.
+    draft_vocab_size: the rows of the draft's own head if its vocabulary is reduced, else None.
+    norm_before_fc, norm_before_residual, norm_output (Eagle-3): whether there is a norm over all features
+    before `fc`; whether the residual is taken after the norm of the hidden half; whether the hidden state is
+    fed back after the last norm.
     """
 
     algorithm: str
@@ -87,17 +89,17 @@ class DraftSpec:
 
     @property
     def proposals(self) -> int:
-        """γ: the most tokens that one round proposes. In the older alignment slot 0 proposes nothing."""
+        """γ, the most tokens that one round proposes. In the older alignment slot 0 proposes nothing."""
         skips_first = ALGORITHMS[self.algorithm].parallel and not self.sample_from_anchor
         return self.block - 1 if skips_first else self.block
 
 
 class SpecError(ValueError):
-    """A config that no draft can be built from; says which key and why."""
+    """No draft can be built from a config; the message names the key and the reason."""
 
 
 def layer_shape(config: dict[str, Any], family_name: str, *, rope_rounded: bool = False) -> LayerShape:
-    """Layer dimensions and family facts from a raw config dict. Raises SpecError."""
+    """The layer dimensions and family facts of a raw config. Raises SpecError."""
     family = families.DRAFT_FAMILIES[family_name]
     value_is_key = family_name == "gemma4" and bool(config.get("attention_k_eq_v", False))
     heads = _count(config, "num_attention_heads")
@@ -111,7 +113,7 @@ def layer_shape(config: dict[str, Any], family_name: str, *, rope_rounded: bool 
     rope = families.rope_facts(config, family)
     if rope["rope_type"] not in ("default", "proportional"):
         raise SpecError(
-            f"rope_type {rope['rope_type']!r} is not supported in a draft (default, proportional)"
+            f"rope_type {rope['rope_type']!r} is not supported in a draft; default and proportional are"
         )
     return LayerShape(
         hidden=_count(config, "hidden_size"),
@@ -122,7 +124,7 @@ def layer_shape(config: dict[str, Any], family_name: str, *, rope_rounded: bool 
         eps=float(config.get("rms_norm_eps", 1e-6)),
         activation=activation,
         attention_bias=bool(config.get("attention_bias", False)),
-        # Released configs don't carry the field: absent means that the norms are there.
+        # Released configs do not have this key: without it, the norms are there.
         qk_norm=bool(config.get("qk_norm", True)),
         attention_scale=family.attention_scale,
         value_is_key=value_is_key,
@@ -139,7 +141,7 @@ def layer_shape(config: dict[str, Any], family_name: str, *, rope_rounded: bool 
 
 def _need(config: dict[str, Any], key: str) -> Any:
     if config.get(key) is None:
-        raise SpecError(f"config has no {key!r}")
+        raise SpecError(f"the config has no {key!r}")
     return config[key]
 
 
@@ -158,25 +160,27 @@ def _layer_ids(config: dict[str, Any]) -> tuple[int, ...]:
 
 
 def read_spec(config: dict[str, Any], *, rope_rounded: bool = False) -> DraftSpec:
-    """The spec of a released-layout config. Raises SpecError where it isn't a draft's."""
+    """The spec of a draft with a released-layout config. Raises SpecError if it is not a draft's config."""
     known = algorithm_of(config)
     if known is None:
         architecture = (config.get("architectures") or ["(none)"])[0]
         names = dict.fromkeys(a for row in ALGORITHMS.values() for a in row.architectures.values())
-        raise SpecError(f"architecture {architecture!r} is not a draft's (known: {', '.join(names)})")
+        raise SpecError(f"architecture {architecture!r} is not a draft's; known ones are {', '.join(names)}")
     algorithm, family = known
     if "num_target_layers" not in config:
-        raise SpecError("config has no 'num_target_layers'")
+        raise SpecError("the config has no 'num_target_layers'")
     windows = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
     if windows:
-        raise SpecError(f"layer_types has {', '.join(windows)}: a draft's layers are all full_attention here")
+        raise SpecError(
+            f"layer_types has {', '.join(windows)}, but only full_attention is supported in a draft"
+        )
     common: dict[str, Any] = {
         "algorithm": algorithm,
         "family": family,
         "shape": layer_shape(config, family, rope_rounded=rope_rounded),
         "num_layers": _count(config, "num_hidden_layers"),
         "target_layer_ids": _layer_ids(config),
-        # A null is another layout's, which does not say it.
+        # It is null if another layout does not contain it.
         "num_target_layers": None
         if config["num_target_layers"] is None
         else _count(config, "num_target_layers"),
@@ -191,7 +195,7 @@ def read_spec(config: dict[str, Any], *, rope_rounded: bool = False) -> DraftSpe
         DraftSpec(
             block=_count(config, "block_size", least=0),
             mask_token_id=_count(config, "mask_token_id", least=0),
-            # Released configs don't carry the field: absent means true (method.md 3, Alignment).
+            # Released configs do not have this key: without it, it is true (method.md 3, Alignment).
             sample_from_anchor=bool(config.get("sample_from_anchor", True)),
             markov_rank=int(config.get("markov_rank") or 0),
             markov_head=config.get("markov_head_type") or "vanilla",
@@ -203,15 +207,14 @@ def read_spec(config: dict[str, Any], *, rope_rounded: bool = False) -> DraftSpe
 
 
 def _checked(spec: DraftSpec) -> DraftSpec:
-    """The spec, when its parts agree with each other; SpecError otherwise."""
+    """The spec, if its parts agree with each other; raises SpecError otherwise."""
     ids = spec.target_layer_ids
     if list(ids) != sorted(set(ids)) or not ids:
-        raise SpecError(f"target_layer_ids must rise strictly, not {list(ids)}")
+        raise SpecError(f"target_layer_ids must rise strictly, and {list(ids)} does not")
     depth = spec.num_target_layers
     if ids[0] < -1 or (depth is not None and ids[-1] >= depth - 1):
-        last = "" if depth is None else f" and {depth - 2}: the target has {depth} layers, "
-        last += "and the last one's output is never a feature" if last else " or above"
-        raise SpecError(f"target_layer_ids {list(ids)} must lie between -1 (the embedding){last}")
+        most = "" if depth is None else f" and at most {depth - 2} (the last of {depth} layers is never read)"
+        raise SpecError(f"target_layer_ids must be at least -1 (the embedding){most}, not {list(ids)}")
     row = ALGORITHMS[spec.algorithm]
     if row.layers not in (None, spec.num_layers):
         raise SpecError(f"an {row.title} draft has {row.layers} layer(s), not {spec.num_layers}")
@@ -224,7 +227,7 @@ def _checked(spec: DraftSpec) -> DraftSpec:
         raise SpecError(f"draft_vocab_size {rows} is not between 1 and the vocabulary of {spec.vocab_size}")
     if spec.block < 1 or spec.proposals < 1:
         raise SpecError(f"a block of {spec.block} slot(s) proposes nothing")
-    # One spelling for facts of heads that are off, so that a spec equals what its config reads back as.
+    # Facts of heads that are off get one spelling, so that a spec equals the one read back from its config.
     return replace(
         spec,
         draft_vocab_size=None if rows == spec.vocab_size else rows,
@@ -249,10 +252,10 @@ def new_spec(
     qk_norm: bool = True,
     draft_vocab_size: int | None = None,
 ) -> DraftSpec:
-    """The spec of a draft to train for a target, from the target's raw text config.
+    """The spec of a new draft for a target, from the target's raw text config.
 
-    Layers default to five by rule (method.md 2); a draft for an unknown family is Qwen3-shaped and
-    turns its positions plainly, whatever the target's rope scaling. Raises SpecError.
+    By default a rule chooses five feature layers (method.md 2). A draft for an unknown family is Qwen3-shaped
+    and uses plain rotary positions, whatever the target's rope scaling. Raises SpecError.
     """
     row = families.target_family(target_config.get("model_type", ""))
     facts = {**target_config, "qk_norm": qk_norm}
@@ -289,7 +292,7 @@ def new_spec(
 def write_config(
     spec: DraftSpec, target_config: dict[str, Any], *, step_decay: float = 0.8
 ) -> dict[str, Any]:
-    """A released-layout config.json: the target's text config with the draft's keys on top."""
+    """A config.json in the released layout: the target's text config with the draft's keys on top."""
     config = copy.deepcopy(target_config)
     row, shape = ALGORITHMS[spec.algorithm], spec.shape
     config.update(

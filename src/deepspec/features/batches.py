@@ -1,7 +1,7 @@
-"""Feature sources: where a training batch's target features come from. All give one `FeatureBatch`.
+"""Training batches, and `online`, the feature source that runs the frozen target in the step.
 
-B sequences, S tokens. A source takes a step's rows and the width to pad them to; `online` runs the frozen
-target in the step, once per sequence; nothing on disk.
+B sequences, S tokens. A feature source takes a step's rows and the width to pad them to, and gives a
+`FeatureBatch`, whether it computes the features, reads them from a cache or fetches them from a server.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from deepspec.data.conversations import read_conversations
 from deepspec.data.rows import Rows, distinct, pack, row_lengths
-from deepspec.data.tokens import Encoded, OverlongError, encode_turns
-from deepspec.errors import DataError, TargetError
+from deepspec.data.tokens import Encoded, OverlongError, encode_turns, require_tokenizer
+from deepspec.errors import DataError
 from deepspec.features.order import batches_by_length
 from deepspec.files import count_lines
 from deepspec.log import progress, warn
@@ -39,25 +39,35 @@ def load_rows(
     min_supervised: int = 2,
     limit: int | None = None,
 ) -> Rows:
-    """Tokenise a file of answered conversations, or its first `limit`, with the target's own template; every
-    row's id is unique.
+    """Tokenise a file of answered conversations, or its first `limit`, with the target's own template.
 
-    Sequences with fewer than `min_supervised` supervised tokens are left out, and counted in a warning where
-    `max_length` is the reason. Raises DataError where a row is broken or nothing is left, TargetError for a
-    target without a tokenizer.
+    Every row gets an id of its own. Sequences with fewer than `min_supervised` supervised tokens are left
+    out; a warning counts those for which `max_length` is the reason. Raises DataError if a row is broken or
+    none is left, TargetError for a target without a tokenizer.
     """
-    if target.tokenizer is None:
-        raise TargetError(
-            f"{target.spec.name} has no tokenizer, so text cannot become tokens",
-            next_step="put the target's tokenizer files beside its weights",
-        )
+    tokenizer = require_tokenizer(target.tokenizer, target.spec.name)
     overlong: list[OverlongError] = []
-    rows = pack(_sequences(path, target, thinking, max_length, min_supervised, limit, overlong))
+
+    def encoded() -> Iterator[Encoded]:
+        seen: Counter[str] = Counter()
+        with progress("tokenising", limit or count_lines(path)) as bar:
+            for conversation in islice(read_conversations(path, require_answer=True), limit):
+                try:
+                    found = encode_turns(tokenizer, conversation, thinking, max_length)
+                except OverlongError as error:
+                    overlong.append(error)
+                    found = []
+                for row in found:
+                    if sum(row.loss_mask) >= min_supervised:
+                        yield replace(row, id=distinct(row.id, seen))
+                bar.update(1)
+
+    rows = pack(encoded())
     if not rows and overlong:
         raise overlong[0]
     if not rows:
         raise DataError(
-            f"no row with at least {min_supervised} supervised tokens",
+            f"no row has {min_supervised} supervised tokens or more",
             where=str(path),
             next_step="check that the rows hold answers, and that data.max_length leaves room for them",
         )
@@ -67,31 +77,6 @@ def load_rows(
             f"{max_length} tokens; the first is {overlong[0].where}"
         )
     return rows
-
-
-def _sequences(
-    path: str | Path,
-    target: Target,
-    thinking: bool,
-    max_length: int,
-    min_supervised: int,
-    limit: int | None,
-    overlong: list[OverlongError],
-) -> Iterator[Encoded]:
-    """A file's training sequences, one at a time; what is too long goes to `overlong`."""
-    assert target.tokenizer is not None
-    seen: Counter[str] = Counter()
-    with progress("tokenising", limit or count_lines(path)) as bar:
-        for conversation in islice(read_conversations(path, require_answer=True), limit):
-            try:
-                found = encode_turns(target.tokenizer, conversation, thinking, max_length)
-            except OverlongError as error:
-                overlong.append(error)
-                found = []
-            for row in found:
-                if sum(row.loss_mask) >= min_supervised:
-                    yield replace(row, id=distinct(row.id, seen))
-            bar.update(1)
 
 
 def batch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -110,8 +95,7 @@ def batches_from(
 ) -> Iterator[tuple[int, list[Encoded]]]:
     """(epoch, rows) of batch `first` and all after it, forever."""
     lengths = row_lengths(rows)
-    per_epoch = steps_per_epoch(rows, batch_size)
-    epoch, skip = divmod(first, per_epoch)
+    epoch, skip = divmod(first, steps_per_epoch(rows, batch_size))
     while True:
         for picked in batch_order(lengths, batch_size, seed, epoch)[skip:]:
             yield epoch, [rows[i] for i in picked]
@@ -121,23 +105,20 @@ def batches_from(
 def announced(
     batches: Iterator[tuple[int, list[Encoded]]], source: Source
 ) -> Generator[tuple[int, list[Encoded]], None, None]:
-    """The same endless batches; a source that works ahead is told of each one a step before it is read.
+    """The same endless batches; a source that works ahead hears of each one a step before it is read.
 
     Closing them closes the source.
     """
-    expect, close = (getattr(source, name, None) for name in ("expect", "close"))
+    expect, close = (getattr(source, name, lambda *rows: None) for name in ("expect", "close"))
     try:
         coming = next(batches)
-        if expect is not None:
-            expect(coming[1])
+        expect(coming[1])
         while True:
             now, coming = coming, next(batches)
-            if expect is not None:
-                expect(coming[1])
+            expect(coming[1])
             yield now
     finally:
-        if close is not None:
-            close()
+        close()
 
 
 def steps_per_epoch(rows: Sequence[Encoded], batch_size: int) -> int:

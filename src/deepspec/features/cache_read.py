@@ -1,4 +1,4 @@
-"""Reading a feature cache: memory-mapped, checked once, refused where it belongs to another target or loss.
+"""Reading a feature cache: memory-mapped, and refused if it belongs to another target, data or loss.
 
 B sequences, S tokens, m layers, d hidden, n stored positions of a row.
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache as remember
 from itertools import accumulate
@@ -24,22 +22,19 @@ from deepspec.data.rows import Rows
 from deepspec.data.tokens import Encoded
 from deepspec.errors import DataError
 from deepspec.features.batches import Source, online, padded
-from deepspec.features.cache_write import FORMAT, INDEX, RowCounts, differences, file_hash, stored_positions
+from deepspec.features.cache_write import FORMAT, INDEX, RowCounts, differences, stored_positions
 from deepspec.features.quantise import Stored, dequantise
-from deepspec.files import write_json
-from deepspec.log import progress
 from deepspec.maths.blocks import FeatureBatch, with_last_hidden
 from deepspec.targets import Target
 
-CHECKED = ".checked.json"
-"""Size and time of the shards whose checksums were found right, so that they are read for it only once."""
 FAR = 0.2
-"""Relative distance of features that are not the same target's. Another order of summation gives some 0.01 in
-bfloat16, fp8 0.03; other weights give more than 1."""
+"""Relative distance from which features count as another target's. Another order of summation gives about
+0.01 in bfloat16, fp8 gives 0.03; other weights give more than 1."""
 
 
 class Place(NamedTuple):
-    """Where a row lies: its shard, and its first token, feature position and last hidden state in it."""
+    """Where a row lies: its shard, how much of it is stored, and from which token, feature position and last
+    hidden state of the shard."""
 
     shard: int
     counts: RowCounts
@@ -48,7 +43,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """An index, and where each row lies. A row's id may come twice; its tokens then tell which is meant."""
+    """A cache's index, and where each row lies. Two rows may have one id; their tokens tell them apart."""
 
     path: Path
     facts: Mapping[str, Any]
@@ -57,15 +52,19 @@ class Cache:
     tensors: Callable[[int], dict[str, Tensor]] = field(repr=False)
 
 
-def open_cache(path: Path, *, verify: bool = True) -> Cache:
-    """The cache in a directory; its shards are hashed unless an earlier opening has found them right.
+def open_cache(path: Path) -> Cache:
+    """The cache in a directory. Checksums are left to `deepspec data cache --verify`.
 
-    Raises DataError where there is none, where it is not complete, or where a shard is not what was written.
+    Raises DataError if there is no cache, if it is not complete, or if a shard is missing or cut off.
     """
     index = _index(path)
     facts, shards = index["facts"], index["shards"]
-    if verify:
-        _check_shards(path, shards)
+    for shard in shards:
+        file = path / shard["file"]
+        if not file.exists():
+            raise _damaged(file, "it is missing")
+        if (size := file.stat().st_size) != shard["bytes"]:
+            raise _damaged(file, f"it has {size:,} bytes, not {shard['bytes']:,}")
     places = []
     for number, shard in enumerate(shards):
         counts = [RowCounts(*c) for c in zip(*(shard[k] for k in RowCounts._fields), strict=True)]
@@ -75,19 +74,19 @@ def open_cache(path: Path, *, verify: bool = True) -> Cache:
 
     @remember
     def tensors(shard: int) -> dict[str, Tensor]:
-        """Views of the mapped file: only what is touched is read."""
+        """Views of the mapped file: only what is used is read."""
         file = path / shards[shard]["file"]
         try:
             with safe_open(file, framework="pt") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, SafetensorError) as error:
-            raise _corrupt(file, str(error)) from error
+            raise _damaged(file, str(error)) from error
 
     return Cache(path, facts, shards, places, tensors)
 
 
 def cached_rows(cache: Cache) -> Rows:
-    """The cache's rows in their order: what training takes in place of tokenising."""
+    """The cache's rows in their order, so that training does not have to tokenise."""
     shards = [cache.tensors(number) for number in range(len(cache.shards))]
     lengths = torch.tensor([0, *(place.counts.tokens for _, place in cache.places)])
     ids, mask = (torch.cat([shard[name] for shard in shards]) for name in ("ids", "loss_mask"))
@@ -103,11 +102,11 @@ def _tokens(cache: Cache, place: Place) -> tuple[list[int], list[int]]:
 def cached(
     cache: Cache, target: Target, layers: Sequence[int], reads: Sequence[str], remedy: str = ""
 ) -> Source:
-    """Features read from a cache, zeros where nothing is stored; the numbers in the target's dtype.
+    """The source that reads features from a cache, in the target's dtype; positions not stored are zero.
 
-    Last hidden states are None where no rule in `reads` wants any. remedy: the command that would make a
-    cache that fits. Raises DataError where this one does not fit the target, the layers or the loss; the
-    source does for rows that are not in it.
+    Last hidden states are None if no rule in `reads` needs them. remedy: the command that would make a cache
+    that fits. Raises DataError if this one does not fit the target, the layers or the loss; the source
+    raises it for rows that are not in the cache.
     """
     _check_fit(cache, target, layers, reads, remedy)
     source = _reader(cache, target, layers, with_last_hidden(reads))
@@ -127,7 +126,7 @@ def _reader(cache: Cache, target: Target, layers: Sequence[int], with_hidden: bo
                 return place
         raise DataError(
             f"the cache in {cache.path} has no row {row.id!r} of these tokens: it was made from other data",
-            next_step="train on the answers that the cache was made from, or make one from these",
+            next_step="train on the answers that the cache was made from, or make a cache from these",
         )
 
     def read(rows: Sequence[Encoded], width: int) -> FeatureBatch:
@@ -139,7 +138,7 @@ def _reader(cache: Cache, target: Target, layers: Sequence[int], with_hidden: bo
         for i, place in enumerate(map(find, rows)):
             tensors, count = cache.tensors(place.shard), place.counts.features
             part = _vectors(tensors, "features", place.starts.features, count, target, picked)
-            # Of a row that is one document, a prefix is read.
+            # A row is one document, and what is stored of one document is a prefix.
             features[i, :count].view(count, len(layers), d).copy_(part.transpose(0, 1))
             if hidden is not None:
                 at = place.starts.hidden
@@ -164,8 +163,8 @@ def _vectors(
     target: Target,
     picked: Sequence[int] = (),
 ) -> Tensor:
-    """[n, d] of one row, or [picked layers, n, d], in the target's dtype. They cross to its device as they
-    are stored."""
+    """[n, d] of one row, or [picked layers, n, d], in the target's dtype. They move to its device in the
+    stored format, which is smaller."""
     values, scales = tensors[name], tensors.get(f"{name}.scale")
     values = values.narrow(-2, start, count)
     scales = None if scales is None else scales.narrow(-1, start, count)
@@ -176,76 +175,40 @@ def _vectors(
     return dequantise(stored, target.dtype)
 
 
-# ── whether it is whole ───────────────────────────────────────────────────────────────────────────────
+# ── whether it is complete ───────────────────────────────────────────────────────────────────────────────
 
 
 def _index(path: Path) -> dict[str, Any]:
-    try:
-        index = json.loads((path / INDEX).read_text("utf-8"))
-        found = index["facts"]["format"]
-    except (FileNotFoundError, NotADirectoryError) as error:
-        there = len(list(path.glob("shard-*.json"))) if path.is_dir() else 0
-        what = f"not complete yet: {there} shard(s), and no index" if there else "no feature cache"
+    file = path / INDEX
+    if not file.exists():
+        there = len(list(path.glob("shard-*.json")))
         raise DataError(
-            f"{path} is {what}",
+            f"{path} is not complete yet: it has {there} shard(s) and no index"
+            if there
+            else f"there is no feature cache in {path}",
             next_step="run the same `deepspec data cache` command again, to its end"
             if there
             else "make one: deepspec data cache RECIPE --answers ANSWERS.jsonl --out DIR",
-        ) from error
+        )
+    try:
+        index: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        if (found := index["facts"]["format"]) != FORMAT:
+            raise ValueError(f"it has format {found}, and this version reads format {FORMAT}")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"the index of the feature cache cannot be read ({error})",
-            where=str(path / INDEX),
+            f"the index of the feature cache cannot be read: {error}",
+            where=str(file),
             next_step="delete it and run the same `deepspec data cache` command again; the shards are kept",
         ) from error
-    if found != FORMAT:
-        raise DataError(
-            f"the feature cache is of format {found}, and this version reads format {FORMAT}",
-            where=str(path / INDEX),
-            next_step="write it anew with `deepspec data cache`",
-        )
-    assert isinstance(index, dict)
     return index
 
 
-def _check_shards(path: Path, shards: Sequence[Mapping[str, Any]]) -> None:
-    """Sizes always; checksums of shards that are new or have changed since they were last found right."""
-    known = _checked(path)
-    stamps = {}
-    for shard in shards:
-        file = path / shard["file"]
-        if not file.exists():
-            raise _corrupt(file, "it is missing")
-        stat = file.stat()
-        if stat.st_size != shard["bytes"]:
-            raise _corrupt(file, f"it has {stat.st_size:,} bytes, not {shard['bytes']:,}")
-        stamps[shard["file"]] = [stat.st_size, stat.st_mtime_ns, shard["sha256"]]
-    new = [s for s in shards if known.get(s["file"]) != stamps[s["file"]]]
-    # Hashing releases the interpreter: a few files at a time reach the disk's speed.
-    with progress("checking the feature cache", len(new)) as bar, ThreadPoolExecutor(4) as pool:
-        for shard, found in zip(new, pool.map(lambda s: file_hash(path / s["file"]), new), strict=True):
-            if found != shard["sha256"]:
-                raise _corrupt(path / shard["file"], "its checksum is not the one of the index")
-            bar.update(1)
-    if new:
-        with suppress(OSError):  # a read-only cache is checked every time
-            write_json(path / CHECKED, stamps)
-
-
-def _checked(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((path / CHECKED).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _corrupt(file: Path, why: str) -> DataError:
+def _damaged(file: Path, why: str) -> DataError:
     return DataError(
         f"a shard of the feature cache is damaged: {why}",
         where=str(file),
         next_step=f"delete {file.name} and run the same `deepspec data cache` command again: only this shard "
-        "is computed anew",
+        "is computed again",
     )
 
 
@@ -253,7 +216,7 @@ def _corrupt(file: Path, why: str) -> DataError:
 
 
 def check_rows(cache: Cache, wanted: Mapping[str, Any], remedy: str) -> None:
-    """Raise DataError where the cache's rows were made under other conditions than `wanted` (its facts)."""
+    """Raise DataError if the cache's rows were made under other conditions than the facts in `wanted`."""
     other = differences(cache.facts, wanted, list(wanted))
     if other:
         raise _misfit(cache, other, remedy)
@@ -279,7 +242,8 @@ def _check_fit(
 
 
 def _check_numbers(cache: Cache, target: Target, layers: Sequence[int], source: Source, remedy: str) -> None:
-    """The shortest row that holds features, computed again: a name may mean other weights by now."""
+    """Raise DataError if the shortest stored row has other features now: the target's weights may have
+    changed under the same name and config."""
     held = [p for p in cache.places if p[1].counts.features]
     if not held:
         return
@@ -290,15 +254,12 @@ def _check_numbers(cache: Cache, target: Target, layers: Sequence[int], source: 
     for layer, a, b in zip(layers, stored[0, :count].split(d, -1), now[0, :count].split(d, -1), strict=True):
         distance = float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-20))
         if not distance < FAR:
-            raise _misfit(
-                cache,
-                [
-                    f"its features of layer {layer} in row {row_id!r} are not those that {target.spec.name} "
-                    f"gives now (relative distance {distance:.2f}): they are another target's "
-                    f"(then: {cache.facts['target']})"
-                ],
-                remedy,
+            why = (
+                f"its features of layer {layer} in row {row_id!r} are not those that {target.spec.name} "
+                f"gives now (relative distance {distance:.2f}); it was made with other weights, then "
+                f"those of {cache.facts['target']}"
             )
+            raise _misfit(cache, [why], remedy)
 
 
 def _misfit(cache: Cache, reasons: Sequence[str], remedy: str) -> DataError:

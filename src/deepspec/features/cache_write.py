@@ -1,13 +1,13 @@
 """A feature cache on disk: its layout, and writing it so that a kill at any moment costs one shard at most.
 
     DIR/shard-00000.safetensors   tokens, masks and the stored positions of a fixed range of rows
-    DIR/shard-00000.json          beside it, once it is whole: facts, rows, size, checksum
-    DIR/index.json                last of all: facts and every shard
+    DIR/shard-00000.json          its sidecar, written once the shard is whole: facts, rows, size, checksum
+    DIR/index.json                written last: facts and every shard
     DIR/.lock                     byte s + 1 is held by the process that writes shard s, byte 0 for the index
 
 Everything is a pure function of the rows and the facts: which rows a shard holds, which rows share a forward
-pass of the target, which positions are stored. So a shard has the same bytes whoever writes it and whenever,
-and ranks need no word of each other: shard s is rank (s mod world)'s.
+pass of the target, which positions are stored. So a shard has the same bytes whenever and by whichever
+process it is written, and ranks do not communicate: rank r writes the shards s with s % world == r.
 
 R rows, T tokens, F feature positions, H last hidden states stored in one shard; m layers, d hidden.
 """
@@ -32,21 +32,21 @@ from deepspec.errors import DataError, TargetError, UserError
 from deepspec.features.batches import Source, online, padded
 from deepspec.features.formats import TOKEN_BYTES, vector_bytes
 from deepspec.features.quantise import largest_of, quantise
-from deepspec.files import LOCK, atomic_file, claimed, is_disk_full, write_json
+from deepspec.files import LOCK, atomic_file, claimed, write_json, writing
 from deepspec.log import note, progress
 from deepspec.maths.blocks import READ_RULES, FeatureBatch, Reads
 from deepspec.targets import Target
 
 FORMAT = 1
 SHARD_BYTES = 256 * 2**20
-"""About the size of a shard: what a kill can cost, and (twice) what writing one holds in memory."""
+"""About the size of a shard: a kill costs one at most, and writing one holds two of them in memory."""
 BATCH_TOKENS = 8192
 """Padded tokens of one forward pass of the target."""
 INDEX = "index.json"
 
 
 class RowCounts(NamedTuple):
-    """What is stored of one row."""
+    """How much of one row is stored."""
 
     tokens: int
     features: int
@@ -55,7 +55,7 @@ class RowCounts(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What decides every byte of a cache. facts: plain data, kept in every sidecar and in the index."""
+    """All that decides the bytes of a cache. facts: plain data, kept in every sidecar and in the index."""
 
     facts: dict[str, Any]
     rows: Sequence[Encoded]
@@ -65,6 +65,11 @@ class Plan:
     def shard_bytes(self, shard: int) -> int:
         """Bytes of a shard's tensors."""
         return sum(row_bytes(self.counts[r], self.facts) for r in self.shards[shard])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(counts.tokens for counts in self.counts)
 
     @property
     def payload(self) -> int:
@@ -86,10 +91,10 @@ def plan_cache(
     shard_bytes: int = SHARD_BYTES,
     batch_tokens: int = BATCH_TOKENS,
 ) -> Plan:
-    """Which bytes go where, before any is computed.
+    """Decide which bytes go where, before any is computed.
 
     layers, reads: the union of what the recipes need. about: further facts that decide the rows (tokenizer,
-    template, data), kept to be compared with those of a recipe that trains from the cache.
+    template, data); they are compared with those of a recipe that trains from the cache.
     """
     facts = {
         **about,
@@ -126,7 +131,7 @@ def stored_positions(mask: Tensor, lengths: Tensor, rules: Sequence[str]) -> Rea
 
 
 def count_rows(rows: Sequence[Encoded], rules: Sequence[str]) -> list[RowCounts]:
-    """What is stored of each row."""
+    """How much of each row is stored."""
     counts = []
     for start in range(0, len(rows), 256):
         some = rows[start : start + 256]
@@ -170,7 +175,8 @@ def batch_rows(rows: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]
 
 
 class Written(NamedTuple):
-    """How a run of `write_cache` ended. complete: every shard and the index are there, whoever wrote them."""
+    """How a run of `write_cache` ended. complete: every shard and the index are there, of all processes.
+    shards, bytes: those that this process wrote."""
 
     complete: bool
     shards: int
@@ -184,11 +190,11 @@ def shard_path(out: Path, shard: int) -> Path:
 def write_cache(
     plan: Plan, target: Target, out: Path, *, rank: int = 0, world: int = 1, verify: bool = False
 ) -> Written:
-    """Write the shards of this rank that are not there yet and, if that makes the cache whole, its index.
+    """Write the shards of this rank that are missing and, if that makes the cache whole, its index.
 
-    verify: hash the shards that are there, and write anew those that are not what they were.
-    Raises DataError where `out` holds another cache, UserError where the disk is or will be full, TargetError
-    for features that are not finite. Whatever stops it, the same command goes on with what is missing.
+    verify: hash the shards that are there, and write damaged ones again. Raises DataError if `out` holds
+    another cache, UserError if the disk is or will be full, TargetError for features that are not finite.
+    Whatever stops it, the same call continues with the shards that are missing.
     """
     out.mkdir(parents=True, exist_ok=True)
     missing = [s for s in range(len(plan.shards)) if not _whole(plan, out, s, verify=verify)]
@@ -196,23 +202,19 @@ def write_cache(
     mine = [s for s in missing if s % world == rank]
     source, written = online(target, plan.facts["layers"]), 0
     total = sum(plan.counts[r].tokens for s in mine for r in plan.shards[s])
-    try:
+    with writing(out):
         with progress("caching features", total) as bar:
             for shard in mine:
                 with claimed(out / LOCK, shard + 1) as ours:
-                    # Another process may have written it since, or be at it.
+                    # Another process may have written it since, or may be writing it now.
                     if ours and not _whole(plan, out, shard, verify=verify):
                         written += _write_shard(plan, source, out, shard)
                 bar.update(sum(plan.counts[r].tokens for r in plan.shards[shard]))
         return Written(_finish(plan, out), len(mine), written)
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        raise _full(out) from error
 
 
 def _write_shard(plan: Plan, source: Source, out: Path, shard: int) -> int:
-    """The shard, then its sidecar; bytes written."""
+    """Write the shard, then its sidecar. Returns the bytes of the shard."""
     rows = plan.shards[shard]
     data = save(shard_tensors([plan.rows[r] for r in rows], source, plan.facts))
     with atomic_file(shard_path(out, shard)) as stream:
@@ -230,9 +232,11 @@ def _write_shard(plan: Plan, source: Source, out: Path, shard: int) -> int:
 
 
 def shard_tensors(rows: Sequence[Encoded], source: Source, facts: Mapping[str, Any]) -> dict[str, Tensor]:
-    """features [m, F, d], so that some layers can be read without the others; hidden [H, d]; with scales
-    `features.scale` [m, F] and `hidden.scale` [H] where the format has them; ids [T] int32 and loss_mask [T]
-    uint8. Rows lie one after the other."""
+    """A shard's tensors, its rows one after the other.
+
+    features [m, F, d], so that some layers can be read without the others; hidden [H, d]; their scales
+    `features.scale` [m, F] and `hidden.scale` [H] if the format has them; ids [T] int32, loss_mask [T] uint8.
+    """
     parts: list[dict[str, Tensor]] = [{} for _ in rows]
     for picked in batch_rows(rows, facts["batch_tokens"]):
         batch = source([rows[i] for i in picked], len(rows[picked[0]].ids))
@@ -279,20 +283,10 @@ def _stored_vectors(batch: FeatureBatch, facts: Mapping[str, Any]) -> dict[str, 
 # ── what is there ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_sidecar(path: Path) -> dict[str, Any] | None:
-    """A shard's sidecar; None before the shard is whole. Raises DataError where it is no sidecar."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise DataError(
-            f"this is not the sidecar of a shard ({error})",
-            where=str(path),
-            next_step="delete it and run the same `deepspec data cache` command again",
-        ) from error
-    assert isinstance(found, dict)
-    return found
+def read_sidecar(shard: Path) -> dict[str, Any] | None:
+    """A shard's sidecar; None before the shard is whole."""
+    path = shard.with_suffix(".json")
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 
 def file_hash(path: Path) -> str:
@@ -302,9 +296,10 @@ def file_hash(path: Path) -> str:
 
 
 def _whole(plan: Plan, out: Path, shard: int, *, verify: bool) -> bool:
-    """Whether a shard and its sidecar are there, as they should be. Raises DataError for another cache's."""
+    """Whether a shard is there, of its size (and, with `verify`, of its checksum). Raises DataError for a
+    shard of another cache."""
     path = shard_path(out, shard)
-    sidecar = read_sidecar(path.with_suffix(".json"))
+    sidecar = read_sidecar(path)
     if sidecar is None:
         return False
     other = differences(sidecar["facts"], plan.facts)
@@ -312,13 +307,13 @@ def _whole(plan: Plan, out: Path, shard: int, *, verify: bool) -> bool:
         raise DataError(
             f"{out} holds another cache: {'; '.join(other)}",
             where=str(path.with_suffix(".json")),
-            next_step="give another --out, or delete the directory to write it anew",
+            next_step="give another --out, or delete the directory to start over",
         )
     if not path.exists() or path.stat().st_size != sidecar["bytes"]:
-        note(f"{path}: missing or cut, written anew")
+        note(f"{path}: missing or cut off; writing it again")
         return False
     if verify and file_hash(path) != sidecar["sha256"]:
-        note(f"{path}: not what was written (checksum), written anew")
+        note(f"{path}: its checksum is wrong; writing it again")
         return False
     return True
 
@@ -334,17 +329,17 @@ def differences(there: Mapping[str, Any], wanted: Mapping[str, Any], keys: Seque
 
 
 def _finish(plan: Plan, out: Path) -> bool:
-    """Write the index if every shard is there: whoever finds it so, any number of times, the same bytes."""
-    # One at a time, and waiting: the last of several processes must see what the others have done.
+    """Write the index if every shard is there. Returns whether it is.
+
+    Processes take turns here: the last of them must see what the others have written.
+    """
     with claimed(out / LOCK, 0, wait=True):
         if not all(_whole(plan, out, s, verify=False) for s in range(len(plan.shards))):
             return False
-        shards = []
-        for s in range(len(plan.shards)):
-            path = shard_path(out, s)
-            sidecar = read_sidecar(path.with_suffix(".json"))
-            assert sidecar is not None
-            shards.append({"file": path.name} | {k: v for k, v in sidecar.items() if k != "facts"})
+        paths = [shard_path(out, s) for s in range(len(plan.shards))]
+        shards = [{"file": path.name, **(read_sidecar(path) or {})} for path in paths]
+        for shard in shards:
+            del shard["facts"]
         index = {"facts": plan.facts, "shards": shards}
         path = out / INDEX
         if not path.exists() or json.loads(path.read_text("utf-8")) != index:
@@ -356,19 +351,17 @@ def _finish(plan: Plan, out: Path) -> bool:
 
 
 def disk_bytes(plan: Plan, shards: Sequence[int]) -> int:
-    """What shards take: their tensors, a header, and about 100 bytes a row in sidecar and index each."""
+    """Bytes that shards take: their tensors, a header, and about 100 bytes per row in sidecar and index."""
     rows = sum(len(plan.shards[s]) for s in shards)
     return sum(plan.shard_bytes(s) for s in shards) + 4096 * len(shards) + 200 * rows
 
 
 def _check_space(plan: Plan, out: Path, missing: Sequence[int]) -> None:
-    """Say what the cache takes. Raises UserError where the disk has not that much left."""
-    needed, free = disk_bytes(plan, missing), shutil.disk_usage(out).free
-    tokens = sum(c.tokens for c in plan.counts)
-    whole = plan.payload
+    """Print how much the cache takes. Raises UserError if the disk has less left."""
+    needed, free, whole = disk_bytes(plan, missing), shutil.disk_usage(out).free, plan.payload
     note(
-        f"{out}: {gigabytes(whole)} in {len(plan.shards)} shard(s) for {tokens:,} tokens "
-        f"({whole / max(tokens, 1):,.0f} bytes a token, {plan.facts['dtype']}); "
+        f"{out}: {gigabytes(whole)} in {len(plan.shards)} shard(s) for {plan.tokens:,} tokens "
+        f"({whole / max(plan.tokens, 1):,.0f} bytes per token, {plan.facts['dtype']}); "
         f"{gigabytes(needed)} to write, {gigabytes(free)} free"
     )
     if needed > free:
@@ -381,13 +374,5 @@ def _check_space(plan: Plan, out: Path, missing: Sequence[int]) -> None:
 
 
 def gigabytes(count: float) -> str:
-    """10⁹ bytes as GB, less as MB."""
+    """A size in GB (10⁹ bytes) or, below one, in MB."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
-
-
-def _full(out: Path) -> UserError:
-    return UserError(
-        "the disk is full; every shard finished so far is kept",
-        where=str(out),
-        next_step="make room and run the same command again: it goes on with the shards that are missing",
-    )

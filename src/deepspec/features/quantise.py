@@ -14,7 +14,7 @@ from torch import Tensor
 FORMATS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 E4M3_MAX, INT8_MAX = 448.0, 127.0
 SMALLEST = 2.0**-126
-"""Of a scale: the least normal float32. Vectors that would need less come out as zeros, near enough."""
+"""The least scale, which is the least normal float32. Smaller vectors come out as zeros, near enough."""
 
 
 class Stored(NamedTuple):

@@ -6,7 +6,7 @@ proposed   tokens the draft put forward (0…γ; a schedule may cut a round shor
 accepted   tokens of these that verification accepted, before any cut at the budget or a stop token
 kept       tokens the round added to the output, replacement or bonus included, after that cut
 
-A figure that nothing was counted for is None, never NaN.
+A figure for which nothing was counted is None, never NaN.
 
 Letters: P prompts, n resamples.
 """
@@ -39,11 +39,11 @@ def tau(kept: Rounds) -> float | None:
 def survival(accepted: Rounds, proposed: Rounds, block: int) -> list[float | None]:
     """Share of rounds in which positions 1…k were all accepted, for k = 1…`block`.
 
-    Counted among the rounds that proposed at least k tokens: a shorter round says nothing about k. Where
-    lengths are cut by confidence those rounds are the promising ones, so the figure is then a rate of what
-    was tried and need neither fall with k nor equal the product of the conditional rates.
+    Only rounds that proposed at least k tokens are counted. If confidence cuts the lengths, those rounds are
+    the promising ones: the figure is then a rate of what was tried, and need neither fall with k nor equal
+    the product of the conditional rates.
 
-    Raises ValueError where the two lists do not describe the same rounds.
+    Raises ValueError if the two lists do not describe the same rounds.
     """
     rounds = list(_pairs(accepted, proposed, block))
     return [
@@ -58,7 +58,7 @@ def conditional(accepted: Rounds, proposed: Rounds, block: int) -> list[float | 
     Position k is reached in a round that proposed at least k tokens and accepted the k-1 before it. A round
     cut below k has not reached k, even when everything it proposed was accepted.
 
-    Raises ValueError where the two lists do not describe the same rounds.
+    Raises ValueError if the two lists do not describe the same rounds.
     """
     rounds = list(_pairs(accepted, proposed, block))
     return [
@@ -72,7 +72,7 @@ def verify_rate(accepted: Rounds, proposed: Rounds) -> float | None:
 
     Committed is accepted + 1, as verified: the cut at the budget or a stop token is not counted here.
 
-    Raises ValueError where the two lists do not describe the same rounds.
+    Raises ValueError if the two lists do not describe the same rounds.
     """
     rounds = list(_pairs(accepted, proposed))
     return _share(sum(a + 1 for a, _ in rounds), sum(length + 1 for _, length in rounds))
@@ -84,8 +84,8 @@ def bootstrap_ratio(
     """Σ numerators / Σ denominators with its 95% percentile bootstrap interval over P prompts.
 
     Whole prompts are resampled, since the rounds of one prompt are not independent. The result is a function
-    of the arguments alone. A resample whose denominators sum to zero has no ratio and is left out; None where
-    the sample itself has none. Raises ValueError where the lists differ in length.
+    of the arguments alone. A resample whose denominators sum to zero has no ratio and is left out; the
+    result is None if the sample itself has none. Raises ValueError if the lists differ in length.
     """
     sums = _resampled(numerators, denominators, seed=seed, samples=samples)
     return None if sums is None else _interval(sums[0] / sums[1])
@@ -112,9 +112,9 @@ def paired_bootstrap_ratio(
     seed: int,
     samples: int = 2000,
 ) -> Interval | None:
-    """First ratio divided by second, for a speed-up say; otherwise as `paired_bootstrap_difference`.
+    """First ratio divided by second, a speed-up for example; otherwise as `paired_bootstrap_difference`.
 
-    None also where the second ratio is zero.
+    The result is also None if the second ratio is zero.
     """
     sums = _resampled(*first, *second, seed=seed, samples=samples)
     return None if sums is None else _interval((sums[0] / sums[1]) / (sums[2] / sums[3]))
@@ -125,10 +125,10 @@ def mean_ratio_over_groups(
     seed: int,
     samples: int = 2000,
 ) -> Interval | None:
-    """Mean over groups (domains, say) of the paired ratio of each, prompts resampled within their group.
+    """Mean over groups (such as domains) of each group's paired ratio, prompts resampled within their group.
 
     Each group is (first, second) as `paired_bootstrap_ratio` takes them. Every group weighs the same,
-    however many prompts it has. None where any group has no ratio.
+    however many prompts it has. The result is None if any group has no ratio.
     """
     ratios = []
     for index, (first, second) in enumerate(groups):

@@ -20,8 +20,9 @@ class FeatureBatch:
 
     input_ids [B, S] int64; loss_mask [B, S] bool; features [B, S, m*d] (raw decoder-layer outputs,
     concatenated in the order of the target layer ids); last_hidden [B, S, d] after the final norm, or None
-    from a source that has none: losses without a teacher read none; lengths [B] int64, real tokens of each
-    row; row_ids [B] names of the rows. Places that no loss reads (`Reads`) may hold anything finite.
+    if the source has none: a loss without a teacher reads none; lengths [B] int64, real tokens of each
+    row; row_ids [B] names of the rows. Positions that no loss reads (`Reads`) may hold
+    anything finite.
     position_ids [B, S] and segment_ids [B, S] say which packed document a token belongs to and where
     in it; None means one document per row, positions 0…S-1.
     """
@@ -189,9 +190,9 @@ def unroll_teacher_index(length: int, step: int, device: torch.device | str = "c
 
 
 class Reads(NamedTuple):
-    """Positions of the target's outputs that a loss can depend on, whatever anchors are drawn: [B, S] bool.
+    """Positions [B, S] bool of the target's outputs that a loss can depend on, whatever anchors are drawn.
 
-    What a source gives elsewhere changes no loss and no gradient, as long as it is finite.
+    What a source returns at other positions changes neither loss nor gradient, as long as it is finite.
     """
 
     features: Tensor
@@ -202,13 +203,13 @@ class Reads(NamedTuple):
 
 
 def context_reads(loss_mask: Tensor, lengths: Tensor, segment_ids: Tensor | None = None) -> Reads:
-    """Of every block draft: features as context, at positions before a possible anchor of the document."""
+    """What every block draft reads: features as context, before a possible anchor of its document."""
     candidates = torch.nn.functional.pad(anchor_candidates(loss_mask, segment_ids), (0, 1))
     return Reads(_before_any(candidates, segment_ids, itself=False), torch.zeros_like(candidates))
 
 
 def label_reads(loss_mask: Tensor, lengths: Tensor, segment_ids: Tensor | None = None) -> Reads:
-    """Of a block draft whose loss has a teacher: last hidden states at p-1 of each label p.
+    """What a block draft with a teacher also reads: the last hidden state at p-1 of each label p.
 
     A block's labels are an unbroken supervised run that starts behind its anchor, itself supervised. So p-1
     and p are both supervised: p-1 is itself a possible anchor, and every possible anchor has a first label.
@@ -218,10 +219,10 @@ def label_reads(loss_mask: Tensor, lengths: Tensor, segment_ids: Tensor | None =
 
 
 def unroll_reads(loss_mask: Tensor, lengths: Tensor, segment_ids: Tensor | None = None) -> Reads:
-    """Of Eagle-3: features up to the last row that counts, last hidden states one behind each such row.
+    """What Eagle-3 reads: features up to the last row that counts, the last hidden state after each such row.
 
-    The first step says it all: row i of step s counts only where row i+s does at step 0, reads the features
-    that one reads or fewer, and learns the same distribution.
+    The first step decides: row i of step s counts only if row i+s counts at step 0; it reads no features that
+    that row does not read, and learns the same distribution.
     """
     counted = unroll_masks(loss_mask, lengths, 1, segment_ids)[0]
     return Reads(

@@ -1,6 +1,7 @@
-"""The vocabulary head that a draft borrows from its target.
+"""The vocabulary head and the embedding that a draft borrows from its target.
 
-Shapes: d hidden width; V rows of this head; K kept ids (V = K where the vocabulary is reduced).
+Shapes: N rows of hidden states; d hidden width; V rows of this head; K kept ids (V = K if the vocabulary is
+reduced).
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ class Head:
 
     weight: [V, d]. bias: [V] or None. scale multiplies the matrix product, before the bias.
     softcap: c > 0 bounds logits to (-c, c) as c * tanh(x / c) (Gemma 2, section 2), or None.
-    kept: for a reduced vocabulary, [V] int64 distinct target ids, one for each row of `weight`; None where
+    kept: for a reduced vocabulary, [V] int64 distinct target ids, one for each row of `weight`; None if
     row i is target id i.
 
-    Raises ValueError where shapes do not fit each other, or the soft-cap is not positive.
+    Raises ValueError if shapes do not fit each other or the soft-cap is not positive.
     """
 
     weight: Tensor
@@ -54,11 +55,26 @@ class Head:
             self, weight=self.weight[ids], bias=None if self.bias is None else self.bias[ids], kept=ids
         )
 
+    def to(self, dtype: torch.dtype) -> Head:
+        """The same head with its weight in another dtype."""
+        return replace(self, weight=self.weight.to(dtype))
+
+    def rows_of(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Target ids [N] -> (their rows of this head [N], 0 if they have none; whether they have one [N])."""
+        if self.kept is None:
+            known = (ids >= 0) & (ids < self.vocab_size)
+            return ids.masked_fill(~known, 0).long(), known
+        order = torch.argsort(self.kept)
+        kept = self.kept[order]
+        place = torch.searchsorted(kept, ids.long()).clamp(max=self.vocab_size - 1)
+        known = kept[place] == ids
+        return order[place].masked_fill(~known, 0), known
+
     def spread(self, logits: Tensor, vocab_size: int) -> Tensor:
         """[..., K] logits of the kept rows -> [..., vocab_size] over target ids, -inf for the others.
 
-        So a reduced vocabulary is nobody's business after this: proposals and their distributions are in
-        target ids. Logits of a full vocabulary come back as they are.
+        From here on, proposals and their distributions are in target ids, and only the head knows that its
+        vocabulary is reduced. Logits of a full vocabulary come back as they are.
         """
         if self.kept is None:
             return logits
@@ -78,6 +94,26 @@ class Head:
         if self.softcap is not None:
             product = self.softcap * torch.tanh(product / self.softcap)
         return product
+
+    def logits_into(self, out: Tensor, hidden: Tensor, slope: Tensor | None = None) -> None:
+        """`logits` of [N, d] rows, in the weight's dtype, written to `out` [N, V].
+
+        Everything after the product is done in the dtype of `out`. slope: [N, V], receives the derivative of
+        the soft-cap.
+        """
+        if hidden.dtype == out.dtype:
+            torch.mm(hidden, self.weight.t(), out=out)
+        else:
+            out.copy_(hidden @ self.weight.t())
+        if self.scale != 1.0:
+            out.mul_(self.scale)
+        if self.bias is not None:
+            out.add_(self.bias)
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_()
+            if slope is not None:
+                torch.mul(out, out, out=slope).neg_().add_(1.0)
+            out.mul_(self.softcap)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,8 @@
-"""The head and the losses of every draft, walked in row chunks so that the vocabulary-wide world stays small.
+"""The head and the losses of every draft, in chunks of rows: tensors as wide as the vocabulary stay small.
 
 A draft's logits are the widest tensors of training: 448 rows of a 151,936-word vocabulary are 272 MB in
-float32, and a loss written out plainly keeps half a dozen of them. Here the gradient is formed beside the
-loss, one chunk of rows at a time, and only what is as narrow as the inputs outlives its chunk.
+float32, and a loss written out plainly keeps half a dozen of them. Here the gradient is formed together
+with the loss, one chunk of rows at a time, and only tensors as narrow as the inputs outlive their chunk.
 
 Shapes: N loss rows; n rows of one chunk; d draft hidden width; dt target hidden width; V vocabulary of the
 draft's head; W vocabulary of the teacher's head (W = V, unless the draft's is reduced); r Markov rank.
@@ -13,20 +13,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepspec.maths.chunking import default_chunk_rows
+from deepspec.maths.formed import needs_gradient, with_gradients
 from deepspec.maths.head import Head
 
 TERMS = ("ce", "soft_ce", "kl", "l1")
 _TEACHER_TERMS = frozenset({"soft_ce", "kl", "l1"})
-
-# One chunk's logits in float32. Some three to five such tensors live at once, and matrix products of this
-# size already run at full speed on a CPU: 1,536 rows at V = 4,096, 41 rows at V = 151,936.
-_CHUNK_BYTES = 24 * 2**20
 
 
 def head_loss(
@@ -68,7 +66,7 @@ def head_loss(
     given = _Task(hidden, head, dict(weights), labels, teacher_hidden, teacher_head, z, w2)
     _check_draft(given)
     _check_teacher(given)
-    wants = _Wants(*(_needs_gradient(tensor) for tensor in (hidden, z, w2)))
+    wants = _Wants(*map(needs_gradient, (hidden, z, w2)))
     if chunk_rows is None:
         chunk_rows = default_chunk_rows(teacher_head.vocab_size if teacher_head else head.vocab_size)
     if chunk_rows < 1:
@@ -78,8 +76,7 @@ def head_loss(
     sums = {term: values.sum() for term, values in result.terms.items()}
     total = torch.stack(list(sums.values())).sum() if sums else torch.zeros((), device=hidden.device)
     if any(wants):
-        gradients = (result.d_hidden, result.d_z, result.d_w2)
-        total = _FormedGradients.apply(total, hidden, z, w2, *gradients)  # type: ignore[no-untyped-call]
+        total = with_gradients(total, (hidden, z, w2), (result.d_hidden, result.d_z, result.d_w2))
     return HeadLoss(total, sums, result.accept, result.correct)
 
 
@@ -105,11 +102,6 @@ def position_weights(block: int, gamma: float) -> Tensor:
     return torch.exp(-torch.arange(block, dtype=torch.float32) / gamma)
 
 
-def default_chunk_rows(vocab_size: int) -> int:
-    """Rows whose float32 logits take about 24 MiB; at least 1."""
-    return max(1, _CHUNK_BYTES // (4 * max(1, vocab_size)))
-
-
 class HeadLoss(NamedTuple):
     """total: scalar, differentiable. terms: each term's weighted sum, detached, before adding them up.
 
@@ -125,7 +117,7 @@ class HeadLoss(NamedTuple):
 
 
 class _Wants(NamedTuple):
-    """Which gradients somebody will read."""
+    """Which gradients a backward pass can ask for."""
 
     hidden: bool
     z: bool
@@ -185,39 +177,6 @@ class _Teacher(NamedTuple):
     mass: Tensor | None  # [n, 1] share of the full distribution on kept ids; None for a full vocabulary
 
 
-class _FormedGradients(torch.autograd.Function):
-    """Hands out gradients that the forward walk has already formed, times the upstream scalar."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        total: Tensor,
-        hidden: Tensor,
-        z: Tensor | None,
-        w2: Tensor | None,
-        d_hidden: Tensor | None,
-        d_z: Tensor | None,
-        d_w2: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(d_hidden, d_z, d_w2)
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, z, w2)]
-        return total.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # A product, never in place: with retain_graph the same saved gradients are read again.
-        scaled = [
-            None if gradient is None else (gradient * upstream).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return None, *scaled, None, None, None
-
-
-def _needs_gradient(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
-
-
 def _check_draft(task: _Task) -> None:
     hidden, head, labels = task.hidden, task.head, task.labels
     if hidden.dim() != 2 or hidden.shape[1] != head.weight.shape[1]:
@@ -271,7 +230,7 @@ def _prepare(task: _Task) -> _Task:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     weights = {term: weight.detach().to(dtype) for term, weight in task.weights.items()}
     if labels is not None:
-        labels, known = _draft_labels(labels, head)
+        labels, known = head.rows_of(labels)
         if "ce" in weights:
             if head.kept is None and bool((~known & (weights["ce"] != 0)).any()):
                 raise ValueError(f"a label with a ce weight lies outside 0 ... {head.vocab_size - 1}")
@@ -281,10 +240,10 @@ def _prepare(task: _Task) -> _Task:
         dead &= weight == 0
     teacher_head = task.teacher_head
     if teacher_head is not None and task.teacher_hidden is not None:
-        teacher_head = replace(teacher_head, weight=teacher_head.weight.to(task.teacher_hidden.dtype))
+        teacher_head = teacher_head.to(task.teacher_hidden.dtype)
     return replace(
         task,
-        head=replace(head, weight=head.weight.to(hidden.dtype)),
+        head=head.to(hidden.dtype),
         weights=weights,
         labels=labels,
         teacher_head=teacher_head,
@@ -293,18 +252,6 @@ def _prepare(task: _Task) -> _Task:
         dead=dead if bool(dead.any()) else None,
         dtype=dtype,
     )
-
-
-def _draft_labels(labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """Target ids [N] -> (row numbers of the head, 0 where there is none; whether there is one)."""
-    if head.kept is None:
-        known = (labels >= 0) & (labels < head.vocab_size)
-        return labels.masked_fill(~known, 0).long(), known
-    order = torch.argsort(head.kept)
-    ids = head.kept[order]
-    place = torch.searchsorted(ids, labels.long()).clamp(max=head.vocab_size - 1)
-    known = ids[place] == labels
-    return order[place].masked_fill(~known, 0), known
 
 
 def _walk(task: _Task, wants: _Wants, chunk_rows: int) -> _Result:
@@ -344,7 +291,7 @@ def _workspace(task: _Task, wants: _Wants, rows: int) -> _Workspace:
 def _chunk_terms(task: _Task, rows: slice, space: _Workspace, result: _Result) -> None:
     """The loss terms of one chunk, into `result`. Leaves p in space.draft and t in space.teacher."""
     draft, spare = space.draft, space.spare
-    _logits(task.hidden[rows], task.head, draft, space.slope)
+    task.head.logits_into(draft, task.hidden[rows], space.slope)
     if task.z is not None and task.w2 is not None:
         _add_product(draft, task.z[rows], task.w2)
     best = _shift(draft)
@@ -362,7 +309,7 @@ def _chunk_terms(task: _Task, rows: slice, space: _Workspace, result: _Result) -
         found["kl"] = found["soft_ce"] + teacher.negative_entropy
     if teacher is not None and result.accept is not None:
         found["l1"], accept = _overlap(draft, teacher, spare)
-        # A row without weight may hold NaN; nobody should meet it in a sum later.
+        # A row without weight may hold NaN, which must not reach a sum later.
         result.accept[rows] = accept.nan_to_num(nan=0.0).clamp(0.0, 1.0)
     for term, weight in task.weights.items():
         part = weight[rows]
@@ -411,26 +358,6 @@ def _chunk_gradients(task: _Task, rows: slice, space: _Workspace, result: _Resul
             result.d_hidden[rows] *= task.head.scale
 
 
-def _logits(hidden: Tensor, head: Head, out: Tensor, slope: Tensor | None = None) -> None:
-    """`head.logits(hidden)` into `out`; the soft-cap and all after the product in the dtype of `out`.
-
-    slope: receives the derivative of the soft-cap.
-    """
-    if hidden.dtype == out.dtype:
-        torch.mm(hidden, head.weight.t(), out=out)
-    else:
-        out.copy_(hidden @ head.weight.t())
-    if head.scale != 1.0:
-        out.mul_(head.scale)
-    if head.bias is not None:
-        out.add_(head.bias)
-    if head.softcap is not None:
-        out.div_(head.softcap).tanh_()
-        if slope is not None:
-            torch.mul(out, out, out=slope).neg_().add_(1.0)
-        out.mul_(head.softcap)
-
-
 def _add_product(logits: Tensor, z: Tensor, w2: Tensor) -> None:
     """logits [n, V] += z [n, r] @ w2.T, in place."""
     if z.dtype == logits.dtype:
@@ -459,7 +386,7 @@ def _teacher(task: _Task, rows: slice, space: _Workspace) -> _Teacher | None:
         return None
     kept, mass, probabilities = task.head.kept, None, space.teacher
     full = probabilities if space.teacher_full is None else space.teacher_full
-    _logits(task.teacher_hidden[rows], task.teacher_head, full)
+    task.teacher_head.logits_into(full, task.teacher_hidden[rows])
     best = _shift(full)
     highest: Tensor | None = None
     if kept is not None:

@@ -6,7 +6,7 @@ smaller length. R rows, Q new tokens per row (padded), H key/value heads, D head
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,11 @@ class Rows(NamedTuple):
 
 @dataclass(eq=False)
 class SlotStore:
-    """Keys and values of one layer, [slots, capacity, H, D], grown as needed.
+    """Keys and values of one layer, [places, capacity, H, D], grown as needed.
+
+    A slot gets a place in the tensors when it is first written. The slots that a step names together are
+    brought to neighbouring places, so that reading them is a view: rounds that name the same slots move
+    nothing and copy nothing.
 
     A padded token writes past its row's real length; whatever is there is overwritten before the
     row grows over it, and masks keep it unseen until then.
@@ -42,41 +46,56 @@ class SlotStore:
 
     keys: Tensor | None = None
     values: Tensor | None = None
+    places: dict[int, int] = field(default_factory=dict)
+    """Where each slot is."""
 
     def write(self, keys: Tensor, values: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Store [R, H, Q, D] keys and values; return all the rows' ([R, H, end, D], same) from position 0."""
-        self._reserve(max(rows.slots) + 1, rows.end, keys, values)
+        for slot in rows.slots:
+            self.places.setdefault(slot, len(self.places))
+        self._reserve(len(self.places), rows.end, keys, values)
         assert self.keys is not None and self.values is not None
-        if len(rows.slots) == 1:
-            # One row: plain slices, and the result is a view.
-            slot, start, end = rows.slots[0], rows.starts[0], rows.end
-            self.keys[slot, start:end] = keys[0].transpose(0, 1)
-            self.values[slot, start:end] = values[0].transpose(0, 1)
-            return (
-                self.keys[slot : slot + 1, :end].transpose(1, 2),
-                self.values[slot : slot + 1, :end].transpose(1, 2),
-            )
-        slots = torch.tensor(rows.slots, device=keys.device)
-        positions = rows.positions(keys.device)
-        self.keys[slots[:, None], positions] = keys.transpose(1, 2)
-        self.values[slots[:, None], positions] = values.transpose(1, 2)
+        here = self._together(rows.slots)
+        if len(set(rows.starts)) == 1:
+            # Plain slices: cheaper than an index per token, and what a single row always takes.
+            new = slice(rows.starts[0], rows.end)
+            self.keys[here, new] = keys.transpose(1, 2)
+            self.values[here, new] = values.transpose(1, 2)
+        else:
+            places = torch.arange(here.start, here.stop, device=keys.device)[:, None]
+            positions = rows.positions(keys.device)
+            self.keys[places, positions] = keys.transpose(1, 2)
+            self.values[places, positions] = values.transpose(1, 2)
         return self.read(rows.slots, rows.end)
 
     def read(self, slots: tuple[int, ...], end: int) -> tuple[Tensor, Tensor]:
-        """([R, H, end, D], same) of the given slots."""
+        """([R, H, end, D], same) of the given slots, as views: valid until the next call."""
         assert self.keys is not None and self.values is not None
-        first, last = slots[0], slots[-1]
-        if slots == tuple(range(first, last + 1)):
-            pick: slice | Tensor = slice(first, last + 1)
-        else:
-            pick = torch.tensor(slots, device=self.keys.device)
-        return self.keys[pick, :end].transpose(1, 2), self.values[pick, :end].transpose(1, 2)
+        here = self._together(slots)
+        return self.keys[here, :end].transpose(1, 2), self.values[here, :end].transpose(1, 2)
 
-    def _reserve(self, slots: int, positions: int, keys: Tensor, values: Tensor) -> None:
+    def _together(self, slots: tuple[int, ...]) -> slice:
+        """The places of the slots, side by side in their order; they are swapped there if they are not."""
+        first = self.places[slots[0]]
+        if [self.places[slot] for slot in slots] != list(range(first, first + len(slots))):
+            self._move_to_front(slots)
+            first = 0
+        return slice(first, first + len(slots))
+
+    def _move_to_front(self, slots: tuple[int, ...]) -> None:
+        """Swap the slots into the first places; only places whose slot changes are copied."""
+        assert self.keys is not None and self.values is not None
+        order = [*slots, *(s for s in sorted(self.places, key=self.places.__getitem__) if s not in slots)]
+        moved = [(self.places[slot], place) for place, slot in enumerate(order) if self.places[slot] != place]
+        old, new = torch.tensor(moved, device=self.keys.device).unbind(1)
+        self.keys[new], self.values[new] = self.keys[old], self.values[old]
+        self.places = {slot: place for place, slot in enumerate(order)}
+
+    def _reserve(self, places: int, positions: int, keys: Tensor, values: Tensor) -> None:
         have = (0, 0) if self.keys is None else self.keys.shape[:2]
-        if slots <= have[0] and positions <= have[1]:
+        if places <= have[0] and positions <= have[1]:
             return
-        room = (max(slots, have[0]), have[1])
+        room = (max(places, have[0]), have[1])
         if positions > have[1]:
             room = (room[0], max(64, 2 * have[1], positions))
         self.keys = _grown(self.keys, room, keys)

@@ -10,6 +10,7 @@ Shapes: R rows, γ proposals per row (`block` in code), V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,46 +50,89 @@ class Verdict(NamedTuple):
     next_token: Tensor
 
 
-def warp(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits [..., V] of any float type to float32 probabilities [..., V].
+Samplings = Sampling | Sequence[Sampling]
+"""One sampling for all rows, or one for each."""
+
+
+def warp(logits: Tensor, samplings: Samplings) -> Tensor:
+    """Logits [R, ..., V] of any float type to float32 probabilities [R, ..., V].
+
+    With a sequence of R samplings, row r follows the r-th; with a single one there need not be an R.
 
     Greedy is the one-hot of the first maximum, never a softmax. Ties are never broken by sort order: top-k
     keeps every token whose logit equals the k-th largest, and top-p keeps a token while the tokens strictly
     more probable than it (after top-k, renormalised) hold less than `top_p`. So the most probable token
-    always stays, and no row depends on the others.
+    always stays, and no row depends on the others or on their samplings.
+
+    Raises ValueError unless there is one sampling per row.
     """
-    if sampling.greedy:
-        best = logits.argmax(-1, keepdim=True)
-        return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, best, 1.0)
+    if isinstance(samplings, Sampling):
+        samplings = [samplings]
+    elif len(samplings) != logits.shape[0]:
+        raise ValueError(f"{len(samplings)} samplings for {logits.shape[0]} rows of logits")
+    if len(set(samplings)) == 1:
+        samplings = samplings[:1]
+    drawn = [row for row, sampling in enumerate(samplings) if not sampling.greedy]
+    if len(drawn) == len(samplings):
+        return _warped(logits, samplings)
+    probabilities = one_hot(logits.argmax(-1), logits.shape[-1])
+    if drawn:
+        rows = torch.tensor(drawn, device=logits.device)
+        probabilities[rows] = _warped(logits[rows], [samplings[row] for row in drawn])
+    return probabilities
+
+
+def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
+    """[...] tokens -> [..., V] float32 distributions with all their mass on them."""
+    zeros = torch.zeros(*tokens.shape, vocab_size, device=tokens.device)
+    return zeros.scatter_(-1, tokens[..., None], 1.0)
+
+
+def _warped(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """`warp` of R rows that are not greedy, in one pass; a single sampling is for all rows.
+
+    A row's numbers are to the bit what they are alone: a step that it does not ask for leaves it unchanged.
+    """
+    vocabulary = logits.shape[-1]
+
+    def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        """[R, 1, ...], to stand next to the logits; [] of a single sampling."""
+        shape = () if len(values) == 1 else (len(values), *[1] * (logits.dim() - 1))
+        return torch.tensor(values, dtype=dtype, device=logits.device).view(shape)
+
     scores = logits.float()
-    if sampling.temperature != 1:
+    temperatures = [s.temperature for s in samplings]
+    if any(t != 1 for t in temperatures):
         # Relative to the maximum before dividing: a tiny temperature then cannot overflow to inf - inf.
-        scores = (scores - scores.amax(-1, keepdim=True)) / sampling.temperature
-    limited = 0 < sampling.top_k < scores.shape[-1]
-    largest = None
-    if limited:
-        top = scores.topk(sampling.top_k, dim=-1)
-        largest = top.indices
-        scores = scores.masked_fill(scores < top.values[..., -1:], -math.inf)
+        divided = (scores - scores.amax(-1, keepdim=True)) / column(temperatures)
+        scores = torch.where(column(temperatures) == 1, scores, divided) if 1 in temperatures else divided
+    limits = [s.top_k if s.top_k < vocabulary else 0 for s in samplings]
+    if any(limits):
+        top = scores.topk(max(limits), dim=-1)
+        places = column([max(k, 1) - 1 for k in limits], torch.int64).expand(*scores.shape[:-1], 1)
+        lowest = top.values.gather(-1, places).masked_fill(column(limits) == 0, -math.inf)
+        scores = scores.masked_fill(scores < lowest, -math.inf)
     probabilities = scores.softmax(-1)
-    if sampling.top_p == 1:
+    masses = [s.top_p for s in samplings]
+    if all(m == 1 for m in masses):
         return probabilities
-    # A tie beyond the k-th place shares its value, so the k largest are enough to find the threshold.
-    ordered = (
-        probabilities.sort(-1, descending=True).values
-        if largest is None
-        else probabilities.gather(-1, largest)
-    )
+    if all(k or m == 1 for k, m in zip(limits, masses, strict=True)):
+        # A tie beyond the k-th place shares its value, so the k largest are enough to find the threshold.
+        ordered = probabilities.gather(-1, top.indices)
+    else:
+        ordered = probabilities.sort(-1, descending=True).values
     above = ordered.cumsum(-1, dtype=_wide(ordered)) - ordered
-    last = (above < sampling.top_p).sum(-1, keepdim=True) - 1
+    mass = column(masses, above.dtype)
+    last = (above < mass).sum(-1, keepdim=True) - 1
+    lowest = ordered.gather(-1, last).masked_fill(mass == 1, 0.0)
     # Softmax again instead of dividing by a sum, whose rounding may depend on how many rows there are.
-    return scores.masked_fill(probabilities < ordered.gather(-1, last), -math.inf).softmax(-1)
+    return scores.masked_fill(probabilities < lowest, -math.inf).softmax(-1)
 
 
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens [R] by inverse CDF from non-negative weights [R, V], which need not sum to one.
+    """Tokens [...] by inverse CDF from non-negative weights [..., V], which need not sum to one.
 
-    `uniforms` [R] lie in [0, 1). A token of zero weight is never returned unless its whole row is zero, on
+    `uniforms` [...] lie in [0, 1). A token of zero weight is never returned unless its whole row is zero, on
     any device: the CDF counts only where the weight is positive, and the level looked up is kept below the
     row's total, so neither rounding at the upper end nor a parallel scan can reach one.
     """

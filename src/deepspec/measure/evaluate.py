@@ -1,7 +1,7 @@
-"""Tasks -> results: every method on the same prompts, in turns, with intervals and the lossless check.
+"""Evaluation: every method answers the same prompts, in turns, with intervals and the lossless check.
 
 Methods take turns prompt by prompt, so that a machine whose speed drifts slows them all alike; speed-ups
-are ratios within one run. The results file's form is in docs/results.md.
+are ratios within one run. The results file's format is in docs/results.md.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -18,27 +18,28 @@ from typing import Any
 
 import torch
 
+from deepspec.conditions import SEVERAL, Conditions
 from deepspec.config import HELD_OUT_ROWS
 from deepspec.data.conversations import Conversation, prompt_messages, read_conversations, tools_of
-from deepspec.data.tokens import prompt_ids, system_hash, template_hash
+from deepspec.data.identity import row_seed
+from deepspec.data.tokens import prompt_ids, require_tokenizer, system_hash, template_hash
 from deepspec.decode.engine import Decoder, Generation, Request
 from deepspec.drafts.base import Draft
 from deepspec.drafts.lookup import PromptLookup
-from deepspec.errors import DataError, TargetError
-from deepspec.files import plain, write_json
+from deepspec.errors import DataError
+from deepspec.files import ResumableLog, plain, write_json
 from deepspec.log import note, progress
 from deepspec.maths import acceptance
 from deepspec.maths.verify import Sampling
-from deepspec.measure.journal import Journal, forget
-from deepspec.measure.traces import Prompt, Taken, Trace, rounds_of, rows_of
-from deepspec.report.compare import FORMAT
+from deepspec.measure.rows import Answering, Measurement, Method, Prompt, rounds_of, rows_of
+from deepspec.report.results import FORMAT
 from deepspec.targets import Target
 from deepspec.this_machine import read_joules, this_machine
 
 WARM_UP_TOKENS = 16
-"""Of each method's answer before its first measured one: what a first call costs belongs to nobody."""
+"""Tokens that each method generates first, unmeasured, so that one-time costs are not charged to it."""
 FINGERPRINTED = 1024
-"""Values of each tensor by which models are told apart."""
+"""Values of each tensor that enter a model's fingerprint."""
 CONVENTIONS = {
     "accepted length τ": "tokens kept per verify round, bonus included, pooled over prompts (sum over sum); "
     "the first new token comes from the prefill and is in no round; a round cut at the budget or a stop "
@@ -53,23 +54,15 @@ CONVENTIONS = {
 }
 
 
-Method = Callable[[Sequence[Prompt], int], list[Generation]]
-"""Answers to a group of prompts, each of at most so many new tokens."""
-
-
 def load_prompts(
     path: str | Path, target: Target, *, thinking: bool = False, limit: int | None = None
 ) -> list[Prompt]:
-    """Prompts of a JSONL file in the target's template; `limit` takes as many, domain by domain in turns.
+    """Prompts of a JSONL file in the target's template. limit: take so many, the domains in turns.
 
-    Raises DataError for a broken or empty file or an id that comes twice (its prompt would count twice),
-    TargetError for a target without a tokenizer.
+    Raises DataError for a broken or empty file and for an id that comes twice (its prompt would count
+    twice), TargetError for a target without a tokenizer.
     """
-    if target.tokenizer is None:
-        raise TargetError(
-            f"{target.spec.name} has no tokenizer, so prompts cannot become tokens",
-            next_step="put the target's tokenizer files beside its weights",
-        )
+    tokenizer = require_tokenizer(target.tokenizer, target.spec.name)
     rows = list(read_conversations(path))
     if not rows:
         raise DataError("no prompts", where=str(path))
@@ -79,30 +72,21 @@ def load_prompts(
             raise DataError(
                 f"the id comes twice; first at {first.where}",
                 where=row.where,
-                next_step="keep each prompt once, or give the rows ids of their own",
+                next_step="keep each prompt once, or give the rows different ids",
             )
-    return [
-        Prompt(
-            c.id,
-            c.domain or "all",
-            c.messages[-1]["content"] if c.messages else "",
-            tuple(
-                prompt_ids(target.tokenizer, prompt_messages(c), thinking, tools=tools_of(c), where=c.where)
-            ),
-            system_hash(c.messages),
-        )
-        for c in spread(rows, limit)
-    ]
+    found = []
+    for c in spread(rows, limit):
+        text = c.messages[-1]["content"] if c.messages else ""
+        ids = prompt_ids(tokenizer, prompt_messages(c), thinking, tools=tools_of(c), where=c.where)
+        found.append(Prompt(c.id, c.domain or "all", text, tuple(ids), system_hash(c.messages)))
+    return found
 
 
-def mode_of(target: Target, prompts: Sequence[Prompt], thinking: bool) -> dict[str, Any]:
-    """Thinking, chat template and system prompt under which prompts are answered (`compare.MODE`)."""
+def conditions_of(target: Target, prompts: Sequence[Prompt], thinking: bool) -> Conditions:
+    """The conditions under which prompts are answered, apart from the sampling."""
     systems = {p.system for p in prompts}
-    return {
-        "thinking": thinking,
-        "template_hash": template_hash(target.tokenizer) if target.tokenizer is not None else None,
-        "system_prompt": systems.pop() if len(systems) == 1 else "several",
-    }
+    template = None if target.tokenizer is None else template_hash(target.tokenizer)
+    return Conditions(thinking, template, systems.pop() if len(systems) == 1 else SEVERAL)
 
 
 def spread(rows: Sequence[Conversation], limit: int | None) -> list[Conversation]:
@@ -117,15 +101,14 @@ def spread(rows: Sequence[Conversation], limit: int | None) -> list[Conversation
 def held_out_tau(
     target: Target, draft: Draft, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float = 1.0
 ) -> float:
-    """Pooled τ of a draft on prompts, decoded together: the figure that picks checkpoints."""
+    """Pooled τ of a draft on prompts that are decoded together. It picks the best checkpoint."""
     decoder = Decoder(
         target,
         draft,
-        Sampling(temperature),
-        stop_token_ids=target.stop_token_ids,
         max_rows=min(HELD_OUT_ROWS, len(prompts)),
     )
-    requests = [Request(p.ids, max_new_tokens, seed=i, key=p.id) for i, p in enumerate(prompts)]
+    sampling, stops = Sampling(temperature), target.stop_token_ids
+    requests = [Request(p.ids, max_new_tokens, i, p.id, sampling, stops) for i, p in enumerate(prompts)]
     return acceptance.tau([rounds_of(g)[2] for g in decoder.run(requests)]) or 1.0
 
 
@@ -142,45 +125,36 @@ def evaluate_drafts(
     batch: int = 1,
     baselines: bool = True,
     out: Path | None = None,
-    keep_journal: bool = False,
+    keep_partial: bool = False,
 ) -> dict[str, Any]:
-    """Run plain decoding, transformers' generate, prompt lookup and the drafts; a results file as plain data.
+    """Measure plain decoding, transformers' generate, prompt lookup and the drafts; a results file's data.
 
-    With `batch` > 1 prompts are decoded together in groups, and a group's time is shared out evenly;
-    transformers' generate is then left out, since it cannot hold ragged rows without padding. With `out` the
-    results are written there, and until then what is measured is kept beside it (`journal`): the same call
-    goes on after a kill. `keep_journal` leaves that to a caller that has more to do (`evaluate_at`).
+    batch: prompts decoded together, whose time is shared out evenly; above 1 transformers' generate is left
+    out, since it cannot hold ragged rows without padding. out: the results are written there, and until then
+    every measured group is kept in `partial_path`, so that the same call continues after a kill.
+    keep_partial: leaves that file to a caller that has more to measure (`evaluate_at`).
     """
     sampling = sampling or Sampling()
     stops = frozenset() if ignore_eos else target.stop_token_ids
-    methods: dict[str, tuple[Trace, Method]] = {}
-
-    def ours(draft: Draft | None) -> Method:
-        def run(group: Sequence[Prompt], budget: int) -> list[Generation]:
-            decoder = Decoder(target, draft, sampling, stop_token_ids=stops, max_rows=len(group))
-            seeds = {p.id: row_seed(seed, p.id) for p in group}
-            requests = [Request(p.ids, budget, seeds[p.id], p.id) for p in group]
-            found = {g.key: g for g in decoder.run(requests)}
-            return [found[p.id] for p in group]
-
-        return run
-
-    methods["plain"] = Trace("plain", None, None), ours(None)
-    if baselines:
-        if batch == 1 and not sampling.top_k and sampling.top_p == 1:
-            methods["transformers generate"] = (
-                Trace("generate", None, None),
-                _transformers(target, sampling, stops, seed),
-            )
-        lookup = PromptLookup(target.vocab_size)
-        methods["prompt lookup"] = Trace("lookup", None, lookup.max_proposals), ours(lookup)
-    for name, draft in drafts.items():
-        algorithm = getattr(getattr(draft, "spec", None), "algorithm", None)
-        methods[name] = Trace("draft", algorithm, draft.max_proposals), ours(draft)
-    traces = {name: trace for name, (trace, _) in methods.items()}
-    conditions = _conditions(target, prompts, sampling, thinking, max_new_tokens, ignore_eos, seed, batch)
+    methods = _methods(target, drafts, sampling, stops, seed, batch, baselines)
+    conditions = {
+        "target": target.spec.name,
+        "target_hash": target.spec.config_hash,
+        **conditions_of(target, prompts, thinking).record(),
+        **asdict(sampling),
+        "prompts_hash": _short_hash([p.ids for p in prompts]),
+        "prompts": len(prompts),
+        "max_new_tokens": max_new_tokens,
+        "acceptance_rule": "rejection sampling",
+        "ignore_eos": ignore_eos,
+        "seed": seed,
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "device": str(target.device),
+        "threads": torch.get_num_threads(),
+        "batch": batch,
+    }
     with ExitStack() as stack:
-        journal = None
+        log = None
         if out is not None:
             facts = conditions | {
                 "methods": list(methods),
@@ -188,22 +162,60 @@ def evaluate_drafts(
                 "prompt ids": _short_hash([[p.id, p.domain] for p in prompts]),
                 "machine": this_machine(),
             }
-            journal = stack.enter_context(Journal(out, facts))
-        _take_turns(target, methods, prompts, max_new_tokens, batch, journal)
+            log = stack.enter_context(ResumableLog(partial_path(out), facts, header=True))
+        _take_turns(target, methods, prompts, max_new_tokens, batch, log)
         results: dict[str, Any] = plain(
             {
                 "format": FORMAT,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "conventions": CONVENTIONS,
                 "conditions": conditions,
-                "rows": rows_of(target, traces, prompts, sampling),
+                "rows": rows_of(target, methods, prompts, sampling),
             }
         )
     if out is not None:
         write_json(out, results)
-        if not keep_journal:
-            forget(out)
+        if not keep_partial:
+            partial_path(out).unlink(missing_ok=True)
     return results
+
+
+def _methods(
+    target: Target,
+    drafts: Mapping[str, Draft],
+    sampling: Sampling,
+    stops: frozenset[int],
+    seed: int,
+    batch: int,
+    baselines: bool,
+) -> dict[str, Method]:
+    """Every method of an evaluation by its name, plain decoding first."""
+
+    def ours(draft: Draft | None) -> Answering:
+        def answer(group: Sequence[Prompt], budget: int) -> list[Generation]:
+            decoder = Decoder(target, draft, max_rows=len(group))
+            requests = [Request(p.ids, budget, row_seed(seed, p.id), p.id, sampling, stops) for p in group]
+            found = {g.key: g for g in decoder.run(requests)}
+            return [found[p.id] for p in group]
+
+        return answer
+
+    def transformers(group: Sequence[Prompt], budget: int) -> list[Generation]:
+        (prompt,) = group
+        torch.manual_seed(row_seed(seed, prompt.id))
+        tokens = target.transformers_generate(prompt.ids, budget, sampling.temperature, sorted(stops))
+        return [Generation(prompt.id, tokens, from_draft=[False] * len(tokens))]
+
+    methods = {"plain": Method("plain", None, None, ours(None))}
+    if baselines:
+        if batch == 1 and not sampling.top_k and sampling.top_p == 1:
+            methods["transformers generate"] = Method("generate", None, None, transformers)
+        lookup = PromptLookup(target.vocab_size)
+        methods["prompt lookup"] = Method("lookup", None, lookup.max_proposals, ours(lookup))
+    for name, draft in drafts.items():
+        algorithm = getattr(getattr(draft, "spec", None), "algorithm", None)
+        methods[name] = Method("draft", algorithm, draft.max_proposals, ours(draft))
+    return methods
 
 
 def evaluate_at(
@@ -216,11 +228,11 @@ def evaluate_at(
     out: Path | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """One evaluation for each sampling, on the first of the prompts where `limits` says how many; options as
-    for `evaluate_drafts`.
+    """One evaluation for each sampling; options as for `evaluate_drafts`.
 
-    Results go to `out`, or, where there are several, to `out` with -t<temperature> in its name. What one has
-    measured is kept until the last is written, so that a kill during the last costs the first nothing.
+    limits: prompts for each sampling, the first ones; None takes all. Results are written to `out` or, for
+    several samplings, to `out` with -t<temperature> in its name. What an evaluation has measured is kept
+    until the last is written, so that the same call after a kill measures nothing twice.
     """
     several = len(samplings) > 1
     outs = [
@@ -228,28 +240,28 @@ def evaluate_at(
         for s in samplings
     ]
     found = [
-        evaluate_drafts(target, drafts, prompts[:limit], sampling, out=path, keep_journal=True, **options)
+        evaluate_drafts(target, drafts, prompts[:limit], sampling, out=path, keep_partial=True, **options)
         for sampling, limit, path in zip(samplings, limits or [None] * len(samplings), outs, strict=True)
     ]
     for path in filter(None, outs):
-        forget(path)
+        partial_path(path).unlink(missing_ok=True)
         note(f"results: {path}")
     return found
 
 
 def evaluate_draft(target: Target, draft: Draft, prompts: Sequence[Prompt], **options: Any) -> dict[str, Any]:
-    """One draft beside the baselines; options as for `evaluate_drafts`."""
+    """One draft next to the baselines; options as for `evaluate_drafts`."""
     return evaluate_drafts(target, {draft.name: draft}, prompts, **options)
 
 
-def row_seed(seed: int, key: str) -> int:
-    """A prompt's own seed, whatever else is in the run."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:7], "big")
+def partial_path(out: Path) -> Path:
+    """eval.json -> eval.partial.jsonl: the conditions of an evaluation under way, then a line for each group
+    of prompts with what every method wrote and took."""
+    return out.with_name(f"{out.stem}.partial.jsonl")
 
 
 def fingerprint(model: object) -> str | None:
-    """16 hex digits that tell models apart: shape, names, and the first values of every tensor; None for
-    what has no weights."""
+    """16 hex digits of a model's shape, names and first values of every tensor; None if it has no weights."""
     if not isinstance(model, torch.nn.Module):
         return None
     digest = hashlib.sha256(repr(getattr(model, "spec", None)).encode())
@@ -264,82 +276,43 @@ def _short_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _transformers(target: Target, sampling: Sampling, stops: frozenset[int], seed: int) -> Method:
-    def run(group: Sequence[Prompt], budget: int) -> list[Generation]:
-        (prompt,) = group
-        torch.manual_seed(row_seed(seed, prompt.id))
-        tokens = target.transformers_generate(prompt.ids, budget, sampling.temperature, sorted(stops))
-        return [Generation(prompt.id, tokens, from_draft=[False] * len(tokens))]
-
-    return run
-
-
 def _take_turns(
     target: Target,
-    methods: Mapping[str, tuple[Trace, Method]],
+    methods: Mapping[str, Method],
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     batch: int,
-    journal: Journal | None,
+    log: ResumableLog | None,
 ) -> None:
-    """All methods on group after group of prompts; which method starts rotates. Groups that the journal has
-    are taken from there."""
+    """Have all methods answer group after group of prompts, another one first each time. Groups that the
+    log holds are taken from there."""
     groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
-    done = {} if journal is None else journal.done
+    done = {} if log is None else {line["group"]: line["methods"] for _, line in log.records()}
+    if done:
+        note(f"{len(done)} of {len(groups)} groups of prompts were measured before; continuing with the rest")
     order = list(methods.items())
     if len(done) < len(groups):
-        for _, (_, run) in order:
-            run(groups[0], min(WARM_UP_TOKENS, max_new_tokens))
+        for _, method in order:
+            method.answer(groups[0], min(WARM_UP_TOKENS, max_new_tokens))
     with progress("evaluating", len(groups) * len(order)) as bar:
         for i, group in enumerate(groups):
-            taken = {name: Taken.kept(entry) for name, entry in done.get(i, {}).items()}
-            if not taken:
-                for name, (_, run) in order[i % len(order) :] + order[: i % len(order)]:
-                    taken[name] = _measured(target, run, group, max_new_tokens)
-                    bar.update(1)
-                if journal is not None:
-                    journal.write(i, {name: asdict(each) for name, each in taken.items()})
-            else:
+            found = {name: Measurement.read(entry) for name, entry in done.get(i, {}).items()}
+            if found:
                 bar.update(len(order))
-            for name, (trace, _) in order:
-                trace.add(group, taken[name])
+            else:
+                for name, method in order[i % len(order) :] + order[: i % len(order)]:
+                    found[name] = _measured(target, method, group, max_new_tokens)
+                    bar.update(1)
+                if log is not None:
+                    entry = {name: asdict(each) for name, each in found.items()}
+                    log.write({"group": i, "methods": entry})
+                    log.sync()
+            for name, method in order:
+                method.add(group, found[name])
 
 
-def _measured(target: Target, run: Method, group: Sequence[Prompt], budget: int) -> Taken:
-    meter = read_joules(target.device)
-    began = time.perf_counter()
-    answers = run(group, budget)
-    spent = time.perf_counter() - began
-    after = read_joules(target.device)
-    joules = None if meter is None or after is None else after - meter
-    return Taken(answers, spent, joules)
-
-
-def _conditions(
-    target: Target,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    thinking: bool,
-    max_new_tokens: int,
-    ignore_eos: bool,
-    seed: int,
-    batch: int,
-) -> dict[str, Any]:
-    return {
-        "target": target.spec.name,
-        "target_hash": target.spec.config_hash,
-        **mode_of(target, prompts, thinking),
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-        "prompts_hash": _short_hash([p.ids for p in prompts]),
-        "prompts": len(prompts),
-        "max_new_tokens": max_new_tokens,
-        "acceptance_rule": "rejection sampling",
-        "ignore_eos": ignore_eos,
-        "seed": seed,
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "device": str(target.device),
-        "threads": torch.get_num_threads(),
-        "batch": batch,
-    }
+def _measured(target: Target, method: Method, group: Sequence[Prompt], budget: int) -> Measurement:
+    before, began = read_joules(target.device), time.perf_counter()
+    answers = method.answer(group, budget)
+    spent, after = time.perf_counter() - began, read_joules(target.device)
+    return Measurement(answers, spent, None if before is None or after is None else after - before)

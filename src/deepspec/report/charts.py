@@ -1,6 +1,6 @@
 """Geometry of the report's charts: where lines, marks, bars and ticks go. The template draws them.
 
-Everything here is in the units of the chart's own picture; a chart is plain data.
+All lengths are in units of the chart's viewBox; a chart is plain data.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from deepspec.report.compare import MISSING, estimate, is_number
+from deepspec.report.results import MISSING, estimate, is_number
 
 CHART_WIDTH, CHART_HEIGHT = 360.0, 230.0
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 12.0, 12.0, 40.0  # chart margins
@@ -20,7 +20,7 @@ CURVE_POINTS = 120  # a training curve is averaged down to this many points
 
 @dataclass(frozen=True)
 class Style:
-    """How one method looks wherever it appears: colour class, marker and dashes, so never colour alone."""
+    """How one method looks wherever it appears: colour class, marker and dashes, never colour alone."""
 
     key: str
     label: str

@@ -1,29 +1,23 @@
-"""What two evaluations may be set beside each other for, and what setting them there shows.
+"""Comparing results: what may be compared, and paired differences in accepted length.
 
 Accepted lengths measured under different sampling, prompts or templates are different quantities, so
-`compare_results` refuses them unless told otherwise. The words for figures, conditions and the lossless check
-live here too, because the report must say the same things. Standard library only (the bootstrap itself is
-`deepspec.maths.acceptance`, imported when it is needed).
+`compare_results` refuses them unless told otherwise.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, TypeGuard
+from typing import Any
 
+from deepspec.conditions import UNRECORDED, contrast
 from deepspec.errors import DataError, UserError
+from deepspec.maths.acceptance import paired_bootstrap_difference
+from deepspec.report.results import CONDITION_NAMES, Result, Row
 
-Result = dict[str, Any]  # one results file: conventions, conditions, rows
-Row = dict[str, Any]  # one method within it
 PromptKey = tuple[str, str]  # domain, id
 
-FORMAT = "deepspec-eval/1"
-MISSING = "–"
 BOOTSTRAP_SEED = 0
-
-# Conditions that make two accepted lengths different quantities, and those that only make speeds differ.
 REFUSED = (
     "thinking",
     "template_hash",
@@ -36,214 +30,31 @@ REFUSED = (
     "acceptance_rule",
     "target_hash",
 )
+"""Conditions that make two accepted lengths different quantities."""
 WARNED = ("dtype", "device", "threads", "batch")
-CONDITION_NAMES = {
-    "target": "Target",
-    "target_hash": "Target hash",
-    "thinking": "Thinking mode",
-    "template_hash": "Chat template hash",
-    "system_prompt": "System prompt hash",
-    "temperature": "Temperature",
-    "top_k": "Top-k",
-    "top_p": "Top-p",
-    "prompts_hash": "Prompts hash",
-    "prompts": "Prompts",
-    "max_new_tokens": "New tokens per prompt, at most",
-    "acceptance_rule": "Acceptance rule",
-    "ignore_eos": "Stop tokens ignored",
-    "seed": "Seed",
-    "dtype": "Number format",
-    "device": "Device",
-    "threads": "CPU threads",
-    "batch": "Batch",
-}
+"""Conditions that leave accepted lengths comparable, or nearly, but not speeds."""
 
 
-MODE = {"thinking": "thinking", "template_hash": "chat template", "system_prompt": "system prompt"}
-"""What a draft's acceptance hangs on beside the target itself: trained one way and used another, it proposes
-what the target no longer says."""
+def condition_differences(
+    one: str, a: Mapping[str, Any], other: str, b: Mapping[str, Any], names: Sequence[str]
+) -> list[str]:
+    """A sentence for each of `names` that differs between two `conditions`. One that only one side records
+    differs too."""
 
-
-def mode_differences(one: str, have: Mapping[str, Any], other: str, want: Mapping[str, Any]) -> list[str]:
-    """A sentence for each fact of MODE that both sides state differently: "<one> with … and <other> with …".
-
-    A side that lacks a fact says nothing of it; so does None, except for a system prompt, where it is "none".
-    """
-    sentences = []
-    for key, label in MODE.items():
-        stated = all(
-            key in side and (side[key] is not None or key == "system_prompt") for side in (have, want)
-        )
-        if stated and have[key] != want[key]:
-            a, b = (_spelled(side[key]) for side in (have, want))
-            sentences.append(f"{one} with {label} {a} and {other} with {label} {b}")
-    return sentences
-
-
-def _spelled(value: Any) -> str:
-    words = {True: "on", False: "off", None: "none"}
-    return words[value] if value in words else str(value)[:12]
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether the value is a finite number (a bool is not)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def number(value: Any, digits: int = 2) -> str:
-    """The value with `digits` decimals; a dash for anything that is not a finite number."""
-    return f"{value:.{digits}f}" if is_number(value) else MISSING
-
-
-def estimate(value: Mapping[str, Any] | None, suffix: str = "") -> tuple[str, str]:
-    """An estimate as ("1.92×", "[1.85, 2.01]"); the second is empty without an interval."""
-    if not value or not is_number(value.get("value")):
-        return MISSING, ""
-    low, high = value.get("low"), value.get("high")
-    interval = f"[{number(low)}, {number(high)}]" if is_number(low) and is_number(high) else ""
-    return number(value["value"]) + suffix, interval
-
-
-def value_of(row: Row, name: str) -> float | None:
-    """The overall estimate `name` ("speedup", "tau") of a row, or None."""
-    found = (row.get("overall") or {}).get(name) or {}
-    return found["value"] if is_number(found.get("value")) else None
-
-
-def rows_of(result: Result) -> list[Row]:
-    return list(result.get("rows") or [])
-
-
-def drafts_of(result: Result) -> list[Row]:
-    return [row for row in rows_of(result) if row.get("kind") == "draft"]
-
-
-def is_greedy(conditions: Mapping[str, Any]) -> bool:
-    return conditions.get("temperature") == 0
-
-
-def sampling_label(conditions: Mapping[str, Any]) -> str:
-    """The sampling settings in words, leaving out those that are switched off."""
-    temperature = conditions.get("temperature")
-    words = [f"temperature {temperature:g}" if is_number(temperature) else "temperature not recorded"]
-    if conditions.get("top_k"):
-        words.append(f"top-k {conditions['top_k']}")
-    if is_number(conditions.get("top_p")) and conditions["top_p"] < 1:
-        words.append(f"top-p {conditions['top_p']:g}")
-    return ", ".join(words)
-
-
-def condition_labels(results: Sequence[Result]) -> list[str]:
-    """One distinct label per results file: sampling, then thinking where it varies, then a number."""
-    conditions = [result.get("conditions") or {} for result in results]
-    labels = [sampling_label(each) for each in conditions]
-    if len({each.get("thinking") for each in conditions}) > 1:
-        modes = ["thinking" if each.get("thinking") else "not thinking" for each in conditions]
-        labels = [f"{label}, {mode}" for label, mode in zip(labels, modes, strict=True)]
-    seen: dict[str, int] = {}
-    for index, label in enumerate(labels):
-        seen[label] = seen.get(label, 0) + 1
-        if labels.count(label) > 1:
-            labels[index] = f"{label} (run {seen[label]})"
-    return labels
-
-
-def lossless_finding(row: Row, conditions: Mapping[str, Any]) -> tuple[str, str]:
-    """(state, cell text) of the lossless check.
-
-    state is "identical" only when every one of at least one prompt matched token for token at
-    temperature 0; otherwise "near-ties" (all differences were ties within rounding), "different",
-    "unchecked", "sampled" (temperature above 0: outputs are random, so nothing can be compared token for
-    token) or "baseline".
-    """
-    if row.get("kind") == "plain" or (row.get("kind") == "generate" and not row.get("lossless")):
-        return "baseline", MISSING
-    if not is_greedy(conditions):
-        return "sampled", "by the rule"
-    check = row.get("lossless") or {}
-    identical, prompts, ties = (check.get(name) or 0 for name in ("identical", "prompts", "near_ties"))
-    if not prompts:
-        return "unchecked", "not checked"
-    text = f"{identical}/{prompts} identical"
-    if identical == prompts:
-        return "identical", text
-    if ties:
-        text += f", {ties} near-tie" + ("s" if ties > 1 else "")
-    return ("near-ties" if identical + ties >= prompts else "different"), text
-
-
-def lossless_sentence(row: Row, conditions: Mapping[str, Any], name: str) -> str:
-    """What the check established about this row, as a sentence."""
-    state, _ = lossless_finding(row, conditions)
-    check = row.get("lossless") or {}
-    identical, prompts = check.get("identical") or 0, check.get("prompts") or 0
-    if state == "identical":
-        return f"{name}: identical to plain greedy decoding, token for token, on all {prompts} prompts."
-    if state == "near-ties":
-        return (
-            f"{name}: identical on {identical} of {prompts} prompts. On the other {prompts - identical} the "
-            "outputs part where the target's two best tokens tie within rounding; that is an explanation, "
-            "not a proof that nothing changed."
-        )
-    if state == "different":
-        return f"{name}: NOT identical to plain greedy decoding: {identical} of {prompts} prompts match."
-    if state == "sampled":
-        return f"{name}: not compared token for token, because outputs at this temperature are random."
-    return f"{name}: not compared with plain decoding in this run."
-
-
-def shown_condition(value: Any) -> str:
-    """A condition's value for people: yes and no for switches, words for what is absent."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "not recorded" if value is None else str(value)
-
-
-def conditions_table(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
-    """(name, one value per results file) for every condition that any file records."""
-    recorded = [result.get("conditions") or {} for result in results]
-    names = dict.fromkeys([*CONDITION_NAMES, *(name for each in recorded for name in each)])
+    def value(conditions: Mapping[str, Any], key: str) -> Any:
+        found = UNRECORDED if conditions.get(key) is None else conditions[key]
+        return f"{conditions.get('target')} ({found})" if key == "target_hash" else found
 
     return [
-        (CONDITION_NAMES.get(name, name), [shown_condition(each.get(name)) for each in recorded])
-        for name in names
-        if any(name in each for each in recorded)
+        contrast(CONDITION_NAMES[key], f"{one} was measured", value(a, key), other, value(b, key))
+        for key in names
+        if a.get(key) != b.get(key)
     ]
 
 
-# ------------------------------------------------------------------------------------------- comparing
-
-
-def condition_differences(a: Mapping[str, Any], b: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """A sentence, naming both sides, for every one of `names` that differs."""
-    sentences = []
-    for name in names:
-        if a.get(name) == b.get(name):
-            continue
-        left, right = shown_condition(a.get(name)), shown_condition(b.get(name))
-        if name == "target_hash":
-            left, right = f"{a.get('target')} ({left})", f"{b.get('target')} ({right})"
-        sentences.append(f"{CONDITION_NAMES[name]} differs: {left} in the first, {right} in the second.")
-    return sentences
-
-
-def comparison_refusals(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """The differences between two `conditions` under which accepted lengths must not be compared."""
-    return condition_differences(a, b, REFUSED)
-
-
-def comparison_warnings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """The differences that leave accepted lengths comparable, or nearly, but not speeds."""
-    return condition_differences(a, b, WARNED)
-
-
-def comparison_problems(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """All differences that matter between two `conditions`: the refusals first, then the warnings."""
-    return comparison_refusals(a, b) + comparison_warnings(a, b)
-
-
 def prompt_counts(row: Row, where: str) -> dict[PromptKey, tuple[int, int]]:
-    """(kept, rounds) of every prompt of a row; DataError when they are not recorded or an id repeats."""
+    """(tokens kept, verify rounds) of every prompt of a row. Raises DataError if they are not recorded, or if
+    an id repeats."""
     records = row.get("per_prompt")
     if not records:
         raise DataError(
@@ -266,8 +77,6 @@ def paired_difference(
 
     A figure is None where there are no rounds to take it from.
     """
-    from deepspec.maths.acceptance import paired_bootstrap_difference  # torch, which refusing does not need
-
     kept_a, rounds_a = [a[key][0] for key in keys], [a[key][1] for key in keys]
     kept_b, rounds_b = [b[key][0] for key in keys], [b[key][1] for key in keys]
     difference = paired_bootstrap_difference((kept_b, rounds_b), (kept_a, rounds_a), seed=BOOTSTRAP_SEED)
@@ -302,29 +111,23 @@ def compared_pair(a: tuple[str, Row], b: tuple[str, Row]) -> dict[str, Any]:
 def compare_results(files: Sequence[Result], allow_mismatch: bool = False) -> dict[str, Any]:
     """Paired differences in τ between all speculative rows of one or more results files.
 
-    Every pair of rows that count verify rounds is compared in the order given, `difference` being
-    τ(b) - τ(a) over the prompts both have, with a 95% interval from a bootstrap that draws prompts. A row is
-    called by its method, and by file number too when there are several files.
+    Every pair of rows that count verify rounds is compared in the order given: `difference` is τ(b) - τ(a)
+    over the prompts that both have, with a 95% interval from a bootstrap that draws prompts. A row is called
+    by its method, and by its file's number too if there are several files.
 
     Returns {"refusals": [...], "warnings": [...], "comparisons": [{"a", "b", "prompts", "left_out", "tau_a",
-    "tau_b", "difference": {"value", "low", "high"} or None, "domains": {name: the same}}]}, where `left_out`
+    "tau_b", "difference": {"value", "low", "high"} or None, "domains": {name: the same}}]}, `left_out`
     counts prompts that only one of the two has.
 
     Raises UserError when conditions differ in a way that makes the figures different quantities, unless
-    `allow_mismatch`; DataError for a file of another format or without per-prompt counts.
+    `allow_mismatch`; DataError for rows without per-prompt counts, or fewer than two rows.
     """
-    for number, file in enumerate(files, start=1):
-        if file.get("format") != FORMAT:
-            raise DataError(
-                f"file {number} is not a results file: its format is {file.get('format')!r}, not {FORMAT!r}",
-                next_step="give the JSON files that deepspec eval wrote",
-            )
     conditions = [file.get("conditions") or {} for file in files]
     refusals, warnings = [], []
     for number, other in enumerate(conditions[1:], start=2):
-        prefix = f"Files 1 and {number}: " if len(files) > 2 else ""
-        refusals += [prefix + sentence for sentence in comparison_refusals(conditions[0], other)]
-        warnings += [prefix + sentence for sentence in comparison_warnings(conditions[0], other)]
+        sides = "file 1", conditions[0], f"file {number}", other
+        refusals += condition_differences(*sides, REFUSED)
+        warnings += condition_differences(*sides, WARNED)
     if refusals and not allow_mismatch:
         raise UserError(
             "these results were measured under conditions that cannot be compared:\n"
@@ -338,6 +141,6 @@ def compare_results(files: Sequence[Result], allow_mismatch: bool = False) -> di
         if (row.get("overall") or {}).get("tau")
     ]
     if len(rows) < 2:
-        raise DataError(f"there are {len(rows)} rows with an accepted length; comparing takes two")
+        raise DataError(f"only {len(rows)} row(s) have an accepted length, and a comparison takes two")
     pairs = [compared_pair(a, b) for a, b in combinations(rows, 2)]
     return {"refusals": refusals, "warnings": warnings, "comparisons": pairs}

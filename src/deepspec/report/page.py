@@ -1,9 +1,9 @@
 """Evaluation results and training metrics as one page, or as one table in the terminal.
 
 `write_report` makes a single HTML file with its style and its charts (inline SVG) inside: it opens from
-disk, loads nothing, and runs no script. Every figure on it comes from the results files; the sentences
-about losslessness are chosen by what the lossless check found, never assumed. This module finds the
-words and `charts` the geometry; `templates/report.html.j2` only places them, escaping every string.
+disk, loads nothing, and runs no script. Every figure on it comes from the results files, and what the
+lossless check found decides its sentences. This module finds the words and `charts` the geometry;
+`templates/report.html.j2` only places them and escapes every string.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from deepspec.report.charts import (
     bar_chart,
     line_chart,
 )
-from deepspec.report.compare import (
+from deepspec.report.results import (
     MISSING,
     Result,
     Row,
@@ -66,9 +66,9 @@ KINDS = {
 def headline(results: Sequence[Result]) -> tuple[str, list[str]]:
     """The page's first sentence and the sentences that qualify it, all computed from the results.
 
-    Speaks about the fastest draft at temperature 0, or in the first results file without such a run. Fast
-    means the mean of the domains' speed-ups where there are several, so that none drowns the others.
-    "Without changing a token" appears only if every compared prompt of that draft was identical.
+    It is about the fastest draft at temperature 0 or, if there is no such run, in the first results file.
+    With several domains the mean of their speed-ups decides, so that each counts the same. "Without changing
+    a token" appears only if every compared prompt of that draft was identical.
     """
     result = next((each for each in results if is_greedy(each.get("conditions") or {})), None)
     result = result or next(iter(results), None)
@@ -107,7 +107,7 @@ def headline(results: Sequence[Result]) -> tuple[str, list[str]]:
 
 
 def speed_of(row: Row) -> tuple[float | None, Mapping[str, Any]]:
-    """The speed-up that headlines speak of, and its estimate: the mean of domains, else the pooled one."""
+    """The speed-up that the headline names, and its estimate: the mean of domains, else the pooled one."""
     name = "speedup_mean_of_domains" if mean_over_domains(row) else "speedup"
     return value_of(row, name), (row.get("overall") or {}).get(name) or {}
 
@@ -117,7 +117,7 @@ def mean_over_domains(row: Row) -> bool:
 
 
 def domains_sentence(row: Row) -> list[str]:
-    """What a mean of domains is made of; nothing where the headline speaks of the pooled speed-up."""
+    """What a mean of domains is made of; empty if the headline names the pooled speed-up."""
     if not mean_over_domains(row):
         return []
     domains = row["domains"]
@@ -208,21 +208,16 @@ def conventions_of(results: Sequence[Result]) -> list[tuple[str, str]]:
 
 
 def results_table(results: Sequence[Result]) -> Table:
-    """The results as a terminal table: a section per sampling condition, the conventions beneath it.
+    """The results as a terminal table: a section per results file, the conventions below it.
 
     Fits 80 columns. Cells are `Text`, never markup, so a method called "[red]" stays what it is.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, caption_justify="left")
-    table.caption_style = "none"
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=0, caption_justify="left", caption_style="none"
+    )
     table.add_column(Text("method"), overflow="fold", min_width=13)
-    for head in (
-        "τ\nlow–high",
-        "τ per\ndomain",
-        "speed-up\nlow–high",
-        "tok/s",
-        "distinct-4\nrepeated-8",
-        "J/token",
-    ):
+    ranges = ("τ\nlow–high", "τ per\ndomain", "speed-up\nlow–high")
+    for head in (*ranges, "tok/s", "distinct-4\nrepeated-8", "J/token"):
         table.add_column(Text(head), justify="right", no_wrap=True)
     table.add_column(Text("lossless"), overflow="fold", min_width=8)
     for label, result in zip(condition_labels(results), results, strict=True):
@@ -253,8 +248,7 @@ def training_charts(
 ) -> list[dict[str, Any]]:
     """Held-out τ of all drafts over wall-clock, then one loss chart per draft.
 
-    Losses get a chart each because they are different sums for different algorithms: on one axis they
-    would invite a comparison that means nothing.
+    Each loss has its own chart: losses of different algorithms are different sums and cannot be compared.
     """
 
     def line(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:

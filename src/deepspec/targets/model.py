@@ -1,8 +1,8 @@
 """The frozen model that is made faster: features, last hidden states, embedding, head, cached steps.
 
 R rows, Q new tokens per row (padded), S tokens, m captured layers, d hidden, V vocabulary.
-Any Hugging Face decoder serves: its modules are found, not re-implemented, and hooks read the
-residual stream after chosen layers. The key/value slots are ours (`slots.py`).
+Any Hugging Face decoder will do: its modules are found, not re-implemented, and hooks read the
+residual stream after chosen layers. The key/value slots are ours (`cache.py`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.utils import logging as hf_logging
 
-from deepspec import families
 from deepspec.errors import TargetError
 from deepspec.log import note
-from deepspec.maths.slots import Rows, SlotStore, causal_rows_mask
+from deepspec.maths.slots import Rows, causal_rows_mask
 from deepspec.pocket import packaged
 from deepspec.targets.anatomy import (
     final_norm,
@@ -34,6 +32,7 @@ from deepspec.targets.anatomy import (
     steady_length,
     text_config,
 )
+from deepspec.targets.cache import SlotCache, can_roll_back
 from deepspec.targets.hub import check_whole, first_line, unreadable
 from deepspec.targets.spec import TargetSpec, read_tokenizer
 
@@ -49,40 +48,12 @@ class StepOutput(NamedTuple):
     features: Tensor | None
 
 
-class _SlotLayer(CacheLayerMixin):
-    """One layer of transformers' cache interface over a `SlotStore`; `rows` is set before each step."""
-
-    is_sliding = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.store = SlotStore()
-        self.rows = Rows((0,), (0,), 0)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        return self.store.write(key_states, value_states, self.rows)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.rows.end, 0
-
-    def get_seq_length(self) -> int:
-        return max(self.rows.starts)
-
-    def get_max_length(self) -> int:
-        return -1
-
-
 class Target:
     """A spec plus weights: frozen, in eval mode, without autograd.
 
     cached: whether a step reads its new tokens only. Hybrids with linear attention, convolutions or
-    state-space layers carry a running state that cannot be rolled back: there it is the whole sequence.
-    Raises TargetError for a model without the parts that drafts need, or without anything to roll back.
+    state-space layers carry a running state that cannot be rolled back; their steps read the whole sequence.
+    Raises TargetError for a model without the parts that drafts need, or with nothing to roll back.
     """
 
     def __init__(
@@ -92,11 +63,11 @@ class Target:
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self._config = text_config(model)
-        self.cached = _can_roll_back(self.model, self._config, spec.name)
+        self.cached = can_roll_back(self.model, self._config, spec.name)
         self.decoder: Any = find_decoder(model, spec.name)
         self.embedding = find_embedding(self.model, self._config, spec.family, spec.name)
         self.head = find_head(self.model, self._config, spec.family, spec.name, self.device)
-        self._cache = Cache(layers=[_SlotLayer() for _ in range(spec.num_layers)])
+        self._cache = SlotCache(spec.num_layers)
         self._steady_length = steady_length(self._config)
         self._tokens: dict[int, list[int]] = {}
         self._captured: dict[int, Tensor] = {}
@@ -114,8 +85,8 @@ class Target:
         """Load a local directory, a Hub id, or the built-in `pocket`.
 
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". device: "auto" is the
-        accelerator when there is one. device_map: as transformers takes it ("auto", "balanced", or modules
-        to devices), to spread the layers over several; `device` then says nothing. A quantised checkpoint is
+        accelerator if there is one. device_map: as transformers takes it ("auto", "balanced", or modules
+        to devices), to spread the layers over several; `device` then has no effect. A quantised checkpoint is
         loaded as transformers loads it. A missing tokenizer is not an error. Raises TargetError.
         """
         name = str(name_or_path)
@@ -197,7 +168,7 @@ class Target:
 
     @property
     def max_length(self) -> int | None:
-        """Tokens that a sequence may hold, as the config says; None where it says nothing."""
+        """Tokens that a sequence may hold according to the config; None if it gives no limit."""
         limits = [self.spec.config.get("max_position_embeddings"), self._steady_length]
         return min((int(n) for n in limits if n), default=None)
 
@@ -229,7 +200,7 @@ class Target:
     def finish(self, stream: Tensor) -> Tensor:
         """[..., d] residual stream after the last layer -> last hidden state, through the final norm.
 
-        Servers give the stream before it, where this program means what comes after (method.md 2).
+        Servers return the residual stream before the norm; this program uses what comes after (method.md 2).
         """
         norm = final_norm(self.decoder)
         weight = next(norm.parameters(), self.embedding.weight)
@@ -260,8 +231,8 @@ class Target:
     ) -> StepOutput:
         """Append each row's new tokens (any number, not the same) to its slot, in one forward pass.
 
-        What it gives are inference tensors: cheaper by the bookkeeping, and not to be trained on (`read` is).
-        Raises TargetError where `read` does.
+        The outputs are inference tensors, which are cheaper because nothing is recorded; train on those of
+        `read`. Raises TargetError when `read` does.
         """
         if self.cached:
             output = self._step_cached(slots, tokens, layers)
@@ -278,8 +249,7 @@ class Target:
         rows = Rows(tuple(slots), tuple(self.length(s) for s in slots), max(map(len, tokens)))
         self._hook(tuple(layers))
         self._check_length(rows.end)
-        for layer in self._cache.layers:
-            layer.rows = rows
+        self._cache.step(rows)
         output = self.decoder(
             input_ids=_padded(tokens).to(self.device),
             position_ids=rows.positions(self.device),
@@ -394,7 +364,7 @@ class Target:
         return self.decoder.layers[layer].register_forward_hook(after)
 
     def _output(self, output: Any) -> StepOutput:
-        """Of a pass through the decoder, on one device wherever its layers are."""
+        """The outputs of a pass through the decoder, brought to one device from wherever its layers are."""
         last_hidden = output.last_hidden_state.to(self.device)
         if not self._hooked:
             return StepOutput(last_hidden, None)
@@ -413,7 +383,7 @@ class Target:
 
 
 def _takes_long(path: str) -> bool:
-    """Whether somebody will wait for a target: a download, or weights that take seconds to read."""
+    """Whether loading takes long: a download, or weights that take seconds to read."""
     if not Path(path).is_dir():
         return True
     weights = [f for kind in ("*.safetensors", "*.bin") for f in Path(path).glob(kind) if f.is_file()]
@@ -422,7 +392,7 @@ def _takes_long(path: str) -> bool:
 
 @contextmanager
 def _bars(long: bool) -> Iterator[None]:
-    """transformers' own bars, of a download and of loading, where it is long and a terminal shows them."""
+    """transformers' own progress bars for downloads and loading, if it takes long and there is a terminal."""
     usual = hf_logging.is_progress_bar_enabled()
     if not (long and sys.stderr.isatty()):
         hf_logging.disable_progress_bar()
@@ -431,29 +401,6 @@ def _bars(long: bool) -> Iterator[None]:
     finally:
         if usual:
             hf_logging.enable_progress_bar()
-
-
-# ── what a step needs ─────────────────────────────────────────────────────────────────────────────────
-
-
-def _can_roll_back(model: Any, config: Any, name: str) -> bool:
-    """Whether keys and values by position are all that the model remembers. Raises TargetError where it
-    keeps none at all, or something outside transformers' cache."""
-    try:
-        layers = DynamicCache(config=config).layers
-    except KeyError:
-        layers = []  # kinds of layers that transformers itself has no cache for
-    by_position = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
-    plain = all(type(layer).__name__ in by_position for layer in layers)
-    if not any(isinstance(layer, CacheLayerMixin) for layer in layers) or (
-        plain and getattr(model, "_is_stateful", False)
-    ):
-        raise TargetError(
-            f"{name} is a state-space or recurrent model ({config.model_type}): it keeps one running state "
-            "and no keys and values by position, so rejected tokens cannot be taken back",
-            next_step="use a target with attention layers; plain decoding of this one is already cheap",
-        )
-    return plain and set(getattr(config, "layer_types", None) or ()) <= families.MASKED_LAYERS
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:

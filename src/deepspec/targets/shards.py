@@ -1,7 +1,7 @@
-"""Weights on disk: one safetensors file, or shards with an index; and which file it is that cannot be read.
+"""Weights on disk: one safetensors file, or shards with an index. Errors name the file that cannot be read.
 
-Drafts are read through here; a target's weights, which transformers reads, are looked at only when it fails,
-to name the file at fault.
+Drafts are read with these functions. A target's weights are read by transformers, and are opened here only if
+that fails, to find the file at fault.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_headers(path: Path) -> dict[str, tuple[Shape, str]]:
-    """(shape, number format) of every stored tensor, from the files' headers alone: nothing is loaded.
+    """(shape, number format) of every stored tensor, from the headers of the files; no weights are loaded.
 
-    Formats are spelt as safetensors does: F32, BF16, … Raises CheckpointError.
+    Formats are spelt as in safetensors: F32, BF16, … Raises CheckpointError.
     """
 
     def header(opened: Any, key: str) -> tuple[Shape, str]:
@@ -39,7 +39,7 @@ def read_headers(path: Path) -> dict[str, tuple[Shape, str]]:
 
 
 def _each(path: Path, take: Callable[[Any, str], T]) -> dict[str, T]:
-    """What `take` makes of (open file, name) for every tensor, under our name. Raises CheckpointError."""
+    """{name without prefixes: take(open file, name)} for every tensor. Raises CheckpointError."""
     found: dict[str, T] = {}
     for file in weight_files(path):
         try:
@@ -59,13 +59,15 @@ def _each(path: Path, take: Callable[[Any, str], T]) -> dict[str, T]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The one file, or the shards that the index names. Raises CheckpointError."""
+    """The single file, or the shards that the index names. Raises CheckpointError."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
         raise CheckpointError(
-            "no model.safetensors", where=str(path), next_step="copy the weights beside config.json"
+            "there is no model.safetensors",
+            where=str(path),
+            next_step="copy the weights into the directory of config.json",
         )
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
@@ -76,7 +78,8 @@ def weight_files(path: Path) -> list[Path]:
     missing = [name for name in names if not (path / name).is_file()]
     if missing:
         raise CheckpointError(
-            "a shard named in the index is missing" + (f", and {len(missing) - 1} more" * (len(missing) > 1)),
+            "a shard named in the index is missing"
+            + (f", and so are {len(missing) - 1} more" if len(missing) > 1 else ""),
             where=str(path / missing[0]),
             next_step=f"copy or download all {len(names)} shards into one directory",
         )

@@ -1,6 +1,6 @@
-"""What is known of a target without its weights: dimensions, family, tokenizer.
+"""What is known about a target without its weights: dimensions, family, tokenizer.
 
-Plans, inspections and the shape of a draft need no more than this.
+Planning, inspecting a draft, and choosing a draft's shape need no more than this.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from deepspec.errors import TargetError
 from deepspec.pocket import packaged
 from deepspec.targets.hub import first_line, locate, unreadable
 
-# What a draft's shape is made of. Config files leave out what equals their class's default.
+# The keys that decide a draft's shape. Config files leave out values that equal their class's default.
 FACTS = (
     "vocab_size",
     "hidden_size",
@@ -34,7 +34,7 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What is known of a target without its weights. `config` is the raw JSON of its text part."""
+    """What is known about a target without its weights. config: the raw JSON of its text part."""
 
     name: str
     config: dict[str, Any]
@@ -42,7 +42,7 @@ class TargetSpec:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str) -> TargetSpec:
-        """Read a local directory's or a Hub repository's config.json. Raises TargetError."""
+        """Read the config.json of a local directory or a Hub repository. Raises TargetError."""
         path = locate(name_or_path)
         try:
             loaded = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -52,8 +52,8 @@ class TargetSpec:
         if getattr(loaded, "is_encoder_decoder", False):
             raise TargetError(
                 f"{name_or_path} is an encoder-decoder ({raw.get('model_type')}): its decoder also reads an "
-                "encoder's output, which drafts know nothing of",
-                next_step="speculative decoding here needs a decoder-only model",
+                "encoder's output, which a draft does not see",
+                next_step="use a decoder-only model",
             )
         text = raw.get("text_config") or raw
         defaults = {k: v for k in FACTS if k not in text and (v := _default(loaded, k)) is not None}
@@ -61,9 +61,9 @@ class TargetSpec:
         missing = [k for k in ("vocab_size", "hidden_size", "num_hidden_layers") if facts.get(k) is None]
         if missing:
             raise TargetError(
-                f"the config of {name_or_path} does not say {', '.join(missing)}",
+                f"the config of {name_or_path} has no {', '.join(missing)}",
                 where=str(Path(path) / "config.json"),
-                next_step="targets are Hugging Face decoders; save the text part of a composite model",
+                next_step="use a Hugging Face decoder; of a composite model, save only the text part",
             )
         quantised = bool(raw.get("quantization_config") or text.get("quantization_config"))
         return cls(name_or_path, facts, quantised)
@@ -93,33 +93,34 @@ class TargetSpec:
         return self.config.get(families.SOFTCAP)
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The target's tokenizer, or None where it has none; loads no weights."""
+        """The target's tokenizer, or None if it has none; no weights are loaded."""
         return read_tokenizer(packaged(self.name))
 
     @property
     def config_hash(self) -> str:
-        """Of the dimensions and facts, not of the name or the library version that wrote the file."""
+        """A hash of the dimensions and facts, but not of the name or of the library version that wrote the
+        file."""
         volatile = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")
         facts = {k: v for k, v in self.config.items() if k not in volatile}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _default(config: Any, key: str) -> int | float | None:
-    """What the config's class says where the file says nothing; None where it is not one number."""
+    """The value that the config's class assumes if the file has none; None unless it is a single number."""
     try:
         value = getattr(config.get_text_config(decoder=True), key, None)
     except Exception:
-        # Values that differ by layer raise an error of their own on access, which is no AttributeError.
+        # Values that differ by layer raise an error of their own type on access, not an AttributeError.
         return None
     return value if isinstance(value, int | float) else None
 
 
 def read_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, or None where it has none. Raises TargetError for one that cannot be read."""
+    """The model's tokenizer, or None if it has none. Raises TargetError for one that cannot be read."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        # Readers of broken files raise all kinds; without a vocabulary there was nothing to read.
+        # Broken files raise errors of many types. Without a vocabulary file there was nothing to read.
         there = any((Path(path) / name).is_file() for name in VOCABULARIES)
         if not (there or isinstance(error, ImportError)):
             return None
@@ -128,5 +129,5 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
             where=path,
             next_step="copy or download its files again, or install the package that the message names",
         ) from error
-    # Where the files are missing, some families get a tokenizer that knows its special tokens and no other.
+    # If the files are missing, some families get a tokenizer that knows only its special tokens.
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None

@@ -25,15 +25,23 @@ from deepspec.targets import Target
 READ_INPUT = tuple(f"self_attn.{name}_proj.weight" for name in "qkv")
 
 
-def build_draft(recipe: Recipe, target: Target, rows: Sequence[Encoded] = ()) -> NeuralDraft:
-    """A draft as the recipe describes it: fresh, or with the weights of `start_from`.
-
-    rows: what a reduced vocabulary is counted in (one that is fine-tuned keeps its own). Raises RecipeError
-    where it cannot fit the target or is not shaped as `start_from` is.
-    """
+def recipe_spec(recipe: Recipe, target: Target) -> DraftSpec:
+    """What the recipe's draft is for this target, its mask token chosen. Raises RecipeError."""
     needs_mask = ALGORITHMS[recipe.algorithm].needs_mask
     mask = mask_token(target, recipe.draft.mask_token_id) if needs_mask else None
-    spec = draft_spec(recipe, target.spec.config, mask)
+    return draft_spec(recipe, target.spec.config, mask)
+
+
+def build_draft(
+    recipe: Recipe, target: Target, rows: Sequence[Encoded] = (), spec: DraftSpec | None = None
+) -> NeuralDraft:
+    """A draft as the recipe describes it: fresh, or with the weights of `start_from`.
+
+    rows: a reduced vocabulary is counted in them (a draft that is fine-tuned keeps its own). spec: what
+    `recipe_spec` gave, if it is known already. Raises RecipeError if the draft cannot fit the target, or has
+    another shape than `start_from`.
+    """
+    spec = spec or recipe_spec(recipe, target)
     if recipe.start_from is None:
         size = spec.draft_vocab_size
         kept = size and frequent_ids(rows, size, target.stop_token_ids, spec.vocab_size)
@@ -47,13 +55,13 @@ def build_draft(recipe: Recipe, target: Target, rows: Sequence[Encoded] = ()) ->
 
 @torch.no_grad()
 def copy_last_layers(draft: NeuralDraft, target: Target) -> None:
-    """Begin a draft as the target's end: its layers get the matrices of the target's last ones, and its
-    projection passes the deepest feature layer on.
+    """Start a draft as a copy of the target's end: its layers get the matrices of the target's last layers,
+    and its projection passes on the deepest feature layer.
 
-    A fresh draft spends its first minutes learning what the target's last layers do already: turn a late
-    hidden state into one that the head reads. Norms keep their ones (families scale them differently).
-    Eagle-3's attention reads twice the width: the half of its hidden state gets the target's. Raises
-    RecipeError where a matrix has no counterpart of its shape.
+    Otherwise a fresh draft spends its first minutes learning what the target's last layers already do: they
+    turn a late hidden state into one that the head reads. Norms keep their ones (families scale them
+    differently). Eagle-3's attention reads twice the width; the half that reads its hidden state gets the
+    target's matrices. Raises RecipeError if a matrix has no counterpart of its shape.
     """
     width = draft.spec.shape.hidden
     layers = [part for part in draft.modules() if isinstance(part, DraftLayer)]
@@ -77,7 +85,7 @@ def copy_last_layers(draft: NeuralDraft, target: Target) -> None:
 
 
 def vocabulary_facts(draft: NeuralDraft, rows: Sequence[Encoded]) -> dict[str, Any]:
-    """Of a reduced vocabulary: its size, a hash of its ids, and the share of the data's tokens it covers."""
+    """The size of a reduced vocabulary, a hash of its ids, and the share of the data's tokens it covers."""
     kept = draft.head.kept
     if kept is None:
         return {}
@@ -88,9 +96,9 @@ def vocabulary_facts(draft: NeuralDraft, rows: Sequence[Encoded]) -> dict[str, A
 
 
 def draft_spec(recipe: Recipe, target_config: dict[str, Any], mask_token_id: int | None = None) -> DraftSpec:
-    """What the recipe's draft is for a target of this raw text config; needs no weights.
+    """The recipe's draft for a target of this raw text config; needs no weights.
 
-    mask_token_id: the recipe's own where None. Raises RecipeError where no such draft can be.
+    mask_token_id: None stands for the recipe's own. Raises RecipeError if there can be no such draft.
     """
     d = recipe.draft
     try:
@@ -116,7 +124,7 @@ def draft_spec(recipe: Recipe, target_config: dict[str, Any], mask_token_id: int
 
 
 def trained_draft(name: str, spec: DraftSpec, target: Target) -> NeuralDraft:
-    """A draft to go on training from. Raises RecipeError where it is not what the recipe describes."""
+    """A draft to fine-tune. Raises RecipeError if it is not what the recipe describes."""
     draft = load_draft(name, target)
     other = [f.name for f in fields(spec) if getattr(draft.spec, f.name) != getattr(spec, f.name)]
     if other:
@@ -130,39 +138,40 @@ def trained_draft(name: str, spec: DraftSpec, target: Target) -> NeuralDraft:
 
 
 def mask_token(target: Target, chosen: int | None = None) -> int:
-    """The id whose embedding stands for "not known yet" in a block: `chosen`, or by rule.
+    """The id whose embedding stands for "not known yet" in a block: `chosen`, or one by rule.
 
-    The rule: the tokenizer's own mask token, else the family's reserved id, else an embedding row that the
-    tokenizer has no token for, else a token that is reserved by name, else the unknown or the first token
-    of a text. Raises RecipeError where the id is one that the target reads or writes (`unfit_for_mask`).
+    The rule takes the first of these that is fit: the tokenizer's own mask token, the family's reserved id,
+    an embedding row that the tokenizer has no token for, a token that is reserved by name, the unknown token,
+    the first token of a text. Raises RecipeError for an id that the target reads or writes
+    (`unfit_for_mask`), and if none is fit.
     """
     if chosen is not None:
         why = unfit_for_mask(target, chosen)
         if why is None:
             return chosen
         raise RecipeError(
-            f"draft.mask_token_id {chosen} {why}: a block's unknown tokens would look like that",
+            f"draft.mask_token_id {chosen} {why}, so it cannot stand for a block's unknown tokens",
             where=target.spec.name,
-            next_step="leave draft.mask_token_id out to have one chosen",
+            next_step="leave draft.mask_token_id out, and a fitting one is chosen",
         )
     for candidate in _mask_candidates(target):
         if unfit_for_mask(target, candidate) is None:
             return candidate
     raise RecipeError(
-        f"{target.spec.name} has no token to spare for the mask: every id is text or has a use",
+        f"{target.spec.name} has no token to spare for the mask: every id is text or used otherwise",
         next_step="train Eagle-3, which needs no mask token (such as `eagle3/generic`)",
     )
 
 
 def _mask_candidates(target: Target) -> Iterator[int]:
-    """Best first; some may be unfit."""
+    """Candidates for the mask token, best first; some may be unfit."""
     tokenizer, reserved = target.tokenizer, target.spec.family.mask_token_id
     tokens: dict[str, int] = {} if tokenizer is None else tokenizer.get_vocab()
     yield from (tokens[name] for name in ("<|mask|>", "<|MASK|>", "<mask>", "[MASK]") if name in tokens)
     if reserved is not None:
         yield reserved
     taken = set(tokens.values())
-    # The last row first where there is no tokenizer to say which rows are free.
+    # Without a tokenizer nothing tells which rows are free: the last one comes first.
     rows = range(len(target.embedding.weight))
     yield from (row for row in (rows if taken else reversed(rows)) if row not in taken)
     yield from (tokens[name] for name in sorted(tokens) if re.search("unused|reserved", name))
@@ -172,7 +181,7 @@ def _mask_candidates(target: Target) -> Iterator[int]:
 
 
 def unfit_for_mask(target: Target, token: int) -> str | None:
-    """Why an id cannot be the mask, or None: it has no embedding, ends or pads, or is found in text."""
+    """Why an id cannot be the mask token (it has no embedding, ends or pads, or occurs in text), or None."""
     rows, tokenizer, config = len(target.embedding.weight), target.tokenizer, target.spec.config
     if not 0 <= token < rows:
         return f"is outside the target's embedding of {rows} rows"
@@ -202,5 +211,5 @@ def loss_settings(recipe: Recipe) -> LossSettings:
 
 
 def read_rules(recipe: Recipe) -> tuple[str, ...]:
-    """Names of the `blocks.READ_RULES` that say which of the target's outputs the recipe's loss reads."""
+    """Names of the `blocks.READ_RULES` for the target's outputs that the recipe's loss reads."""
     return ALGORITHMS[recipe.algorithm].reads(recipe.loss)

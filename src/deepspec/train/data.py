@@ -8,47 +8,63 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deepspec.answers.in_process import answered
+from deepspec.conditions import Conditions
 from deepspec.config import Recipe, feature_source
+from deepspec.data.conversations import read_conversations
 from deepspec.data.tokens import Encoded, template_hash, tokenizer_hash
 from deepspec.errors import RecipeError
 from deepspec.features.batches import Source, load_rows
 from deepspec.features.cache_read import cached, cached_rows, check_rows, open_cache
 from deepspec.features.cache_write import SHARD_BYTES, Plan, Written, plan_cache, write_cache
 from deepspec.features.open import open_features
+from deepspec.pocket import prompts_path
 from deepspec.targets import Target
 from deepspec.train.build import feature_layers, read_rules
 from deepspec.train.facts import data_facts
+from deepspec.train.optimizer import eight_bit_adamw
 
 
 class TrainingData(NamedTuple):
-    """name: for messages. about: `data_facts`. source: of features, where it comes with the rows."""
+    """name: for messages. about: `data_facts`. source: of the rows' features, already open."""
 
     name: str
     rows: Sequence[Encoded]
     about: dict[str, Any]
-    source: Source | None
+    source: Source
 
 
-def training_data(recipe: Recipe, target: Target, run: Path, answers: Path | None) -> TrainingData:
-    """The recipe's rows: tokenised from its answers, or as they lie in its feature cache.
+def check_before_loading(recipe: Recipe, answers: Path | None) -> None:
+    """Raise UserError for what would stop a run after its target is loaded and its data tokenised."""
+    if recipe.optim.states == "8bit":
+        eight_bit_adamw()
+    form, _ = feature_source(recipe.data.features)
+    next(read_conversations(prompts_path(recipe.data.select)), None)
+    if form != "cache":
+        asked_now = answers is None and recipe.data.train.startswith("pocket:")
+        file = answers or prompts_path(recipe.data.train)
+        next(read_conversations(file, require_answer=not asked_now), None)
 
-    A feature server is opened before there are rows, so that a wrong one is found first. A cache brings its
-    own rows; where there is also a file of answers, it must be the one that the cache was made from. Raises
-    UserError.
+
+def training_data(
+    recipe: Recipe, target: Target, layers: Sequence[int], run: Path, answers: Path | None
+) -> TrainingData:
+    """The recipe's rows, tokenised from its answers or read from its feature cache, and their features.
+
+    layers: of the target, that the draft reads. A feature server is opened before rows are made, so that a
+    wrong one is found first. A cache brings its own rows; if there is also a file of answers, the cache must
+    have been made from it. Raises UserError.
     """
     form, place = feature_source(recipe.data.features)
-    layers, reads = feature_layers(recipe, target.spec.config), read_rules(recipe)
+    reads, settings = read_rules(recipe), _row_settings(recipe)
     if form != "cache":
         source = open_features(recipe.data.features, target, layers, reads, max_length=recipe.data.max_length)
         file = answers or answered(recipe.data.train, target, recipe.thinking, run / "data")
-        rows = load_rows(file, target, **_row_settings(recipe))
-        return TrainingData(str(file), rows, data_facts(file), source)
+        return TrainingData(str(file), load_rows(file, target, **settings), data_facts(file), source)
     cache = open_cache(Path(place))
     words = ["deepspec", "data", "cache", run / "recipe.yaml", "--answers", answers or recipe.data.train]
     remedy = "make one that fits: " + shlex.join([*map(str, words), "--out", "DIR"])
-    given = answers or Path(recipe.data.train)
     wanted = row_facts(recipe, target)
-    if given.is_file():
+    if (given := answers or Path(recipe.data.train)).is_file():
         wanted["data_hash"] = data_facts(given, cache.facts["first_rows"])["data_hash"]
     check_rows(cache, wanted, remedy)
     source = cached(cache, target, layers, reads, remedy)
@@ -56,7 +72,7 @@ def training_data(recipe: Recipe, target: Target, run: Path, answers: Path | Non
 
 
 def _row_settings(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe says of how its answers become rows."""
+    """The recipe's settings that decide how answers become rows."""
     data = recipe.data
     return {
         "thinking": recipe.thinking,
@@ -66,13 +82,12 @@ def _row_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def row_facts(recipe: Recipe, target: Target) -> dict[str, Any]:
-    """Everything but the answers that decides a recipe's rows."""
+    """Everything that decides a recipe's rows, apart from the answers."""
     assert target.tokenizer is not None
-    return {
-        "tokenizer_hash": tokenizer_hash(target.tokenizer),
-        "template_hash": template_hash(target.tokenizer),
-        **_row_settings(recipe),
-    }
+    now = Conditions(
+        template_hash=template_hash(target.tokenizer), tokenizer_hash=tokenizer_hash(target.tokenizer)
+    )
+    return now.record() | _row_settings(recipe)
 
 
 def cache_features(
@@ -88,29 +103,18 @@ def cache_features(
     rank: int = 0,
     world: int = 1,
 ) -> tuple[Plan, Written]:
-    """Write, or go on writing, one feature cache that serves all the recipes: their layers and positions.
+    """Write, or continue writing, one feature cache for all the recipes: the union of what they read.
 
-    answers: instead of the recipes' data.train. max_rows: the first ones of that file. Raises RecipeError
-    where the recipes make different rows, and what `write_cache` raises.
+    answers: a file to use instead of the recipes' data.train. max_rows: only its first rows are taken.
+    Raises RecipeError if the recipes make different rows, and what `write_cache` raises.
     """
     first = recipes[0]
     for other in recipes[1:]:
-        sides = [(key, getattr(first, key), getattr(other, key)) for key in ("target", "thinking")]
-        sides += [
-            (f"data.{key}", getattr(first.data, key), getattr(other.data, key))
-            for key in ("max_length", "min_supervised", "train")
-        ]
-        for key, one, two in sides:
-            if one != two and not (answers and key == "data.train"):
-                raise RecipeError(
-                    f"{first.name} and {other.name} do not share a cache: {key} is {one!r} and {two!r}",
-                    next_step=f"set it for both, such as {key}={one}, or write one cache for each",
-                )
+        _check_same_rows(first, other, answers)
     file = answers or answered(first.data.train, target, first.thinking, out / "answers")
-    rows = load_rows(file, target, **_row_settings(first), limit=max_rows)
     about = data_facts(file, max_rows)
     plan = plan_cache(
-        rows,
+        load_rows(file, target, **_row_settings(first), limit=max_rows),
         target,
         sorted({layer for r in recipes for layer in feature_layers(r, target.spec.config)}),
         sorted({rule for r in recipes for rule in read_rules(r)}),
@@ -120,3 +124,15 @@ def cache_features(
         shard_bytes=shard_bytes,
     )
     return plan, write_cache(plan, target, out, rank=rank, world=world, verify=verify)
+
+
+def _check_same_rows(one: Recipe, other: Recipe, answers: Path | None) -> None:
+    """Raise RecipeError if two recipes make different rows, so that no cache can serve both."""
+    a, b = ({"target": r.target, **_row_settings(r), "train": answers or r.data.train} for r in (one, other))
+    for key, value in a.items():
+        if value != b[key]:
+            name = key if key in ("target", "thinking") else f"data.{key}"
+            raise RecipeError(
+                f"{one.name} and {other.name} cannot share a cache: {name} is {value!r} and {b[key]!r}",
+                next_step=f"set it alike for both, such as {name}={value}, or write one cache for each",
+            )

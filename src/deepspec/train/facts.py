@@ -2,73 +2,68 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from deepspec.checkpoints.draft import find_checkpoint, load_provenance
+from deepspec.conditions import LABELS, SEVERAL, Conditions
 from deepspec.config import Recipe
 from deepspec.data.conversations import Conversation, content_hash, read_conversations
 from deepspec.data.tokens import system_hash, template_hash, tokenizer_hash
-from deepspec.report.compare import MODE
 from deepspec.targets import Target
+
+CARRIED = (*LABELS, "sampling")
+"""The conditions that answered rows carry."""
 
 
 def data_facts(source: Path, limit: int | None = None) -> dict[str, Any]:
-    """What a checkpoint says of a file of answers. `data`: the conditions that they carry and share.
-
-    limit: of its first rows.
-    """
-    carried: dict[str, Any] = {}
+    """The hash and number of a file's rows, or of its first `limit`; under `data` the target and the
+    conditions that they share."""
+    targets: set[str | None] = set()
+    shared: Conditions | None = None
     count = 0
 
     def noting() -> Iterator[Conversation]:
-        nonlocal count
+        nonlocal shared, count
         for row in islice(read_conversations(source), limit):
             count += 1
-            facts = {key: row.meta.get(key) for key in ("target", *MODE, "sampling")}
-            facts["system_prompt"] = system_hash(row.messages)
-            for key, value in facts.items():
-                carried[key] = only_one(carried.get(key, value), value)
+            carried = dict.fromkeys(CARRIED) | row.meta | {"system_prompt": system_hash(row.messages)}
+            found = Conditions.read({key: carried[key] for key in CARRIED})
+            shared = found if shared is None else shared.shared(found)
+            targets.add(row.meta.get("target"))
             yield row
 
-    return {"data_hash": content_hash(noting()), "data_rows": count, "data": carried}
+    digest = content_hash(noting())
+    record = {} if shared is None else shared.record()
+    target = targets.pop() if len(targets) == 1 else SEVERAL
+    return {"data_hash": digest, "data_rows": count, "data": {"target": target, **record}}
 
 
 def provenance(recipe: Recipe, target: Target, about: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of where it came from. about: `data_facts` of its training data."""
+    """What a checkpoint says about where it came from. about: `data_facts` of its training data."""
     assert target.tokenizer is not None
-    carried = about["data"]
+    now = Conditions(
+        recipe.thinking,
+        template_hash(target.tokenizer),
+        about["data"]["system_prompt"],
+        tokenizer_hash(target.tokenizer),
+        about["data"]["sampling"],
+    )
     return {
         "target": target.spec.name,
         "target_config_hash": target.spec.config_hash,
-        "tokenizer_hash": tokenizer_hash(target.tokenizer),
-        "template_hash": template_hash(target.tokenizer),
-        "thinking": recipe.thinking,
-        "system_prompt": carried["system_prompt"],
-        "sampling": carried["sampling"],
+        **now.record(),
         **about,
         "started_from": started_from(recipe),
         "recipe": recipe.model_dump(mode="json"),
     }
 
 
-def only_one(so_far: Any, value: Any) -> Any:
-    """The value that all rows share, or "several"."""
-    return so_far if so_far == value else "several"
-
-
 def started_from(recipe: Recipe) -> dict[str, Any] | None:
-    """Which draft a fine-tuned one began as, and under what conditions that one was trained."""
+    """The draft that a fine-tuned one began as, and the conditions under which that one was trained."""
     if recipe.start_from is None:
         return None
     facts = load_provenance(find_checkpoint(recipe.start_from))
-    return {"draft": recipe.start_from} | {k: facts.get(k) for k in (*MODE, "data_hash", "step")}
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """A run's metrics.jsonl; empty for a packaged draft."""
-    path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    return {"draft": recipe.start_from} | {k: facts.get(k) for k in (*LABELS, "data_hash", "step")}

@@ -1,105 +1,237 @@
-"""A run: from a recipe and its data to the best checkpoint in runs/NAME."""
+"""One run of training: its folder and all that is written there. Every rank but 0 writes and prints nothing.
+
+runs/NAME/recipe.yaml               the resolved recipe
+runs/NAME/metrics.jsonl             a row every few steps, and one for each held-out measurement
+runs/NAME/trackers/                 files of TensorBoard and others
+runs/NAME/checkpoints/step_<n>/     the draft, `optimizer.pt` and `progress.json`; the latest few are kept
+runs/NAME/checkpoints/best/         the draft with the highest held-out τ
+runs/NAME/.lock                     held while a process trains here
+"""
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from deepspec.config import Recipe, dump_recipe, feature_source, load_recipe
-from deepspec.data.conversations import read_conversations
+import torch
+
+from deepspec.checkpoints.draft import load_provenance, save_draft
+from deepspec.config import KEPT_CHECKPOINTS, Recipe, dump_recipe, load_recipe
 from deepspec.drafts.base import NeuralDraft
-from deepspec.errors import RecipeError
-from deepspec.features.launch import refuse_sglang
-from deepspec.files import alone_in
-from deepspec.log import note, warn
-from deepspec.maths.blocks import with_last_hidden
-from deepspec.measure.evaluate import held_out_tau, load_prompts
-from deepspec.pocket import prompts_path
-from deepspec.report.compare import mode_differences
-from deepspec.targets import Target, TargetSpec
-from deepspec.train.build import read_rules
-from deepspec.train.data import training_data
-from deepspec.train.facts import provenance
-from deepspec.train.loop import Outcome, eight_bit_adamw, latest_checkpoint, train
+from deepspec.errors import CheckpointError, RecipeError
+from deepspec.files import JsonlWriter, alone_in, write_json, write_text
+from deepspec.log import Bar, Tracker, note, open_trackers, progress, warn
+from deepspec.targets import Target
+from deepspec.train.optimizer import Optimizer
+
+SHOWN = {"loss": "loss", "tau_estimate": "τ≈", "held_out_tau": "held-out τ", "tokens_per_s": "tokens/s"}
+"""The metrics next to the progress bar, and their names there."""
+FRESH = "choose another name (name=NAME), or start over with `deepspec train --fresh`"
 
 
-def train_draft(
-    recipe: Recipe, runs: Path | str = "runs", *, target: Target | None = None, answers: Path | None = None
-) -> Outcome:
-    """Train a recipe into runs/<name>, or go on where it stopped.
+@dataclass(eq=False)
+class Progress:
+    """How far a run has come; saved with every checkpoint. seconds: spent in training steps only."""
 
-    `answers` stands in for the recipe's training file. Held-out τ on the recipe's select prompts picks the
-    best checkpoint. Raises UserError for bad data, recipes or targets, and where another
-    process trains there.
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    best_tau: float | None = None
+    best_step: int = 0
+    judged_step: int = 0
+
+
+class Run:
+    """The folder of a run, and the only writer to it. rank: this process among those that train together."""
+
+    def __init__(self, folder: Path, recipe: Recipe, rank: int = 0) -> None:
+        self.folder, self.recipe, self.rank = folder, recipe, rank
+        self.checkpoints, self.metrics = folder / "checkpoints", folder / "metrics.jsonl"
+        self.best = self.checkpoints / "best"
+        self._log: tuple[JsonlWriter, Tracker, Bar, float] | None = None
+
+    def note(self, text: str) -> None:
+        if self.rank == 0:
+            note(text)
+
+    def warn(self, text: str) -> None:
+        if self.rank == 0:
+            warn(text)
+
+    # ── the folder and its recipe ─────────────────────────────────────────────────────────────────────
+
+    def move_aside(self) -> None:
+        """Rename an earlier run of this name. Raises UserError while another process trains there."""
+        names = (self.folder.with_name(f"{self.folder.name}.old-{n}") for n in range(1, 10**6))
+        aside = next(path for path in names if not path.exists())
+        with alone_in(self.folder, "training"):
+            self.folder.rename(aside)
+        self.note(f"the earlier run is kept as {aside}")
+
+    def keep_recipe(self) -> None:
+        """Write the resolved recipe into the folder.
+
+        Raises RecipeError, and leaves the run's own recipe as it is, if that trains another kind of draft,
+        began from another one, or keeps other optimiser states: nothing could continue it.
+        """
+        path = self.folder / "recipe.yaml"
+        if path.exists() and self.latest() is not None:
+            before = load_recipe(path)
+            if other := _differences(before, self.recipe):
+                raise RecipeError(
+                    f"{self.folder} cannot continue with this recipe: {'; '.join(other)}", next_step=FRESH
+                )
+            if before != self.recipe:
+                self.note(f"{self.folder} was started with another recipe; it continues with this one")
+        dump_recipe(self.recipe, path)
+
+    # ── metrics, trackers, progress bar ───────────────────────────────────────────────────────────────
+
+    @contextmanager
+    def logging(self, at: Progress, total_steps: int | None) -> Iterator[None]:
+        """Inside the block `log` writes. Metrics of steps after `at` are dropped: a kill lost those steps,
+        and they will be trained again."""
+        if self.rank:
+            yield
+            return
+        forget_after(self.metrics, at.step)
+        recipe, total = self.recipe, float(total_steps or 1)
+        trackers = open_trackers(recipe.trackers, self.folder / "trackers", recipe.name, recipe.model_dump())
+        with (
+            closing(trackers) as tracker,
+            JsonlWriter(self.metrics) as metrics,
+            progress(f"training {recipe.name}", total, count=total_steps is not None) as bar,
+        ):
+            self._log = metrics, tracker, bar, total
+            try:
+                yield
+            finally:
+                self._log = None
+
+    def log(self, row: dict[str, Any], done: float) -> None:
+        """Write a row of metrics. done: the finished share of the run, in [0, 1], for the progress bar."""
+        if self._log is None:
+            return
+        metrics, tracker, bar, total = self._log
+        metrics.write(row)
+        tracker.log({k: float(v) for k, v in row.items() if isinstance(v, int | float)}, row["step"])
+        bar.update(completed=done * total, **{SHOWN[k]: v for k, v in row.items() if k in SHOWN})
+
+    # ── checkpoints ───────────────────────────────────────────────────────────────────────────────────
+
+    def _steps(self) -> list[tuple[int, Path]]:
+        """(step, folder) of the whole checkpoints, oldest first."""
+        found = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in self.checkpoints.glob("step_*")]
+        return sorted((int(m.group(1)), p) for m, p in found if m is not None)
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint; None before the first."""
+        steps = self._steps()
+        return steps[-1][1] if steps else None
+
+    def save(
+        self, draft: NeuralDraft, optimizer: Optimizer, at: Progress, target: Target, facts: dict[str, Any]
+    ) -> None:
+        """Write checkpoints/step_<n>, whole or not at all, and remove older ones.
+
+        facts: where the draft comes from, for its `deepspec.json`.
+        """
+        if self.rank:
+            return
+        path = self.checkpoints / f"step_{at.step}"
+
+        def resumable(part: Path) -> None:
+            torch.save(optimizer.state(), part / "optimizer.pt")
+            write_json(part / "progress.json", vars(at))
+
+        if path.exists():
+            # The weights are the same; a last held-out measurement may have come after they were saved.
+            write_json(path / "progress.json", vars(at))
+        else:
+            facts = {**facts, "step": at.step, "tokens": at.tokens}
+            decay = self.recipe.draft.step_loss_decay
+            save_draft(draft, path, target, facts, step_decay=decay, beside=resumable)
+        for _, old in self._steps()[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    def save_best(self, draft: NeuralDraft, at: Progress, target: Target, facts: dict[str, Any]) -> None:
+        """Write checkpoints/best: what a run's folder stands for wherever a draft is asked for."""
+        if self.rank == 0:
+            facts = {**facts, "step": at.step, "held_out_tau": at.best_tau, "tokens": at.tokens}
+            save_draft(draft, self.best, target, facts)
+
+    def resume(self, draft: NeuralDraft, optimizer: Optimizer, facts: dict[str, Any]) -> Progress:
+        """Load the newest checkpoint into draft and optimizer, if there is one.
+
+        Raises CheckpointError if that checkpoint is of a draft of another shape, as after a change of the
+        target, or of a vocabulary that was counted in other data than `facts` says.
+        """
+        path = self.latest()
+        if path is None:
+            return Progress()
+        saved = torch.load(path / "optimizer.pt", weights_only=True, map_location=draft.device)
+        before, now = (found.get("vocabulary") or {} for found in (load_provenance(path), facts))
+        if [m.shape for m in saved["masters"]] != [m.shape for m in optimizer.masters]:
+            raise _not_resumable(path, "trains a draft of another shape")
+        if before.get("ids_hash") != now.get("ids_hash"):
+            raise _not_resumable(path, "has a draft vocabulary that was counted in other data")
+        optimizer.load(saved)
+        at = Progress(**json.loads((path / "progress.json").read_text("utf-8")))
+        self.note(f"resuming {self.folder} from step {at.step} ({at.seconds:.0f} s trained)")
+        return at
+
+
+@contextmanager
+def open_run(runs: Path, recipe: Recipe, *, fresh: bool = False, rank: int = 0) -> Iterator[Run]:
+    """The run runs/<recipe's name>, kept to this process until the block ends; its recipe is written.
+
+    fresh: an earlier run of that name is moved aside first. Raises UserError if another process trains
+    there, and RecipeError if the run there trains another draft.
     """
-    _check_before_loading(recipe, answers)
-    if target is None:
-        TargetSpec.from_pretrained(recipe.target)  # a mistyped name should not leave a folder behind
-    run = Path(runs) / recipe.name
-    with alone_in(run, "training"):
-        return _train_in(run, recipe, target or Target.from_pretrained(recipe.target), answers)
+    run = Run(runs / recipe.name, recipe, rank)
+    if rank:
+        yield run
+        return
+    if fresh and run.folder.exists():
+        run.move_aside()
+    with alone_in(run.folder, "training"):
+        if not run.checkpoints.is_dir():
+            run.note(f"starting a new run in {run.folder}")
+        run.keep_recipe()
+        yield run
 
 
-def _train_in(run: Path, recipe: Recipe, target: Target, answers: Path | None) -> Outcome:
-    _keep_recipe(recipe, run)
-    data = training_data(recipe, target, run, answers)
-    prompts = load_prompts(
-        prompts_path(recipe.data.select), target, thinking=recipe.thinking, limit=recipe.eval_prompts
-    )
-
-    def held_out(draft: NeuralDraft) -> float:
-        return held_out_tau(target, draft, prompts, recipe.eval_max_new_tokens)
-
-    facts = provenance(recipe, target, data.about)
-    for sentence in mode_differences(f"{data.name} was answered", facts["data"], "the recipe trains", facts):
-        warn(sentence)
-    return train(recipe, target, data.rows, run, facts, held_out, data.source)
-
-
-def _check_before_loading(recipe: Recipe, answers: Path | None) -> None:
-    """Raise UserError for what would stop a run once its target is loaded and its data tokenised."""
-    if recipe.optim.states == "8bit":
-        eight_bit_adamw()
-    form, _ = feature_source(recipe.data.features)
-    if form == "sglang":
-        refuse_sglang(recipe.draft.target_layer_ids or (), with_last_hidden(read_rules(recipe)))
-    next(read_conversations(prompts_path(recipe.data.select)), None)
-    if form != "cache":
-        asked_now = answers is None and recipe.data.train.startswith("pocket:")
-        file = answers or prompts_path(recipe.data.train)
-        next(read_conversations(file, require_answer=not asked_now), None)
-
-
-def _keep_recipe(recipe: Recipe, run: Path) -> None:
-    """Write the resolved recipe; say so when the run was started with another one.
-
-    Raises RecipeError, and leaves the run's own recipe as it is, where that run began from another draft or
-    trains a draft of another kind: going on would train neither.
-    """
-    path = run / "recipe.yaml"
-    going_on = path.exists() and latest_checkpoint(run) is not None
-    before = load_recipe(path) if going_on else recipe
-    other = _other_draft(before, recipe)
-    if other:
-        raise RecipeError(
-            f"{run} is a run that trains another draft: {'; '.join(other)}",
-            next_step="give this one a name of its own (name=NAME), or start anew with --fresh",
-        )
-    if before.start_from != recipe.start_from:
-        raise RecipeError(
-            f"{run} is a run that began from {before.start_from or 'fresh weights'}, "
-            f"not from {recipe.start_from or 'fresh weights'}",
-            next_step="give this one a name of its own (name=NAME), or start anew with --fresh",
-        )
-    if before != recipe:
-        note(f"{run} was started with another recipe; it goes on with this one")
-    dump_recipe(recipe, path)
-
-
-def _other_draft(before: Recipe, now: Recipe) -> list[str]:
-    """What makes the drafts of two recipes different ones, weights of equal shapes included."""
+def _differences(before: Recipe, now: Recipe) -> list[str]:
+    """What keeps a run of one recipe from continuing with the other, even if all weights have one shape."""
     have, want = (
-        {"algorithm": r.algorithm} | {f"draft.{k}": v for k, v in r.draft.model_dump().items()}
+        {"algorithm": r.algorithm, "optim.states": r.optim.states, "start_from": r.start_from}
+        | {f"draft.{k}": v for k, v in r.draft.model_dump(exclude={"step_loss_decay"}).items()}
         for r in (before, now)
     )
-    keys = (k for k in have if k != "draft.step_loss_decay" and have[k] != want[k])
-    return [f"its {key} is {have[key]}, the recipe's {want[key]}" for key in keys]
+    other = ((key, *("not set" if side[key] is None else side[key] for side in (have, want))) for key in have)
+    return [f"its {key} is {one}, the recipe's is {two}" for key, one, two in other if one != two]
+
+
+def _not_resumable(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"the run cannot continue with this recipe: it {why}", where=str(path), next_step=FRESH
+    )
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the metrics of later steps, and a torn last line."""
+    if path.exists():
+        kept = []
+        for line in path.read_text("utf-8").splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except ValueError:  # a kill tore it
+                continue
+        write_text(path, "".join(kept))

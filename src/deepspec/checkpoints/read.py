@@ -1,0 +1,192 @@
+"""A draft checkpoint as it is on disk: which directory holds it, what its config says, and its tensors.
+
+Two other layouts are read too (`layouts.py`). Reading is strict: every tensor that the config implies must be
+there in its shape, and nothing else may be. A draft is bound to its target in `draft.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspec.checkpoints.layouts import as_released
+from deepspec.drafts import ALGORITHMS
+from deepspec.drafts.spec import DraftSpec, SpecError, read_spec
+from deepspec.errors import CheckpointError
+from deepspec.files import aside_of
+from deepspec.pocket import DRAFTS, packaged
+from deepspec.targets.hub import fetch, may_be_hub_id, unavailable
+from deepspec.targets.shards import Shape, read_tensors
+
+PROVENANCE = "deepspec.json"
+PLAIN = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
+"""Number formats that a draft's weights may have, as safetensors and as torch spell them."""
+FILES = ("*.json", "*.safetensors")
+"""The files of a draft on the Hub that are downloaded."""
+CHOICES = f"a run directory such as runs/NAME, or a built-in draft ({', '.join(DRAFTS)})"
+"""What may be given for a draft, apart from a checkpoint directory."""
+EMBEDDING, HEAD = SHARED = ("embed_tokens.weight", "lm_head.weight")
+MAPS = ("d2t", "t2d")
+"""Tensors of a reduced vocabulary: offsets [K] (row i is target id i + d2t[i]) and a membership mask [V]."""
+
+
+# ── the directory and its JSON files ──────────────────────────────────────────────────────────────────
+
+
+def find_checkpoint(name_or_path: str | Path) -> Path:
+    """The directory that holds a draft's config.json: the one given, a run's best checkpoint, or the folder
+    that a Hub id was downloaded to. Raises CheckpointError."""
+    name = str(name_or_path)
+    path = Path(packaged(name))
+    if not path.exists() and "/" in name and may_be_hub_id(name):
+        try:
+            path = fetch(name, FILES)
+        except (OSError, ValueError) as error:
+            what, next_step = unavailable("draft", name, error, CHOICES)
+            raise CheckpointError(what, next_step=next_step) from error
+    best = path / "checkpoints" / "best"
+    # A save that was killed between its two renames leaves the checkpoint under its aside name.
+    for candidate in (path, aside_of(path), best, aside_of(best)):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if not path.exists():
+        raise CheckpointError(
+            f"no draft named {name!r} was found", next_step=f"give a checkpoint directory, {CHOICES}"
+        )
+    raise CheckpointError(
+        "this is not a draft checkpoint: there is no config.json here or in checkpoints/best",
+        where=str(path),
+        next_step="give the directory that holds config.json and model.safetensors",
+    )
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """A checkpoint's raw config.json. Raises CheckpointError."""
+    return _read_object(path / "config.json", "copy or download it again")
+
+
+def load_spec(path: Path, target_depth: int | None = None) -> DraftSpec:
+    """The draft that a checkpoint's config describes, in any layout that can be read.
+
+    target_depth: the number of the target's decoder layers, which some configs depend on. Raises
+    CheckpointError.
+    """
+    try:
+        return read_spec(as_released(load_config(path), target_depth))
+    except SpecError as error:
+        raise CheckpointError(
+            str(error),
+            where=str(path / "config.json"),
+            next_step="docs/checkpoints.md describes the layouts that can be read",
+        ) from error
+
+
+def load_provenance(path: Path) -> dict[str, Any]:
+    """`deepspec.json`, or an empty dict if the checkpoint does not have one. Raises CheckpointError."""
+    file = path / PROVENANCE
+    if not file.is_file():
+        return {}
+    return _read_object(
+        file, "copy it again, or remove it: the draft loads without it, and only its origin is unknown"
+    )
+
+
+def _read_object(file: Path, next_step: str) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it does not hold a JSON object")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file.name} cannot be read: {error}", where=str(file), next_step=next_step
+        ) from error
+    return found
+
+
+# ── tensors ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_parts(path: Path, spec: DraftSpec) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the draft's own tensors, the stored copies of the target's embedding and head with the maps of a
+    reduced vocabulary), as stored, checked against the spec. Raises CheckpointError."""
+    tensors = read_tensors(path)
+    copies = {name: tensors.pop(name) for name in (*SHARED, *MAPS) if name in tensors}
+    check_names(path, spec, {name: tuple(t.shape) for name, t in (tensors | copies).items()})
+    check_formats(path, {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()})
+    broken = next((name for name, t in tensors.items() if not t.isfinite().all()), None)
+    if broken is not None:
+        raise CheckpointError(
+            f"{broken} holds numbers that are not finite, so the draft could not propose anything useful",
+            where=str(path),
+            next_step="use an earlier checkpoint, or copy or download this one again",
+        )
+    return tensors, copies
+
+
+def draft_shapes(spec: DraftSpec) -> dict[str, Shape]:
+    """Name and shape of every tensor that belongs to a draft itself; no weights are made."""
+    with torch.device("meta"):
+        return {
+            name: tuple(t.shape) for name, t in ALGORITHMS[spec.algorithm].build(spec).state_dict().items()
+        }
+
+
+def copy_shapes(spec: DraftSpec) -> dict[str, Shape]:
+    """Name and shape of the copies of embedding and head that a checkpoint may store, and of the maps of a
+    reduced vocabulary."""
+    rows, width = spec.draft_vocab_size, spec.shape.hidden
+    pair: dict[str, Shape] = {EMBEDDING: (spec.vocab_size, width), HEAD: (rows or spec.vocab_size, width)}
+    return pair if rows is None else pair | {"d2t": (rows,), "t2d": (spec.vocab_size,)}
+
+
+def check_names(path: Path, spec: DraftSpec, stored: Mapping[str, Shape]) -> None:
+    """Raise CheckpointError if the stored tensors are not exactly the ones that the config describes."""
+    want, copies = draft_shapes(spec), copy_shapes(spec)
+    reduced = spec.draft_vocab_size is not None
+    # A draft with a reduced vocabulary always has its own head, and the map to target ids.
+    required = want.keys() | ({HEAD, "d2t"} if reduced else set())
+    missing, extra = sorted(required - stored.keys()), sorted(stored.keys() - want.keys() - copies.keys())
+    if missing or extra:
+        parts = [f"missing: {_some(missing)}"] * bool(missing) + [f"not known: {_some(extra)}"] * bool(extra)
+        raise CheckpointError(
+            f"the stored tensors do not match config.json ({'; '.join(parts)})",
+            where=str(path),
+            next_step="check markov_rank, markov_head_type, enable_confidence_head, draft_vocab_size and "
+            "num_hidden_layers in config.json, and that no shard is an older one",
+        )
+    lone = [name for name in SHARED if name in stored]
+    if len(lone) == 1 and not reduced:
+        raise CheckpointError(
+            f"{lone[0]} is stored without its partner: a checkpoint holds copies of both the embedding and "
+            "the head, or of neither",
+            where=str(path),
+            next_step="store both, or neither if they are the target's",
+        )
+    for name, shape in (want | copies).items():
+        if name in stored and stored[name] != shape:
+            raise CheckpointError(
+                f"{name} has the shape {list(stored[name])}, but config.json implies {list(shape)}",
+                where=str(path),
+                next_step="check that config.json and the weights come from the same checkpoint",
+            )
+
+
+def check_formats(path: Path, formats: Mapping[str, str]) -> None:
+    """Raise CheckpointError unless all weights are plain floating point: quantised weights that are cast
+    without their scales would load, and the draft would propose badly."""
+    odd = next((name for name, kind in formats.items() if kind not in PLAIN), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"{odd} is stored as {formats[odd]}, but draft weights must be one of {', '.join(PLAIN[:4])}",
+            where=str(path),
+            next_step="use the checkpoint that was not quantised",
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")

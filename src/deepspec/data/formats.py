@@ -1,0 +1,131 @@
+"""The formats in which conversations are published and logged, brought into one: messages and meta.
+
+The formats are those of `data.schema.ROWS`, and the request log of an OpenAI-compatible server::
+
+    {"request": {"model": "…", "messages": […], "temperature": 0.7}, "response": {"id": "…", "choices": […]}}
+
+`body` may stand for `request`, and either side may be wrapped once more in `body`, as in batch files. The
+first choice becomes the last message. A request without an answer (no response, an error, a status other than
+200) is a prompt, which the target can answer later. Everything else that was logged goes to `meta`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deepspec.data.messages import Message
+from deepspec.data.readers import EXAMPLE, one_object_a_line
+from deepspec.data.schema import ROWS, checked, kind_of, names_of
+from deepspec.errors import DataError, nearest
+
+_ID_KEYS = ("id", "custom_id", "request_id")
+_WHOLE = "log a streamed answer as the one whole response that its parts add up to"
+
+
+def parsed_row(row: object, where: str | None) -> tuple[dict[str, Any], tuple[Message, ...]]:
+    """A row's fields (id, domain, meta and all that belongs into meta) and its messages, both checked.
+
+    Raises DataError, naming `where`, if the row has no known format or does not keep to it.
+    """
+    if not isinstance(row, dict):
+        raise DataError(
+            f"expected a JSON object, found {kind_of(row)}",
+            where=where,
+            next_step=one_object_a_line(isinstance(row, list)),
+        )
+    name = _format_of(row)
+    if name is None and (key := next((k for k in ("request", "body") if isinstance(row.get(k), dict)), None)):
+        row, name = _from_log(row, key, where), "messages"
+    if name is None:
+        raise _no_messages(row, where)
+    fields = checked(ROWS[name], row, where)
+    value = fields.pop(name)
+    if name == "prompt":
+        answer = fields.pop("response", None)
+        messages = [Message(role="user", content=value)]
+        if answer is not None:
+            messages.append(Message(role="assistant", content=answer))
+    elif name == "turns":
+        # The later questions make sense only after answers that do not exist yet.
+        messages = [Message(role="user", content=value[0])]
+        if value[1:]:
+            fields["follow_ups"] = value[1:]
+    else:
+        messages = value
+    return fields, tuple(messages)
+
+
+def _format_of(row: Mapping[str, Any]) -> str | None:
+    return next((name for name in ROWS if row.get(name) is not None), None)
+
+
+def _no_messages(row: Mapping[str, Any], where: str | None) -> DataError:
+    names = (*ROWS, "request")
+    if null := next((name for name in names if name in row and row[name] is None), None):
+        return DataError(f"'{null}' is null", where=where, next_step=f"expected: {EXAMPLE}")
+    close = next((f"'{key}': did you mean '{near}'?" for key in row if (near := nearest(key, names))), None)
+    return DataError(
+        "no 'messages' (nor 'conversations', 'turns', 'prompt', 'request'); found "
+        f"{close or names_of(row) or 'an empty object'}",
+        where=where,
+        next_step=f"expected: {EXAMPLE}",
+    )
+
+
+# -- request logs ------------------------------------------------------------------------------------------
+
+
+def _from_log(row: Mapping[str, Any], key: str, where: str | None) -> dict[str, Any]:
+    """The logged request and its answer as a row with 'messages'."""
+    request = _unwrapped(row[key], "messages")
+    if not isinstance(request.get("messages"), list):
+        what = f"'{key}' has no list of 'messages'"
+        if "prompt" in request:
+            what += "; its 'prompt' is a text completion's, to which a chat template was already applied"
+        raise DataError(what, where=where, next_step="log requests to /v1/chat/completions")
+    response = row.get("response")
+    if response is not None and not isinstance(response, Mapping):
+        raise DataError("'response' must be an object with 'choices'", where=where, next_step=_WHOLE)
+    response = _unwrapped(response or {}, "choices")
+    answer, reason = _answer(row, response, where)
+    meta: dict[str, Any] = {"request": {k: v for k, v in request.items() if k not in ("messages", "tools")}}
+    if answer is not None:
+        meta["finished"] = reason != "length"
+    if rest := {k: v for k, v in response.items() if k != "choices" and v is not None}:
+        meta["response"] = rest
+    known = (*_ID_KEYS, key, "response", "domain", "meta")
+    meta |= {k: v for k, v in row.items() if k not in known and v is not None}
+    given = row.get("meta")
+    identity = next((row[k] for k in _ID_KEYS if row.get(k) is not None), response.get("id"))
+    return {
+        "id": None if identity is None else str(identity),
+        "domain": row.get("domain"),
+        "messages": request["messages"] if answer is None else [*request["messages"], answer],
+        "meta": meta if given is None else {**meta, **given} if isinstance(given, Mapping) else given,
+        **({"tools": request["tools"]} if request.get("tools") else {}),
+    }
+
+
+def _unwrapped(value: Mapping[str, Any], wanted: str) -> Mapping[str, Any]:
+    inner = value.get("body")
+    return inner if wanted not in value and isinstance(inner, Mapping) else value
+
+
+def _answer(
+    row: Mapping[str, Any], response: Mapping[str, Any], where: str | None
+) -> tuple[dict[str, Any] | None, str | None]:
+    """The first choice's message and why it ended; None if the request failed or the answer is empty."""
+    outer = row.get("response") or {}
+    failed = any(part.get("error") for part in (row, outer, response)) or outer.get("status_code", 200) != 200
+    if not response or failed:
+        return None, None
+    choices = response.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(first, Mapping) or not isinstance(first.get("message"), Mapping):
+        raise DataError("'response' has no 'choices' with a 'message'", where=where, next_step=_WHOLE)
+    message = {"role": "assistant", **first["message"]}
+    if "reasoning" in message:  # the name that newer servers give to reasoning_content
+        message.setdefault("reasoning_content", message.pop("reasoning"))
+    empty = not (message.get("content") or message.get("tool_calls"))
+    return (None if empty else message), first.get("finish_reason")

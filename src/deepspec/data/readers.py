@@ -1,0 +1,269 @@
+"""Rows of JSONL, CSV and Parquet files and of data sets on the Hub, read one at a time.
+
+Every reader yields (place, row): "file:line" (JSONL, CSV) or "file row n", and the row's columns as a dict.
+JSONL and CSV need the standard library alone; Parquet and the Hub need the extra `deepspec[data]`.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import from_json
+
+from deepspec.data.skipping import Skipped, refuse
+from deepspec.errors import DataError, UserError
+
+Row = tuple[str, object]
+"""Where the row is, for error messages, and its content: a dict, unless a JSONL line holds something else."""
+
+MAX_LINE = 256 << 20
+"""Bytes of one line. Lines are held in memory whole: this stops a file without line ends from filling it."""
+EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+BATCH = 256
+"""Rows of a Parquet file that become Python objects at once."""
+
+_OTHER_KINDS = {  # first bytes -> what the file is, and how to convert it
+    b"\xff\xfe": ("UTF-16", "iconv -f utf-16 -t utf-8 IN > OUT"),
+    b"\xfe\xff": ("UTF-16", "iconv -f utf-16 -t utf-8 IN > OUT"),
+    b"\x1f\x8b": ("compressed (gzip)", "gunzip -k FILE.gz"),
+    b"PAR1": ("Parquet", "rename it to end in .parquet"),
+}
+
+
+def file_rows(path: Path, skipped: Skipped | None = None, columns: Sequence[str] = ()) -> Iterator[Row]:
+    """A file's rows, read by the ending of its name: .csv, .tsv, .parquet, and anything else as JSONL.
+
+    `columns`: the columns of a Parquet file to read, by default all. Raises DataError with the place of a bad
+    row, or counts it in `skipped`.
+    """
+    ending = path.suffix.lower()
+    if ending in DELIMITERS:
+        return _csv_rows(path, DELIMITERS[ending], skipped)
+    return _parquet_rows(path, columns) if ending == ".parquet" else jsonl_rows(path, skipped)
+
+
+def jsonl_rows(path: Path, skipped: Skipped | None = None) -> Iterator[Row]:
+    """The parsed JSON of every line that is not blank. Raises DataError as `file_rows` does."""
+    for where, text in _lines(path, skipped):
+        if text and not text.isspace():
+            try:
+                row = parse_json(text, where)
+            except DataError as error:
+                refuse(error, skipped)
+                continue
+            yield where, row
+
+
+def parse_json(text: str, where: str, cell: str | None = None) -> Any:
+    """The data of a line of JSON, or of a `cell` of that name. Raises DataError."""
+    try:
+        return from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        what, step = (
+            f"'{cell}' is malformed JSON" if cell else "malformed JSON",
+            one_object_a_line(text[0] == "["),
+        )
+        reason = (
+            str(error).replace("line 1 column", "column").replace("line 2 column 0", "the end of the line")
+        )
+        if "hex escape" in reason:
+            reason = f"half a surrogate pair ({reason})"
+            step = "repair the text where it was cut, or remove the row"
+        elif not cell and not text.endswith("\n"):
+            reason += " (the line has no end: was the file cut while it was written?)"
+        raise DataError(f"{what}: {reason}", where=where, next_step=None if cell else step) from error
+
+
+def one_object_a_line(array: bool = False) -> str:
+    """What to do about a line that is not an object; the usual reason is one JSON array of all rows."""
+    if array:
+        return "if the file is one array of rows: jq -c '.[]' in.json > out.jsonl"
+    return f"write one object per line: {EXAMPLE}"
+
+
+def _lines(path: Path, skipped: Skipped | None = None) -> Iterator[tuple[str, str]]:
+    """("file:line", text with its line end) of every line.
+
+    Raises DataError if the file cannot be opened or is not UTF-8 text at all. A line that is too long or not
+    UTF-8 is counted in `skipped`, and raises DataError without it.
+    """
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise DataError(
+            f"cannot read the conversations: {error.strerror or error}",
+            where=str(path),
+            next_step="give the path of a JSONL file, one conversation per line",
+        ) from error
+    with stream:
+        number = 0
+        # Lines end at b"\n" only: decoded text would also be split at a U+2028 inside a message.
+        while raw := stream.readline(MAX_LINE + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if number == 1:
+                raw = _without_mark(raw, where)
+            try:
+                text = _text(raw, where)
+            except DataError as error:
+                refuse(error, skipped)
+                while raw and not raw.endswith(b"\n"):  # the rest of a line that is too long
+                    raw = stream.readline(1 << 20)
+                continue
+            yield where, text
+
+
+def _without_mark(raw: bytes, where: str) -> bytes:
+    """A file's first line without its byte-order mark."""
+    for start, (kind, remedy) in _OTHER_KINDS.items():
+        if raw.startswith(start):
+            raise DataError(f"the file is {kind}, expected UTF-8 text", where=where, next_step=remedy)
+    return raw.removeprefix(b"\xef\xbb\xbf")
+
+
+def _text(raw: bytes, where: str) -> str:
+    if len(raw) > MAX_LINE and not raw.endswith(b"\n"):
+        raise DataError(
+            f"the line is longer than {MAX_LINE >> 20} MiB", where=where, next_step="write one row per line"
+        )
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line",
+            where=where,
+            next_step="convert the file, for example: iconv -f latin1 -t utf-8 IN > OUT",
+        ) from error
+
+
+# -- tables ------------------------------------------------------------------------------------------------
+
+
+def _csv_rows(path: Path, delimiter: str, skipped: Skipped | None) -> Iterator[Row]:
+    """Rows by column name, an empty cell as None. A row may span lines; its place is its first line."""
+    csv.field_size_limit(MAX_LINE)
+    # Without `skipped`: a line that is not text cannot be left out of the middle of a row.
+    reader = csv.reader((text for _, text in _lines(path)), delimiter=delimiter, strict=True)
+    heads: list[str] = []
+    while True:
+        where = f"{path}:{reader.line_num + 1}"
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            step = (
+                "put cells that hold quotes, delimiters or line ends in quotes, and double the quotes inside"
+            )
+            malformed = DataError(f"malformed CSV: {error}", where=where, next_step=step)
+            refuse(malformed, skipped if heads else None)
+            continue
+        if cells is None:
+            return
+        if not cells:  # a blank line
+            continue
+        if not heads:
+            if twice := {head for head in cells if cells.count(head) > 1}:
+                raise DataError(f"two columns are named {min(twice)!r}", where=where, next_step="rename one")
+            heads = cells
+        elif len(cells) != len(heads):
+            what = f"{len(cells)} cells, but the first row names {len(heads)} columns"
+            refuse(DataError(what, where=where), skipped)
+        else:
+            yield where, {head: cell or None for head, cell in zip(heads, cells, strict=True)}
+
+
+def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    parquet = _import("pyarrow.parquet")
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            chosen = _chosen(columns, file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=BATCH, columns=chosen):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", _plain(row)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        after = f" after row {number}" if number else ""
+        raise DataError(
+            f"cannot read the Parquet file{after}: {_first_line(error)}", where=str(path)
+        ) from error
+
+
+def hub_rows(
+    repo: str,
+    config: str | None = None,
+    split: str = "train",
+    *,
+    files: Sequence[str] = (),
+    columns: Sequence[str] = (),
+) -> Iterator[Row]:
+    """Rows of a data set on the Hub, or of a local copy of its repository, streamed: nothing is kept on disk.
+
+    `files`: JSONL files of the repository to read instead of a config and a split. `columns`: the columns to
+    read, by default all. Raises DataError if the data set or the network cannot be reached.
+    """
+    datasets = _import("datasets")
+    datasets.disable_progress_bars()
+    place = ", ".join(files or filter(None, (config, split)))
+    number = 0
+    try:
+        if files:
+            urls = [f"hf://datasets/{repo}/{name}" for name in files]
+            data = datasets.load_dataset("json", data_files=urls, split="train", streaming=True)
+        else:
+            data = datasets.load_dataset(repo, config, split=split, streaming=True)
+        if chosen := _chosen(columns, data.column_names or ()):
+            data = data.select_columns(chosen)
+        for number, row in enumerate(data, start=1):
+            yield f"{repo} ({place}) row {number}", _plain(row)
+    except Exception as error:  # the network, the Hub and the file formats raise a dozen unrelated classes
+        after = f" after {number} rows" if number else ""
+        raise DataError(
+            f"cannot read {repo}{after}: {_first_line(error)}",
+            where=place,
+            # A ValueError: there is no such config, split or column, and its message lists those there are.
+            next_step="choose from what there is with --config, --split and --map"
+            if type(error) is ValueError
+            else "without a network, copy the data set's files to this machine and read them: "
+            "deepspec data download FILE.parquet (or .jsonl, .csv) --out OUT.jsonl, "
+            "for a set known by name: deepspec data download NAME --from FILE",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _chosen(columns: Sequence[str], there: Sequence[str]) -> list[str] | None:
+    """The columns to read. None, for all of them, if one is missing too: the map's error then lists them."""
+    heads = dict.fromkeys(name if name in there else name.split(".")[0] for name in columns)
+    return list(heads) if heads and all(head in there for head in heads) else None
+
+
+def _plain(value: Any) -> Any:
+    """A table's value as JSON data: numbers that JSON lacks become None; dates and the like become text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes>"
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{module.split('.')[0]!r} is not installed ({error})",
+            where="reading Parquet files and data sets of the Hub",
+            next_step="pip install 'deepspec[data]'; JSONL and CSV files can be read without it",
+        ) from error

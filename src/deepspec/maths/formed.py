@@ -1,0 +1,41 @@
+"""Gradients that the forward pass has already formed, handed to autograd as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def needs_gradient(tensor: Tensor | None) -> bool:
+    """Whether a backward pass could ask for this tensor's gradient."""
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def with_gradients(
+    total: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]
+) -> Tensor:
+    """The scalar `total` with a backward pass: its gradient for each of `inputs` is the tensor of the same
+    place in `gradients` (None: no gradient), times the upstream scalar, in the dtype of the input. It can be
+    differentiated once."""
+    return _Formed.apply(total, len(inputs), *inputs, *gradients)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Formed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, count: int, *tensors: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*tensors[count:])
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors[:count]]
+        return total.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # A product, never in place: with retain_graph the same saved gradients are read again.
+        scaled = [
+            None if gradient is None else (gradient * upstream).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return None, None, *scaled, *[None] * len(scaled)

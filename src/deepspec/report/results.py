@@ -1,0 +1,196 @@
+"""Reading results and metrics, and the words for figures, conditions and the lossless check.
+
+The format of a results file is described in docs/results.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from deepspec.errors import DataError
+
+Result = dict[str, Any]  # one results file: conventions, conditions, rows
+Row = dict[str, Any]  # one method within it
+
+FORMAT = "deepspec-eval/1"
+MISSING = "–"
+CONDITION_NAMES = {
+    "target": "target",
+    "target_hash": "target hash",
+    "thinking": "thinking",
+    "template_hash": "chat template",
+    "system_prompt": "system prompt",
+    "temperature": "temperature",
+    "top_k": "top-k",
+    "top_p": "top-p",
+    "prompts_hash": "prompts hash",
+    "prompts": "prompts",
+    "max_new_tokens": "token budget per prompt",
+    "acceptance_rule": "acceptance rule",
+    "ignore_eos": "stop tokens ignored",
+    "seed": "seed",
+    "dtype": "number format",
+    "device": "device",
+    "threads": "CPU threads",
+    "batch": "batch size",
+}
+
+
+def read_results(path: Path) -> list[Result]:
+    """The results of a file: one object, or the array that `deepspec eval --json` prints for several
+    temperatures. Raises DataError."""
+    next_step = "give a file that `deepspec eval --out FILE.json` wrote"
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
+        raise DataError(f"the results cannot be read: {why}", where=str(path), next_step=next_step) from error
+    results = found if isinstance(found, list) else [found]
+    if not all(isinstance(result, dict) and result.get("format") == FORMAT for result in results):
+        raise DataError(
+            f"this is not a results file: its format is not {FORMAT!r}", where=str(path), next_step=next_step
+        )
+    return results
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; empty if it is not there, as for a packaged draft. Raises DataError."""
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else [], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"malformed JSON: {error}", where=f"{path}:{number}") from error
+    return rows
+
+
+# ── words ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether the value is a finite number (a bool is not)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(value: Any, digits: int = 2) -> str:
+    """The value with `digits` decimals; a dash for anything that is not a finite number."""
+    return f"{value:.{digits}f}" if is_number(value) else MISSING
+
+
+def estimate(value: Mapping[str, Any] | None, suffix: str = "") -> tuple[str, str]:
+    """An estimate as ("1.92×", "[1.85, 2.01]"); the second is empty without an interval."""
+    if not value or not is_number(value.get("value")):
+        return MISSING, ""
+    low, high = value.get("low"), value.get("high")
+    interval = f"[{number(low)}, {number(high)}]" if is_number(low) and is_number(high) else ""
+    return number(value["value"]) + suffix, interval
+
+
+def value_of(row: Row, name: str) -> float | None:
+    """The overall estimate `name` ("speedup", "tau") of a row, or None."""
+    found = (row.get("overall") or {}).get(name) or {}
+    return found["value"] if is_number(found.get("value")) else None
+
+
+def rows_of(result: Result) -> list[Row]:
+    """The rows of a results file, one per method."""
+    return list(result.get("rows") or [])
+
+
+def drafts_of(result: Result) -> list[Row]:
+    return [row for row in rows_of(result) if row.get("kind") == "draft"]
+
+
+def is_greedy(conditions: Mapping[str, Any]) -> bool:
+    return conditions.get("temperature") == 0
+
+
+def sampling_label(conditions: Mapping[str, Any]) -> str:
+    """The sampling settings in words, leaving out those that are switched off."""
+    temperature = conditions.get("temperature")
+    words = [f"temperature {temperature:g}" if is_number(temperature) else "temperature not recorded"]
+    if conditions.get("top_k"):
+        words.append(f"top-k {conditions['top_k']}")
+    if is_number(conditions.get("top_p")) and conditions["top_p"] < 1:
+        words.append(f"top-p {conditions['top_p']:g}")
+    return ", ".join(words)
+
+
+def condition_labels(results: Sequence[Result]) -> list[str]:
+    """One distinct label per results file: sampling, then thinking where it varies, then a number."""
+    conditions = [result.get("conditions") or {} for result in results]
+    labels = [sampling_label(each) for each in conditions]
+    if len({each.get("thinking") for each in conditions}) > 1:
+        modes = ["thinking" if each.get("thinking") else "not thinking" for each in conditions]
+        labels = [f"{label}, {mode}" for label, mode in zip(labels, modes, strict=True)]
+    seen: dict[str, int] = {}
+    for index, label in enumerate(labels):
+        seen[label] = seen.get(label, 0) + 1
+        if labels.count(label) > 1:
+            labels[index] = f"{label} (run {seen[label]})"
+    return labels
+
+
+def lossless_finding(row: Row, conditions: Mapping[str, Any]) -> tuple[str, str]:
+    """(state, cell text) of the lossless check.
+
+    state is "identical" only if all prompts, and at least one, matched token for token at temperature 0;
+    otherwise "near-ties" (all differences were ties within rounding), "different", "unchecked", "sampled"
+    (above temperature 0 outputs are random and cannot be compared token for token) or "baseline".
+    """
+    if row.get("kind") == "plain" or (row.get("kind") == "generate" and not row.get("lossless")):
+        return "baseline", MISSING
+    if not is_greedy(conditions):
+        return "sampled", "by the rule"
+    check = row.get("lossless") or {}
+    identical, prompts, ties = (check.get(name) or 0 for name in ("identical", "prompts", "near_ties"))
+    if not prompts:
+        return "unchecked", "not checked"
+    text = f"{identical}/{prompts} identical"
+    if identical == prompts:
+        return "identical", text
+    if ties:
+        text += f", {ties} near-tie" + ("s" if ties > 1 else "")
+    return ("near-ties" if identical + ties >= prompts else "different"), text
+
+
+def lossless_sentence(row: Row, conditions: Mapping[str, Any], name: str) -> str:
+    """What the check established about this row, as a sentence."""
+    state, _ = lossless_finding(row, conditions)
+    check = row.get("lossless") or {}
+    identical, prompts = check.get("identical") or 0, check.get("prompts") or 0
+    if state == "identical":
+        return f"{name}: identical to plain greedy decoding, token for token, on all {prompts} prompts."
+    if state == "near-ties":
+        return (
+            f"{name}: identical on {identical} of {prompts} prompts. On the other {prompts - identical} the "
+            "outputs part where the target's two best tokens tie within rounding; that is an explanation, "
+            "not a proof that nothing changed."
+        )
+    if state == "different":
+        return f"{name}: NOT identical to plain greedy decoding: {identical} of {prompts} prompts match."
+    if state == "sampled":
+        return f"{name}: not compared token for token, because outputs at this temperature are random."
+    return f"{name}: not compared with plain decoding in this run."
+
+
+def shown_condition(value: Any) -> str:
+    """A condition's value for people: yes and no for switches, words for what is absent."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "not recorded" if value is None else str(value)
+
+
+def conditions_table(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
+    """(name, one value per results file) for every condition that any file records."""
+    recorded = [result.get("conditions") or {} for result in results]
+    keys = dict.fromkeys([*CONDITION_NAMES, *(key for each in recorded for key in each)])
+    names = {key: CONDITION_NAMES.get(key, key) for key in keys if any(key in each for each in recorded)}
+    return [
+        (name[:1].upper() + name[1:], [shown_condition(each.get(key)) for each in recorded])
+        for key, name in names.items()
+    ]

@@ -1,0 +1,103 @@
+"""AdamW with warm-up and cosine decay, float32 masters, and moments in float32 or in 8 bits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspec.config import OptimConfig
+from deepspec.drafts.base import NeuralDraft
+from deepspec.errors import RecipeError
+
+
+class Optimizer:
+    """AdamW over a draft's parameters; it steps float32 masters if the draft itself is narrower.
+
+    Raises RecipeError if `optim.states` needs a package that is not installed.
+    """
+
+    def __init__(self, draft: NeuralDraft, optim: OptimConfig) -> None:
+        self.optim = optim
+        self.parameters = [p for p in draft.parameters() if p.requires_grad]
+        self.masters = [
+            p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters
+        ]
+        self.adamw = adamw(self.masters, optim)
+
+    def collect(self) -> None:
+        """Add the draft's gradients to the masters' and clear them, so that a sum over many passes is a
+        float32 sum: in bfloat16 the later ones would be lost."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter and parameter.grad is not None:
+                new = parameter.grad.float()
+                master.grad = new if master.grad is None else master.grad.add_(new)
+                parameter.grad = None
+
+    def divide(self, weight: Tensor) -> None:
+        """Divide the gradients collected so far."""
+        for master in self.masters:
+            if master.grad is not None:
+                master.grad.div_(weight)
+
+    def step(self, done: float) -> tuple[float, float]:
+        """Clip, step and clear the gradients. done: the finished share of the run, in [0, 1].
+
+        Returns (learning rate, norm of the gradients before clipping).
+        """
+        lr = self.optim.lr * schedule(done, self.optim.warmup)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.collect()
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.optim.grad_clip)
+        self.adamw.step()
+        self.adamw.zero_grad()
+        with torch.no_grad():
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+        return lr, float(norm)
+
+    def state(self) -> dict[str, Any]:
+        """What `load` needs to continue; `torch.save` can write it."""
+        return {"adamw": self.adamw.state_dict(), "masters": [m.detach() for m in self.masters]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        with torch.no_grad():
+            for master, parameter, saved in zip(self.masters, self.parameters, state["masters"], strict=True):
+                master.copy_(saved)
+                parameter.copy_(saved)
+
+
+def adamw(parameters: list[Tensor], optim: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW with its two moments in float32, or in 8 bits for a parameter of 4,096 values or more.
+
+    8 bits: block-wise dynamic quantisation (Dettmers 2022), 256 values per scale. Raises RecipeError.
+    """
+    settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
+    if optim.states == "float32":
+        return torch.optim.AdamW(parameters, **settings, fused=True)
+    return eight_bit_adamw()(parameters, **settings)
+
+
+def eight_bit_adamw() -> Any:
+    """The class behind `optim.states: 8bit`. Raises RecipeError if its package is not installed."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise RecipeError(
+            f"optim.states=8bit needs the bitsandbytes package ({error})",
+            next_step="pip install 'bitsandbytes>=0.50', or train with optim.states=float32 (20 bytes per "
+            "parameter instead of 14, so a smaller draft.num_layers may be needed)",
+        ) from error
+    return AdamW8bit
+
+
+def schedule(done: float, warmup: float) -> float:
+    """Factor of the learning rate at a finished share of the run: linear warm-up, then half a cosine to 0."""
+    if done < warmup:
+        return max(done / warmup, 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * min((done - warmup) / (1 - warmup), 1.0)))
