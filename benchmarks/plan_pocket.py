@@ -4,9 +4,9 @@
     python benchmarks/plan_pocket.py --write             into the table of docs/plan.md
 
 The run answers some packaged prompts and then trains for a fixed number of steps, so that its time is a
-prediction and not a budget. Measurement and run follow each other. Each reports the share of a core it got:
-if the two differ, other work on the machine came between, and the comparison says little. On a machine that
-is never quiet, `--clock processor` counts seconds of processor time on both sides. The goal is 30%.
+prediction and not a budget. Measurement and run follow each other; each reports its share of a core. If
+the two differ, other work on the machine came between, and the comparison says little. On a machine that is
+never quiet, `--clock processor` counts seconds of processor time on both sides. The goal is 30%.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def main() -> None:
     lines += [f"| {name} | {p:.1f} | {a:.1f} | {p / a:.2f} |" for name, (p, a) in phases.items()]
     lines += [
         "",
-        f"`python benchmarks/plan_pocket.py --prompts {given.prompts} --steps {given.steps}`, "
-        f"{date.today().isoformat()}, {os.cpu_count()} cores, {given.clock} seconds"
+        f"`python benchmarks/plan_pocket.py --prompts {given.prompts} --steps {given.steps} --clock {given.clock}`"
+        f", {date.today().isoformat()}, {os.cpu_count()} cores, {given.clock} seconds"
         + ("." if given.clock == "processor" else f"; shares of a core {measuring:.2f} and {running:.2f}."),
     ]
     text = "\n".join(lines) + "\n"
