@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.checkpoints.draft import find_checkpoint, load_provenance
+from deepspec.checkpoints.read import find_checkpoint, load_provenance
 from deepspec.conditions import SEVERAL, UNRECORDED, Conditions, contrast, differences
 
 SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}

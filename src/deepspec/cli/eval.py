@@ -83,7 +83,8 @@ def evaluate(
     samplings = [sampling_of(t, top_k, top_p) for t in temperature or [0.0]]
     check_writable(out)
     check_writable(report)
-    from deepspec.checkpoints.draft import find_checkpoint, load_draft, load_provenance
+    from deepspec.checkpoints.draft import load_draft
+    from deepspec.checkpoints.read import find_checkpoint, load_provenance
     from deepspec.conditions import Conditions, differences
     from deepspec.measure.evaluate import conditions_of, evaluate_at, load_prompts
     from deepspec.report.page import write_report

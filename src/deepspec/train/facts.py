@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from deepspec.checkpoints.draft import find_checkpoint, load_provenance
+from deepspec.checkpoints.read import find_checkpoint, load_provenance
 from deepspec.conditions import LABELS, SEVERAL, Conditions
 from deepspec.config import Recipe
 from deepspec.data.conversations import Conversation, content_hash, read_conversations

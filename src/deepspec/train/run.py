@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from deepspec.checkpoints.draft import load_provenance, save_draft
+from deepspec.checkpoints.draft import save_draft
+from deepspec.checkpoints.read import load_provenance
 from deepspec.config import KEPT_CHECKPOINTS, Recipe, dump_recipe, load_recipe
 from deepspec.drafts.base import NeuralDraft
 from deepspec.errors import CheckpointError, RecipeError
