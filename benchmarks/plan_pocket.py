@@ -79,8 +79,8 @@ def main() -> None:
     lines += [f"| {name} | {p:.1f} | {a:.1f} | {p / a:.2f} |" for name, (p, a) in phases.items()]
     lines += [
         "",
-        f"`python benchmarks/plan_pocket.py --prompts {given.prompts} --steps {given.steps} --clock {given.clock}`"
-        f", {date.today().isoformat()}, {os.cpu_count()} cores, {given.clock} seconds"
+        f"`python benchmarks/plan_pocket.py --prompts {given.prompts} --steps {given.steps} "
+        f"--clock {given.clock}`, {date.today().isoformat()}, {os.cpu_count()} cores, {given.clock} seconds"
         + ("." if given.clock == "processor" else f"; shares of a core {measuring:.2f} and {running:.2f}."),
     ]
     text = "\n".join(lines) + "\n"

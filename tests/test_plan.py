@@ -129,7 +129,7 @@ def test_checkpoint_on_disk_has_the_bytes_that_the_plan_counts(tmp_path: Path, p
     target = Target.from_pretrained("pocket", device="cpu")
     recipe = load_recipe("pocket-dspark", [f"precision={precision}"])
     draft = build_draft(recipe, target)
-    optimizer = Optimizer(draft, recipe)
+    optimizer = Optimizer(draft, recipe.optim)
     for parameter in draft.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step(0.5)
