@@ -26,7 +26,7 @@ from deepspec.data.conversations import read_conversations
 from deepspec.planning import prepare
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target
-from deepspec.train.run import train_draft
+from deepspec.train.loop import train_draft
 
 PAGE = Path(__file__).parents[1] / "docs" / "plan.md"
 BEGIN, END = "<!-- accuracy: begin -->\n", "<!-- accuracy: end -->\n"

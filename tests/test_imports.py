@@ -29,7 +29,7 @@ MATHS = {"drafts", "maths"}
 # Beyond that, the drafts read family facts and may tell a user that a draft does not fit.
 DRAFTS_ALSO = {"errors", "families"}
 TRACKERS = {"tensorboard", "torch.utils.tensorboard", "wandb", "mlflow", "trackio"}
-TRANSFORMERS_ROOMS = ("deepspec.targets", "deepspec.data.tokens", "deepspec.checkpoints.export")
+TRANSFORMERS_ROOMS = ("deepspec.targets", "deepspec.data.tokens")
 
 
 def module_of(path: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from deepspec.answers.file import Conditions, beside
+from deepspec.answers.file import Settings, beside
 from deepspec.answers.requests import Reply, Served, completion, read_chat, read_completion, read_llama
 from deepspec.answers.through_servers import HOPELESS, regenerate_served
 from deepspec.cli import app
@@ -30,8 +30,8 @@ QUICK = Policy(timeout=0.4, attempts=4, first_rest=0.01, longest_rest=0.05, pati
 
 # ── how it is said, and read ──────────────────────────────────────────────────────────────────────────
 
-NOW = Conditions("t", None, True, Sampling(0.7, 20, 0.8), 100, 3)
-OFF = Conditions("t", None, False, Sampling(1.0), 100, 3)
+NOW = Settings("t", None, True, Sampling(0.7, 20, 0.8), 100, 3)
+OFF = Settings("t", None, False, Sampling(1.0), 100, 3)
 
 
 VLLM, LLAMA = Served("m", "vllm"), Served("m", "llamacpp")

@@ -231,7 +231,7 @@ def test_another_draft_in_the_same_run_is_refused(targets, tmp_path):
 def test_draft_that_cannot_be_built_names_the_recipe(targets):
     tree = recipe_for("dflash").model_dump()
     tree["draft"]["target_layer_ids"] = [0, 3]  # the last layer's output is never a feature
-    with pytest.raises(RecipeError, match="last one's output") as caught:
+    with pytest.raises(RecipeError, match="the last of 4 layers is never read") as caught:
         build_draft(Recipe.model_validate(tree), targets["llama"])
     assert caught.value.where == "tiny-dflash"
 
@@ -673,7 +673,7 @@ def test_run_whose_folder_is_a_file_says_so(scene, tmp_path):
     (tmp_path / "tiny-dspark").write_text("mine")
     refused = CliRunner().invoke(app, ["train", str(scene / "r.yaml"), "--runs", str(tmp_path)])
     assert refused.exit_code == 2, refused.output
-    assert "give a path that can be written to" in refused.stderr
+    assert "a folder on that path is a file" in refused.stderr
     assert (tmp_path / "tiny-dspark").read_text() == "mine"
 
 

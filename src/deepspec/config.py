@@ -43,25 +43,25 @@ FEATURE_SOURCES = ("online", "cache", "vllm")
 
 
 def feature_source(text: str) -> tuple[str, str]:
-    """A recipe's `data.features` as (form, directory or URL).
+    """A recipe's `data.features` as (kind, directory or URL).
 
     `online`, `cache:DIR` or `vllm:URL`. Raises ValueError if it is none of them.
     """
-    form, _, place = text.partition(":")
-    if form == "sglang":
+    kind, _, place = text.partition(":")
+    if kind == "sglang":
         raise ValueError(
-            "SGLang is no longer a feature source: it gives too little for most drafts. Write "
+            "SGLang is no longer a feature source: its features are not enough for most drafts. Write "
             "vllm:http://HOST:PORT for a vLLM server, cache:DIRECTORY for a cache that `deepspec data cache` "
             "wrote, or online to compute features in the step"
         )
-    known = text == "online" or (form in FEATURE_SOURCES[1:] and bool(place))
-    if known and form == "vllm":
+    known = text == "online" or (kind in FEATURE_SOURCES[1:] and bool(place))
+    if known and kind == "vllm":
         known = place.startswith(("http://", "https://"))
     if not known:
         raise ValueError(
             f"{text!r} is not a feature source: write online, cache:DIRECTORY or vllm:http://HOST:PORT"
         )
-    return form, place
+    return kind, place
 
 
 def _known(names: Mapping[str, object]) -> Callable[[str], str]:

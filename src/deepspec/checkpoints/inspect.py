@@ -13,6 +13,7 @@ from typing import Any
 from deepspec.checkpoints.draft import misfits
 from deepspec.checkpoints.layouts import layout_of
 from deepspec.checkpoints.read import (
+    MAPS,
     SHARED,
     check_formats,
     check_names,
@@ -43,11 +44,12 @@ def inspect_draft(name_or_path: str | Path, target: TargetSpec | None = None) ->
     spec = load_spec(path, None if target is None else target.num_layers)
     stored = read_headers(path)
     check_names(path, spec, {name: shape for name, (shape, _) in stored.items()})
-    check_formats(path, {name: form for name, (_, form) in stored.items() if name in draft_shapes(spec)})
+    formats = {name: kind for name, (_, kind) in stored.items() if name not in (*SHARED, *MAPS)}
+    check_formats(path, formats)
+    stored_as = sorted(set(formats.values()))
     facts = load_provenance(path)
-    formats = sorted({kind for name, (_, kind) in stored.items() if name in draft_shapes(spec)})
-    dtype = (target and (target.config.get("dtype") or target.config.get("torch_dtype"))) or formats[0]
-    size = NUMBER_BYTES.get(str(dtype), NUMBER_BYTES.get(formats[0], 4))
+    dtype = (target and (target.config.get("dtype") or target.config.get("torch_dtype"))) or stored_as[0]
+    size = NUMBER_BYTES.get(str(dtype), NUMBER_BYTES.get(stored_as[0], 4))
     own, copies = parameters(spec)
     added = own + (math.prod(copy_shapes(spec)[SHARED[1]]) if spec.draft_vocab_size else 0)
     found = {
@@ -71,7 +73,7 @@ def inspect_draft(name_or_path: str | Path, target: TargetSpec | None = None) ->
         "template_hash": facts.get("template_hash"),
         "tokenizer_hash": facts.get("tokenizer_hash"),
         "held_out_tau": facts.get("held_out_tau"),
-        "stored_as": "+".join(formats),
+        "stored_as": "+".join(stored_as),
         "stored_copies": [name for name in SHARED if name in stored],
         "parameters": own,
         "parameters_with_embedding_and_head": own + copies,

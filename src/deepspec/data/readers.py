@@ -65,13 +65,10 @@ def parse_json(text: str, where: str, cell: str | None = None) -> Any:
     try:
         return from_json(text, allow_inf_nan=False)
     except ValueError as error:
-        what, step = (
-            f"'{cell}' is malformed JSON" if cell else "malformed JSON",
-            one_object_a_line(text[0] == "["),
-        )
-        reason = (
-            str(error).replace("line 1 column", "column").replace("line 2 column 0", "the end of the line")
-        )
+        what = f"'{cell}' is malformed JSON" if cell else "malformed JSON"
+        step = one_object_a_line(text.startswith("["))
+        reason = str(error).replace("line 1 column", "column")
+        reason = reason.replace("line 2 column 0", "the end of the line")
         if "hex escape" in reason:
             reason = f"half a surrogate pair ({reason})"
             step = "repair the text where it was cut, or remove the row"
