@@ -282,7 +282,7 @@ def decode(case: Case) -> Decoded:
         return rounds[-1].proposal
 
     def watched_choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        rounds[-1].logits.append(logits)
+        rounds[-1].logits.append(logits.flatten(0, -2))  # a whole block at once, or slot by slot
         return choose(logits, sampling, uniforms)
 
     choose = dflash.choose
