@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -190,6 +192,24 @@ def test_no_room_imports_itself_through_others():
         for below in reached.values():
             below |= {further for name in below for further in reached.get(name, ())}
     assert {name for name, below in reached.items() if name in below} == set()
+
+
+IMPORT_NAMES = {"pyyaml": "yaml", "tensorboard": "torch.utils.tensorboard"}
+"""What a dependency is imported as, if not by its own name."""
+
+
+def test_every_dependency_is_used():
+    """matplotlib was installed for everybody and imported by nobody."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    sources = [path.read_text("utf-8") for path in FILES]
+    unused = []
+    for requirement in project["dependencies"]:
+        package = re.split(r"[<>=!~\[ ]", requirement)[0]
+        name = IMPORT_NAMES.get(package, package.replace("-", "_"))
+        used = re.compile(rf"^\s*(import|from) {name}\b|import_tracker\(\"{name}\"", re.MULTILINE)
+        if not any(used.search(source) for source in sources):
+            unused.append(package)
+    assert unused == []
 
 
 def test_nothing_imports_the_command_line():
