@@ -26,7 +26,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 help:
 	@echo 'make quickstart   train three drafts, measure them, write a report (ARGS=--fast: two or three minutes)'
 	@echo 'make test         lint, types and tests'
-	@echo 'make docs         rewrite the generated tables of the docs'
+	@echo 'make docs         rewrite the generated parts of docs/ (benchmarks, data, serving, targets)'
 	@echo 'make soak         the long fault tests (every command killed again and again)'
 	@echo 'make test-servers run the drafts in llama-server, which the first run builds (11 minutes on two cores)'
 	@echo 'make lint         ruff and mypy only        make format   rewrite with ruff'
@@ -62,7 +62,8 @@ test: lint
 	$(PYTEST) $(ARGS)
 
 docs: $(STAMP)
-	DEEPSPEC_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_families.py tests/test_named.py $(ARGS)
+	DEEPSPEC_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_families.py tests/test_named.py tests/test_export.py $(ARGS)
+	$(BIN)/python benchmarks/table.py --write
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak $(ARGS)
