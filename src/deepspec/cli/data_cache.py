@@ -26,23 +26,21 @@ def cache(
         list[str],
         typer.Argument(metavar="RECIPE… [KEY=VALUE…]", help="Recipes that the cache serves, and overrides."),
     ],
-    out: Annotated[Path, typer.Option("--out", file_okay=False, help="Folder of the cache.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the cache.")],
     answers: Annotated[
         Path | None,
-        typer.Option(
-            "--answers", exists=True, dir_okay=False, help="Use this file, not the recipes' data.train."
-        ),
+        typer.Option(exists=True, dir_okay=False, help="Use this file, not the recipes' data.train."),
     ] = None,
     dtype: Annotated[
-        Format, typer.Option("--dtype", help="Number format; fp8 and int8 keep a scale per token and layer.")
+        Format, typer.Option(help="Number format; fp8 and int8 keep a scale per token and layer.")
     ] = Format.bf16,
     max_rows: Annotated[
-        int | None, typer.Option("--max-rows", min=1, help="Take only the first rows of the answers.")
+        int | None, typer.Option(min=1, help="Take only the first rows of the answers.")
     ] = None,
     shard_mb: Annotated[
-        int, typer.Option("--shard-mb", min=1, help="Size of a shard in MiB; a kill costs one at most.")
+        int, typer.Option(min=1, help="Size of a shard in MiB; a kill costs one at most.")
     ] = 256,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     verify: Annotated[
         bool, typer.Option("--verify", help="Check the shards that are there, and write damaged ones again.")
     ] = False,

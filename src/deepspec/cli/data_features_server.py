@@ -21,9 +21,7 @@ def features_server(
     ] = None,
     storage: Annotated[
         Path | None,
-        typer.Option(
-            "--storage", help="Folder for features in transit; server and training see it under this name."
-        ),
+        typer.Option(help="Folder for features in transit; server and training see it under this name."),
     ] = None,
     as_json: Json = False,
 ) -> None:

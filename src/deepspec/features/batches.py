@@ -130,19 +130,20 @@ def online(target: Target, layers: Sequence[int]) -> Source:
     """Features computed in the step, by the frozen target, in one forward pass over the rows."""
 
     def read(rows: Sequence[Encoded], width: int) -> FeatureBatch:
-        ids, mask, lengths = padded(rows, width)
-        output = target.read(ids, layers)
+        tokens = padded(rows, width)
+        output = target.read(tokens[0], layers)
         assert output.features is not None
-        return FeatureBatch(
-            input_ids=ids.to(target.device),
-            loss_mask=mask.to(target.device),
-            features=output.features,
-            last_hidden=output.last_hidden,
-            lengths=lengths.to(target.device),
-            row_ids=tuple(r.id for r in rows),
-        )
+        return batch_of(rows, tokens, output.features, output.last_hidden)
 
     return read
+
+
+def batch_of(
+    rows: Sequence[Encoded], tokens: Sequence[Tensor], features: Tensor, last_hidden: Tensor | None
+) -> FeatureBatch:
+    """The batch of rows that are `padded` to `tokens`, on the device of their features."""
+    ids, mask, lengths = (t.to(features.device) for t in tokens)
+    return FeatureBatch(ids, mask, features, last_hidden, lengths, tuple(row.id for row in rows))
 
 
 def padded(rows: Sequence[Encoded], width: int) -> tuple[Tensor, Tensor, Tensor]:

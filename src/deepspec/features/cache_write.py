@@ -19,6 +19,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,10 +125,7 @@ def rows_hash(rows: Sequence[Encoded]) -> str:
 
 def stored_positions(mask: Tensor, lengths: Tensor, rules: Sequence[str]) -> Reads:
     """The union of the rules over rows that are one document each."""
-    first, *more = (READ_RULES[rule](mask, lengths, None) for rule in rules)
-    for reads in more:
-        first = first.union(reads)
-    return first
+    return reduce(Reads.union, (READ_RULES[rule](mask, lengths, None) for rule in rules))
 
 
 def count_rows(rows: Sequence[Encoded], rules: Sequence[str]) -> list[RowCounts]:
@@ -175,8 +173,7 @@ def batch_rows(rows: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]
 
 
 class Written(NamedTuple):
-    """How a run of `write_cache` ended. complete: every shard and the index are there, of all processes.
-    shards, bytes: those that this process wrote."""
+    """complete: the shards of all processes and the index are there. shards, bytes: written by this one."""
 
     complete: bool
     shards: int
@@ -302,8 +299,7 @@ def _whole(plan: Plan, out: Path, shard: int, *, verify: bool) -> bool:
     sidecar = read_sidecar(path)
     if sidecar is None:
         return False
-    other = differences(sidecar["facts"], plan.facts)
-    if other:
+    if other := differences(sidecar["facts"], plan.facts):
         raise DataError(
             f"{out} holds another cache: {'; '.join(other)}",
             where=str(path.with_suffix(".json")),

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from deepspec.data.tokens import Encoded
 from deepspec.errors import ServerError
-from deepspec.features.batches import padded
+from deepspec.features.batches import batch_of, padded
 from deepspec.features.vllm_layers import NOTED, Probe, server_layers, vllm_command
 from deepspec.http_client import Passing, Policy, Server, Servers, Unanswered
 from deepspec.log import note, warn
@@ -42,14 +41,6 @@ TIMEOUT = 120.0
 """Seconds for one request, and for its file to be written."""
 FILE_GRACE = 10.0
 """Seconds for a file's lock to show up here: network file systems are late."""
-
-
-class Served(NamedTuple):
-    """What a check finds out: the server's name for the model, and which of its outputs are the wanted
-    ones."""
-
-    model: str
-    columns: tuple[int, ...]
 
 
 class VllmSource:
@@ -98,7 +89,6 @@ class VllmSource:
         self._ask_ahead()
 
     def __call__(self, rows: Sequence[Encoded], width: int) -> FeatureBatch:
-        ids, mask, lengths = padded(rows, width)
         target, count = self.target, len(self.layers) + self.last_hidden
         states = torch.zeros(len(rows), width, count, target.spec.hidden_size, dtype=target.dtype)
         try:
@@ -109,14 +99,8 @@ class VllmSource:
             raise
         self._ask_ahead()
         states = states.to(target.device)
-        return FeatureBatch(
-            input_ids=ids.to(target.device),
-            loss_mask=mask.to(target.device),
-            features=states[:, :, : len(self.layers)].flatten(2),
-            last_hidden=target.finish(states[:, :, -1]) if self.last_hidden else None,
-            lengths=lengths.to(target.device),
-            row_ids=tuple(r.id for r in rows),
-        )
+        hidden = target.finish(states[:, :, -1]) if self.last_hidden else None
+        return batch_of(rows, padded(rows, width), states[:, :, : len(self.layers)].flatten(2), hidden)
 
     def close(self) -> None:
         """Ask for nothing more. Requests under way end by themselves, and their files are still removed."""
@@ -155,8 +139,8 @@ class VllmSource:
                 f"checkpoint. The server is started with\n{self.command}",
             ) from error
 
-    def _check(self, server: Server) -> Served:
-        """Learn what a server calls its model, and find the wanted layers in what it gives."""
+    def _check(self, server: Server) -> tuple[str, tuple[int, ...]]:
+        """The server's name for its model, and which of its outputs are the wanted layers."""
         model, entry = next(iter(self.servers.models(server).items()))
         longest = entry.get("max_model_len")
         if longest is not None and self.max_length is not None and longest <= self.max_length:
@@ -175,7 +159,7 @@ class VllmSource:
                 f"{server.name}: hidden states are {furthest:.1%} away from those computed here. Is what it "
                 "serves quantised, or another revision?"
             )
-        return Served(model, columns)
+        return model, columns
 
     def _read(self, server: Server, model: str, ids: Sequence[int]) -> Tensor:
         """[T, L, d] of these tokens, every layer output that a server gives.
