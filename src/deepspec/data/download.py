@@ -87,8 +87,7 @@ def nothing_left(skipped: Skipped | None) -> DataError:
     """The error for a source without a single usable row."""
     if not skipped or not skipped.count:
         return DataError("the source has no rows")
-    places = f"; the first: {skipped.places[0]}" if skipped.places else ""
     return DataError(
-        f"no rows left: all {skipped.count} were bad{places}",
+        f"no rows left: all {skipped.count} were bad; the first: {skipped.places[0]}",
         next_step="say which column is which with --map (docs/data.md)",
     )

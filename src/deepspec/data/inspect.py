@@ -60,7 +60,7 @@ def inspect_rows(
         flags["follow_ups"] += bool(conversation.meta.get("follow_ups"))
         messages = conversation.messages
         flags["empty"] += any(not m["content"].strip() and "tool_calls" not in m for m in messages)
-        answered, sequences = is_answered(conversation), []
+        answered, sequences = last_trained(messages) is not None, []
         try:
             sequences = row_sequences(tokenizer, conversation, thinking)
         except DataError as error:
@@ -163,15 +163,11 @@ def find_row(rows: Iterable[Conversation], wanted: str) -> Conversation:
     return numbered
 
 
-def is_answered(conversation: Conversation) -> bool:
-    return last_trained(conversation.messages) is not None
-
-
 def row_sequences(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, thinking: bool
 ) -> list[Encoded]:
     """The uncut training sequences of a row, or the prompt of an unanswered one. Raises DataError."""
-    if is_answered(conversation):
+    if last_trained(conversation.messages) is not None:
         return encode_turns(tokenizer, conversation, thinking)
     asked = prompt_messages(conversation)
     ids = prompt_ids(tokenizer, asked, thinking, tools=tools_of(conversation), where=conversation.where)

@@ -1,8 +1,4 @@
-"""Train, select and test: three sets that share no question.
-
-A row's set depends on its normalised opening question alone (`holdout_bucket`): another order, another run, a
-copy, another spelling and a longer conversation with the same opening all fall into the same set.
-"""
+"""Train, select and test: three sets that share no question (`holdout_bucket` of a row's opening question)."""
 
 from __future__ import annotations
 
