@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from deepspec.cli.common import Json, load_target, print_json
 from deepspec.errors import UserError
 from deepspec.log import note
-
-
-class Format(StrEnum):
-    bf16 = "bf16"
-    fp8 = "fp8"
-    int8 = "int8"
 
 
 def cache(
@@ -32,8 +25,9 @@ def cache(
         typer.Option(exists=True, dir_okay=False, help="Use this file, not the recipes' data.train."),
     ] = None,
     dtype: Annotated[
-        Format, typer.Option(help="Number format; fp8 and int8 keep a scale per token and layer.")
-    ] = Format.bf16,
+        Literal["bf16", "fp8", "int8"],
+        typer.Option(help="Number format; fp8 and int8 keep a scale per token and layer."),
+    ] = "bf16",
     max_rows: Annotated[
         int | None, typer.Option(min=1, help="Take only the first rows of the answers.")
     ] = None,
@@ -80,7 +74,7 @@ def cache(
         out,
         target=load_target(recipes[0].target, device=_own_device(device)),
         answers=answers,
-        dtype=dtype.value,
+        dtype=dtype,
         max_rows=max_rows,
         shard_bytes=shard_mb * 2**20,
         verify=verify,

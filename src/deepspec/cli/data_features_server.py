@@ -54,12 +54,11 @@ def features_server(
         storage=str(storage or STORAGE),
     )
     words = ["deepspec", "train", recipe, *(overrides or []), "data.features=vllm:http://localhost:8000"]
+    train = shlex.join(words)
     if as_json:
         streams = server_layers(layers, target.num_layers, last_hidden)
-        print_json(
-            {"command": command, "layers": list(layers), "streams": streams, "train": shlex.join(words)}
-        )
+        print_json({"command": command, "layers": list(layers), "streams": streams, "train": train})
         return
     typer.echo(command)
     note("This command is not verified on a real server. Once the server listens, train with")
-    typer.echo(shlex.join(words))
+    typer.echo(train)

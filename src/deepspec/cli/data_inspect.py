@@ -99,9 +99,6 @@ def inspect(
         raise typer.Exit(BAD_INPUT)
 
 
-# ── totals ───────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _print_totals(found: dict[str, Any]) -> None:
     cut, limit = found["cut"], found["max_length"]
     facts = {
@@ -152,9 +149,6 @@ def _print_lengths(console: Console, name: str, lengths: dict[str, Any]) -> None
         span = f"{part['from']:>7,} – {part['to']:<7,}"
         bar = "█" * -(-BAR * part["count"] // most)
         console.print(Text(f"{span} {bar} {part['count']:,}"), soft_wrap=True)
-
-
-# ── a row ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _show(

@@ -1,8 +1,8 @@
 """Conversations on disk: one JSON object per line, UTF-8.
 
-docs/data.md describes the schema, and the other formats that can be read. Three keys of ``meta`` have a meaning
-here: ``tools`` (the JSON schemas that the chat template is given), ``answer_ids`` (the token ids that the
-target produced: a list for the last assistant turn, or one list or null for each turn) and ``follow_ups``
+docs/data.md describes the schema, and the other formats that can be read. Three keys of ``meta`` have a
+meaning here: ``tools`` (the JSON schemas that the chat template is given), ``answer_ids`` (the token ids that
+the target produced: a list for the last assistant turn, or one list or null for each turn) and ``follow_ups``
 (the later questions of a ``turns`` row).
 """
 

@@ -1,12 +1,8 @@
 """The formats in which conversations are published and logged, brought into one: messages and meta.
 
-The formats are those of `data.schema.ROWS`, and the request log of an OpenAI-compatible server::
-
-    {"request": {"model": "…", "messages": […], "temperature": 0.7}, "response": {"id": "…", "choices": […]}}
-
-`body` may stand for `request`, and either side may be wrapped once more in `body`, as in batch files. The
-first choice becomes the last message. A request without an answer (no response, an error, a status other than
-200) is a prompt, which the target can answer later. Everything else that was logged goes to `meta`.
+The formats are those of `data.schema.ROWS`, and the request log of an OpenAI-compatible server. A request
+without an answer (no response, an error, a status other than 200) is a prompt, which the target can answer
+later. Everything else that was logged goes to `meta`.
 """
 
 from __future__ import annotations
@@ -71,9 +67,6 @@ def _no_messages(row: Mapping[str, Any], where: str | None) -> DataError:
         where=where,
         next_step=f"expected: {EXAMPLE}",
     )
-
-
-# -- request logs ------------------------------------------------------------------------------------------
 
 
 def _from_log(row: Mapping[str, Any], key: str, where: str | None) -> dict[str, Any]:

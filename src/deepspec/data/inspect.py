@@ -135,9 +135,6 @@ def distribution(lengths: Sequence[int]) -> dict[str, Any] | None:
     }
 
 
-# -- one row -----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Piece:
     """Decoded text of tokens with equal flags. ``added``: they are added tokens of the tokenizer."""

@@ -139,9 +139,6 @@ def _text(raw: bytes, where: str) -> str:
         ) from error
 
 
-# -- tables ------------------------------------------------------------------------------------------------
-
-
 def _csv_rows(path: Path, delimiter: str, skipped: Skipped | None) -> Iterator[Row]:
     """Rows by column name, an empty cell as None. A row may span lines; its place is its first line."""
     csv.field_size_limit(MAX_LINE)

@@ -1,4 +1,4 @@
-"""Train, select and test: three sets that share no question (`holdout_bucket` of a row's opening question)."""
+"""Train, select and test sets that share no question: a row's set follows from its opening one alone."""
 
 from __future__ import annotations
 

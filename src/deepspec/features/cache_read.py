@@ -153,9 +153,6 @@ def _vectors(tensors: Mapping[str, Tensor], name: str, at: Any, target: Target) 
     return dequantise(Stored(values.to(target.device), scales), target.dtype)
 
 
-# ── whether it is complete ───────────────────────────────────────────────────────────────────────────────
-
-
 def _index(path: Path) -> dict[str, Any]:
     file = path / INDEX
     if not file.exists():
@@ -188,9 +185,6 @@ def _damaged(file: Path, why: str) -> DataError:
         next_step=f"delete {file.name} and run the same `deepspec data cache` command again: only this shard "
         "is computed again",
     )
-
-
-# ── whether it fits ───────────────────────────────────────────────────────────────────────────────────
 
 
 def check_rows(cache: Cache, wanted: Mapping[str, Any], remedy: str) -> None:

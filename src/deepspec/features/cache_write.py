@@ -5,9 +5,8 @@
     DIR/index.json                written last: facts and every shard
     DIR/.lock                     byte s + 1 is held by the process that writes shard s, byte 0 for the index
 
-Everything is a pure function of the rows and the facts: which rows a shard holds, which rows share a forward
-pass of the target, which positions are stored. So a shard has the same bytes whenever and by whichever
-process it is written, and ranks do not communicate: rank r writes the shards s with s % world == r.
+Everything is a pure function of the rows and the facts, so a shard is the same whichever process writes it,
+and ranks do not communicate: rank r writes the shards s with s % world == r.
 
 R rows, T tokens, F feature positions, H last hidden states stored in one shard; m layers, d hidden.
 """
@@ -76,9 +75,6 @@ class Plan:
     def payload(self) -> int:
         """Bytes of all tensors."""
         return sum(self.shard_bytes(s) for s in range(len(self.shards)))
-
-
-# ── the plan ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def plan_cache(
@@ -167,9 +163,6 @@ def batch_rows(rows: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]
         batch.append(i)
     if batch:
         yield batch
-
-
-# ── writing ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Written(NamedTuple):
@@ -277,9 +270,6 @@ def _stored_vectors(batch: FeatureBatch, facts: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-# ── what is there ─────────────────────────────────────────────────────────────────────────────────────
-
-
 def read_sidecar(shard: Path) -> dict[str, Any] | None:
     """A shard's sidecar; None before the shard is whole."""
     path = shard.with_suffix(".json")
@@ -341,9 +331,6 @@ def _finish(plan: Plan, out: Path) -> bool:
         if not path.exists() or json.loads(path.read_text("utf-8")) != index:
             write_json(path, index)
     return True
-
-
-# ── space ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def disk_bytes(plan: Plan, shards: Sequence[int]) -> int:

@@ -1,12 +1,10 @@
 """Features from vLLM servers that run the target, by vLLM's hidden-states connector.
 
-T tokens of a row, L layer outputs that a server gives, d hidden. What comes out is what `online` gives, but
-the forward pass happens elsewhere, and ahead of the step that needs it. A completion of one token names a
-file that holds the row's hidden states; the server holds a lock on it until it is whole. Each server is
-checked with a probe (`vllm_layers`) before its first row and after each failure.
+T tokens of a row, L layer outputs that a server gives, d hidden. A completion of one token names a file that
+holds the row's hidden states; the server holds a lock on it until it is whole. Each server is checked with a
+probe (`vllm_layers`) before its first row and after each failure.
 
-The format is that of vLLM 0.33.0, read in its released source; it is tested against a stand-in, and not
-verified on a real server.
+Written from the released source of vLLM 0.33.0, and not verified on a real server.
 """
 
 from __future__ import annotations
@@ -120,8 +118,6 @@ class VllmSource:
             row = self._expected.popleft()
             self._asked.append((row, self._threads.submit(self._fetch, row)))
 
-    # ── in threads ────────────────────────────────────────────────────────────────────────────────
-
     def _fetch(self, row: Encoded) -> Tensor:
         """[T, wanted, d] of one row."""
 
@@ -195,7 +191,7 @@ class VllmSource:
         import fcntl  # not on Windows, and neither is vLLM
 
         lock, limit = Path(f"{file}.lock"), self.servers.policy.timeout
-        end, pause = time.monotonic() + limit, 0.001
+        end = time.monotonic() + limit
         handle = self._open_lock(server, file, lock)
         try:
             while True:
@@ -205,8 +201,7 @@ class VllmSource:
                 except BlockingIOError:  # polled: a wait inside flock would have no time-out
                     if time.monotonic() > end:
                         raise Passing(f"{file} was not written within {limit:g} s") from None
-                    time.sleep(pause)
-                    pause = min(2 * pause, 0.05)
+                    time.sleep(0.005)
                 except OSError as error:
                     raise ServerError(
                         f"the file system of {lock} has no locks, so it is unknown when the server is done: "
@@ -217,8 +212,7 @@ class VllmSource:
             try:
                 tensors = load(file.read_bytes())
             except (OSError, SafetensorError) as error:
-                # The writer let go without having written: most likely a full disk, which readers are
-                # emptying.
+                # The writer let go without having written: most likely a full disk, which readers empty.
                 raise Passing(f"the server did not finish {file} (is its storage full?): {error}") from error
         finally:
             os.close(handle)
