@@ -36,7 +36,6 @@ from deepspec.features.cache_write import (
     stored_positions,
     write_cache,
 )
-from deepspec.features.open import open_features
 from deepspec.features.quantise import FORMATS
 from deepspec.files import LOCK, claimed
 from deepspec.maths.blocks import FeatureBatch
@@ -508,13 +507,6 @@ def test_a_row_that_is_not_in_the_cache_is_refused(bfloat: Target, tmp_path: Pat
     ):
         with pytest.raises(DataError, match="made from other data"):
             source([other], len(row.ids))
-
-
-def test_the_recipes_word_opens_the_source(bfloat: Target, tmp_path: Path) -> None:
-    plan = written(bfloat, tmp_path)
-    row = plan.rows[0]
-    for word in ("online", f"cache:{tmp_path}"):
-        assert open_features(word, bfloat, LAYERS, ALL)([row], 40).features.shape == (1, 40, 96)
 
 
 # ── the command ───────────────────────────────────────────────────────────────────────────────────────

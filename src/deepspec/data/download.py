@@ -70,8 +70,7 @@ def download(
 def cut(rows: Iterable[Conversation], limit: int, seed: int) -> list[Conversation]:
     """At most `limit` rows: those with the smallest SHA-256 of (seed, id), in that order.
 
-    The choice depends on ids alone, not on the order of the rows, and a larger limit only adds rows. If there
-    are no more than `limit` rows, all come in their own order. Memory holds `limit` rows.
+    If there are no more than `limit` rows, all come in their own order. Memory holds `limit` rows.
     """
     kept: list[tuple[int, int, Conversation]] = []  # a heap of (−key, −number, row), the largest key first
     full = False

@@ -99,10 +99,8 @@ def _lines(path: Path, skipped: Skipped | None = None) -> Iterator[tuple[str, st
             next_step="give the path of a JSONL file, one conversation per line",
         ) from error
     with stream:
-        number = 0
         # Lines end at b"\n" only: decoded text would also be split at a U+2028 inside a message.
-        while raw := stream.readline(MAX_LINE + 1):
-            number += 1
+        for number, raw in enumerate(iter(lambda: stream.readline(MAX_LINE + 1), b""), start=1):
             where = f"{path}:{number}"
             if number == 1:
                 raw = _without_mark(raw, where)

@@ -97,15 +97,21 @@ def _tokens(cache: Cache, place: Place) -> tuple[list[int], list[int]]:
 
 
 def cached(
-    cache: Cache, target: Target, layers: Sequence[int], reads: Sequence[str], remedy: str = ""
+    cache: Cache,
+    target: Target,
+    layers: Sequence[int],
+    reads: Sequence[str],
+    remedy: str = "",
+    made_with: Mapping[str, Any] | None = None,
 ) -> Source:
     """The source that reads features from a cache, in the target's dtype; positions not stored are zero.
 
     Last hidden states are None if no rule in `reads` needs them. remedy: the command that would make a cache
-    that fits. Raises DataError if this one does not fit the target, the layers or the loss; the source
-    raises it for rows that are not in the cache.
+    that fits. made_with: facts that the cache's rows must have. Raises DataError if this one does not fit the
+    target, the layers, the loss or these facts; the source raises it for rows that are not in the cache.
     """
-    _check_fit(cache, target, layers, reads, remedy)
+    if reasons := _misfits(cache, target, layers, reads, made_with or {}):
+        raise _misfit(cache, reasons, remedy)
     source = _reader(cache, target, layers, with_last_hidden(reads))
     _check_numbers(cache, target, layers, source, remedy)
     return source
@@ -187,16 +193,10 @@ def _damaged(file: Path, why: str) -> DataError:
     )
 
 
-def check_rows(cache: Cache, wanted: Mapping[str, Any], remedy: str) -> None:
-    """Raise DataError if the cache's rows were made under other conditions than the facts in `wanted`."""
-    if other := differences(cache.facts, wanted, list(wanted)):
-        raise _misfit(cache, other, remedy)
-
-
-def _check_fit(
-    cache: Cache, target: Target, layers: Sequence[int], reads: Sequence[str], remedy: str
-) -> None:
-    facts, reasons = cache.facts, []
+def _misfits(
+    cache: Cache, target: Target, layers: Sequence[int], reads: Sequence[str], made_with: Mapping[str, Any]
+) -> list[str]:
+    facts, reasons = cache.facts, differences(cache.facts, made_with, made_with)
     if facts["target_config_hash"] != target.spec.config_hash:
         reasons.append(
             f"it holds features of {facts['target']} (config {facts['target_config_hash']}), not of "
@@ -208,8 +208,7 @@ def _check_fit(
         reasons.append(
             f"it holds the positions of {', '.join(facts['reads'])}, and the loss reads {', '.join(reads)}"
         )
-    if reasons:
-        raise _misfit(cache, reasons, remedy)
+    return reasons
 
 
 def _check_numbers(cache: Cache, target: Target, layers: Sequence[int], source: Source, remedy: str) -> None:

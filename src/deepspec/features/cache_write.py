@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
@@ -289,7 +289,7 @@ def _whole(plan: Plan, out: Path, shard: int, *, verify: bool) -> bool:
     sidecar = read_sidecar(path)
     if sidecar is None:
         return False
-    if other := differences(sidecar["facts"], plan.facts):
+    if other := differences(there := sidecar["facts"], plan.facts, sorted({*there, *plan.facts})):
         raise DataError(
             f"{out} holds another cache: {'; '.join(other)}",
             where=str(path.with_suffix(".json")),
@@ -304,12 +304,11 @@ def _whole(plan: Plan, out: Path, shard: int, *, verify: bool) -> bool:
     return True
 
 
-def differences(there: Mapping[str, Any], wanted: Mapping[str, Any], keys: Sequence[str] = ()) -> list[str]:
-    """ "key is X there, not Y" for each fact (of `keys`, or all) in which two sides differ."""
-    names = keys or sorted({*there, *wanted})
+def differences(there: Mapping[str, Any], wanted: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """ "key is X there, not Y" for each fact of `keys` in which two sides differ."""
     return [
         f"{key} is {there.get(key)!r} there, not {wanted.get(key)!r}"
-        for key in names
+        for key in keys
         if there.get(key) != wanted.get(key)
     ]
 
