@@ -108,7 +108,7 @@ def cache(
 
 def _torchrun() -> tuple[int, int]:
     """(rank, world size) from torchrun's variables; (0, 1) without it."""
-    rank, world = (os.environ.get(k) for k in ("RANK", "WORLD_SIZE"))
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     if rank is None or world is None:
         return 0, 1
     if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):

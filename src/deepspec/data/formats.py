@@ -30,7 +30,7 @@ def parsed_row(row: object, where: str | None) -> tuple[dict[str, Any], tuple[Me
             where=where,
             next_step=one_object_a_line(isinstance(row, list)),
         )
-    name = _format_of(row)
+    name = next((name for name in ROWS if row.get(name) is not None), None)
     if name is None and (key := next((k for k in ("request", "body") if isinstance(row.get(k), dict)), None)):
         row, name = _from_log(row, key, where), "messages"
     if name is None:
@@ -50,10 +50,6 @@ def parsed_row(row: object, where: str | None) -> tuple[dict[str, Any], tuple[Me
     else:
         messages = value
     return fields, tuple(messages)
-
-
-def _format_of(row: Mapping[str, Any]) -> str | None:
-    return next((name for name in ROWS if row.get(name) is not None), None)
 
 
 def _no_messages(row: Mapping[str, Any], where: str | None) -> DataError:

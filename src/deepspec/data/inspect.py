@@ -21,7 +21,6 @@ from deepspec.log import Bar
 if TYPE_CHECKING:
     from deepspec.data.tokens import PreTrainedTokenizerBase
 
-NO_DOMAIN = "(none)"
 PROBLEMS_SHOWN = 20
 _COUNTS = ("rows", "sequences", "tokens", "supervised_tokens", "prompts", "prompt_tokens")
 
@@ -71,8 +70,7 @@ def inspect_rows(
         (lengths if answered else prompt_lengths).extend(len(row.ids) for row in sequences)
         counts = _counted(sequences, answered)
         total.update(counts)
-        name = conversation.domain or NO_DOMAIN
-        domains.setdefault(name, Counter(dict.fromkeys(_COUNTS, 0))).update(counts)
+        domains.setdefault(conversation.domain or "(none)", Counter(dict.fromkeys(_COUNTS, 0))).update(counts)
         for row in sequences:
             cut.update(_cut(row, max_length, answered))
         if bar is not None:

@@ -69,11 +69,6 @@ def distinct(name: str, seen: Counter[str]) -> str:
     return other
 
 
-def row_lengths(rows: Sequence[Encoded]) -> list[int]:
-    """Tokens of each row."""
-    return rows.offsets.diff().tolist() if isinstance(rows, Rows) else [len(row.ids) for row in rows]
-
-
 def supervised_counts(rows: Sequence[Encoded], vocab_size: int) -> Tensor:
     """How often the target produced each id: [V] int64."""
     flat, counts = pack(rows), torch.zeros(vocab_size, dtype=torch.int64)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deepspec.data.conversations import read_conversations
-from deepspec.data.rows import Rows, distinct, pack, row_lengths
+from deepspec.data.rows import Rows, distinct, pack
 from deepspec.data.tokens import Encoded, OverlongError, encode_turns, require_tokenizer
 from deepspec.errors import DataError
 from deepspec.features.order import batches_by_length
@@ -94,7 +94,7 @@ def batches_from(
     rows: Sequence[Encoded], batch_size: int, seed: int, first: int
 ) -> Iterator[tuple[int, list[Encoded]]]:
     """(epoch, rows) of batch `first` and all after it, forever."""
-    lengths = row_lengths(rows)
+    lengths = pack(rows).offsets.diff().tolist()
     epoch, skip = divmod(first, steps_per_epoch(rows, batch_size))
     while True:
         for picked in batch_order(lengths, batch_size, seed, epoch)[skip:]:
@@ -122,7 +122,6 @@ def announced(
 
 
 def steps_per_epoch(rows: Sequence[Encoded], batch_size: int) -> int:
-    """Batches in one pass over the rows."""
     return math.ceil(len(rows) / batch_size)
 
 

@@ -68,7 +68,6 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows."""
         return sum(counts.tokens for counts in self.counts)
 
     @property
