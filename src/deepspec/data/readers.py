@@ -175,10 +175,10 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path) as file:
             chosen = _chosen(columns, file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=BATCH, columns=chosen):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path} row {number}", _plain(row)
+            batches = file.iter_batches(batch_size=BATCH, columns=chosen)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                yield f"{path} row {number}", _plain(row)
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         after = f" after row {number}" if number else ""
         raise DataError(

@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from deepspec.data.rows import pack
 from deepspec.data.tokens import Encoded
 from deepspec.errors import DataError, TargetError, UserError
 from deepspec.features.batches import Source, online, padded
@@ -239,9 +240,8 @@ def shard_tensors(rows: Sequence[Encoded], source: Source, facts: Mapping[str, A
     for name in tensors:
         if name.startswith("features"):
             tensors[name] = tensors[name].transpose(0, 1).contiguous()
-    tensors["ids"] = torch.tensor([t for row in rows for t in row.ids], dtype=torch.int32)
-    tensors["loss_mask"] = torch.tensor([m for row in rows for m in row.loss_mask], dtype=torch.uint8)
-    return tensors
+    flat = pack(rows)
+    return {**tensors, "ids": flat.ids, "loss_mask": flat.loss_mask}
 
 
 def _stored_vectors(batch: FeatureBatch, facts: Mapping[str, Any]) -> dict[str, tuple[Tensor, list[int]]]:
@@ -269,38 +269,33 @@ def _stored_vectors(batch: FeatureBatch, facts: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-def read_sidecar(shard: Path) -> dict[str, Any] | None:
-    """A shard's sidecar; None before the shard is whole."""
-    path = shard.with_suffix(".json")
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
-
-
 def file_hash(path: Path) -> str:
     """SHA-256 (hex) of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _whole(plan: Plan, out: Path, shard: int, *, verify: bool) -> bool:
-    """Whether a shard is there, of its size (and, with `verify`, of its checksum). Raises DataError for a
-    shard of another cache."""
+def _whole(plan: Plan, out: Path, shard: int, *, verify: bool = False) -> dict[str, Any] | None:
+    """The sidecar, without the facts, of a shard that is there in its size (and, with `verify`, with its
+    checksum). Raises DataError for a shard of another cache."""
     path = shard_path(out, shard)
-    sidecar = read_sidecar(path)
-    if sidecar is None:
-        return False
-    if other := differences(there := sidecar["facts"], plan.facts, sorted({*there, *plan.facts})):
+    if not (file := path.with_suffix(".json")).exists():
+        return None
+    sidecar = json.loads(file.read_text("utf-8"))
+    there = sidecar.pop("facts")
+    if other := differences(there, plan.facts, sorted({*there, *plan.facts})):
         raise DataError(
             f"{out} holds another cache: {'; '.join(other)}",
-            where=str(path.with_suffix(".json")),
+            where=str(file),
             next_step="give another --out, or delete the directory to start over",
         )
     if not path.exists() or path.stat().st_size != sidecar["bytes"]:
         note(f"{path}: missing or cut off; writing it again")
-        return False
+        return None
     if verify and file_hash(path) != sidecar["sha256"]:
         note(f"{path}: its checksum is wrong; writing it again")
-        return False
-    return True
+        return None
+    return sidecar
 
 
 def differences(there: Mapping[str, Any], wanted: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
@@ -318,12 +313,11 @@ def _finish(plan: Plan, out: Path) -> bool:
     Processes take turns here: the last of them must see what the others have written.
     """
     with claimed(out / LOCK, 0, wait=True):
-        if not all(_whole(plan, out, s, verify=False) for s in range(len(plan.shards))):
-            return False
-        paths = [shard_path(out, s) for s in range(len(plan.shards))]
-        shards = [{"file": path.name, **(read_sidecar(path) or {})} for path in paths]
-        for shard in shards:
-            del shard["facts"]
+        shards = []
+        for shard in range(len(plan.shards)):
+            if not (sidecar := _whole(plan, out, shard)):
+                return False
+            shards.append({"file": shard_path(out, shard).name, **sidecar})
         index = {"facts": plan.facts, "shards": shards}
         path = out / INDEX
         if not path.exists() or json.loads(path.read_text("utf-8")) != index:
