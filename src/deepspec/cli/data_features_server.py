@@ -44,19 +44,12 @@ def features_server(
 
     target = TargetSpec.from_pretrained(settings.target)
     layers = draft_spec(settings, target.config, settings.draft.mask_token_id or 0).target_layer_ids
-    last_hidden = with_last_hidden(read_rules(settings))
-    command = vllm_command(
-        packaged(settings.target),
-        layers,
-        target.num_layers,
-        last_hidden=last_hidden,
-        max_length=settings.data.max_length,
-        storage=str(storage or STORAGE),
-    )
+    streams = server_layers(layers, target.num_layers, with_last_hidden(read_rules(settings)))
+    longest, folder = settings.data.max_length, str(storage or STORAGE)
+    command = vllm_command(packaged(settings.target), streams, longest, folder)
     words = ["deepspec", "train", recipe, *(overrides or []), "data.features=vllm:http://localhost:8000"]
     train = shlex.join(words)
     if as_json:
-        streams = server_layers(layers, target.num_layers, last_hidden)
         print_json({"command": command, "layers": list(layers), "streams": streams, "train": train})
         return
     typer.echo(command)

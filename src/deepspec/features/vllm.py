@@ -60,11 +60,10 @@ class VllmSource:
         max_length: int | None = None,
         policy: Policy | None = None,
     ) -> None:
-        model, depth = packaged(target.spec.name), target.spec.num_layers
-        last = self.last_hidden = with_last_hidden(reads)
         self.target, self.layers, self.max_length = target, tuple(layers), max_length
-        self.wanted = server_layers(layers, depth, last)
-        self.command = vllm_command(model, layers, depth, last_hidden=last, max_length=max_length)
+        self.last_hidden = with_last_hidden(reads)
+        self.wanted = server_layers(layers, target.spec.num_layers, self.last_hidden)
+        self.command = vllm_command(packaged(target.spec.name), self.wanted, max_length)
         self.probe = Probe(target)
         policy = policy or Policy(timeout=TIMEOUT)
         self.servers = Servers(urls.split(","), self._check, concurrency=IN_FLIGHT, policy=policy)
