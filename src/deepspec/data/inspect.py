@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from deepspec.data.conversations import Conversation, prompt_id, prompt_messages, tools_of
 from deepspec.data.messages import last_trained
-from deepspec.data.tokens import Encoded, added_ids, encode_turns, prompt_ids
+from deepspec.data.tokens import Encoded, encode_turns, prompt_ids
 from deepspec.errors import DataError
 from deepspec.log import Bar
 
@@ -31,7 +31,7 @@ def inspect_rows(
     *,
     thinking: bool,
     max_length: int,
-    bar: Bar | None = None,
+    bar: Bar,
 ) -> dict[str, Any]:
     """Totals of the rows as plain JSON data, in rows and tokens of this tokenizer.
 
@@ -73,8 +73,7 @@ def inspect_rows(
         domains.setdefault(conversation.domain or "(none)", Counter(dict.fromkeys(_COUNTS, 0))).update(counts)
         for row in sequences:
             cut.update(_cut(row, max_length, answered))
-        if bar is not None:
-            bar.update(1, tokens=total["tokens"], refused=flags["refused"])
+        bar.update(1, tokens=total["tokens"], refused=flags["refused"])
     return {
         **total,
         **flags,
@@ -104,11 +103,10 @@ def _cut(row: Encoded, max_length: int, answered: bool) -> dict[str, int]:
     """What `max_length` takes away from one sequence or prompt."""
     if not answered:
         return {"without_answer": int(len(row.ids) >= max_length)}
-    if len(row.ids) <= max_length:
-        return {}
+    over = max(len(row.ids) - max_length, 0)
     return {
-        "sequences": 1,
-        "tokens": len(row.ids) - max_length,
+        "sequences": int(over > 0),
+        "tokens": over,
         "supervised_tokens": sum(row.loss_mask[max_length:]),
         "without_answer": int(not any(row.loss_mask[:max_length])),
     }
@@ -171,7 +169,7 @@ def row_sequences(
 
 def pieces(tokenizer: PreTrainedTokenizerBase, row: Encoded, max_length: int) -> list[Piece]:
     """A sequence as decoded pieces. Each is decoded alone: a character split between two shows as �."""
-    added = added_ids(tokenizer)
+    added = tokenizer.added_tokens_decoder  # matched whole before text is split
 
     def flags(i: int) -> tuple[bool, bool, bool]:
         return bool(row.loss_mask[i]), row.ids[i] in added, i < max_length

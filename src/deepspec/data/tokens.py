@@ -103,13 +103,9 @@ def encode_turns(
             )
         turns[number] = (chat.ids(prompt), answer)
     _check_kept(chat, messages)
-    rows = [
-        Encoded(ids, mask, conversation.id + ("" if turn == max(turns) else f"#{turn}"))
-        for turn, ids, mask in _sequences(turns)
-    ]
-    if max_length is None:
-        return rows
-    kept = [r for row in rows if any((r := cut(row, max_length)).loss_mask)]
+    rows = _sequences(conversation.id, turns)
+    cut = (replace(r, ids=r.ids[:max_length], loss_mask=r.loss_mask[:max_length]) for r in rows)
+    kept = [row for row in cut if any(row.loss_mask)]
     if not kept:
         shortest = min(row.loss_mask.index(1) for row in rows)
         raise OverlongError(
@@ -121,18 +117,14 @@ def encode_turns(
     return kept
 
 
-def cut(row: Encoded, max_length: int) -> Encoded:
-    """The first ``max_length`` tokens of a sequence."""
-    return replace(row, ids=row.ids[:max_length], loss_mask=row.loss_mask[:max_length])
-
-
-def _sequences(turns: Mapping[int, tuple[list[int], list[int]]]) -> list[tuple[int, list[int], list[int]]]:
-    """(number, ids, mask) of the turns that need a sequence; ``turns``: number -> (prompt, answer), in order.
+def _sequences(name: str, turns: Mapping[int, tuple[list[int], list[int]]]) -> list[Encoded]:
+    """The sequences of a row with that id; ``turns``: number -> (prompt, answer), in order.
 
     A sequence that holds a turn also holds every turn in that turn's prompt. So taking the latest turn that
     is not supervised yet, until none is left, needs the fewest sequences.
     """
-    found, waiting = [], list(turns)
+    found: list[Encoded] = []
+    waiting = list(turns)
     while waiting:
         number = waiting.pop()
         prompt, answer = turns[number]
@@ -143,7 +135,7 @@ def _sequences(turns: Mapping[int, tuple[list[int], list[int]]]) -> list[tuple[i
             if prompt[:end] == before + said:
                 mask[len(before) : end] = [1] * len(said)
                 waiting.remove(earlier)
-        found.append((number, prompt + answer, mask))
+        found.append(Encoded(prompt + answer, mask, f"{name}#{number}" if found else name))
     return found[::-1]
 
 
@@ -174,11 +166,6 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         state.pop("truncation", None)
     state["special"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode("utf-8")).hexdigest()
-
-
-def added_ids(tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> set[int]:
-    """Ids of the tokens that are matched whole before text is split; with ``special``, only special ones."""
-    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special or not special}
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -235,7 +222,8 @@ class _Chat:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def special(self) -> set[int]:
-        return {*self.tokenizer.all_special_ids, *added_ids(self.tokenizer, special=True)}
+        added = self.tokenizer.added_tokens_decoder
+        return {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
 
 def _as_served(message: Message) -> dict[str, Any]:
