@@ -376,7 +376,8 @@ def test_a_cache_that_cannot_fit_is_refused_before_anything_is_written(
     needed = disk_bytes(plan, range(len(plan.shards)))
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, needed - 1))
-    with pytest.raises(UserError, match=r"needs 0\.1 MB more, and the disk has 0\.1 MB free") as caught:
+    says = f"needs {needed / 1e3:.1f} kB more, and the disk has {(needed - 1) / 1e3:.1f} kB free"
+    with pytest.raises(UserError, match=says) as caught:
         write_cache(plan, bfloat, tmp_path)
     assert "--dtype fp8" in str(caught.value)
     assert list(tmp_path.iterdir()) == []

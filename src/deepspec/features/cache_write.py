@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.filesize import decimal
 from safetensors.torch import save
 from torch import Tensor
 
@@ -335,19 +336,14 @@ def _check_space(plan: Plan, out: Path, missing: Sequence[int]) -> None:
     """Print how much the cache takes. Raises UserError if the disk has less left."""
     needed, free, whole = disk_bytes(plan, missing), shutil.disk_usage(out).free, plan.payload
     note(
-        f"{out}: {gigabytes(whole)} in {len(plan.shards)} shard(s) for {plan.tokens:,} tokens "
+        f"{out}: {decimal(whole)} in {len(plan.shards)} shard(s) for {plan.tokens:,} tokens "
         f"({whole / max(plan.tokens, 1):,.0f} bytes per token, {plan.facts['dtype']}); "
-        f"{gigabytes(needed)} to write, {gigabytes(free)} free"
+        f"{decimal(needed)} to write, {decimal(free)} free"
     )
     if needed > free:
         raise UserError(
-            f"the cache needs {gigabytes(needed)} more, and the disk has {gigabytes(free)} free",
+            f"the cache needs {decimal(needed)} more, and the disk has {decimal(free)} free",
             where=str(out),
             next_step="--dtype fp8 or int8 halves a bf16 cache, --max-rows takes fewer rows, --out another "
             "disk; or train with data.features=online, which stores nothing",
         )
-
-
-def gigabytes(count: float) -> str:
-    """A size in GB (10⁹ bytes) or, below one, in MB."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
