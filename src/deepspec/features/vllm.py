@@ -118,7 +118,7 @@ class VllmSource:
             self._asked.append((row, self._threads.submit(self._fetch, row)))
 
     def _fetch(self, row: Encoded) -> Tensor:
-        """[T, wanted, d] of one row."""
+        """[T, wanted, d] of one row. This and the methods below run in threads."""
 
         def question(server: Server) -> Tensor:
             model, columns = server.facts
