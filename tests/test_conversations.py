@@ -18,7 +18,6 @@ from deepspec.answers import in_process
 from deepspec.data import readers
 from deepspec.data.conversations import (
     Conversation,
-    answer_ids,
     answer_ids_by_turn,
     content_hash,
     conversation_from_row,
@@ -171,15 +170,15 @@ def test_a_message_of_tool_calls_needs_no_content(tmp_path: Path) -> None:
 
 
 def test_answer_ids_are_for_the_last_turn_or_for_each(tmp_path: Path) -> None:
-    def by_turn(ids: object) -> tuple[object, object]:
+    def by_turn(ids: object) -> object:
         row = read_one(tmp_path, {"messages": [USER, ANSWER, USER, ANSWER, USER], "answer_ids": ids})
-        return answer_ids_by_turn(row), answer_ids(row)
+        return answer_ids_by_turn(row)
 
-    assert by_turn(None) == ([None, None], None)
-    assert by_turn([5, 6]) == ([None, [5, 6]], [5, 6])
-    assert by_turn([]) == ([None, []], [])
-    assert by_turn([[5], None]) == ([[5], None], None)
-    assert by_turn([None, [6]]) == ([None, [6]], [6])
+    assert by_turn(None) == [None, None]
+    assert by_turn([5, 6]) == [None, [5, 6]]
+    assert by_turn([]) == [None, []]
+    assert by_turn([[5], None]) == [[5], None]
+    assert by_turn([None, [6]]) == [None, [6]]
     assert answer_ids_by_turn(Conversation("a", None, (USER,), {"answer_ids": [5]})) == []
 
 

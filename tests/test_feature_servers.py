@@ -26,7 +26,7 @@ from deepspec.data.tokens import Encoded
 from deepspec.errors import ServerError
 from deepspec.features.batches import announced, batches_from, online
 from deepspec.features.vllm import VllmSource
-from deepspec.features.vllm_layers import vllm_command
+from deepspec.features.vllm_layers import server_layers, vllm_command
 from deepspec.http_client import Policy
 from deepspec.targets import Target
 from deepspec.train.build import loss_settings
@@ -541,7 +541,8 @@ def test_announcing_changes_no_batch_and_looks_one_ahead(targets):
 
 
 def test_vllm_is_started_with_streams_counted_its_way():
-    command = vllm_command("Qwen/Qwen3-4B", [1, 9, 17, 25, 33], 36, max_length=2048, storage="/dev/shm/hs")
+    wanted = server_layers([1, 9, 17, 25, 33], 36, last_hidden=True)
+    command = vllm_command("Qwen/Qwen3-4B", wanted, max_length=2048, storage="/dev/shm/hs")
     assert command == (
         "vllm serve Qwen/Qwen3-4B \\\n"
         '  --speculative-config \'{"method": "extract_hidden_states", "num_speculative_tokens": 1, '
@@ -553,7 +554,7 @@ def test_vllm_is_started_with_streams_counted_its_way():
         "  --no-enable-prefix-caching \\\n"
         "  --max-model-len 2056"
     )
-    unordered = vllm_command("m", [3, -1], 6, last_hidden=False)
+    unordered = vllm_command("m", server_layers([3, -1], 6, last_hidden=False))
     assert '"eagle_aux_hidden_state_layer_ids": [0, 4]' in unordered
     assert "--max-model-len" not in unordered
 

@@ -91,4 +91,5 @@ def test_zeros_stay_zeros(form: str) -> None:
 @pytest.mark.parametrize("form", FORMATS)
 def test_bytes_of_a_vector_are_what_is_stored(form: str) -> None:
     assert [*FORMATS] == [*STORED_BYTES]
-    assert quantise(torch.randn(3, 40), form).nbytes == 3 * vector_bytes(40, form)
+    stored = quantise(torch.randn(3, 40), form)
+    assert sum(part.nbytes for part in stored if part is not None) == 3 * vector_bytes(40, form)

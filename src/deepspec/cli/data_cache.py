@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,34 +14,27 @@ from deepspec.errors import UserError
 from deepspec.log import note
 
 
-class Format(StrEnum):
-    bf16 = "bf16"
-    fp8 = "fp8"
-    int8 = "int8"
-
-
 def cache(
     words: Annotated[
         list[str],
         typer.Argument(metavar="RECIPE… [KEY=VALUE…]", help="Recipes that the cache serves, and overrides."),
     ],
-    out: Annotated[Path, typer.Option("--out", file_okay=False, help="Folder of the cache.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the cache.")],
     answers: Annotated[
         Path | None,
-        typer.Option(
-            "--answers", exists=True, dir_okay=False, help="Use this file, not the recipes' data.train."
-        ),
+        typer.Option(exists=True, dir_okay=False, help="Use this file, not the recipes' data.train."),
     ] = None,
     dtype: Annotated[
-        Format, typer.Option("--dtype", help="Number format; fp8 and int8 keep a scale per token and layer.")
-    ] = Format.bf16,
+        Literal["bf16", "fp8", "int8"],
+        typer.Option(help="Number format; fp8 and int8 keep a scale per token and layer."),
+    ] = "bf16",
     max_rows: Annotated[
-        int | None, typer.Option("--max-rows", min=1, help="Take only the first rows of the answers.")
+        int | None, typer.Option(min=1, help="Take only the first rows of the answers.")
     ] = None,
     shard_mb: Annotated[
-        int, typer.Option("--shard-mb", min=1, help="Size of a shard in MiB; a kill costs one at most.")
+        int, typer.Option(min=1, help="Size of a shard in MiB; a kill costs one at most.")
     ] = 256,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     verify: Annotated[
         bool, typer.Option("--verify", help="Check the shards that are there, and write damaged ones again.")
     ] = False,
@@ -82,7 +74,7 @@ def cache(
         out,
         target=load_target(recipes[0].target, device=_own_device(device)),
         answers=answers,
-        dtype=dtype.value,
+        dtype=dtype,
         max_rows=max_rows,
         shard_bytes=shard_mb * 2**20,
         verify=verify,
@@ -116,7 +108,7 @@ def cache(
 
 def _torchrun() -> tuple[int, int]:
     """(rank, world size) from torchrun's variables; (0, 1) without it."""
-    rank, world = (os.environ.get(k) for k in ("RANK", "WORLD_SIZE"))
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     if rank is None or world is None:
         return 0, 1
     if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):

@@ -29,7 +29,7 @@ def download(
             metavar="SOURCE...", help="A data set's name, a Hub id, or JSONL, CSV and Parquet files."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="JSONL file to write. Only a complete file appears.")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write. Only a complete file appears.")],
     columns: Annotated[
         list[str] | None,
         typer.Option("--map", metavar="FIELD=COLUMN", help="For example prompt=question; once per field."),
@@ -37,9 +37,9 @@ def download(
     id_column: Annotated[
         str | None, typer.Option("--id", metavar="COLUMN", help="The same as --map id=COLUMN.")
     ] = None,
-    domain: Annotated[str | None, typer.Option("--domain", help="Group to report all rows under.")] = None,
-    config: Annotated[str | None, typer.Option("--config", help="A Hub data set's config.")] = None,
-    split: Annotated[str | None, typer.Option("--split", help="A Hub data set's split (train).")] = None,
+    domain: Annotated[str | None, typer.Option(help="Group to report all rows under.")] = None,
+    config: Annotated[str | None, typer.Option(help="A Hub data set's config.")] = None,
+    split: Annotated[str | None, typer.Option(help="A Hub data set's split (train).")] = None,
     copies: Annotated[
         list[Path] | None,
         typer.Option("--from", metavar="FILE", help="Read a named set from this local file or folder."),
@@ -47,9 +47,7 @@ def download(
     limit: Annotated[
         int | None,
         typer.Option(
-            "--limit",
-            min=0,
-            help="Rows to keep, chosen by the seed; 0: all. Default: the benchmark's, or all.",
+            min=0, help="Rows to keep, chosen by the seed; 0: all. Default: the benchmark's, or all."
         ),
     ] = None,
     seed: Seed = 0,

@@ -21,9 +21,7 @@ def features_server(
     ] = None,
     storage: Annotated[
         Path | None,
-        typer.Option(
-            "--storage", help="Folder for features in transit; server and training see it under this name."
-        ),
+        typer.Option(help="Folder for features in transit; server and training see it under this name."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -46,22 +44,14 @@ def features_server(
 
     target = TargetSpec.from_pretrained(settings.target)
     layers = draft_spec(settings, target.config, settings.draft.mask_token_id or 0).target_layer_ids
-    last_hidden = with_last_hidden(read_rules(settings))
-    command = vllm_command(
-        packaged(settings.target),
-        layers,
-        target.num_layers,
-        last_hidden=last_hidden,
-        max_length=settings.data.max_length,
-        storage=str(storage or STORAGE),
-    )
+    streams = server_layers(layers, target.num_layers, with_last_hidden(read_rules(settings)))
+    longest, folder = settings.data.max_length, str(storage or STORAGE)
+    command = vllm_command(packaged(settings.target), streams, longest, folder)
     words = ["deepspec", "train", recipe, *(overrides or []), "data.features=vllm:http://localhost:8000"]
+    train = shlex.join(words)
     if as_json:
-        streams = server_layers(layers, target.num_layers, last_hidden)
-        print_json(
-            {"command": command, "layers": list(layers), "streams": streams, "train": shlex.join(words)}
-        )
+        print_json({"command": command, "layers": list(layers), "streams": streams, "train": train})
         return
     typer.echo(command)
     note("This command is not verified on a real server. Once the server listens, train with")
-    typer.echo(shlex.join(words))
+    typer.echo(train)

@@ -50,14 +50,13 @@ def inspect(
     file: Annotated[str, typer.Argument(metavar="FILE", help="JSONL file, or pocket:train.")],
     target: TargetName = "pocket",
     row: Annotated[
-        str | None, typer.Option("--row", metavar="ID|N", help="Show one whole row, by id or number.")
+        str | None, typer.Option(metavar="ID|N", help="Show one whole row, by id or number.")
     ] = None,
     thinking: Thinking = False,
     max_length: Annotated[
-        int,
-        typer.Option("--max-length", min=1, help="Tokens kept of a sequence: a recipe's data.max_length."),
+        int, typer.Option(min=1, help="Tokens kept of a sequence: a recipe's data.max_length.")
     ] = 512,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Read the first N rows only.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read the first N rows only.")] = None,
     skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
@@ -98,9 +97,6 @@ def inspect(
     if found["refused"]:
         note(f"training would stop at the first of {found['refused']} rows that cannot be used")
         raise typer.Exit(BAD_INPUT)
-
-
-# ── totals ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _print_totals(found: dict[str, Any]) -> None:
@@ -153,9 +149,6 @@ def _print_lengths(console: Console, name: str, lengths: dict[str, Any]) -> None
         span = f"{part['from']:>7,} – {part['to']:<7,}"
         bar = "█" * -(-BAR * part["count"] // most)
         console.print(Text(f"{span} {bar} {part['count']:,}"), soft_wrap=True)
-
-
-# ── a row ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _show(

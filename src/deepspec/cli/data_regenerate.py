@@ -35,45 +35,36 @@ def regenerate(
     prompts: Annotated[
         str, typer.Argument(metavar="PROMPTS", help="JSONL file of prompts, or pocket:train.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="JSONL file that answers are appended to.")],
+    out: Annotated[Path, typer.Option(help="JSONL file that answers are appended to.")],
     target: Annotated[
-        str | None,
-        typer.Option("--target", help="pocket (the default in process), a directory, or a Hub id."),
+        str | None, typer.Option(help="pocket (the default in process), a directory, or a Hub id.")
     ] = None,
     thinking: Thinking = False,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0, help="1 samples from the target's own distribution.")
+        float, typer.Option(min=0, help="1 samples from the target's own distribution.")
     ] = 1.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     max_new_tokens: MaxNew = 256,
     seed: Seed = 0,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Answer only the first N prompts.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first N prompts.")] = None,
     rows: Annotated[
-        int | None, typer.Option("--rows", min=1, help="In process: number of prompts decoded together (16).")
+        int | None, typer.Option(min=1, help="In process: number of prompts decoded together (16).")
     ] = None,
     server: Annotated[
-        list[str] | None,
-        typer.Option("--server", metavar="URL", help="Ask this server instead; repeat it for several."),
+        list[str] | None, typer.Option(metavar="URL", help="Ask this server instead; repeat it for several.")
     ] = None,
     model: Annotated[
-        str | None,
-        typer.Option("--model", help="The target's name on the servers; default: the first listed."),
+        str | None, typer.Option(help="The target's name on the servers; default: the first listed.")
     ] = None,
     concurrency: Annotated[
-        int | None,
-        typer.Option("--concurrency", min=1, help="Number of prompts with each server at once (32)."),
+        int | None, typer.Option(min=1, help="Number of prompts with each server at once (32).")
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option("--timeout", min=1, help="Seconds to wait for one answer (600).")
+        float | None, typer.Option(min=1, help="Seconds to wait for one answer (600).")
     ] = None,
     api_key_env: Annotated[
-        str,
-        typer.Option(
-            "--api-key-env", metavar="NAME", help="Environment variable that holds the servers' key."
-        ),
+        str, typer.Option(metavar="NAME", help="Environment variable that holds the servers' key.")
     ] = "OPENAI_API_KEY",
     skip_bad: SkipBad = False,
 ) -> None:

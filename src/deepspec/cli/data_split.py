@@ -24,11 +24,9 @@ def split(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="JSONL file of conversations.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for train.jsonl, select.jsonl and test.jsonl.")],
-    select: Annotated[
-        float, typer.Option("--select", help="Share of rows to choose the best checkpoint with.")
-    ] = 0.01,
-    test: Annotated[float, typer.Option("--test", help="Share of rows to report results on.")] = 0.04,
+    out: Annotated[Path, typer.Option(help="Folder for train.jsonl, select.jsonl and test.jsonl.")],
+    select: Annotated[float, typer.Option(help="Share of rows to choose the best checkpoint with.")] = 0.01,
+    test: Annotated[float, typer.Option(help="Share of rows to report results on.")] = 0.04,
     drop_repeats: DropRepeats = False,
     skip_bad: SkipBad = False,
     as_json: Json = False,

@@ -1,14 +1,9 @@
 """Conversations on disk: one JSON object per line, UTF-8.
 
-What is written::
-
-    {"id": "…", "domain": "math", "messages": [{"role": "user", "content": "…"}, …], "meta": {…}}
-
-docs/data.md describes the schema, and the other formats that can be read. ``data.messages`` says what a
-message may hold. ``meta`` takes all top-level keys that are not listed above, so nothing is lost. Three of
-its keys have a meaning here: ``tools`` (the JSON schemas that the chat template is given), ``answer_ids``
-(the token ids that the target produced: a list for the last assistant turn, or one list or null for each
-turn) and ``follow_ups`` (the later questions of a ``turns`` row).
+docs/data.md describes the schema, and the other formats that can be read. Three keys of ``meta`` have a
+meaning here: ``tools`` (the JSON schemas that the chat template is given), ``answer_ids`` (the token ids that
+the target produced: a list for the last assistant turn, or one list or null for each turn) and ``follow_ups``
+(the later questions of a ``turns`` row).
 """
 
 from __future__ import annotations
@@ -16,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +76,9 @@ def conversation_from_row(row: object, where: str | None = None) -> Conversation
     meta |= fields
     if "answer_ids" in meta or "tools" in meta:
         meta = checked(META, meta, where)
+    conversation = Conversation(identity or "", domain, messages, meta, where)
     if identity is None:
-        identity = prompt_hash(prompt_of(messages), meta.get("tools"))
-    conversation = Conversation(identity, domain, messages, meta, where)
+        conversation = replace(conversation, id=prompt_id(conversation))
     if "answer_ids" in meta:
         answer_ids_by_turn(conversation)
     return conversation
@@ -118,11 +113,7 @@ def content_hash(rows: Iterable[Conversation]) -> str:
 
 def prompt_messages(conversation: Conversation) -> tuple[Message, ...]:
     """Everything before the last trained turn, or all messages if no turn is trained."""
-    return prompt_of(conversation.messages)
-
-
-def prompt_of(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    return messages[: last_trained(messages)]
+    return conversation.messages[: last_trained(conversation.messages)]
 
 
 def prompt_id(conversation: Conversation) -> str:
@@ -155,12 +146,6 @@ def last_answer(conversation: Conversation) -> int:
     return index
 
 
-def answer_ids(conversation: Conversation) -> list[int] | None:
-    """The token ids that the target produced for the last assistant turn, if the row holds them."""
-    by_turn = answer_ids_by_turn(conversation)
-    return by_turn[-1] if by_turn else None
-
-
 def answer_ids_by_turn(conversation: Conversation) -> list[list[int] | None]:
     """For each assistant turn the token ids that the target produced; None if the row does not hold them.
 
@@ -185,13 +170,9 @@ def tools_of(conversation: Conversation) -> list[dict[str, Any]] | None:
 
 
 def _row(conversation: Conversation) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": conversation.id}
-    if conversation.domain is not None:
-        row["domain"] = conversation.domain
-    row["messages"] = list(conversation.messages)
-    if conversation.meta:
-        row["meta"] = conversation.meta
-    return row
+    domain = {} if conversation.domain is None else {"domain": conversation.domain}
+    meta = {"meta": conversation.meta} if conversation.meta else {}
+    return {"id": conversation.id, **domain, "messages": list(conversation.messages), **meta}
 
 
 def _json(conversation: Conversation, sort_keys: bool = False) -> str:

@@ -70,8 +70,7 @@ def download(
 def cut(rows: Iterable[Conversation], limit: int, seed: int) -> list[Conversation]:
     """At most `limit` rows: those with the smallest SHA-256 of (seed, id), in that order.
 
-    The choice depends on ids alone, not on the order of the rows, and a larger limit only adds rows. If there
-    are no more than `limit` rows, all come in their own order. Memory holds `limit` rows.
+    If there are no more than `limit` rows, all come in their own order. Memory holds `limit` rows.
     """
     kept: list[tuple[int, int, Conversation]] = []  # a heap of (−key, −number, row), the largest key first
     full = False
@@ -87,8 +86,7 @@ def nothing_left(skipped: Skipped | None) -> DataError:
     """The error for a source without a single usable row."""
     if not skipped or not skipped.count:
         return DataError("the source has no rows")
-    places = f"; the first: {skipped.places[0]}" if skipped.places else ""
     return DataError(
-        f"no rows left: all {skipped.count} were bad{places}",
+        f"no rows left: all {skipped.count} were bad; the first: {skipped.places[0]}",
         next_step="say which column is which with --map (docs/data.md)",
     )

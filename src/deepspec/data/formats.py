@@ -1,12 +1,8 @@
 """The formats in which conversations are published and logged, brought into one: messages and meta.
 
-The formats are those of `data.schema.ROWS`, and the request log of an OpenAI-compatible server::
-
-    {"request": {"model": "…", "messages": […], "temperature": 0.7}, "response": {"id": "…", "choices": […]}}
-
-`body` may stand for `request`, and either side may be wrapped once more in `body`, as in batch files. The
-first choice becomes the last message. A request without an answer (no response, an error, a status other than
-200) is a prompt, which the target can answer later. Everything else that was logged goes to `meta`.
+The formats are those of `data.schema.ROWS`, and the request log of an OpenAI-compatible server. A request
+without an answer (no response, an error, a status other than 200) is a prompt, which the target can answer
+later. Everything else that was logged goes to `meta`.
 """
 
 from __future__ import annotations
@@ -34,7 +30,7 @@ def parsed_row(row: object, where: str | None) -> tuple[dict[str, Any], tuple[Me
             where=where,
             next_step=one_object_a_line(isinstance(row, list)),
         )
-    name = _format_of(row)
+    name = next((name for name in ROWS if row.get(name) is not None), None)
     if name is None and (key := next((k for k in ("request", "body") if isinstance(row.get(k), dict)), None)):
         row, name = _from_log(row, key, where), "messages"
     if name is None:
@@ -56,10 +52,6 @@ def parsed_row(row: object, where: str | None) -> tuple[dict[str, Any], tuple[Me
     return fields, tuple(messages)
 
 
-def _format_of(row: Mapping[str, Any]) -> str | None:
-    return next((name for name in ROWS if row.get(name) is not None), None)
-
-
 def _no_messages(row: Mapping[str, Any], where: str | None) -> DataError:
     names = (*ROWS, "request")
     if null := next((name for name in names if name in row and row[name] is None), None):
@@ -71,9 +63,6 @@ def _no_messages(row: Mapping[str, Any], where: str | None) -> DataError:
         where=where,
         next_step=f"expected: {EXAMPLE}",
     )
-
-
-# -- request logs ------------------------------------------------------------------------------------------
 
 
 def _from_log(row: Mapping[str, Any], key: str, where: str | None) -> dict[str, Any]:

@@ -30,8 +30,7 @@ def normalise(text: str) -> str:
 def holdout_bucket(question: str) -> float:
     """A number in [0, 1) that depends on the normalised question alone.
 
-    ``bucket < 0.02`` holds out two per cent. Every run, machine and copy of a question decides alike, so a
-    held-out question cannot leak into training through a copy or another order of the rows.
+    ``bucket < 0.02`` holds out two per cent; no copy of a held-out question can leak into training.
     """
     digest = hashlib.sha256(b"holdout\0" + normalise(question).encode("utf-8")).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # 53 bits: the quotient is exact, never 1.0

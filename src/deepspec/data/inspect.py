@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from deepspec.data.conversations import Conversation, prompt_id, prompt_messages, tools_of
 from deepspec.data.messages import last_trained
-from deepspec.data.tokens import Encoded, added_ids, encode_turns, prompt_ids
+from deepspec.data.tokens import Encoded, encode_turns, prompt_ids
 from deepspec.errors import DataError
 from deepspec.log import Bar
 
 if TYPE_CHECKING:
     from deepspec.data.tokens import PreTrainedTokenizerBase
 
-NO_DOMAIN = "(none)"
 PROBLEMS_SHOWN = 20
 _COUNTS = ("rows", "sequences", "tokens", "supervised_tokens", "prompts", "prompt_tokens")
 
@@ -32,7 +31,7 @@ def inspect_rows(
     *,
     thinking: bool,
     max_length: int,
-    bar: Bar | None = None,
+    bar: Bar,
 ) -> dict[str, Any]:
     """Totals of the rows as plain JSON data, in rows and tokens of this tokenizer.
 
@@ -60,7 +59,7 @@ def inspect_rows(
         flags["follow_ups"] += bool(conversation.meta.get("follow_ups"))
         messages = conversation.messages
         flags["empty"] += any(not m["content"].strip() and "tool_calls" not in m for m in messages)
-        answered, sequences = is_answered(conversation), []
+        answered, sequences = last_trained(messages) is not None, []
         try:
             sequences = row_sequences(tokenizer, conversation, thinking)
         except DataError as error:
@@ -71,12 +70,10 @@ def inspect_rows(
         (lengths if answered else prompt_lengths).extend(len(row.ids) for row in sequences)
         counts = _counted(sequences, answered)
         total.update(counts)
-        name = conversation.domain or NO_DOMAIN
-        domains.setdefault(name, Counter(dict.fromkeys(_COUNTS, 0))).update(counts)
+        domains.setdefault(conversation.domain or "(none)", Counter(dict.fromkeys(_COUNTS, 0))).update(counts)
         for row in sequences:
             cut.update(_cut(row, max_length, answered))
-        if bar is not None:
-            bar.update(1, tokens=total["tokens"], refused=flags["refused"])
+        bar.update(1, tokens=total["tokens"], refused=flags["refused"])
     return {
         **total,
         **flags,
@@ -106,11 +103,10 @@ def _cut(row: Encoded, max_length: int, answered: bool) -> dict[str, int]:
     """What `max_length` takes away from one sequence or prompt."""
     if not answered:
         return {"without_answer": int(len(row.ids) >= max_length)}
-    if len(row.ids) <= max_length:
-        return {}
+    over = max(len(row.ids) - max_length, 0)
     return {
-        "sequences": 1,
-        "tokens": len(row.ids) - max_length,
+        "sequences": int(over > 0),
+        "tokens": over,
         "supervised_tokens": sum(row.loss_mask[max_length:]),
         "without_answer": int(not any(row.loss_mask[:max_length])),
     }
@@ -133,9 +129,6 @@ def distribution(lengths: Sequence[int]) -> dict[str, Any] | None:
             for bits in range(min(doublings), max(doublings) + 1)
         ],
     }
-
-
-# -- one row -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -163,15 +156,11 @@ def find_row(rows: Iterable[Conversation], wanted: str) -> Conversation:
     return numbered
 
 
-def is_answered(conversation: Conversation) -> bool:
-    return last_trained(conversation.messages) is not None
-
-
 def row_sequences(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, thinking: bool
 ) -> list[Encoded]:
     """The uncut training sequences of a row, or the prompt of an unanswered one. Raises DataError."""
-    if is_answered(conversation):
+    if last_trained(conversation.messages) is not None:
         return encode_turns(tokenizer, conversation, thinking)
     asked = prompt_messages(conversation)
     ids = prompt_ids(tokenizer, asked, thinking, tools=tools_of(conversation), where=conversation.where)
@@ -180,7 +169,7 @@ def row_sequences(
 
 def pieces(tokenizer: PreTrainedTokenizerBase, row: Encoded, max_length: int) -> list[Piece]:
     """A sequence as decoded pieces. Each is decoded alone: a character split between two shows as �."""
-    added = added_ids(tokenizer)
+    added = tokenizer.added_tokens_decoder  # matched whole before text is split
 
     def flags(i: int) -> tuple[bool, bool, bool]:
         return bool(row.loss_mask[i]), row.ids[i] in added, i < max_length

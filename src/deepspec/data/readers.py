@@ -99,10 +99,8 @@ def _lines(path: Path, skipped: Skipped | None = None) -> Iterator[tuple[str, st
             next_step="give the path of a JSONL file, one conversation per line",
         ) from error
     with stream:
-        number = 0
         # Lines end at b"\n" only: decoded text would also be split at a U+2028 inside a message.
-        while raw := stream.readline(MAX_LINE + 1):
-            number += 1
+        for number, raw in enumerate(iter(lambda: stream.readline(MAX_LINE + 1), b""), start=1):
             where = f"{path}:{number}"
             if number == 1:
                 raw = _without_mark(raw, where)
@@ -137,9 +135,6 @@ def _text(raw: bytes, where: str) -> str:
             where=where,
             next_step="convert the file, for example: iconv -f latin1 -t utf-8 IN > OUT",
         ) from error
-
-
-# -- tables ------------------------------------------------------------------------------------------------
 
 
 def _csv_rows(path: Path, delimiter: str, skipped: Skipped | None) -> Iterator[Row]:
@@ -180,10 +175,10 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path) as file:
             chosen = _chosen(columns, file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=BATCH, columns=chosen):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path} row {number}", _plain(row)
+            batches = file.iter_batches(batch_size=BATCH, columns=chosen)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                yield f"{path} row {number}", _plain(row)
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         after = f" after row {number}" if number else ""
         raise DataError(

@@ -1,12 +1,10 @@
 """One id, one row; and which prompts came before.
 
-A row's own id may come once. A row's default id is its prompt's hash (`prompt_id`), so a repeated prompt
-would come under the same id. It is kept as `<hash>-2`, `<hash>-3`, … (a benchmark may ask a question twice, a
-data set may answer one in several ways), or dropped on request.
+A row's default id is its prompt's hash (`prompt_id`), so a prompt that comes again is kept as `<hash>-2`,
+`<hash>-3`, … (a benchmark may ask a question twice, a data set may answer one in several ways).
 
-Memory: a 64-bit hash and a 64-bit place for each id, a 64-bit hash and a count for each prompt: about 200
-bytes a row as Python objects (measured), 260 MB for 1.3 million rows. Among 10 million rows two hashes are
-equal with a probability of 3 in a million; the later row would then be reported as a repeat.
+Memory: about 200 bytes a row (measured). Among 10 million rows two 64-bit hashes are equal with a probability
+of 3 in a million; the later row would then be reported as a repeat.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,13 +32,7 @@ class Rows(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self.names)
 
-    @overload
-    def __getitem__(self, index: int) -> Encoded: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Encoded]: ...
-
-    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+    def __getitem__(self, index: Any) -> Any:  # Encoded, or a list of them for a slice
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         name = self.names[index]  # raises IndexError past the end, which is how iteration stops
@@ -73,11 +67,6 @@ def distinct(name: str, seen: Counter[str]) -> str:
         return distinct(name, seen)
     seen[other] = 1
     return other
-
-
-def row_lengths(rows: Sequence[Encoded]) -> list[int]:
-    """Tokens of each row."""
-    return rows.offsets.diff().tolist() if isinstance(rows, Rows) else [len(row.ids) for row in rows]
 
 
 def supervised_counts(rows: Sequence[Encoded], vocab_size: int) -> Tensor:

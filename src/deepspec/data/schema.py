@@ -97,8 +97,6 @@ ROWS: dict[str, TypeAdapter[Any]] = {
 """The formats of a row, by the key that tells them apart; the first that is present counts."""
 META = TypeAdapter(_Meta)
 
-# -- errors ------------------------------------------------------------------------------------------------
-
 _UNKNOWN = (
     "remove the key, or move what the model read or wrote into a known one (thoughts into "
     "'reasoning_content', or into the text as '<think>…</think>')"

@@ -1,8 +1,4 @@
-"""Train, select and test: three sets that share no question.
-
-A row's set depends on its normalised opening question alone (`holdout_bucket`): another order, another run, a
-copy, another spelling and a longer conversation with the same opening all fall into the same set.
-"""
+"""Train, select and test sets that share no question: a row's set follows from its opening one alone."""
 
 from __future__ import annotations
 

@@ -1,21 +1,7 @@
 """From conversations to token ids and loss masks, through the target's own chat template (docs/masks.md).
 
 A draft must learn what the target *saw and produced*, so the supervised tokens are built, not searched for in
-rendered text. For every assistant turn:
-
-    sequence = generation prompt  +  answer  +  end of turn
-    mask     = 0 …                   1 …        1 …
-
-* The generation prompt is the template over everything before the turn with ``add_generation_prompt=True``:
-  the ids that a server would feed the target. The finished conversation may be rendered differently.
-* The answer is ``meta["answer_ids"]`` verbatim if the row has them. Otherwise a plain answer is its text,
-  tokenised alone, and a turn with tool calls or ``reasoning_content`` is what the template writes for it.
-* The end of turn is what the template writes after an assistant's text up to and including the first special
-  token. If a template leaves a turn with tool calls open, the last special token of the turn ends it.
-
-The last turn's sequence also supervises every earlier turn that its prompt holds id for id. A turn that the
-template rewrites later on gets a sequence of its own. A row is refused if the template leaves out messages or
-tools, or drops or alters parts of a rendered turn: the target could not have seen or produced the result.
+rendered text: a turn is its generation prompt (mask 0), then the answer and the end of turn (mask 1).
 """
 
 from __future__ import annotations
@@ -86,7 +72,7 @@ def encode_turns(
     thinking: bool,
     max_length: int | None = None,
 ) -> list[Encoded]:
-    """The fewest sequences that supervise every trained turn exactly once (module docstring), in order.
+    """The fewest sequences that supervise every trained turn exactly once, in order.
 
     The last one has the row's id; one for an earlier turn alone is called ``ID#TURN``, counted from 1 over
     all assistant turns. The first ``max_length`` tokens of each sequence are kept, and sequences without a
@@ -117,13 +103,9 @@ def encode_turns(
             )
         turns[number] = (chat.ids(prompt), answer)
     _check_kept(chat, messages)
-    rows = [
-        Encoded(ids, mask, conversation.id + ("" if turn == max(turns) else f"#{turn}"))
-        for turn, ids, mask in _sequences(turns)
-    ]
-    if max_length is None:
-        return rows
-    kept = [r for row in rows if any((r := cut(row, max_length)).loss_mask)]
+    rows = _sequences(conversation.id, turns)
+    cut = (replace(r, ids=r.ids[:max_length], loss_mask=r.loss_mask[:max_length]) for r in rows)
+    kept = [row for row in cut if any(row.loss_mask)]
     if not kept:
         shortest = min(row.loss_mask.index(1) for row in rows)
         raise OverlongError(
@@ -135,18 +117,14 @@ def encode_turns(
     return kept
 
 
-def cut(row: Encoded, max_length: int) -> Encoded:
-    """The first ``max_length`` tokens of a sequence."""
-    return replace(row, ids=row.ids[:max_length], loss_mask=row.loss_mask[:max_length])
-
-
-def _sequences(turns: Mapping[int, tuple[list[int], list[int]]]) -> list[tuple[int, list[int], list[int]]]:
-    """(number, ids, mask) of the turns that need a sequence; ``turns``: number -> (prompt, answer), in order.
+def _sequences(name: str, turns: Mapping[int, tuple[list[int], list[int]]]) -> list[Encoded]:
+    """The sequences of a row with that id; ``turns``: number -> (prompt, answer), in order.
 
     A sequence that holds a turn also holds every turn in that turn's prompt. So taking the latest turn that
     is not supervised yet, until none is left, needs the fewest sequences.
     """
-    found, waiting = [], list(turns)
+    found: list[Encoded] = []
+    waiting = list(turns)
     while waiting:
         number = waiting.pop()
         prompt, answer = turns[number]
@@ -157,7 +135,7 @@ def _sequences(turns: Mapping[int, tuple[list[int], list[int]]]) -> list[tuple[i
             if prompt[:end] == before + said:
                 mask[len(before) : end] = [1] * len(said)
                 waiting.remove(earlier)
-        found.append((number, prompt + answer, mask))
+        found.append(Encoded(prompt + answer, mask, f"{name}#{number}" if found else name))
     return found[::-1]
 
 
@@ -168,10 +146,9 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def system_hash(messages: Sequence[Message]) -> str | None:
     """SHA-256 (hex) of a conversation's system prompt; None without one."""
-    first = messages[0] if messages else None
-    if first is None or first["role"] != "system":
+    if not messages or messages[0]["role"] != "system":
         return None
-    return hashlib.sha256(first["content"].encode("utf-8")).hexdigest()
+    return hashlib.sha256(messages[0]["content"].encode("utf-8")).hexdigest()
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -191,11 +168,6 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode("utf-8")).hexdigest()
 
 
-def added_ids(tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> set[int]:
-    """Ids of the tokens that are matched whole before text is split; with ``special``, only special ones."""
-    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special or not special}
-
-
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         raise TargetError(
@@ -204,11 +176,8 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
             next_step="use the chat (instruct) version of the model, or put a chat_template.jinja next to "
             "its tokenizer files: a draft must be trained on prompts built as they will be served",
         )
-    text: str = tokenizer.get_chat_template()
-    return text
+    return tokenizer.get_chat_template()
 
-
-# -- what the template writes ------------------------------------------------------------------------------
 
 # Rendered instead of an answer, to see what the template writes around it. It has no white space that a
 # template would strip, and no markup that a template would interpret.
@@ -233,7 +202,7 @@ class _Chat:
         """The template's text for the messages, with the generation prompt at its end if ``ask``."""
         _template(self.tokenizer)
         try:
-            text: str = self.tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(
                 [_as_served(message) for message in messages],
                 tools=self.tools,
                 tokenize=False,
@@ -247,14 +216,14 @@ class _Chat:
                 next_step="change the row to what the target accepts (some know no system or tool role), "
                 "or remove it",
             ) from error
-        return text
 
     def ids(self, text: str) -> list[int]:
         # The template has written all special tokens already.
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def special(self) -> set[int]:
-        return {*self.tokenizer.all_special_ids, *added_ids(self.tokenizer, special=True)}
+        added = self.tokenizer.added_tokens_decoder
+        return {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
 
 def _as_served(message: Message) -> dict[str, Any]:

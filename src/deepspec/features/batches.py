@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deepspec.data.conversations import read_conversations
-from deepspec.data.rows import Rows, distinct, pack, row_lengths
+from deepspec.data.rows import Rows, distinct, pack
 from deepspec.data.tokens import Encoded, OverlongError, encode_turns, require_tokenizer
 from deepspec.errors import DataError
 from deepspec.features.order import batches_by_length
@@ -94,7 +94,7 @@ def batches_from(
     rows: Sequence[Encoded], batch_size: int, seed: int, first: int
 ) -> Iterator[tuple[int, list[Encoded]]]:
     """(epoch, rows) of batch `first` and all after it, forever."""
-    lengths = row_lengths(rows)
+    lengths = pack(rows).offsets.diff().tolist()
     epoch, skip = divmod(first, steps_per_epoch(rows, batch_size))
     while True:
         for picked in batch_order(lengths, batch_size, seed, epoch)[skip:]:
@@ -122,7 +122,6 @@ def announced(
 
 
 def steps_per_epoch(rows: Sequence[Encoded], batch_size: int) -> int:
-    """Batches in one pass over the rows."""
     return math.ceil(len(rows) / batch_size)
 
 
@@ -130,19 +129,20 @@ def online(target: Target, layers: Sequence[int]) -> Source:
     """Features computed in the step, by the frozen target, in one forward pass over the rows."""
 
     def read(rows: Sequence[Encoded], width: int) -> FeatureBatch:
-        ids, mask, lengths = padded(rows, width)
-        output = target.read(ids, layers)
+        tokens = padded(rows, width)
+        output = target.read(tokens[0], layers)
         assert output.features is not None
-        return FeatureBatch(
-            input_ids=ids.to(target.device),
-            loss_mask=mask.to(target.device),
-            features=output.features,
-            last_hidden=output.last_hidden,
-            lengths=lengths.to(target.device),
-            row_ids=tuple(r.id for r in rows),
-        )
+        return batch_of(rows, tokens, output.features, output.last_hidden)
 
     return read
+
+
+def batch_of(
+    rows: Sequence[Encoded], tokens: Sequence[Tensor], features: Tensor, last_hidden: Tensor | None
+) -> FeatureBatch:
+    """The batch of rows that are `padded` to `tokens`, on the device of their features."""
+    ids, mask, lengths = (t.to(features.device) for t in tokens)
+    return FeatureBatch(ids, mask, features, last_hidden, lengths, tuple(row.id for row in rows))
 
 
 def padded(rows: Sequence[Encoded], width: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache as remember
-from itertools import accumulate
+from itertools import accumulate, pairwise, starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from deepspec.data.rows import Rows
 from deepspec.data.tokens import Encoded
 from deepspec.errors import DataError
-from deepspec.features.batches import Source, online, padded
+from deepspec.features.batches import Source, batch_of, online, padded
 from deepspec.features.cache_write import FORMAT, INDEX, RowCounts, differences, stored_positions
 from deepspec.features.quantise import Stored, dequantise
 from deepspec.maths.blocks import FeatureBatch, with_last_hidden
@@ -33,12 +33,12 @@ FAR = 0.2
 
 
 class Place(NamedTuple):
-    """Where a row lies: its shard, how much of it is stored, and from which token, feature position and last
-    hidden state of the shard."""
+    """Where a row lies: its shard, and its tokens, feature positions and last hidden states there."""
 
     shard: int
-    counts: RowCounts
-    starts: RowCounts
+    tokens: slice
+    features: slice
+    hidden: slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,10 +67,8 @@ def open_cache(path: Path) -> Cache:
             raise _damaged(file, f"it has {size:,} bytes, not {shard['bytes']:,}")
     places = []
     for number, shard in enumerate(shards):
-        counts = [RowCounts(*c) for c in zip(*(shard[k] for k in RowCounts._fields), strict=True)]
-        columns = [list(accumulate(column, initial=0))[:-1] for column in zip(*counts, strict=True)]
-        starts = [RowCounts(*s) for s in zip(*columns, strict=True)]
-        places += [(i, Place(number, c, s)) for i, c, s in zip(shard["ids"], counts, starts, strict=True)]
+        parts = [starmap(slice, pairwise(accumulate(shard[k], initial=0))) for k in RowCounts._fields]
+        places += [(name, Place(number, *row)) for name, *row in zip(shard["ids"], *parts, strict=True)]
 
     @remember
     def tensors(shard: int) -> dict[str, Tensor]:
@@ -88,27 +86,32 @@ def open_cache(path: Path) -> Cache:
 def cached_rows(cache: Cache) -> Rows:
     """The cache's rows in their order, so that training does not have to tokenise."""
     shards = [cache.tensors(number) for number in range(len(cache.shards))]
-    lengths = torch.tensor([0, *(place.counts.tokens for _, place in cache.places)])
+    offsets = list(accumulate((n for shard in cache.shards for n in shard["tokens"]), initial=0))
     ids, mask = (torch.cat([shard[name] for shard in shards]) for name in ("ids", "loss_mask"))
-    return Rows(ids, mask, lengths.cumsum(0), [name for name, _ in cache.places])
+    return Rows(ids, mask, torch.tensor(offsets), [name for name, _ in cache.places])
 
 
 def _tokens(cache: Cache, place: Place) -> tuple[list[int], list[int]]:
     tensors = cache.tensors(place.shard)
-    part = slice(place.starts.tokens, place.starts.tokens + place.counts.tokens)
-    return tensors["ids"][part].tolist(), tensors["loss_mask"][part].tolist()
+    return tensors["ids"][place.tokens].tolist(), tensors["loss_mask"][place.tokens].tolist()
 
 
 def cached(
-    cache: Cache, target: Target, layers: Sequence[int], reads: Sequence[str], remedy: str = ""
+    cache: Cache,
+    target: Target,
+    layers: Sequence[int],
+    reads: Sequence[str],
+    remedy: str = "",
+    made_with: Mapping[str, Any] | None = None,
 ) -> Source:
     """The source that reads features from a cache, in the target's dtype; positions not stored are zero.
 
     Last hidden states are None if no rule in `reads` needs them. remedy: the command that would make a cache
-    that fits. Raises DataError if this one does not fit the target, the layers or the loss; the source
-    raises it for rows that are not in the cache.
+    that fits. made_with: facts that the cache's rows must have. Raises DataError if this one does not fit the
+    target, the layers, the loss or these facts; the source raises it for rows that are not in the cache.
     """
-    _check_fit(cache, target, layers, reads, remedy)
+    if reasons := _misfits(cache, target, layers, reads, made_with or {}):
+        raise _misfit(cache, reasons, remedy)
     source = _reader(cache, target, layers, with_last_hidden(reads))
     _check_numbers(cache, target, layers, source, remedy)
     return source
@@ -130,52 +133,30 @@ def _reader(cache: Cache, target: Target, layers: Sequence[int], with_hidden: bo
         )
 
     def read(rows: Sequence[Encoded], width: int) -> FeatureBatch:
-        ids, mask, lengths = padded(rows, width)
+        tokens = _, mask, lengths = padded(rows, width)
         d, device = cache.facts["hidden_size"], target.device
         stored = stored_positions(mask, lengths, cache.facts["reads"]).hidden.to(device)
         features = torch.zeros(len(rows), width, len(layers) * d, dtype=target.dtype, device=device)
         hidden = torch.zeros(len(rows), width, d, dtype=target.dtype, device=device) if with_hidden else None
         for i, place in enumerate(map(find, rows)):
-            tensors, count = cache.tensors(place.shard), place.counts.features
-            part = _vectors(tensors, "features", place.starts.features, count, target, picked)
+            tensors = cache.tensors(place.shard)
+            part = _vectors(tensors, "features", (picked, place.features), target)
             # A row is one document, and what is stored of one document is a prefix.
+            count = part.shape[1]
             features[i, :count].view(count, len(layers), d).copy_(part.transpose(0, 1))
             if hidden is not None:
-                at = place.starts.hidden
-                hidden[i, stored[i]] = _vectors(tensors, "hidden", at, place.counts.hidden, target)
-        return FeatureBatch(
-            input_ids=ids.to(device),
-            loss_mask=mask.to(device),
-            features=features,
-            last_hidden=hidden,
-            lengths=lengths.to(device),
-            row_ids=tuple(r.id for r in rows),
-        )
+                hidden[i, stored[i]] = _vectors(tensors, "hidden", place.hidden, target)
+        return batch_of(rows, tokens, features, hidden)
 
     return read
 
 
-def _vectors(
-    tensors: Mapping[str, Tensor],
-    name: str,
-    start: int,
-    count: int,
-    target: Target,
-    picked: Sequence[int] = (),
-) -> Tensor:
-    """[n, d] of one row, or [picked layers, n, d], in the target's dtype. They move to its device in the
-    stored format, which is smaller."""
-    values, scales = tensors[name], tensors.get(f"{name}.scale")
-    values = values.narrow(-2, start, count)
-    scales = None if scales is None else scales.narrow(-1, start, count)
-    if picked:
-        values, scales = values[list(picked)], None if scales is None else scales[list(picked)]
-    device = target.device
-    stored = Stored(values.to(device), None if scales is None else scales.to(device))
-    return dequantise(stored, target.dtype)
-
-
-# ── whether it is complete ───────────────────────────────────────────────────────────────────────────────
+def _vectors(tensors: Mapping[str, Tensor], name: str, at: Any, target: Target) -> Tensor:
+    """A part of a stored tensor in the target's dtype. It moves to the target's device in the stored format,
+    which is smaller."""
+    values, scales = tensors[name][at], tensors.get(f"{name}.scale")
+    scales = None if scales is None else scales[at].to(target.device)
+    return dequantise(Stored(values.to(target.device), scales), target.dtype)
 
 
 def _index(path: Path) -> dict[str, Any]:
@@ -212,20 +193,10 @@ def _damaged(file: Path, why: str) -> DataError:
     )
 
 
-# ── whether it fits ───────────────────────────────────────────────────────────────────────────────────
-
-
-def check_rows(cache: Cache, wanted: Mapping[str, Any], remedy: str) -> None:
-    """Raise DataError if the cache's rows were made under other conditions than the facts in `wanted`."""
-    other = differences(cache.facts, wanted, list(wanted))
-    if other:
-        raise _misfit(cache, other, remedy)
-
-
-def _check_fit(
-    cache: Cache, target: Target, layers: Sequence[int], reads: Sequence[str], remedy: str
-) -> None:
-    facts, reasons = cache.facts, []
+def _misfits(
+    cache: Cache, target: Target, layers: Sequence[int], reads: Sequence[str], made_with: Mapping[str, Any]
+) -> list[str]:
+    facts, reasons = cache.facts, differences(cache.facts, made_with, made_with)
     if facts["target_config_hash"] != target.spec.config_hash:
         reasons.append(
             f"it holds features of {facts['target']} (config {facts['target_config_hash']}), not of "
@@ -237,21 +208,23 @@ def _check_fit(
         reasons.append(
             f"it holds the positions of {', '.join(facts['reads'])}, and the loss reads {', '.join(reads)}"
         )
-    if reasons:
-        raise _misfit(cache, reasons, remedy)
+    return reasons
 
 
 def _check_numbers(cache: Cache, target: Target, layers: Sequence[int], source: Source, remedy: str) -> None:
     """Raise DataError if the shortest stored row has other features now: the target's weights may have
     changed under the same name and config."""
-    held = [p for p in cache.places if p[1].counts.features]
+    held = [(p, name) for name, p in cache.places if p.features.start < p.features.stop]
     if not held:
         return
-    row_id, place = min(held, key=lambda p: (p[1].counts.tokens, p[0]))
+    place, row_id = min(held, key=lambda p: (p[0].tokens.stop - p[0].tokens.start, p[1]))
     row = Encoded(*_tokens(cache, place), row_id)
-    stored, now = (read([row], len(row.ids)).features for read in (source, online(target, layers)))
-    count, d = place.counts.features, cache.facts["hidden_size"]
-    for layer, a, b in zip(layers, stored[0, :count].split(d, -1), now[0, :count].split(d, -1), strict=True):
+    count, d = place.features.stop - place.features.start, cache.facts["hidden_size"]
+    stored, now = (
+        read([row], len(row.ids)).features[0, :count].split(d, -1)
+        for read in (source, online(target, layers))
+    )
+    for layer, a, b in zip(layers, stored, now, strict=True):
         distance = float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-20))
         if not distance < FAR:
             why = (

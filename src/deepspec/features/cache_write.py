@@ -5,9 +5,8 @@
     DIR/index.json                written last: facts and every shard
     DIR/.lock                     byte s + 1 is held by the process that writes shard s, byte 0 for the index
 
-Everything is a pure function of the rows and the facts: which rows a shard holds, which rows share a forward
-pass of the target, which positions are stored. So a shard has the same bytes whenever and by whichever
-process it is written, and ranks do not communicate: rank r writes the shards s with s % world == r.
+Everything is a pure function of the rows and the facts, so a shard is the same whichever process writes it,
+and ranks do not communicate: rank r writes the shards s with s % world == r.
 
 R rows, T tokens, F feature positions, H last hidden states stored in one shard; m layers, d hidden.
 """
@@ -17,16 +16,19 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.filesize import decimal
 from safetensors.torch import save
 from torch import Tensor
 
+from deepspec.data.rows import pack
 from deepspec.data.tokens import Encoded
 from deepspec.errors import DataError, TargetError, UserError
 from deepspec.features.batches import Source, online, padded
@@ -68,16 +70,12 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows."""
         return sum(counts.tokens for counts in self.counts)
 
     @property
     def payload(self) -> int:
         """Bytes of all tensors."""
         return sum(self.shard_bytes(s) for s in range(len(self.shards)))
-
-
-# ── the plan ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def plan_cache(
@@ -124,10 +122,7 @@ def rows_hash(rows: Sequence[Encoded]) -> str:
 
 def stored_positions(mask: Tensor, lengths: Tensor, rules: Sequence[str]) -> Reads:
     """The union of the rules over rows that are one document each."""
-    first, *more = (READ_RULES[rule](mask, lengths, None) for rule in rules)
-    for reads in more:
-        first = first.union(reads)
-    return first
+    return reduce(Reads.union, (READ_RULES[rule](mask, lengths, None) for rule in rules))
 
 
 def count_rows(rows: Sequence[Encoded], rules: Sequence[str]) -> list[RowCounts]:
@@ -171,12 +166,8 @@ def batch_rows(rows: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]
         yield batch
 
 
-# ── writing ───────────────────────────────────────────────────────────────────────────────────────────
-
-
 class Written(NamedTuple):
-    """How a run of `write_cache` ended. complete: every shard and the index are there, of all processes.
-    shards, bytes: those that this process wrote."""
+    """complete: the shards of all processes and the index are there. shards, bytes: written by this one."""
 
     complete: bool
     shards: int
@@ -250,9 +241,8 @@ def shard_tensors(rows: Sequence[Encoded], source: Source, facts: Mapping[str, A
     for name in tensors:
         if name.startswith("features"):
             tensors[name] = tensors[name].transpose(0, 1).contiguous()
-    tensors["ids"] = torch.tensor([t for row in rows for t in row.ids], dtype=torch.int32)
-    tensors["loss_mask"] = torch.tensor([m for row in rows for m in row.loss_mask], dtype=torch.uint8)
-    return tensors
+    flat = pack(rows)
+    return {**tensors, "ids": flat.ids, "loss_mask": flat.loss_mask}
 
 
 def _stored_vectors(batch: FeatureBatch, facts: Mapping[str, Any]) -> dict[str, tuple[Tensor, list[int]]]:
@@ -280,50 +270,40 @@ def _stored_vectors(batch: FeatureBatch, facts: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-# ── what is there ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def read_sidecar(shard: Path) -> dict[str, Any] | None:
-    """A shard's sidecar; None before the shard is whole."""
-    path = shard.with_suffix(".json")
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
-
-
 def file_hash(path: Path) -> str:
     """SHA-256 (hex) of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _whole(plan: Plan, out: Path, shard: int, *, verify: bool) -> bool:
-    """Whether a shard is there, of its size (and, with `verify`, of its checksum). Raises DataError for a
-    shard of another cache."""
+def _whole(plan: Plan, out: Path, shard: int, *, verify: bool = False) -> dict[str, Any] | None:
+    """The sidecar, without the facts, of a shard that is there in its size (and, with `verify`, with its
+    checksum). Raises DataError for a shard of another cache."""
     path = shard_path(out, shard)
-    sidecar = read_sidecar(path)
-    if sidecar is None:
-        return False
-    other = differences(sidecar["facts"], plan.facts)
-    if other:
+    if not (file := path.with_suffix(".json")).exists():
+        return None
+    sidecar = json.loads(file.read_text("utf-8"))
+    there = sidecar.pop("facts")
+    if other := differences(there, plan.facts, sorted({*there, *plan.facts})):
         raise DataError(
             f"{out} holds another cache: {'; '.join(other)}",
-            where=str(path.with_suffix(".json")),
+            where=str(file),
             next_step="give another --out, or delete the directory to start over",
         )
     if not path.exists() or path.stat().st_size != sidecar["bytes"]:
         note(f"{path}: missing or cut off; writing it again")
-        return False
+        return None
     if verify and file_hash(path) != sidecar["sha256"]:
         note(f"{path}: its checksum is wrong; writing it again")
-        return False
-    return True
+        return None
+    return sidecar
 
 
-def differences(there: Mapping[str, Any], wanted: Mapping[str, Any], keys: Sequence[str] = ()) -> list[str]:
-    """ "key is X there, not Y" for each fact (of `keys`, or all) in which two sides differ."""
-    names = keys or sorted({*there, *wanted})
+def differences(there: Mapping[str, Any], wanted: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """ "key is X there, not Y" for each fact of `keys` in which two sides differ."""
     return [
         f"{key} is {there.get(key)!r} there, not {wanted.get(key)!r}"
-        for key in names
+        for key in keys
         if there.get(key) != wanted.get(key)
     ]
 
@@ -334,20 +314,16 @@ def _finish(plan: Plan, out: Path) -> bool:
     Processes take turns here: the last of them must see what the others have written.
     """
     with claimed(out / LOCK, 0, wait=True):
-        if not all(_whole(plan, out, s, verify=False) for s in range(len(plan.shards))):
-            return False
-        paths = [shard_path(out, s) for s in range(len(plan.shards))]
-        shards = [{"file": path.name, **(read_sidecar(path) or {})} for path in paths]
-        for shard in shards:
-            del shard["facts"]
+        shards = []
+        for shard in range(len(plan.shards)):
+            if not (sidecar := _whole(plan, out, shard)):
+                return False
+            shards.append({"file": shard_path(out, shard).name, **sidecar})
         index = {"facts": plan.facts, "shards": shards}
         path = out / INDEX
         if not path.exists() or json.loads(path.read_text("utf-8")) != index:
             write_json(path, index)
     return True
-
-
-# ── space ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def disk_bytes(plan: Plan, shards: Sequence[int]) -> int:
@@ -360,19 +336,14 @@ def _check_space(plan: Plan, out: Path, missing: Sequence[int]) -> None:
     """Print how much the cache takes. Raises UserError if the disk has less left."""
     needed, free, whole = disk_bytes(plan, missing), shutil.disk_usage(out).free, plan.payload
     note(
-        f"{out}: {gigabytes(whole)} in {len(plan.shards)} shard(s) for {plan.tokens:,} tokens "
+        f"{out}: {decimal(whole)} in {len(plan.shards)} shard(s) for {plan.tokens:,} tokens "
         f"({whole / max(plan.tokens, 1):,.0f} bytes per token, {plan.facts['dtype']}); "
-        f"{gigabytes(needed)} to write, {gigabytes(free)} free"
+        f"{decimal(needed)} to write, {decimal(free)} free"
     )
     if needed > free:
         raise UserError(
-            f"the cache needs {gigabytes(needed)} more, and the disk has {gigabytes(free)} free",
+            f"the cache needs {decimal(needed)} more, and the disk has {decimal(free)} free",
             where=str(out),
             next_step="--dtype fp8 or int8 halves a bf16 cache, --max-rows takes fewer rows, --out another "
             "disk; or train with data.features=online, which stores nothing",
         )
-
-
-def gigabytes(count: float) -> str:
-    """A size in GB (10⁹ bytes) or, below one, in MB."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -23,10 +23,6 @@ class Stored(NamedTuple):
     values: Tensor
     scales: Tensor | None
 
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
-
 
 def quantise(vectors: Tensor, form: str) -> Stored:
     """Finite vectors [..., d] in a format of FORMATS, rounded to nearest, ties to even.

@@ -1,12 +1,10 @@
 """Features from vLLM servers that run the target, by vLLM's hidden-states connector.
 
-T tokens of a row, L layer outputs that a server gives, d hidden. What comes out is what `online` gives, but
-the forward pass happens elsewhere, and ahead of the step that needs it. A completion of one token names a
-file that holds the row's hidden states; the server holds a lock on it until it is whole. Each server is
-checked with a probe (`vllm_layers`) before its first row and after each failure.
+T tokens of a row, L layer outputs that a server gives, d hidden. A completion of one token names a file that
+holds the row's hidden states; the server holds a lock on it until it is whole. Each server is checked with a
+probe (`vllm_layers`) before its first row and after each failure.
 
-The format is that of vLLM 0.33.0, read in its released source; it is tested against a stand-in, and not
-verified on a real server.
+Written from the released source of vLLM 0.33.0, and not verified on a real server.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +23,7 @@ from torch import Tensor
 
 from deepspec.data.tokens import Encoded
 from deepspec.errors import ServerError
-from deepspec.features.batches import padded
+from deepspec.features.batches import batch_of, padded
 from deepspec.features.vllm_layers import NOTED, Probe, server_layers, vllm_command
 from deepspec.http_client import Passing, Policy, Server, Servers, Unanswered
 from deepspec.log import note, warn
@@ -42,14 +39,6 @@ TIMEOUT = 120.0
 """Seconds for one request, and for its file to be written."""
 FILE_GRACE = 10.0
 """Seconds for a file's lock to show up here: network file systems are late."""
-
-
-class Served(NamedTuple):
-    """What a check finds out: the server's name for the model, and which of its outputs are the wanted
-    ones."""
-
-    model: str
-    columns: tuple[int, ...]
 
 
 class VllmSource:
@@ -71,11 +60,10 @@ class VllmSource:
         max_length: int | None = None,
         policy: Policy | None = None,
     ) -> None:
-        model, depth = packaged(target.spec.name), target.spec.num_layers
-        last = self.last_hidden = with_last_hidden(reads)
         self.target, self.layers, self.max_length = target, tuple(layers), max_length
-        self.wanted = server_layers(layers, depth, last)
-        self.command = vllm_command(model, layers, depth, last_hidden=last, max_length=max_length)
+        self.last_hidden = with_last_hidden(reads)
+        self.wanted = server_layers(layers, target.spec.num_layers, self.last_hidden)
+        self.command = vllm_command(packaged(target.spec.name), self.wanted, max_length)
         self.probe = Probe(target)
         policy = policy or Policy(timeout=TIMEOUT)
         self.servers = Servers(urls.split(","), self._check, concurrency=IN_FLIGHT, policy=policy)
@@ -98,7 +86,6 @@ class VllmSource:
         self._ask_ahead()
 
     def __call__(self, rows: Sequence[Encoded], width: int) -> FeatureBatch:
-        ids, mask, lengths = padded(rows, width)
         target, count = self.target, len(self.layers) + self.last_hidden
         states = torch.zeros(len(rows), width, count, target.spec.hidden_size, dtype=target.dtype)
         try:
@@ -109,14 +96,8 @@ class VllmSource:
             raise
         self._ask_ahead()
         states = states.to(target.device)
-        return FeatureBatch(
-            input_ids=ids.to(target.device),
-            loss_mask=mask.to(target.device),
-            features=states[:, :, : len(self.layers)].flatten(2),
-            last_hidden=target.finish(states[:, :, -1]) if self.last_hidden else None,
-            lengths=lengths.to(target.device),
-            row_ids=tuple(r.id for r in rows),
-        )
+        hidden = target.finish(states[:, :, -1]) if self.last_hidden else None
+        return batch_of(rows, padded(rows, width), states[:, :, : len(self.layers)].flatten(2), hidden)
 
     def close(self) -> None:
         """Ask for nothing more. Requests under way end by themselves, and their files are still removed."""
@@ -136,10 +117,8 @@ class VllmSource:
             row = self._expected.popleft()
             self._asked.append((row, self._threads.submit(self._fetch, row)))
 
-    # ── in threads ────────────────────────────────────────────────────────────────────────────────
-
     def _fetch(self, row: Encoded) -> Tensor:
-        """[T, wanted, d] of one row."""
+        """[T, wanted, d] of one row. This and the methods below run in threads."""
 
         def question(server: Server) -> Tensor:
             model, columns = server.facts
@@ -155,8 +134,8 @@ class VllmSource:
                 f"checkpoint. The server is started with\n{self.command}",
             ) from error
 
-    def _check(self, server: Server) -> Served:
-        """Learn what a server calls its model, and find the wanted layers in what it gives."""
+    def _check(self, server: Server) -> tuple[str, tuple[int, ...]]:
+        """The server's name for its model, and which of its outputs are the wanted layers."""
         model, entry = next(iter(self.servers.models(server).items()))
         longest = entry.get("max_model_len")
         if longest is not None and self.max_length is not None and longest <= self.max_length:
@@ -175,7 +154,7 @@ class VllmSource:
                 f"{server.name}: hidden states are {furthest:.1%} away from those computed here. Is what it "
                 "serves quantised, or another revision?"
             )
-        return Served(model, columns)
+        return model, columns
 
     def _read(self, server: Server, model: str, ids: Sequence[int]) -> Tensor:
         """[T, L, d] of these tokens, every layer output that a server gives.
@@ -211,7 +190,7 @@ class VllmSource:
         import fcntl  # not on Windows, and neither is vLLM
 
         lock, limit = Path(f"{file}.lock"), self.servers.policy.timeout
-        end, pause = time.monotonic() + limit, 0.001
+        end = time.monotonic() + limit
         handle = self._open_lock(server, file, lock)
         try:
             while True:
@@ -221,8 +200,7 @@ class VllmSource:
                 except BlockingIOError:  # polled: a wait inside flock would have no time-out
                     if time.monotonic() > end:
                         raise Passing(f"{file} was not written within {limit:g} s") from None
-                    time.sleep(pause)
-                    pause = min(2 * pause, 0.05)
+                    time.sleep(0.005)
                 except OSError as error:
                     raise ServerError(
                         f"the file system of {lock} has no locks, so it is unknown when the server is done: "
@@ -233,8 +211,7 @@ class VllmSource:
             try:
                 tensors = load(file.read_bytes())
             except (OSError, SafetensorError) as error:
-                # The writer let go without having written: most likely a full disk, which readers are
-                # emptying.
+                # The writer let go without having written: most likely a full disk, which readers empty.
                 raise Passing(f"the server did not finish {file} (is its storage full?): {error}") from error
         finally:
             os.close(handle)

@@ -37,20 +37,10 @@ def server_layers(layers: Sequence[int], depth: int, last_hidden: bool) -> list[
 
 
 def vllm_command(
-    model: str,
-    layers: Sequence[int],
-    depth: int,
-    *,
-    last_hidden: bool = True,
-    max_length: int | None = None,
-    storage: str = STORAGE,
+    model: str, wanted: Sequence[int], max_length: int | None = None, storage: str = STORAGE
 ) -> str:
-    """The `vllm serve` command that gives these layers of a target of `depth` layers.
-
-    last_hidden: whether the recipe's loss reads the target's distribution. max_length: longest row in tokens.
-    """
-    # Sorted: the server keeps no order.
-    layer_ids = {"eagle_aux_hidden_state_layer_ids": sorted(server_layers(layers, depth, last_hidden))}
+    """The `vllm serve` command that gives the wanted layers (vLLM's numbers) of rows up to `max_length`."""
+    layer_ids = {"eagle_aux_hidden_state_layer_ids": sorted(wanted)}  # the server keeps no order
     extraction = {
         "method": "extract_hidden_states",
         "num_speculative_tokens": 1,

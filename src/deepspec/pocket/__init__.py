@@ -8,12 +8,11 @@ from deepspec.errors import UserError
 
 DATA = Path(__file__).parent / "data"
 DRAFTS = ("pocket-eagle3", "pocket-dflash", "pocket-dspark", "pocket-eagle3-portable")
-MODELS = ("pocket", *DRAFTS)
 
 
 def packaged(name: str) -> str:
     """The directory of a model that ships with the package; any other name as it is."""
-    return str(DATA / name) if name in MODELS else name
+    return str(DATA / name) if name in ("pocket", *DRAFTS) else name
 
 
 PROMPTS = {f"pocket:{name}": DATA / "prompts" / f"{name}.jsonl" for name in ("train", "select", "test")}

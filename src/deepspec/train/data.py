@@ -13,10 +13,10 @@ from deepspec.config import Recipe, feature_source
 from deepspec.data.conversations import read_conversations
 from deepspec.data.tokens import Encoded, template_hash, tokenizer_hash
 from deepspec.errors import RecipeError
-from deepspec.features.batches import Source, load_rows
-from deepspec.features.cache_read import cached, cached_rows, check_rows, open_cache
+from deepspec.features.batches import Source, load_rows, online
+from deepspec.features.cache_read import cached, cached_rows, open_cache
 from deepspec.features.cache_write import SHARD_BYTES, Plan, Written, plan_cache, write_cache
-from deepspec.features.open import open_features
+from deepspec.features.vllm import VllmSource
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target
 from deepspec.train.build import feature_layers, read_rules
@@ -57,7 +57,11 @@ def training_data(
     form, place = feature_source(recipe.data.features)
     reads, settings = read_rules(recipe), _row_settings(recipe)
     if form != "cache":
-        source = open_features(recipe.data.features, target, layers, reads, max_length=recipe.data.max_length)
+        source: Source = (
+            online(target, layers)
+            if form == "online"
+            else VllmSource(place, target, layers, reads, max_length=recipe.data.max_length)
+        )
         file = answers or answered(recipe.data.train, target, recipe.thinking, run / "data")
         return TrainingData(str(file), load_rows(file, target, **settings), data_facts(file), source)
     cache = open_cache(Path(place))
@@ -66,8 +70,7 @@ def training_data(
     wanted = row_facts(recipe, target)
     if (given := answers or Path(recipe.data.train)).is_file():
         wanted["data_hash"] = data_facts(given, cache.facts["first_rows"])["data_hash"]
-    check_rows(cache, wanted, remedy)
-    source = cached(cache, target, layers, reads, remedy)
+    source = cached(cache, target, layers, reads, remedy, wanted)
     return TrainingData(place, cached_rows(cache), cache.facts["about"], source)
 
 
