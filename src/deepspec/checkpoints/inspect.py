@@ -7,6 +7,7 @@ V vocabulary, K rows of the draft's own head, d hidden width.
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def inspect_draft(name_or_path: str | Path, target: TargetSpec | None = None) ->
     dtype = (target and (target.config.get("dtype") or target.config.get("torch_dtype"))) or stored_as[0]
     size = NUMBER_BYTES.get(str(dtype), NUMBER_BYTES.get(stored_as[0], 4))
     own, copies = parameters(spec)
+    aligned = "anchor-first" if spec.sample_from_anchor else "fill-in"
+    seen = "the previous token" if spec.confidence_with_markov else "only the hidden row"
     added = own + (math.prod(copy_shapes(spec)[SHARED[1]]) if spec.draft_vocab_size else 0)
     found = {
         "draft": str(path),
@@ -60,10 +63,11 @@ def inspect_draft(name_or_path: str | Path, target: TargetSpec | None = None) ->
         "layers": spec.num_layers,
         "feature_layers": list(spec.target_layer_ids),
         "target_layers": spec.num_target_layers,
-        "alignment": _alignment(spec),
+        # Which slot proposes which token (method.md 3); Eagle-3 has no slots.
+        "alignment": aligned if ALGORITHMS[spec.algorithm].parallel else None,
         "proposals_per_round": spec.proposals,
         "sequential_head": f"{spec.markov_head}, rank {spec.markov_rank}" if spec.markov_rank else None,
-        "confidence_head": _confidence(spec),
+        "confidence_head": f"sees {seen}" if spec.confidence else None,
         "hidden_size": spec.shape.hidden,
         "vocabulary": spec.vocab_size,
         "draft_vocabulary": spec.draft_vocab_size or spec.vocab_size,
@@ -90,23 +94,11 @@ def inspect_draft(name_or_path: str | Path, target: TargetSpec | None = None) ->
     }
 
 
+@cache
 def parameters(spec: DraftSpec) -> tuple[int, int]:
     """(number of a draft's own parameters, number of those of its embedding [V, d] and its head [K, d])."""
     own = sum(math.prod(shape) for shape in draft_shapes(spec).values())
     return own, sum(math.prod(copy_shapes(spec)[name]) for name in SHARED)
-
-
-def _alignment(spec: DraftSpec) -> str | None:
-    """Which slot proposes which token (method.md 3); None for Eagle-3, which has no slots."""
-    if not ALGORITHMS[spec.algorithm].parallel:
-        return None
-    return "anchor-first" if spec.sample_from_anchor else "fill-in"
-
-
-def _confidence(spec: DraftSpec) -> str | None:
-    if not spec.confidence:
-        return None
-    return "sees the previous token" if spec.confidence_with_markov else "sees only the hidden row"
 
 
 def _doubts(facts: dict[str, Any], target: TargetSpec) -> list[str]:

@@ -119,13 +119,9 @@ def host_figures(inputs: Inputs, memory: dict[str, Figure]) -> dict[str, Figure]
 def needs_of(inputs: Inputs) -> tuple[Need, ...]:
     """What has to fit. Raises RecipeError and DataError as `Inputs.names` does."""
     disk, memory, machine = disk_figures(inputs), memory_figures(inputs), inputs.machine
-    written = [
-        "checkpoints",
-        "answers",
-        *([f"cache in {inputs.store}"] if inputs.features == "cache" else []),
-    ]
     needs = []
     if inputs.free_disk is not None:
+        written = ["checkpoints", "answers"] + [f"cache in {inputs.store}"] * (inputs.features == "cache")
         wants = sum(float(disk[name]) for name in written if name in disk)
         needs.append(Need("disk", wants, inputs.free_disk))
     if machine.memory is not None:
@@ -133,7 +129,6 @@ def needs_of(inputs: Inputs) -> tuple[Need, ...]:
         usable = USABLE * machine.memory
         needs += [Need(f"accelerator memory, {verb}", float(memory[verb]), usable) for verb in verbs]
     if machine.host is not None:
-        needs.append(
-            Need("host memory", float(host_figures(inputs, memory)["at most at once"]), machine.host)
-        )
+        wants = float(host_figures(inputs, memory)["at most at once"])
+        needs.append(Need("host memory", wants, machine.host))
     return tuple(needs)
