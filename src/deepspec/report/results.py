@@ -1,7 +1,4 @@
-"""Reading results and metrics, and the words for figures, conditions and the lossless check.
-
-The format of a results file is described in docs/results.md.
-"""
+"""Results (docs/results.md) and metrics as they are read, and the words for what is in them."""
 
 from __future__ import annotations
 
@@ -66,9 +63,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise DataError(f"malformed JSON: {error}", where=f"{path}:{number}") from error
     return rows
-
-
-# ── words ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def is_number(value: Any) -> TypeGuard[float]:
