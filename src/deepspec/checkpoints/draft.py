@@ -1,8 +1,6 @@
 """Drafts bound to their target: new ones, loaded ones, and saved ones.
 
-A checkpoint holds `config.json`, `model.safetensors` (both in the released layout) and `deepspec.json`;
-`read.py` reads and checks them. A save is atomic: the directory is written under another name, fsynced and
-renamed, so that a reader never sees half a checkpoint.
+A checkpoint holds `config.json`, `model.safetensors` (both in the released layout) and `deepspec.json`.
 """
 
 from __future__ import annotations
@@ -28,6 +26,7 @@ from deepspec.checkpoints.read import (
 from deepspec.data.tokens import tokenizer_hash
 from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.base import NeuralDraft
+from deepspec.drafts.layers import inverse_frequencies
 from deepspec.drafts.spec import DraftSpec, write_config
 from deepspec.errors import CheckpointError, MismatchError
 from deepspec.files import atomic_directory, write_json
@@ -75,28 +74,16 @@ def load_draft(name_or_path: str | Path, target: Target) -> NeuralDraft:
     draft = draft.to_empty(device="cpu").to(dtype)
     draft.load_state_dict({k: v.to(dtype) for k, v in tensors.items()})
     # Rotary frequencies are not stored, and they are float32 in a draft of any dtype.
-    draft.frequencies = ALGORITHMS[spec.algorithm].build(_tiny(spec)).frequencies
+    draft.frequencies = inverse_frequencies(spec.shape)
     draft = draft.to(target.device).eval().requires_grad_(False)
     draft.bind(embedding, head, target.head)
     draft.name = Path(name_or_path).name
     return draft
 
 
-def _tiny(spec: DraftSpec) -> DraftSpec:
-    """A spec with the same rotary facts whose draft is small enough to build at no cost."""
-    return replace(
-        spec,
-        num_layers=1,
-        vocab_size=1,
-        draft_vocab_size=None,
-        shape=replace(spec.shape, hidden=1, intermediate=1),
-    )
-
-
 def check_fit(spec: DraftSpec, target: Target, name: str) -> None:
     """Raise MismatchError, with the figures of both sides, if a draft cannot belong to a target."""
-    reasons = misfits(spec, target.spec, target.vocab_size)
-    if reasons:
+    if reasons := misfits(spec, target.spec, target.vocab_size):
         raise MismatchError(
             f"{name} does not fit {target.spec.name}: {'; '.join(reasons)}",
             next_step="use the target that this draft was trained for, or train a draft for this one "
@@ -107,13 +94,9 @@ def check_fit(spec: DraftSpec, target: Target, name: str) -> None:
 def misfits(spec: DraftSpec, target: TargetSpec, vocab_size: int) -> list[str]:
     """The reasons why a draft cannot run with a target whose head has `vocab_size` rows; none if it can."""
     depth = target.num_layers
-    facts = (
-        ("hidden width", spec.shape.hidden, target.hidden_size),
-        ("vocabulary", spec.vocab_size, vocab_size),
-    )
-    reasons = [
-        f"its {what} is {have}, and the target's is {want}" for what, have, want in facts if have != want
-    ]
+    have = {"hidden width": spec.shape.hidden, "vocabulary": spec.vocab_size}
+    want = {"hidden width": target.hidden_size, "vocabulary": vocab_size}
+    reasons = [f"its {k} is {have[k]}, and the target's is {want[k]}" for k in have if have[k] != want[k]]
     if spec.num_target_layers not in (depth, None):
         reasons.append(f"it is for a target of {spec.num_target_layers} layers, and this one has {depth}")
     elif spec.target_layer_ids[-1] >= depth - 1:

@@ -1,8 +1,4 @@
-"""Drafts written so that an inference server can load them.
-
-`servers.py` decides what a server can run and what it calls a draft; this file writes the checkpoint that the
-server's loader reads.
-"""
+"""Drafts written so that an inference server can load them; `servers.py` decides which one can run which."""
 
 from __future__ import annotations
 
@@ -66,8 +62,7 @@ def export_draft(
     """
     _check_free(out)
     path = find_checkpoint(name_or_path)
-    source = load_config(path)
-    spec = load_spec(path)
+    source, spec = load_config(path), load_spec(path)
     tensors, copies = read_parts(path, spec)
     if target is not None:
         check_fit(spec, target, str(name_or_path))
@@ -120,10 +115,8 @@ def _check_free(out: Path) -> None:
 def _own(copies: dict[str, Tensor], target: Target) -> dict[str, Tensor]:
     """The stored copies; empty if all of them equal the target's."""
     theirs = {EMBEDDING: target.embedding.weight, HEAD: target.head.weight}
-    same = all(
-        name in theirs and torch.equal(copy.to(theirs[name]), theirs[name]) for name, copy in copies.items()
-    )
-    return {} if same else copies
+    same = (k in theirs and torch.equal(copy.to(theirs[k]), theirs[k]) for k, copy in copies.items())
+    return {} if all(same) else copies
 
 
 def complete(
@@ -138,9 +131,8 @@ def complete(
         notes.append("the server expects a sequential head in such a draft: an all-zero one was added")
     if to == "llamacpp" and spec.confidence and not spec.confidence_with_markov:
         weight = tensors["confidence_head.proj.weight"]
-        tensors["confidence_head.proj.weight"] = torch.cat(
-            [weight, weight.new_zeros(1, spec.markov_rank)], dim=1
-        )
+        zeros = weight.new_zeros(1, spec.markov_rank)
+        tensors["confidence_head.proj.weight"] = torch.cat([weight, zeros], dim=1)
         spec = replace(spec, confidence_with_markov=True)
         notes.append(
             "llama.cpp's confidence head also reads the previous token: zero weights were added for it"

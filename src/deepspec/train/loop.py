@@ -1,7 +1,6 @@
 """Training a draft: from a recipe to the best checkpoint, one step, one visible loop.
 
-Resuming is exact by construction: batch k is a pure function of (seed, k), and so are its anchors. The
-target is frozen; only the draft's own parameters are trained.
+Resuming is exact by construction: batch k is a pure function of (seed, k), and so are its anchors.
 """
 
 from __future__ import annotations
@@ -123,9 +122,7 @@ def train(
             began = time.perf_counter()
             epoch, picked = next(batches)
             measure = at.step % LOG_EVERY == 0
-            loss, sums = train_step(
-                draft, source, picked, recipe, at.step, measure=measure, optimizer=optimizer
-            )
+            loss, sums = train_step(draft, source, picked, recipe, at.step, measure, optimizer)
             lr, norm = optimizer.step(done)
             at.step, at.tokens = at.step + 1, at.tokens + sum(len(r.ids) for r in picked)
             at.seconds += time.perf_counter() - began
@@ -151,7 +148,6 @@ def train_step(
     rows: Sequence[Encoded],
     recipe: Recipe,
     step: int,
-    *,
     measure: bool,
     optimizer: Optimizer,
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -65,8 +65,6 @@ class Run:
         if self.rank == 0:
             warn(text)
 
-    # ── the folder and its recipe ─────────────────────────────────────────────────────────────────────
-
     def move_aside(self) -> None:
         """Rename an earlier run of this name. Raises UserError while another process trains there."""
         names = (self.folder.with_name(f"{self.folder.name}.old-{n}") for n in range(1, 10**6))
@@ -91,8 +89,6 @@ class Run:
             if before != self.recipe:
                 self.note(f"{self.folder} was started with another recipe; it continues with this one")
         dump_recipe(self.recipe, path)
-
-    # ── metrics, trackers, progress bar ───────────────────────────────────────────────────────────────
 
     @contextmanager
     def logging(self, at: Progress, total_steps: int | None) -> Iterator[None]:
@@ -123,8 +119,6 @@ class Run:
         metrics.write(row)
         tracker.log({k: float(v) for k, v in row.items() if isinstance(v, int | float)}, row["step"])
         bar.update(completed=done * total, **{SHOWN[k]: v for k, v in row.items() if k in SHOWN})
-
-    # ── checkpoints ───────────────────────────────────────────────────────────────────────────────────
 
     def _steps(self) -> list[tuple[int, Path]]:
         """(step, folder) of the whole checkpoints, oldest first."""
@@ -178,10 +172,14 @@ class Run:
             return Progress()
         saved = torch.load(path / "optimizer.pt", weights_only=True, map_location=draft.device)
         before, now = (found.get("vocabulary") or {} for found in (load_provenance(path), facts))
+        why = None
         if [m.shape for m in saved["masters"]] != [m.shape for m in optimizer.masters]:
-            raise _not_resumable(path, "trains a draft of another shape")
-        if before.get("ids_hash") != now.get("ids_hash"):
-            raise _not_resumable(path, "has a draft vocabulary that was counted in other data")
+            why = "trains a draft of another shape"
+        elif before.get("ids_hash") != now.get("ids_hash"):
+            why = "has a draft vocabulary that was counted in other data"
+        if why:
+            said = f"the run cannot continue with this recipe: it {why}"
+            raise CheckpointError(said, where=str(path), next_step=FRESH)
         optimizer.load(saved)
         at = Progress(**json.loads((path / "progress.json").read_text("utf-8")))
         self.note(f"resuming {self.folder} from step {at.step} ({at.seconds:.0f} s trained)")
@@ -217,12 +215,6 @@ def _differences(before: Recipe, now: Recipe) -> list[str]:
     )
     other = ((key, *("not set" if side[key] is None else side[key] for side in (have, want))) for key in have)
     return [f"its {key} is {one}, the recipe's is {two}" for key, one, two in other if one != two]
-
-
-def _not_resumable(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"the run cannot continue with this recipe: it {why}", where=str(path), next_step=FRESH
-    )
 
 
 def forget_after(path: Path, step: int) -> None:
