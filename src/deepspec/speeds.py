@@ -85,7 +85,7 @@ def measure(recipe: Recipe, prompts: Sequence[Conversation], *, slots: int, max_
     target = Target.from_pretrained(recipe.target)
     load = time.perf_counter() - began
     with progress("measuring this machine", 3) as bar:
-        speeds, rows = _answers(target, prompts[: SAMPLES[0]], slots, max_new_tokens)
+        decoding, rows = _answers(target, prompts[: SAMPLES[0]], slots, max_new_tokens)
         bar.update()
         meter, before = read_joules(target.device), time.perf_counter()
         trained = _training(target, recipe, rows)
@@ -94,8 +94,10 @@ def measure(recipe: Recipe, prompts: Sequence[Conversation], *, slots: int, max_
         cache_token = _caching(target, recipe, rows)
         bar.update()
     kept = kept_speeds(recipe.target)
-    found = replace(
-        speeds,
+    found = Speeds(
+        **decoding,
+        machine=this_machine(),
+        stretch=FLIGHTS,
         load=load,
         cache_token=cache_token,
         train={**(kept.train if kept else {}), speed_key(recipe): trained},
@@ -115,11 +117,9 @@ def _clock(target: Target) -> float:
 
 
 def _decode(
-    target: Target, draft: Draft | None, requests: Sequence[Request], slots: int, *, stops: bool = False
+    target: Target, draft: Draft | None, requests: Sequence[Request], slots: int
 ) -> tuple[list[Generation], float]:
-    """(answers at temperature 1, seconds)."""
-    ends = target.stop_token_ids if stops else frozenset()
-    requests = [replace(r, sampling=Sampling(1.0), stop_token_ids=ends) for r in requests]
+    """(answers, seconds)."""
     decoder = Decoder(target, draft, max_rows=min(slots, len(requests)))
     began = _clock(target)
     found = list(decoder.run(requests))
@@ -169,8 +169,8 @@ def line_through(rounds: Sequence[tuple[int, float]]) -> tuple[float, float]:
 
 def _answers(
     target: Target, prompts: Sequence[Conversation], slots: int, max_new_tokens: int
-) -> tuple[Speeds, list[Encoded]]:
-    """Speeds of decoding, and training rows of the answers.
+) -> tuple[dict[str, Any], list[Encoded]]:
+    """The fields of `Speeds` about decoding, and training rows of the answers.
 
     Some prompts are answered as a run answers them. Their prefills and rounds are timed one by one, while
     slots are full and while they run empty, so that the line through them holds for both.
@@ -178,33 +178,30 @@ def _answers(
     assert target.tokenizer is not None
     asked = {c.id: c for c in prompts}
     ids = {c.id: prompt_ids(target.tokenizer, prompt_messages(c), False) for c in prompts}
-    requests = [Request(ids[key], max_new_tokens, row_seed(0, key), key) for key in ids]
+    requests = [Request(ids[key], max_new_tokens, row_seed(0, key), key, Sampling(1.0)) for key in ids]
     _decode(target, None, [replace(r, max_new_tokens=2) for r in requests[:2]], 2)  # warm-up
     few = _Clock(target)
     _decode(target, few, [replace(r, max_new_tokens=ROUNDS) for r in requests[:8]], slots)
     prefill = float(np.mean(few.prefills))
     spent = prefill + max_new_tokens * sum(s for _, s in few.rounds) / sum(r for r, _ in few.rounds)
     count = next((n for n in SAMPLES if n * spent < ANSWER_SECONDS), SAMPLES[-1])
-    requests = sorted(requests[:count], key=lambda r: (len(r.input_ids), r.key))
+    requests = [replace(r, stop_token_ids=target.stop_token_ids) for r in requests[:count]]
+    requests.sort(key=lambda r: (len(r.input_ids), r.key))
     clock = _Clock(target)
-    written, _ = _decode(target, clock, requests, slots, stops=True)
+    written, _ = _decode(target, clock, requests, slots)
     lengths = {g.key: len(g.token_ids) for g in written}
     # Answers of a token or two have no round to be timed.
     base, row = line_through(clock.rounds or few.rounds)
     answered = [_answered(target, asked[g.key], g) for g in written]
     began = time.perf_counter()
     rows = [row for each in answered for row in encode_turns(target.tokenizer, each, False)]
-    speeds = Speeds(
-        machine=this_machine(),
-        load=0.0,
-        encode=(time.perf_counter() - began) / len(rows),
-        cache_token=0.0,
-        prompt=float(np.mean(clock.prefills)),
-        round_base=base,
-        round_row=row,
-        answers=[lengths[r.key] for r in requests],
-        stretch=FLIGHTS,
-    )
+    speeds = {
+        "encode": (time.perf_counter() - began) / len(rows),
+        "prompt": float(np.mean(clock.prefills)),
+        "round_base": base,
+        "round_row": row,
+        "answers": [lengths[r.key] for r in requests],
+    }
     return speeds, [row for row in rows if sum(row.loss_mask) >= 2]
 
 
@@ -245,7 +242,7 @@ def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainS
         checkpoint = _clock(target) - began
     draft.eval()
     slots = min(HELD_OUT_ROWS, recipe.eval_prompts)
-    asked = [Request(cut[i % len(cut)].ids[:64], 1, i, str(i)) for i in range(slots)]
+    asked = [Request(cut[i % len(cut)].ids[:64], 1, i, str(i), Sampling(1.0)) for i in range(slots)]
     _, few = _decode(target, draft, asked, slots)
     longer = [replace(r, max_new_tokens=1 + ROUNDS) for r in asked]
     answers, many = _decode(target, draft, longer, slots)

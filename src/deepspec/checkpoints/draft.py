@@ -14,15 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepspec.checkpoints.read import (
-    EMBEDDING,
-    HEAD,
-    PROVENANCE,
-    find_checkpoint,
-    load_provenance,
-    load_spec,
-    read_parts,
-)
+from deepspec.checkpoints import read
 from deepspec.data.tokens import tokenizer_hash
 from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.base import NeuralDraft
@@ -60,12 +52,12 @@ def load_draft(name_or_path: str | Path, target: Target) -> NeuralDraft:
     differs from the one used in training. Raises CheckpointError for a broken or foreign checkpoint and
     MismatchError for a draft of another target.
     """
-    path = find_checkpoint(name_or_path)
+    path = read.find_checkpoint(name_or_path)
     depth = target.spec.num_layers
-    spec = load_spec(path, depth)
+    spec = read.load_spec(path, depth)
     check_fit(spec, target, str(name_or_path))
     spec = replace(spec, num_target_layers=depth)
-    tensors, copies = read_parts(path, spec)
+    tensors, copies = read.read_parts(path, spec)
     embedding, head = _embedding_and_head(path, spec, target, copies)
     _warn_of_other_tokenizer(path, target, str(name_or_path))
     with torch.device("meta"):
@@ -106,7 +98,7 @@ def misfits(spec: DraftSpec, target: TargetSpec, vocab_size: int) -> list[str]:
 
 def _warn_of_other_tokenizer(path: Path, target: Target, name: str) -> None:
     """Warn, and do not refuse: the output stays the target's, but the draft guesses in another vocabulary."""
-    theirs = load_provenance(path).get("tokenizer_hash")
+    theirs = read.load_provenance(path).get("tokenizer_hash")
     if theirs and target.tokenizer is not None and (ours := tokenizer_hash(target.tokenizer)) != theirs:
         warn(
             f"{name} was trained with tokenizer {theirs[:12]}, and {target.spec.name} has {ours[:12]}: "
@@ -122,14 +114,14 @@ def _embedding_and_head(
     if spec.draft_vocab_size is not None:
         kept = _kept(path, spec, copies)
         bias = None if head.bias is None else head.bias[kept.to(head.bias.device)]
-        weight = copies[HEAD].to(head.weight)
+        weight = copies[read.HEAD].to(head.weight)
         head = Head(weight, bias, head.scale, head.softcap, kept.to(weight.device))
         note(f"{path.name}: the draft has its own head, over {len(kept)} of the target's token ids")
-    elif HEAD in copies and not torch.equal(weight := copies[HEAD].to(head.weight), head.weight):
+    elif read.HEAD in copies and not torch.equal(weight := copies[read.HEAD].to(head.weight), head.weight):
         head = Head(weight, head.bias, head.scale, head.softcap)
         note(f"{path.name}: the draft has its own head, which differs from the target's")
-    if EMBEDDING in copies and not torch.equal(
-        rows := copies[EMBEDDING].to(embedding.weight), embedding.weight
+    if read.EMBEDDING in copies and not torch.equal(
+        rows := copies[read.EMBEDDING].to(embedding.weight), embedding.weight
     ):
         embedding = Embedding(rows, embedding.scale)
         note(f"{path.name}: the draft has its own embedding, which differs from the target's")
@@ -170,10 +162,11 @@ def save_draft(
     weights |= _own_copies(draft, target)
     config = write_config(draft.spec, target.spec.config, step_decay=step_decay)
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    facts = {**provenance, "sample_from_anchor": draft.spec.sample_from_anchor}
     with atomic_directory(path) as part:
         save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
         write_json(part / "config.json", config)
-        write_json(part / PROVENANCE, {**provenance, "sample_from_anchor": draft.spec.sample_from_anchor})
+        write_json(part / read.PROVENANCE, facts)
         if beside is not None:
             beside(part)
 
@@ -186,9 +179,9 @@ def _own_copies(draft: NeuralDraft, target: Target) -> dict[str, Tensor]:
     if not (own_head or own_rows):
         return {}
     # Cloned because safetensors refuses two names for one piece of memory, which tied weights are.
-    copies = {HEAD: head.weight.detach().cpu().clone()}
+    copies = {read.HEAD: head.weight.detach().cpu().clone()}
     if own_rows or head.kept is None:
-        copies[EMBEDDING] = embedding.weight.detach().cpu().clone()
+        copies[read.EMBEDDING] = embedding.weight.detach().cpu().clone()
     if head.kept is not None:
         kept = head.kept.cpu()
         members = torch.zeros(draft.spec.vocab_size, dtype=torch.bool)

@@ -64,8 +64,7 @@ class FromRow:
 
     def _pass(self, flops: Figure, width: float) -> Figure:
         """Seconds of passes over whole sequences, in numbers of `width` bytes."""
-        given = {"peak": self.machine.peak(width), "share": self.machine.share}
-        return figure("s", "flops / (peak * share)", given, flops=flops)
+        return figure("s", "flops / (peak * share)", self.machine.numbers(width), flops=flops)
 
     def _decoding_step(
         self, names: Names, sequences: float, each: float, context: float, eager: bool = True

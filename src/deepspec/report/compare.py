@@ -9,7 +9,7 @@ from typing import Any
 from deepspec.conditions import UNRECORDED, contrast
 from deepspec.errors import DataError, UserError
 from deepspec.maths.acceptance import paired_bootstrap_difference
-from deepspec.report.results import CONDITION_NAMES, Result, Row
+from deepspec.report.results import Result, Row, condition_name
 
 PromptKey = tuple[str, str]  # domain, id
 
@@ -42,7 +42,7 @@ def condition_differences(
         return f"{conditions.get('target')} ({found})" if key == "target_hash" else found
 
     return [
-        contrast(CONDITION_NAMES[key], f"{one} was measured", value(a, key), other, value(b, key))
+        contrast(condition_name(key), f"{one} was measured", value(a, key), other, value(b, key))
         for key in names
         if a.get(key) != b.get(key)
     ]

@@ -38,11 +38,6 @@ from deepspec.report.results import (
     value_of,
 )
 
-NOT_MEASURABLE = f"J/token {MISSING}: not measurable here."
-TABLE_CONVENTIONS = [
-    ("low–high", "95% interval."),
-    ("lossless", "prompts answered exactly as by plain greedy decoding / prompts compared."),
-]
 REPEATS_WORTH_A_WARNING = 0.2
 KINDS = {
     "plain": "plain decoding",
@@ -116,10 +111,8 @@ def domains_sentence(row: Row) -> list[str]:
 
 
 def styles(algorithm_of: Mapping[str, str]) -> dict[str, Style]:
-    """A style for every name, given its algorithm (or kind); a second one of the same algorithm is hollow.
-
-    A label is the algorithm's name alone where only one has it.
-    """
+    """A style for every name, given its algorithm (or kind). Of several with one algorithm all but the first
+    are hollow, and none is called by the algorithm's name alone."""
     found: dict[str, Style] = {}
     for name, algorithm in algorithm_of.items():
         row = ALGORITHMS.get(algorithm)
@@ -217,8 +210,10 @@ def results_table(results: Sequence[Result]) -> Table:
                 cell["lossless"].replace(" identical", "").replace(", ", "\n"),
             )
             table.add_row(*(Text(text.strip()) for text in texts), end_section=row is rows[-1])
-    notes = [f"{name}: {sentence}" for name, sentence in [*conventions_of(results), *TABLE_CONVENTIONS]]
-    notes += [NOT_MEASURABLE] if energy_missing(results) else []
+    notes = [f"{name}: {sentence}" for name, sentence in conventions_of(results)]
+    notes += ["low–high: 95% interval."]
+    notes += ["lossless: prompts answered exactly as by plain greedy decoding / prompts compared."]
+    notes += [f"J/token {MISSING}: not measurable here."] if energy_missing(results) else []
     table.caption = Text("\n".join(notes))
     return table
 

@@ -56,12 +56,12 @@ def build_draft(
 @torch.no_grad()
 def copy_last_layers(draft: NeuralDraft, target: Target) -> None:
     """Start a draft as a copy of the target's end: its layers get the matrices of the target's last layers,
-    and its projection passes on the deepest feature layer.
+    which turn a late hidden state into one that the head reads, and its projection passes on the deepest
+    feature layer.
 
-    Otherwise a fresh draft spends its first minutes learning what the target's last layers already do: they
-    turn a late hidden state into one that the head reads. Norms keep their ones (families scale them
-    differently). Eagle-3's attention reads twice the width; the half that reads its hidden state gets the
-    target's matrices. Raises RecipeError if a matrix has no counterpart of its shape.
+    Norms keep their ones (families scale them differently). Eagle-3's attention reads twice the width; the
+    half that reads its hidden state gets the target's matrices. Raises RecipeError if a matrix has no
+    counterpart of its shape.
     """
     width = draft.spec.shape.hidden
     layers = [part for part in draft.modules() if isinstance(part, DraftLayer)]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,7 @@ def train_draft(
         prompts = load_prompts(
             prompts_path(recipe.data.select), target, thinking=recipe.thinking, limit=recipe.eval_prompts
         )
-
-        def held_out(draft: NeuralDraft) -> float:
-            return held_out_tau(target, draft, prompts, recipe.eval_max_new_tokens)
-
+        held_out = partial(held_out_tau, target, prompts=prompts, max_new_tokens=recipe.eval_max_new_tokens)
         draft = build_draft(recipe, target, data.rows, spec)
         return train(run, draft, target, data.rows, data.source, facts, held_out)
 
@@ -111,13 +109,13 @@ def train(
         tau, at.judged_step = held_out(draft), at.step
         draft.train()
         figures = {"seconds": round(at.seconds, 3), "tokens": at.tokens}
-        run.log({"step": at.step, "held_out_tau": tau, **figures}, finished_share(recipe, total_steps, at))
+        log({"step": at.step, "held_out_tau": tau, **figures}, finished_share(recipe, total_steps, at))
         if at.best_tau is None or tau > at.best_tau:
             at.best_tau, at.best_step = tau, at.step
             run.save_best(draft, at, target, facts)
 
     draft.train()
-    with closing(batches), run.logging(at, total_steps), stop_on_interrupt(run.note) as stop:
+    with closing(batches), run.logging(at, total_steps) as log, stop_on_interrupt(run.note) as stop:
         while (done := finished_share(recipe, total_steps, at)) < 1.0 and not stop:
             began = time.perf_counter()
             epoch, picked = next(batches)
@@ -128,7 +126,7 @@ def train(
             at.seconds += time.perf_counter() - began
             if measure:
                 row = _metrics_row(at, epoch, float(loss), sums, lr, norm)
-                run.log(row, finished_share(recipe, total_steps, at))
+                log(row, finished_share(recipe, total_steps, at))
             if at.step % recipe.eval_every_steps == 0:
                 judge()
             if at.step % recipe.checkpoint_every_steps == 0:
