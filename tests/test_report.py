@@ -52,7 +52,8 @@ def draft(name: str, algorithm: str, tau: float, speedup: float, identical: int 
 
 
 def results(temperature: float = 0.0, rows: list[dict] | None = None) -> dict:
-    plain = {"method": "plain", "kind": "plain", "overall": {"tokens_per_s": 50.0}, "domains": {}}
+    overall = {"tokens_per_s": 50.0}
+    plain = {"method": "plain", "kind": "plain", "baseline": True, "overall": overall, "domains": {}}
     if rows is None:
         rows = [draft("my-eagle3", "eagle3", 2.25, 1.4), draft("my-dspark", "dspark", 3.25, 1.9)]
         rows.insert(1, draft("my-dflash", "dflash", 2.75, 1.6))

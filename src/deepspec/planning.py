@@ -1,7 +1,4 @@
-"""What a plan is made from: the target's dimensions, the data's lengths, and this machine's speeds.
-
-`cost` is arithmetic; whatever needs torch, transformers or a file is gathered here.
-"""
+"""What a plan is made from: the target's dimensions, the data's lengths, and this machine's speeds."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,6 +35,12 @@ from deepspec.train.build import draft_spec
 DEFAULT_MACHINE, ASSUMED_ROWS = "h100", 10_000
 POCKET_ANSWER = 60.0
 """Mean tokens of the pocket target's answers, assumed before there are any."""
+CHARACTERS = 4.0
+"""Characters of a token if there is no tokenizer: an assumption."""
+SAMPLED = 1000
+"""Rows that are tokenised; in a longer file they are spread over it."""
+IN_TURN, LONG_FILE = 8, 4 * 2**20
+"""Lines that are read at each place of a long file; bytes from which a file is long."""
 
 
 def prepare(
@@ -67,12 +69,13 @@ def prepare(
     packaged_rows = data is None and recipe.data.train.startswith("pocket:")
     batch = batch or (PACKAGED_ROWS if packaged_rows else None)
     row = machine_row(recipe, machine)
-    row = row._replace(watts=row.watts if watts is None else watts, share=share or row.share)
+    row = row._replace(share=share or row.share)
     source: StepTime = FromRow(row)
     if row.name == "here":
         speeds = measured(recipe, again, path, batch or USUAL_BATCH["process"])
-        source = Measured(speeds if watts is None else replace(speeds, watts=watts))
+        source, row = Measured(speeds), row._replace(watts=speeds.watts or row.watts)
         answer_tokens = answer_tokens or sum(speeds.answers) / len(speeds.answers)
+    row = row if watts is None else row._replace(watts=watts)
     config, tokenizer, notes = target_facts(recipe.target)
     published = published_counts()
     answer = answer_tokens or (POCKET_ANSWER if recipe.target == "pocket" else published.answers[0])
@@ -94,12 +97,7 @@ def describe(recipe: Recipe, config: Mapping[str, Any]) -> tuple[DraftSpec, int]
     # A block draft's mask token is chosen from the target's vocabulary; it does not change any size.
     mask = recipe.draft.mask_token_id or 0 if ALGORITHMS[recipe.algorithm].needs_mask else None
     spec = draft_spec(recipe, dict(config), mask)
-    return spec, _own_parameters(spec)
-
-
-@lru_cache(maxsize=64)
-def _own_parameters(spec: DraftSpec) -> int:
-    return parameters(spec)[0]
+    return spec, parameters(spec)[0]
 
 
 def target_facts(name: str) -> tuple[dict[str, Any], Any, list[str]]:
@@ -111,9 +109,6 @@ def target_facts(name: str) -> tuple[dict[str, Any], Any, list[str]]:
         return PUBLISHED_TARGETS[name], None, [f"the dimensions of {name} ship with this package"]
     spec = TargetSpec.from_pretrained(name)
     return spec.config, spec.tokenizer(), []
-
-
-# ── machines ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def machine_row(recipe: Recipe, name: str | None) -> Machine:
@@ -148,18 +143,6 @@ def measured(recipe: Recipe, again: bool, prompts: Path, slots: int) -> Speeds:
     return measure(recipe, some, slots=slots, max_new_tokens=256)
 
 
-# ── counting the data ─────────────────────────────────────────────────────────────────────────────────
-
-SAMPLED = 1000
-"""Rows that are tokenised; in a longer file they are spread over it."""
-IN_TURN = 8
-"""Lines that are read at each place of a long file."""
-LONG_FILE = 4 * 2**20
-"""Bytes from which only some places of a file are read."""
-CHARACTERS = 4.0
-"""Characters of a token if there is no tokenizer: an assumption."""
-
-
 def count_file(path: Path, tokenizer: Any, *, thinking: bool = False, answer: float = 0.0) -> Counts:
     """Counts of a JSONL file, answered or not. tokenizer: the target's, or None. answer: tokens assumed for a
     row without one.
@@ -171,20 +154,16 @@ def count_file(path: Path, tokenizer: Any, *, thinking: bool = False, answer: fl
         raise DataError(
             "the file has no rows", where=str(path), next_step="give a JSONL file, one conversation per line"
         )
-    found = [_tokens(row, tokenizer, thinking) for row in rows]
-    notes = []
+    prompts, given = zip(*(_tokens(row, tokenizer, thinking) for row in rows), strict=True)
+    name, notes = path.name, []
     if weight > 1:
-        notes.append(f"{len(rows):,} of about {len(rows) * weight:,.0f} rows of {path.name} were tokenised")
+        notes.append(f"{len(rows):,} of about {len(rows) * weight:,.0f} rows of {name} were tokenised")
     if tokenizer is None:
-        notes.append(
-            f"there is no tokenizer: a token of {path.name} is assumed to have {CHARACTERS:g} characters"
-        )
-    missing = any(given is None for _, given in found)
-    if missing:
-        notes.append(f"answers are assumed to have {answer:,.0f} tokens: {path.name} holds prompts only")
-    prompts = tuple(float(prompt) for prompt, _ in found)
-    answers = tuple(answer if given is None else float(given) for _, given in found)
-    return Counts(prompts, answers, weight, not missing, tuple(notes))
+        notes.append(f"there is no tokenizer: a token of {name} is assumed to have {CHARACTERS:g} characters")
+    if None in given:
+        notes.append(f"answers are assumed to have {answer:,.0f} tokens: {name} holds prompts only")
+    answers = tuple(answer if tokens is None else tokens for tokens in given)
+    return Counts(prompts, answers, weight, None not in given, tuple(notes))
 
 
 def _spread_rows(path: Path) -> tuple[list[Conversation], float]:

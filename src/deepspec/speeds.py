@@ -1,9 +1,4 @@
-"""What this machine does with a target: seconds of every part of a run, measured in about a minute.
-
-Prefills and rounds of decoding are timed one by one while some prompts are answered as a run answers them;
-steps of training on the answers that the target has just written; a held-out evaluation and a checkpoint as
-training makes them. The record is kept by machine and target, so the next plan need not measure again.
-"""
+"""What this machine does with a target: seconds of every part of a run, measured once in about a minute."""
 
 from __future__ import annotations
 
@@ -14,11 +9,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter
-from torch import Tensor
 
 from deepspec.answers.in_process import FLIGHTS
 from deepspec.config import HELD_OUT_ROWS, LOG_EVERY, Recipe
@@ -35,7 +30,7 @@ from deepspec.features.cache_write import batch_rows, plan_cache, shard_tensors
 from deepspec.files import write_json
 from deepspec.log import note, open_trackers, progress
 from deepspec.maths.blocks import FeatureBatch
-from deepspec.maths.verify import Sampling, Samplings
+from deepspec.maths.verify import Sampling
 from deepspec.targets import Target
 from deepspec.this_machine import read_joules, this_machine
 from deepspec.train.build import build_draft, feature_layers, read_rules
@@ -51,9 +46,6 @@ WARM_UP, STEPS, STEP_SECONDS = 2, 40, 3.0
 ROUNDS = 8
 """Rounds of decoding that are timed."""
 READ_RECORD = TypeAdapter(Speeds).validate_json
-
-
-# ── the record ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def here() -> Machine:
@@ -81,9 +73,6 @@ def kept_speeds(target: str) -> Speeds | None:
         return None
 
 
-# ── measuring ─────────────────────────────────────────────────────────────────────────────────────────
-
-
 def measure(recipe: Recipe, prompts: Sequence[Conversation], *, slots: int, max_new_tokens: int) -> Speeds:
     """Load the recipe's target, measure, keep the record. Some of the first prompts are answered, `slots` of
     them together, as a run would.
@@ -96,7 +85,7 @@ def measure(recipe: Recipe, prompts: Sequence[Conversation], *, slots: int, max_
     target = Target.from_pretrained(recipe.target)
     load = time.perf_counter() - began
     with progress("measuring this machine", 3) as bar:
-        speeds, rows = _answers(target, prompts[: SAMPLES[0]], slots, max_new_tokens)
+        decoding, rows = _answers(target, prompts[: SAMPLES[0]], slots, max_new_tokens)
         bar.update()
         meter, before = read_joules(target.device), time.perf_counter()
         trained = _training(target, recipe, rows)
@@ -105,8 +94,10 @@ def measure(recipe: Recipe, prompts: Sequence[Conversation], *, slots: int, max_
         cache_token = _caching(target, recipe, rows)
         bar.update()
     kept = kept_speeds(recipe.target)
-    found = replace(
-        speeds,
+    found = Speeds(
+        **decoding,
+        machine=this_machine(),
+        stretch=FLIGHTS,
         load=load,
         cache_token=cache_token,
         train={**(kept.train if kept else {}), speed_key(recipe): trained},
@@ -126,11 +117,9 @@ def _clock(target: Target) -> float:
 
 
 def _decode(
-    target: Target, draft: Draft | None, requests: Sequence[Request], slots: int, *, stops: bool = False
+    target: Target, draft: Draft | None, requests: Sequence[Request], slots: int
 ) -> tuple[list[Generation], float]:
-    """(answers at temperature 1, seconds)."""
-    ends = target.stop_token_ids if stops else frozenset()
-    requests = [replace(r, sampling=Sampling(1.0), stop_token_ids=ends) for r in requests]
+    """(answers, seconds)."""
     decoder = Decoder(target, draft, max_rows=min(slots, len(requests)))
     began = _clock(target)
     found = list(decoder.run(requests))
@@ -145,33 +134,25 @@ class _Clock(NoDraft):
         self.prefills: list[float] = []
         self.rounds: list[tuple[int, float]] = []
         """(rows in flight, seconds) of every round that no prefill followed."""
-        self._opened: float | None = None
-        self._filled = False
-        self._last: tuple[int, float] | None = None
+        self._prefill_began: float | None = None
+        self._round: tuple[int, float] | None = None
+        """(rows in flight, when it began) of the last round, if no prefill followed it."""
 
     def open(self, slot: int) -> None:
-        self._opened = _clock(self.target)
+        self._prefill_began, self._round = _clock(self.target), None
 
-    def observe(
-        self,
-        slots: Sequence[int],
-        features: Tensor | None,
-        tokens: Sequence[Sequence[int]],
-        next_tokens: Sequence[Sequence[int]],
-    ) -> None:
-        if self._opened is not None:
-            self.prefills.append(_clock(self.target) - self._opened)
-            self._opened, self._filled = None, True
+    def observe(self, *args: Any, **named: Any) -> None:
+        if self._prefill_began is not None:
+            self.prefills.append(_clock(self.target) - self._prefill_began)
+            self._prefill_began = None
 
-    def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
-    ) -> Proposal:
+    def propose(self, slots: Sequence[int], *args: Any, **named: Any) -> Proposal:
         now = _clock(self.target)
-        if self._last is not None and not self._filled:
-            rows, before = self._last
-            self.rounds.append((rows, now - before))
-        self._filled, self._last = False, (len(slots), now)
-        return super().propose(slots, anchors, samplings, uniforms)
+        if self._round is not None:
+            rows, began = self._round
+            self.rounds.append((rows, now - began))
+        self._round = len(slots), now
+        return super().propose(slots, *args, **named)
 
 
 def line_through(rounds: Sequence[tuple[int, float]]) -> tuple[float, float]:
@@ -188,8 +169,8 @@ def line_through(rounds: Sequence[tuple[int, float]]) -> tuple[float, float]:
 
 def _answers(
     target: Target, prompts: Sequence[Conversation], slots: int, max_new_tokens: int
-) -> tuple[Speeds, list[Encoded]]:
-    """Speeds of decoding, and training rows of the answers.
+) -> tuple[dict[str, Any], list[Encoded]]:
+    """The fields of `Speeds` about decoding, and training rows of the answers.
 
     Some prompts are answered as a run answers them. Their prefills and rounds are timed one by one, while
     slots are full and while they run empty, so that the line through them holds for both.
@@ -197,36 +178,30 @@ def _answers(
     assert target.tokenizer is not None
     asked = {c.id: c for c in prompts}
     ids = {c.id: prompt_ids(target.tokenizer, prompt_messages(c), False) for c in prompts}
-    requests = [Request(ids[key], max_new_tokens, row_seed(0, key), key) for key in ids]
+    requests = [Request(ids[key], max_new_tokens, row_seed(0, key), key, Sampling(1.0)) for key in ids]
     _decode(target, None, [replace(r, max_new_tokens=2) for r in requests[:2]], 2)  # warm-up
     few = _Clock(target)
     _decode(target, few, [replace(r, max_new_tokens=ROUNDS) for r in requests[:8]], slots)
     prefill = float(np.mean(few.prefills))
     spent = prefill + max_new_tokens * sum(s for _, s in few.rounds) / sum(r for r, _ in few.rounds)
     count = next((n for n in SAMPLES if n * spent < ANSWER_SECONDS), SAMPLES[-1])
-    requests = sorted(requests[:count], key=lambda r: (len(r.input_ids), r.key))
+    requests = [replace(r, stop_token_ids=target.stop_token_ids) for r in requests[:count]]
+    requests.sort(key=lambda r: (len(r.input_ids), r.key))
     clock = _Clock(target)
-    written, _ = _decode(target, clock, requests, slots, stops=True)
+    written, _ = _decode(target, clock, requests, slots)
     lengths = {g.key: len(g.token_ids) for g in written}
     # Answers of a token or two have no round to be timed.
     base, row = line_through(clock.rounds or few.rounds)
+    answered = [_answered(target, asked[g.key], g) for g in written]
     began = time.perf_counter()
-    rows = [
-        row
-        for g in written
-        for row in encode_turns(target.tokenizer, _answered(target, asked[g.key], g), False)
-    ]
-    speeds = Speeds(
-        machine=this_machine(),
-        load=0.0,
-        encode=(time.perf_counter() - began) / len(rows),
-        cache_token=0.0,
-        prompt=float(np.mean(clock.prefills)),
-        round_base=base,
-        round_row=row,
-        answers=[lengths[r.key] for r in requests],
-        stretch=FLIGHTS,
-    )
+    rows = [row for each in answered for row in encode_turns(target.tokenizer, each, False)]
+    speeds = {
+        "encode": (time.perf_counter() - began) / len(rows),
+        "prompt": float(np.mean(clock.prefills)),
+        "round_base": base,
+        "round_row": row,
+        "answers": [lengths[r.key] for r in requests],
+    }
     return speeds, [row for row in rows if sum(row.loss_mask) >= 2]
 
 
@@ -267,20 +242,14 @@ def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainS
         checkpoint = _clock(target) - began
     draft.eval()
     slots = min(HELD_OUT_ROWS, recipe.eval_prompts)
-    asked = [Request(cut[i % len(cut)].ids[:64], 1, i, str(i)) for i in range(slots)]
+    asked = [Request(cut[i % len(cut)].ids[:64], 1, i, str(i), Sampling(1.0)) for i in range(slots)]
     _, few = _decode(target, draft, asked, slots)
     longer = [replace(r, max_new_tokens=1 + ROUNDS) for r in asked]
     answers, many = _decode(target, draft, longer, slots)
-    rounds = max(len(g.kept) for g in answers)
+    held_out_round = max(many - few, 0.0) / max(max(len(g.kept) for g in answers) - 1, 1)
     # A budget of one token is full after the prefill, yet one round may still run on it.
-    return TrainSpeed(
-        step=step,
-        features=features,
-        held_out_round=max(many - few, 0.0) / max(rounds - 1, 1),
-        held_out_prompt=max(few - max(many - few, 0.0) / max(rounds - 1, 1), 0.0) / slots,
-        checkpoint=checkpoint,
-        setup=setup,
-    )
+    held_out_prompt = max(few - held_out_round, 0.0) / slots
+    return TrainSpeed(step, features, held_out_prompt, held_out_round, checkpoint, setup)
 
 
 def _steps(
@@ -297,17 +266,14 @@ def _steps(
         reading += _clock(target) - began
         return batch
 
-    batches = batches_from(rows, recipe.optim.batch_size, recipe.seed, 0)
     draft.train()
-    done = 0
     began = _clock(target)
-    while done < WARM_UP + 2 or (done < WARM_UP + STEPS and _clock(target) - began < STEP_SECONDS):
+    for done, (_, picked) in enumerate(batches_from(rows, recipe.optim.batch_size, recipe.seed, 0)):
         if done == WARM_UP:
             began, reading = _clock(target), 0.0
-        _, picked = next(batches)
-        measured = done % LOG_EVERY == 0
-        train_step(draft, source, picked, recipe, done, measure=measured, optimizer=optimizer)
+        counted = done - WARM_UP
+        if counted >= STEPS or (counted >= 2 and _clock(target) - began >= STEP_SECONDS):
+            break
+        train_step(draft, source, picked, recipe, done, done % LOG_EVERY == 0, optimizer)
         optimizer.step(0.5)
-        done += 1
-    spent, counted = _clock(target) - began, done - WARM_UP
-    return spent / counted, reading / counted
+    return (_clock(target) - began) / counted, reading / counted

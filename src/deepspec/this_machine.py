@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,19 +59,13 @@ def read_joules(device: torch.device) -> float | None:
 
 
 def _package_joules() -> float | None:
-    if sys.platform != "linux":
+    # intel-rapl:0 is a package, intel-rapl:0:1 a part of it that would count twice.
+    packages = [path for path in POWERCAP.glob("intel-rapl:[0-9]*") if path.name.count(":") == 1]
+    try:
+        joules = [int((path / "energy_uj").read_text()) / 1e6 for path in packages]
+    except (OSError, ValueError):
         return None
-    total, found = 0.0, False
-    for meter in POWERCAP.glob("intel-rapl:[0-9]*"):
-        # intel-rapl:0 is a package, intel-rapl:0:1 a part of it that would count twice.
-        if meter.name.count(":") != 1:
-            continue
-        try:
-            total += int((meter / "energy_uj").read_text()) / 1e6
-            found = True
-        except (OSError, ValueError):
-            return None
-    return total if found else None
+    return sum(joules) if joules else None
 
 
 def _gpu_joules(device: torch.device) -> float | None:

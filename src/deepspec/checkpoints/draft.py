@@ -1,8 +1,6 @@
 """Drafts bound to their target: new ones, loaded ones, and saved ones.
 
-A checkpoint holds `config.json`, `model.safetensors` (both in the released layout) and `deepspec.json`;
-`read.py` reads and checks them. A save is atomic: the directory is written under another name, fsynced and
-renamed, so that a reader never sees half a checkpoint.
+A checkpoint holds `config.json`, `model.safetensors` (both in the released layout) and `deepspec.json`.
 """
 
 from __future__ import annotations
@@ -16,18 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepspec.checkpoints.read import (
-    EMBEDDING,
-    HEAD,
-    PROVENANCE,
-    find_checkpoint,
-    load_provenance,
-    load_spec,
-    read_parts,
-)
+from deepspec.checkpoints import read
 from deepspec.data.tokens import tokenizer_hash
 from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.base import NeuralDraft
+from deepspec.drafts.layers import inverse_frequencies
 from deepspec.drafts.spec import DraftSpec, write_config
 from deepspec.errors import CheckpointError, MismatchError
 from deepspec.files import atomic_directory, write_json
@@ -61,12 +52,12 @@ def load_draft(name_or_path: str | Path, target: Target) -> NeuralDraft:
     differs from the one used in training. Raises CheckpointError for a broken or foreign checkpoint and
     MismatchError for a draft of another target.
     """
-    path = find_checkpoint(name_or_path)
+    path = read.find_checkpoint(name_or_path)
     depth = target.spec.num_layers
-    spec = load_spec(path, depth)
+    spec = read.load_spec(path, depth)
     check_fit(spec, target, str(name_or_path))
     spec = replace(spec, num_target_layers=depth)
-    tensors, copies = read_parts(path, spec)
+    tensors, copies = read.read_parts(path, spec)
     embedding, head = _embedding_and_head(path, spec, target, copies)
     _warn_of_other_tokenizer(path, target, str(name_or_path))
     with torch.device("meta"):
@@ -75,28 +66,16 @@ def load_draft(name_or_path: str | Path, target: Target) -> NeuralDraft:
     draft = draft.to_empty(device="cpu").to(dtype)
     draft.load_state_dict({k: v.to(dtype) for k, v in tensors.items()})
     # Rotary frequencies are not stored, and they are float32 in a draft of any dtype.
-    draft.frequencies = ALGORITHMS[spec.algorithm].build(_tiny(spec)).frequencies
+    draft.frequencies = inverse_frequencies(spec.shape)
     draft = draft.to(target.device).eval().requires_grad_(False)
     draft.bind(embedding, head, target.head)
     draft.name = Path(name_or_path).name
     return draft
 
 
-def _tiny(spec: DraftSpec) -> DraftSpec:
-    """A spec with the same rotary facts whose draft is small enough to build at no cost."""
-    return replace(
-        spec,
-        num_layers=1,
-        vocab_size=1,
-        draft_vocab_size=None,
-        shape=replace(spec.shape, hidden=1, intermediate=1),
-    )
-
-
 def check_fit(spec: DraftSpec, target: Target, name: str) -> None:
     """Raise MismatchError, with the figures of both sides, if a draft cannot belong to a target."""
-    reasons = misfits(spec, target.spec, target.vocab_size)
-    if reasons:
+    if reasons := misfits(spec, target.spec, target.vocab_size):
         raise MismatchError(
             f"{name} does not fit {target.spec.name}: {'; '.join(reasons)}",
             next_step="use the target that this draft was trained for, or train a draft for this one "
@@ -107,13 +86,9 @@ def check_fit(spec: DraftSpec, target: Target, name: str) -> None:
 def misfits(spec: DraftSpec, target: TargetSpec, vocab_size: int) -> list[str]:
     """The reasons why a draft cannot run with a target whose head has `vocab_size` rows; none if it can."""
     depth = target.num_layers
-    facts = (
-        ("hidden width", spec.shape.hidden, target.hidden_size),
-        ("vocabulary", spec.vocab_size, vocab_size),
-    )
-    reasons = [
-        f"its {what} is {have}, and the target's is {want}" for what, have, want in facts if have != want
-    ]
+    have = {"hidden width": spec.shape.hidden, "vocabulary": spec.vocab_size}
+    want = {"hidden width": target.hidden_size, "vocabulary": vocab_size}
+    reasons = [f"its {k} is {have[k]}, and the target's is {want[k]}" for k in have if have[k] != want[k]]
     if spec.num_target_layers not in (depth, None):
         reasons.append(f"it is for a target of {spec.num_target_layers} layers, and this one has {depth}")
     elif spec.target_layer_ids[-1] >= depth - 1:
@@ -123,7 +98,7 @@ def misfits(spec: DraftSpec, target: TargetSpec, vocab_size: int) -> list[str]:
 
 def _warn_of_other_tokenizer(path: Path, target: Target, name: str) -> None:
     """Warn, and do not refuse: the output stays the target's, but the draft guesses in another vocabulary."""
-    theirs = load_provenance(path).get("tokenizer_hash")
+    theirs = read.load_provenance(path).get("tokenizer_hash")
     if theirs and target.tokenizer is not None and (ours := tokenizer_hash(target.tokenizer)) != theirs:
         warn(
             f"{name} was trained with tokenizer {theirs[:12]}, and {target.spec.name} has {ours[:12]}: "
@@ -139,14 +114,14 @@ def _embedding_and_head(
     if spec.draft_vocab_size is not None:
         kept = _kept(path, spec, copies)
         bias = None if head.bias is None else head.bias[kept.to(head.bias.device)]
-        weight = copies[HEAD].to(head.weight)
+        weight = copies[read.HEAD].to(head.weight)
         head = Head(weight, bias, head.scale, head.softcap, kept.to(weight.device))
         note(f"{path.name}: the draft has its own head, over {len(kept)} of the target's token ids")
-    elif HEAD in copies and not torch.equal(weight := copies[HEAD].to(head.weight), head.weight):
+    elif read.HEAD in copies and not torch.equal(weight := copies[read.HEAD].to(head.weight), head.weight):
         head = Head(weight, head.bias, head.scale, head.softcap)
         note(f"{path.name}: the draft has its own head, which differs from the target's")
-    if EMBEDDING in copies and not torch.equal(
-        rows := copies[EMBEDDING].to(embedding.weight), embedding.weight
+    if read.EMBEDDING in copies and not torch.equal(
+        rows := copies[read.EMBEDDING].to(embedding.weight), embedding.weight
     ):
         embedding = Embedding(rows, embedding.scale)
         note(f"{path.name}: the draft has its own embedding, which differs from the target's")
@@ -187,10 +162,11 @@ def save_draft(
     weights |= _own_copies(draft, target)
     config = write_config(draft.spec, target.spec.config, step_decay=step_decay)
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    facts = {**provenance, "sample_from_anchor": draft.spec.sample_from_anchor}
     with atomic_directory(path) as part:
         save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
         write_json(part / "config.json", config)
-        write_json(part / PROVENANCE, {**provenance, "sample_from_anchor": draft.spec.sample_from_anchor})
+        write_json(part / read.PROVENANCE, facts)
         if beside is not None:
             beside(part)
 
@@ -203,9 +179,9 @@ def _own_copies(draft: NeuralDraft, target: Target) -> dict[str, Tensor]:
     if not (own_head or own_rows):
         return {}
     # Cloned because safetensors refuses two names for one piece of memory, which tied weights are.
-    copies = {HEAD: head.weight.detach().cpu().clone()}
+    copies = {read.HEAD: head.weight.detach().cpu().clone()}
     if own_rows or head.kept is None:
-        copies[EMBEDDING] = embedding.weight.detach().cpu().clone()
+        copies[read.EMBEDDING] = embedding.weight.detach().cpu().clone()
     if head.kept is not None:
         kept = head.kept.cpu()
         members = torch.zeros(draft.spec.vocab_size, dtype=torch.bool)

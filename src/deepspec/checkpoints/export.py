@@ -1,8 +1,4 @@
-"""Drafts written so that an inference server can load them.
-
-`servers.py` decides what a server can run and what it calls a draft; this file writes the checkpoint that the
-server's loader reads.
-"""
+"""Drafts written so that an inference server can load them; `servers.py` decides which one can run which."""
 
 from __future__ import annotations
 
@@ -14,17 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deepspec.checkpoints import read
 from deepspec.checkpoints.draft import check_fit
-from deepspec.checkpoints.read import (
-    EMBEDDING,
-    HEAD,
-    PROVENANCE,
-    find_checkpoint,
-    load_config,
-    load_provenance,
-    load_spec,
-    read_parts,
-)
 from deepspec.checkpoints.servers import NATIVE, Facts, launch_commands, refuse, served_as
 from deepspec.drafts.spec import DraftSpec, write_config
 from deepspec.errors import UserError
@@ -65,10 +52,9 @@ def export_draft(
     the draft, CheckpointError for a broken draft, MismatchError for a target that it does not belong to.
     """
     _check_free(out)
-    path = find_checkpoint(name_or_path)
-    source = load_config(path)
-    spec = load_spec(path)
-    tensors, copies = read_parts(path, spec)
+    path = read.find_checkpoint(name_or_path)
+    source, spec = read.load_config(path), read.load_spec(path)
+    tensors, copies = read.read_parts(path, spec)
     if target is not None:
         check_fit(spec, target, str(name_or_path))
         copies = _own(copies, target)
@@ -82,34 +68,24 @@ def export_draft(
         if served_as(spec).method == "eagle3":
             # vLLM and llama.cpp read both names, older releases of SGLang only this one.
             tensors = {k.replace("layers.0.", "midlayer."): v for k, v in tensors.items()}
-    tensors = {k: _cast(v, dtype) for k, v in (tensors | copies).items()}
+    # The maps of a reduced vocabulary hold ids, which stay as they are.
+    kinds = {k: dtype if dtype and v.is_floating_point() else v.dtype for k, v in (tensors | copies).items()}
+    tensors = {k: v.to(kinds[k]).contiguous() for k, v in (tensors | copies).items()}
     config["dtype"] = str(tensors["fc.weight"].dtype).removeprefix("torch.")
-    facts = {**load_provenance(path), "sample_from_anchor": spec.sample_from_anchor, "exported_to": to}
+    facts = {**read.load_provenance(path), "sample_from_anchor": spec.sample_from_anchor, "exported_to": to}
     served = packaged(target.spec.name) if target else "TARGET"  # servers do not know the built-in names
     with atomic_directory(out) as part:
         save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
         write_json(part / "config.json", config)
-        write_json(part / PROVENANCE, facts)
-    return Exported(
-        out,
-        to,
-        config["architectures"][0],
-        spec.proposals,
-        config["dtype"],
-        sum(t.numel() for t in tensors.values()),
-        [] if to == NATIVE else launch_commands(to, spec, served, out),
-        notes,
-    )
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor in another dtype if it holds weights, and as it is if it holds ids."""
-    return tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype).contiguous()
+        write_json(part / read.PROVENANCE, facts)
+    (architecture,), count = config["architectures"], sum(t.numel() for t in tensors.values())
+    launch = [] if to == NATIVE else launch_commands(to, spec, served, out)
+    return Exported(out, to, architecture, spec.proposals, config["dtype"], count, launch, notes)
 
 
 def _check_free(out: Path) -> None:
     """Raise UserError unless `out` is free or holds an earlier export: it is replaced as a whole."""
-    if out.exists() and not (out.is_dir() and "exported_to" in load_provenance(out)):
+    if out.exists() and not (out.is_dir() and "exported_to" in read.load_provenance(out)):
         raise UserError(
             "the output folder holds something else, which an export would replace",
             where=str(out),
@@ -119,11 +95,9 @@ def _check_free(out: Path) -> None:
 
 def _own(copies: dict[str, Tensor], target: Target) -> dict[str, Tensor]:
     """The stored copies; empty if all of them equal the target's."""
-    theirs = {EMBEDDING: target.embedding.weight, HEAD: target.head.weight}
-    same = all(
-        name in theirs and torch.equal(copy.to(theirs[name]), theirs[name]) for name, copy in copies.items()
-    )
-    return {} if same else copies
+    theirs = {read.EMBEDDING: target.embedding.weight, read.HEAD: target.head.weight}
+    same = (k in theirs and torch.equal(copy.to(theirs[k]), theirs[k]) for k, copy in copies.items())
+    return {} if all(same) else copies
 
 
 def complete(
@@ -138,9 +112,8 @@ def complete(
         notes.append("the server expects a sequential head in such a draft: an all-zero one was added")
     if to == "llamacpp" and spec.confidence and not spec.confidence_with_markov:
         weight = tensors["confidence_head.proj.weight"]
-        tensors["confidence_head.proj.weight"] = torch.cat(
-            [weight, weight.new_zeros(1, spec.markov_rank)], dim=1
-        )
+        zeros = weight.new_zeros(1, spec.markov_rank)
+        tensors["confidence_head.proj.weight"] = torch.cat([weight, zeros], dim=1)
         spec = replace(spec, confidence_with_markov=True)
         notes.append(
             "llama.cpp's confidence head also reads the previous token: zero weights were added for it"

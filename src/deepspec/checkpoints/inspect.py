@@ -7,23 +7,13 @@ V vocabulary, K rows of the draft's own head, d hidden width.
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from deepspec.checkpoints import read
 from deepspec.checkpoints.draft import misfits
 from deepspec.checkpoints.layouts import layout_of
-from deepspec.checkpoints.read import (
-    MAPS,
-    SHARED,
-    check_formats,
-    check_names,
-    copy_shapes,
-    draft_shapes,
-    find_checkpoint,
-    load_config,
-    load_provenance,
-    load_spec,
-)
 from deepspec.data.tokens import template_hash, tokenizer_hash
 from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.spec import DraftSpec
@@ -40,30 +30,33 @@ def inspect_draft(name_or_path: str | Path, target: TargetSpec | None = None) ->
     format, or the stored one if no target is given. `fits` is None without a target; `reasons` lists why the
     draft does not fit, `doubts` the differences that do not keep it from running. Raises CheckpointError.
     """
-    path = find_checkpoint(name_or_path)
-    spec = load_spec(path, None if target is None else target.num_layers)
+    path = read.find_checkpoint(name_or_path)
+    spec = read.load_spec(path, None if target is None else target.num_layers)
     stored = read_headers(path)
-    check_names(path, spec, {name: shape for name, (shape, _) in stored.items()})
-    formats = {name: kind for name, (_, kind) in stored.items() if name not in (*SHARED, *MAPS)}
-    check_formats(path, formats)
+    read.check_names(path, spec, {name: shape for name, (shape, _) in stored.items()})
+    formats = {name: kind for name, (_, kind) in stored.items() if name not in (*read.SHARED, *read.MAPS)}
+    read.check_formats(path, formats)
     stored_as = sorted(set(formats.values()))
-    facts = load_provenance(path)
+    facts = read.load_provenance(path)
     dtype = (target and (target.config.get("dtype") or target.config.get("torch_dtype"))) or stored_as[0]
     size = NUMBER_BYTES.get(str(dtype), NUMBER_BYTES.get(stored_as[0], 4))
     own, copies = parameters(spec)
-    added = own + (math.prod(copy_shapes(spec)[SHARED[1]]) if spec.draft_vocab_size else 0)
+    aligned = "anchor-first" if spec.sample_from_anchor else "fill-in"
+    seen = "the previous token" if spec.confidence_with_markov else "only the hidden row"
+    added = own + (math.prod(read.copy_shapes(spec)[read.SHARED[1]]) if spec.draft_vocab_size else 0)
     found = {
         "draft": str(path),
-        "layout": layout_of(load_config(path)),
+        "layout": layout_of(read.load_config(path)),
         "algorithm": spec.algorithm,
         "shape": spec.family,
         "layers": spec.num_layers,
         "feature_layers": list(spec.target_layer_ids),
         "target_layers": spec.num_target_layers,
-        "alignment": _alignment(spec),
+        # Which slot proposes which token (method.md 3); Eagle-3 has no slots.
+        "alignment": aligned if ALGORITHMS[spec.algorithm].parallel else None,
         "proposals_per_round": spec.proposals,
         "sequential_head": f"{spec.markov_head}, rank {spec.markov_rank}" if spec.markov_rank else None,
-        "confidence_head": _confidence(spec),
+        "confidence_head": f"sees {seen}" if spec.confidence else None,
         "hidden_size": spec.shape.hidden,
         "vocabulary": spec.vocab_size,
         "draft_vocabulary": spec.draft_vocab_size or spec.vocab_size,
@@ -74,7 +67,7 @@ def inspect_draft(name_or_path: str | Path, target: TargetSpec | None = None) ->
         "tokenizer_hash": facts.get("tokenizer_hash"),
         "held_out_tau": facts.get("held_out_tau"),
         "stored_as": "+".join(stored_as),
-        "stored_copies": [name for name in SHARED if name in stored],
+        "stored_copies": [name for name in read.SHARED if name in stored],
         "parameters": own,
         "parameters_with_embedding_and_head": own + copies,
         "dtype": str(dtype),
@@ -90,23 +83,11 @@ def inspect_draft(name_or_path: str | Path, target: TargetSpec | None = None) ->
     }
 
 
+@cache
 def parameters(spec: DraftSpec) -> tuple[int, int]:
     """(number of a draft's own parameters, number of those of its embedding [V, d] and its head [K, d])."""
-    own = sum(math.prod(shape) for shape in draft_shapes(spec).values())
-    return own, sum(math.prod(copy_shapes(spec)[name]) for name in SHARED)
-
-
-def _alignment(spec: DraftSpec) -> str | None:
-    """Which slot proposes which token (method.md 3); None for Eagle-3, which has no slots."""
-    if not ALGORITHMS[spec.algorithm].parallel:
-        return None
-    return "anchor-first" if spec.sample_from_anchor else "fill-in"
-
-
-def _confidence(spec: DraftSpec) -> str | None:
-    if not spec.confidence:
-        return None
-    return "sees the previous token" if spec.confidence_with_markov else "sees only the hidden row"
+    own = sum(math.prod(shape) for shape in read.draft_shapes(spec).values())
+    return own, sum(math.prod(read.copy_shapes(spec)[name]) for name in read.SHARED)
 
 
 def _doubts(facts: dict[str, Any], target: TargetSpec) -> list[str]:

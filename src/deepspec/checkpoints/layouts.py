@@ -1,8 +1,7 @@
 """Configs of other trainers, translated to the released layout, which `spec.read_spec` then reads.
 
-One function per layout turns a raw config.json into one of the released layout; files and tensors are not
-touched. The tensors have the same names in all three layouts. A draft that our classes cannot compute is
-refused here, with the reason: read as something else it would load without an error and propose badly.
+The tensors have the same names in all three layouts. A draft that our classes cannot compute is refused here,
+with the reason: read as something else it would load without an error and propose badly.
 """
 
 from __future__ import annotations
@@ -13,16 +12,9 @@ from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.spec import EAGLE3_NORMS, SpecError
 
 OLDER_DFLASH = "DFlashDraftModel"
-# The keys that the nested `dflash_config` may have; `use_aux_hidden_state` and `mask_token` have no effect.
-OLDER_DFLASH_KEYS = {
-    "target_layer_ids",
-    "mask_token_id",
-    "mask_token",
-    "block_size",
-    "num_target_layers",
-    "sample_from_anchor",
-    "use_aux_hidden_state",
-}
+# The keys that the nested `dflash_config` may have; the last two have no effect.
+OLDER_DFLASH_KEYS = {"target_layer_ids", "mask_token_id", "block_size", "num_target_layers"}
+OLDER_DFLASH_KEYS |= {"sample_from_anchor", "use_aux_hidden_state", "mask_token"}
 SPECULATORS = ("eagle3", "dflash", "dspark")
 """The algorithms of that package that can be read; their names are the same here."""
 

@@ -1,7 +1,6 @@
 """A draft checkpoint as it is on disk: which directory holds it, what its config says, and its tensors.
 
-Two other layouts are read too (`layouts.py`). Reading is strict: every tensor that the config implies must be
-there in its shape, and nothing else may be. A draft is bound to its target in `draft.py`.
+Reading is strict: every tensor that the config implies must be there in its shape, and nothing else may be.
 """
 
 from __future__ import annotations
@@ -33,9 +32,6 @@ CHOICES = f"a run directory such as runs/NAME, or a built-in draft ({', '.join(D
 EMBEDDING, HEAD = SHARED = ("embed_tokens.weight", "lm_head.weight")
 MAPS = ("d2t", "t2d")
 """Tensors of a reduced vocabulary: offsets [K] (row i is target id i + d2t[i]) and a membership mask [V]."""
-
-
-# ── the directory and its JSON files ──────────────────────────────────────────────────────────────────
 
 
 def find_checkpoint(name_or_path: str | Path) -> Path:
@@ -89,11 +85,8 @@ def load_spec(path: Path, target_depth: int | None = None) -> DraftSpec:
 def load_provenance(path: Path) -> dict[str, Any]:
     """`deepspec.json`, or an empty dict if the checkpoint does not have one. Raises CheckpointError."""
     file = path / PROVENANCE
-    if not file.is_file():
-        return {}
-    return _read_object(
-        file, "copy it again, or remove it: the draft loads without it, and only its origin is unknown"
-    )
+    next_step = "copy it again, or remove it: the draft loads without it, and only its origin is unknown"
+    return _read_object(file, next_step) if file.is_file() else {}
 
 
 def _read_object(file: Path, next_step: str) -> dict[str, Any]:
@@ -106,9 +99,6 @@ def _read_object(file: Path, next_step: str) -> dict[str, Any]:
             f"{file.name} cannot be read: {error}", where=str(file), next_step=next_step
         ) from error
     return found
-
-
-# ── tensors ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_parts(path: Path, spec: DraftSpec) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -131,9 +121,8 @@ def read_parts(path: Path, spec: DraftSpec) -> tuple[dict[str, Tensor], dict[str
 def draft_shapes(spec: DraftSpec) -> dict[str, Shape]:
     """Name and shape of every tensor that belongs to a draft itself; no weights are made."""
     with torch.device("meta"):
-        return {
-            name: tuple(t.shape) for name, t in ALGORITHMS[spec.algorithm].build(spec).state_dict().items()
-        }
+        tensors = ALGORITHMS[spec.algorithm].build(spec).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def copy_shapes(spec: DraftSpec) -> dict[str, Shape]:

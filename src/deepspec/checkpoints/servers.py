@@ -1,7 +1,6 @@
 """The servers that drafts are exported to: how each is started, how it names a draft, what it cannot run.
 
-A new server is a row of `SERVERS` and its limits in `LIMITS`. The facts were read from the servers' own
-loaders (docs/serving.md has the versions); none of their code is imported.
+The facts were read from the servers' own loaders (docs/serving.md has the versions).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ NATIVE = "deepspec"
 
 
 class Server(NamedTuple):
-    """A server that drafts are written for. launch: the commands that start it with a draft."""
+    """launch: the commands that start it with a draft."""
 
     title: str
     launch: tuple[str, ...]
@@ -60,7 +59,7 @@ SERVERS: dict[str, Server] = {
 
 
 class Served(NamedTuple):
-    """What servers call a kind of draft: its registered architecture, its model type, the method's name."""
+    """What servers call a kind of draft; architecture: the one that they register."""
 
     architecture: str
     model_type: str
@@ -97,105 +96,95 @@ class Limit(NamedTuple):
     """A kind of draft that some servers (names separated by blanks) cannot run: the condition, the reason,
     and what to do instead."""
 
-    servers: str
     when: Callable[[Facts], bool]
     why: str
     instead: str
+    servers: str = " ".join(SERVERS)
 
 
-EVERYWHERE = " ".join(SERVERS)
 LIMITS: tuple[Limit, ...] = (
     Limit(
-        EVERYWHERE,
         lambda f: f.spec.family != "qwen3",
         "its layers are Gemma-4-shaped: SGLang has no such draft, llama.cpp refuses a soft-capped head, and "
         "vLLM's loader for them was not checked",
         "export with --to deepspec, the released layout (vLLM knows its architecture, Gemma4DSparkModel)",
     ),
     Limit(
-        EVERYWHERE,
         lambda f: f.spec.family == "qwen3" and f.spec.softcap is not None,
         "the target soft-caps its logits, and the draft in the server would not",
         "run this draft with `deepspec generate`",
     ),
     Limit(
-        EVERYWHERE,
         lambda f: f.spec.family == "qwen3" and f.target is not None and f.target.embedding.scale != 1.0,
         "the target scales its embedding by a factor, and the draft in the server would not",
         "run this draft with `deepspec generate`",
     ),
     Limit(
-        EVERYWHERE,
         lambda f: f.spec.family == "qwen3" and f.target is not None and f.target.head.scale != 1.0,
         "the target scales its logits by a factor, and the draft in the server would not",
         "run this draft with `deepspec generate`",
     ),
     Limit(
-        EVERYWHERE,
         lambda f: f.spec.family == "qwen3" and f.spec.shape.activation != "silu",
         "its MLP is not gated by SiLU, and the server supports no other activation in a draft",
         "train a new draft with `deepspec train`: it uses SiLU for every target but Gemma-4",
     ),
     Limit(
-        EVERYWHERE,
         lambda f: f.spec.shape.attention_bias,
         "its attention has biases, which the server's loader drops silently",
         "train a new draft with `deepspec train`: it has no biases for any target but Gemma-4",
     ),
     Limit(
-        EVERYWHERE,
         lambda f: f.spec.family == "qwen3" and f.spec.shape.rope.kind != "default",
         "its rotary positions are not of the default kind",
         "train a new draft with `deepspec train`: it uses the default kind for every target but Gemma-4",
     ),
     Limit(
-        EVERYWHERE,
         lambda f: f.spec.target_layer_ids[0] < 1,
         "it reads the embedding or layer 0, and the two ways of numbering layers disagree about those",
         "train with draft.target_layer_ids that start at 1 or later",
     ),
     Limit(
-        EVERYWHERE,
         lambda f: not f.eagle and not f.spec.shape.qk_norm,
         "its queries and keys have no per-head norms, and the server expects them in block drafts",
         "train with draft.qk_norm=true",
     ),
     Limit(
-        "sglang llamacpp",
         lambda f: f.eagle and f.spec.shape.qk_norm,
         "its queries and keys have per-head norms, and the server does not support them in Eagle-3",
         "export with --to vllm (Eagle3Qwen3ForCausalLM), or train with draft.qk_norm=false "
         "(recipe pocket-eagle3-portable)",
+        "sglang llamacpp",
     ),
     Limit(
-        "llamacpp",
         lambda f: f.eagle and len(f.spec.target_layer_ids) != 3,
         "it does not read exactly three feature layers, and llama.cpp's Eagle-3 needs three",
         "train with three draft.target_layer_ids, or export with --to vllm or sglang",
+        "llamacpp",
     ),
     Limit(
-        "vllm llamacpp",
         lambda f: f.spec.markov_rank > 0 and f.spec.markov_head != "vanilla",
         "its sequential head is gated or rnn, and the server supports only vanilla",
         "export with --to sglang, or train with draft.markov_head=vanilla",
+        "vllm llamacpp",
     ),
     Limit(
-        "sglang llamacpp",
         lambda f: f.own,
         "it has its own embedding and head, and the server would use the target's",
         "add --target, so that copies equal to the target's are left out, or export with --to vllm",
+        "sglang llamacpp",
     ),
     Limit(
-        "sglang",
         lambda f: not f.eagle and f.spec.draft_vocab_size is not None,
         "its vocabulary is reduced, and SGLang ignores that in DFlash and DSpark drafts",
         "export with --to vllm",
+        "sglang",
     ),
     Limit(
-        "sglang",
         lambda f: not f.eagle and f.target is not None and f.target.spec.model_type == "qwen2",
         "SGLang cannot capture the features of a Qwen2 target for DFlash and DSpark",
         "export with --to vllm, or train an Eagle-3 draft",
+        "sglang",
     ),
 )
 

@@ -1,9 +1,4 @@
-"""What a recipe takes, before anything runs: `deepspec plan`. Arithmetic only: no torch, no transformers.
-
-`dimensions` names the numbers of a target and a draft, `formulas` has every formula once, `machines` is rows
-of data, `inputs` is all that a plan depends on, `sizes` counts bytes, `step_time` operations and seconds,
-`plan` puts them together, `fit` finds what makes a plan fit. `deepspec.planning` brings what needs torch.
-"""
+"""What a recipe takes, before anything runs: `deepspec plan`. Arithmetic only: no torch, no transformers."""
 
 from deepspec.cost.fit import Change, cheapest_change
 from deepspec.cost.inputs import Counts, Inputs, assumed_counts, published_counts

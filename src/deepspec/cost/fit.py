@@ -1,14 +1,8 @@
-"""If a plan does not fit: the cheapest change that makes it fit, found by planning again with each.
-
-A change is the words that a user would add to the command. Cheapest first: what costs precision on disk, what
-costs time (features online, fewer answers at a time, smaller micro-batches), what costs the draft something
-(anchors, length, layers), and last another machine.
-"""
+"""If a plan does not fit: the cheapest change that makes it fit, found by planning again with each."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -22,12 +16,13 @@ from deepspec.errors import DataError, RecipeError
 class Step(NamedTuple):
     """A word of the command, such as `--store fp8` or `num_anchors=64`, and what one pays for it."""
 
-    word: str
+    key: str
+    value: str
     cost: str
 
     @property
-    def key(self) -> str:
-        return re.split("[ =]", self.word)[0]
+    def word(self) -> str:
+        return f"{self.key} {self.value}" if self.key.startswith("--") else f"{self.key}={self.value}"
 
 
 class Change(NamedTuple):
@@ -38,44 +33,39 @@ class Change(NamedTuple):
     needs: tuple[Need, ...]
 
 
-def ladder(inputs: Inputs) -> Iterator[Step]:
-    """Steps that need less on the same machine, cheapest first."""
-    yield Step("--store fp8", "some precision of the features")
-    yield Step("--features online", "the target's forward pass in every epoch")
-    for batch in (8, 4, 2, 1):
-        yield Step(f"--batch {batch}", "fewer answers written at a time")
-    yield Step("optim.micro_batch_size=1", "smaller matrix products")
-    yield Step("optim.states=8bit", "rounded moments of the optimiser, and the bitsandbytes package")
-    yield Step("eval_prompts=4", "a coarser choice of the best checkpoint")
-    for anchors in (256, 128, 64):
-        yield Step(f"num_anchors={anchors}", "fewer blocks learnt from in a sequence")
-    for length in (2048, 1536, 1024, 512):
-        yield Step(f"data.max_length={length}", "longer answers are cut")
-    for layers in (3, 2, 1):
-        yield Step(f"draft.num_layers={layers}", "a smaller draft")
-    for share in (2, 4, 10):
-        yield Step(f"--rows {max(int(inputs.counts.rows / share), 1)}", "fewer rows to learn from")
+def ladder(inputs: Inputs) -> list[Step]:
+    """Steps that need less on the same machine, cheapest first: what costs precision on disk, what costs
+    time, what costs the draft something."""
+    fewer_rows = [max(int(inputs.counts.rows / share), 1) for share in (2, 4, 10)]
+    choices: list[tuple[str, Sequence[object], str]] = [
+        ("--store", ["fp8"], "some precision of the features"),
+        ("--features", ["online"], "the target's forward pass in every epoch"),
+        ("--batch", [8, 4, 2, 1], "fewer answers written at a time"),
+        ("optim.micro_batch_size", [1], "smaller matrix products"),
+        ("optim.states", ["8bit"], "rounded moments of the optimiser, and the bitsandbytes package"),
+        ("eval_prompts", [4], "a coarser choice of the best checkpoint"),
+        ("num_anchors", [256, 128, 64], "fewer blocks learnt from in a sequence"),
+        ("data.max_length", [2048, 1536, 1024, 512], "longer answers are cut"),
+        ("draft.num_layers", [3, 2, 1], "a smaller draft"),
+        ("--rows", fewer_rows, "fewer rows to learn from"),
+    ]
+    return [Step(key, str(value), cost) for key, values, cost in choices for value in values]
 
 
-def other_machines() -> Iterator[Step]:
-    """Accelerators, the smallest first."""
-    yield from (Step(f"--machine {row.name}", "another machine") for row in MACHINES.values() if row.memory)
-
-
-def applied(inputs: Inputs, word: str) -> Inputs:
-    """The inputs after a word of the command. Raises RecipeError if the recipe does not allow it."""
-    option, _, value = word.partition(" ")
-    if option == "--machine":
+def applied(inputs: Inputs, step: Step) -> Inputs:
+    """The inputs after a step. Raises RecipeError if the recipe does not allow it."""
+    key, value = step.key, step.value
+    if key == "--machine":
         return replace(inputs, machine=MACHINES[value])
-    if option == "--rows":
+    if key == "--rows":
         return replace(inputs, counts=inputs.counts.of(int(value)))
-    if option == "--batch":
+    if key == "--batch":
         return replace(inputs, batch=int(value))
-    if option == "--store":
+    if key == "--store":
         return replace(inputs, store=value)
-    if option == "--features":
+    if key == "--features":
         return replace(inputs, features=value)
-    return replace(inputs, recipe=override(inputs.recipe, [word]))
+    return replace(inputs, recipe=override(inputs.recipe, [step.word]))
 
 
 def cheapest_change(inputs: Inputs, machines: bool = True) -> Change | None:
@@ -84,14 +74,15 @@ def cheapest_change(inputs: Inputs, machines: bool = True) -> Change | None:
     machines: whether another machine may be named if no change of the rest is enough. None if nothing here
     would do.
     """
-    own, others = [*ladder(inputs)], [*other_machines()]
+    own = ladder(inputs)
+    others = [Step("--machine", row.name, "another machine") for row in MACHINES.values() if row.memory]
     for steps in [own, others, own + others] if machines else [own]:
-        taken = next(([step] for step in steps if _over(inputs, [step]) == 0), None) or _several(
-            inputs, steps
-        )
+        single = next(([step] for step in steps if _over(inputs, [step]) == 0), None)
+        taken = single or _several(inputs, steps)
         if _over(inputs, taken) == 0:
-            words, costs = _words(taken), dict.fromkeys(step.cost for step in taken)
-            return Change(words, "; ".join(costs), _needs(inputs, words))
+            costs = dict.fromkeys(step.cost for step in taken)
+            words = tuple(step.word for step in _last_of_each_key(taken))
+            return Change(words, "; ".join(costs), _needs(inputs, taken))
     return None
 
 
@@ -107,21 +98,21 @@ def _several(inputs: Inputs, steps: Sequence[Step]) -> list[Step]:
     return taken
 
 
-def _words(taken: Sequence[Step]) -> tuple[str, ...]:
-    """One word for each key: a later, smaller value takes the place of an earlier one."""
-    return tuple({step.key: step.word for step in taken}.values())
+def _last_of_each_key(taken: Sequence[Step]) -> list[Step]:
+    """A later, smaller value takes the place of an earlier one."""
+    return list({step.key: step for step in taken}.values())
 
 
-def _needs(inputs: Inputs, words: Sequence[str]) -> tuple[Need, ...]:
-    for word in words:
-        inputs = applied(inputs, word)
+def _needs(inputs: Inputs, taken: Sequence[Step]) -> tuple[Need, ...]:
+    for step in _last_of_each_key(taken):
+        inputs = applied(inputs, step)
     return needs_of(inputs)
 
 
 def _over(inputs: Inputs, taken: Sequence[Step]) -> float:
     """How far the plan is from fitting: the sum of wanted over available bytes of what does not fit."""
     try:
-        needs = _needs(inputs, _words(taken))
+        needs = _needs(inputs, taken)
     except (DataError, RecipeError):
         return float("inf")  # no row is left, or the recipe does not allow it
     return sum(need.wants / need.has for need in needs if not need.fits)

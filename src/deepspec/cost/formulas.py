@@ -1,7 +1,5 @@
-"""What training a draft takes in bytes and operations, every formula once.
-
-A formula is a line of Python over named numbers (`dimensions.py` has the names of the target and the draft).
-`figure` evaluates it and prints it with the numbers put in, so the two cannot differ.
+"""What training a draft takes in bytes and operations, every formula once: a line of Python over named
+numbers (`dimensions.py` has the names of the target and the draft).
 """
 
 from __future__ import annotations
@@ -41,8 +39,7 @@ Names = dict[str, float]
 def figure(unit: str, formula: str, names: Names | None = None, /, **more: float | Figure) -> Figure:
     """The figure of a formula: + - * /, min, max and ceil over `names` and `more`, which comes first.
 
-    Python evaluates the text: formulas are literals of this package and never come from a user. Raises
-    KeyError for a name without a number.
+    Python evaluates the text: formulas are literals of this package and never come from a user.
     """
     given = {name: float(value) for name, value in {**(names or {}), **more}.items()}
     numbers = re.sub(r"[A-Za-z_]\w*", lambda w: w[0] if w[0] in FUNCTIONS else number(given[w[0]]), formula)
@@ -64,9 +61,6 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-# ── parameters ────────────────────────────────────────────────────────────────────────────────────────
-
-
 def body_weights(target: Names, experts: float) -> Figure:
     """Matrix weights of the layers. experts: weights of a mixture, all or those that a token passes."""
     formula = "layers * attention + (layers - sparse) * mlp + sparse * experts"
@@ -82,9 +76,6 @@ def draft_parameters(draft: Names) -> Figure:
     """The draft's own parameters; embedding and head are the target's."""
     formula = "fc + draft_layers * (row_weights + kv_weights) + rank * (vocab + own_vocab) + small"
     return figure("parameters", formula, draft)
-
-
-# ── bytes on disk ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def cache_bytes_per_token(
@@ -117,9 +108,6 @@ def cache_bytes(tokens: float, each: Figure) -> Figure:
 def moment_bytes(states: str) -> float:
     """Bytes of AdamW's two moments of a parameter: float32, or 8 bits with a float32 scale for every 256."""
     return 2 * 4 if states == "float32" else 2 * (1 + 4 / 256)
-
-
-# ── bytes in memory ───────────────────────────────────────────────────────────────────────────────────
 
 
 def state_bytes_per_parameter(precision: str, states: str = "float32") -> float:
@@ -176,9 +164,9 @@ def slot_bytes(names: Names, sequences: float, context: float) -> Figure:
     return figure("bytes", formula, names, sequences=sequences, context=context)
 
 
-# ── floating-point operations ─────────────────────────────────────────────────────────────────────────
-# 2 for each weight and row forwards, 4 more backwards. Scores and their use are counted whole, also where a
-# kernel skips what a mask hides: 4 for each query width and key forwards, 8 more backwards.
+# Floating-point operations: 2 for each weight and row forwards, 4 more backwards. Scores and their use are
+# counted whole, also where a kernel skips what a mask hides: 4 for each query width and key forwards, 8 more
+# backwards.
 
 
 def forward_flops(target: Names, tokens: float, keys: float, *, logits: float = 0.0) -> Figure:

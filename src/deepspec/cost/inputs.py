@@ -96,10 +96,8 @@ class Inputs:
         """
         spec, own = self.describe(self.recipe, self.config)
         draft = draft_dimensions(spec, own, self.recipe.precision)
-        data = data_names(self.recipe, self.counts)
-        return (
-            target_dimensions(self.config) | draft | data | {"batch": self.batch or USUAL_BATCH[self.engine]}
-        )
+        data = data_names(self.recipe, self.counts) | {"batch": self.batch or USUAL_BATCH[self.engine]}
+        return target_dimensions(self.config) | draft | data
 
     @property
     def taught(self) -> bool:

@@ -1,7 +1,5 @@
-"""Machines that a plan can be made for, one row of data each.
-
-Peaks, bandwidths and watts are the vendors' figures for dense arithmetic. What a program reaches of them is
-an assumption of ours, and is called one wherever it is used; `deepspec plan --machine here` measures instead.
+"""Machines that a plan can be made for: the vendors' figures for dense arithmetic, and what a program is
+assumed to reach of them.
 """
 
 from __future__ import annotations
@@ -38,14 +36,11 @@ class Machine(NamedTuple):
     """Seconds that Python and kernel launches add to each layer of a decoding step in process: an assumption.
     An inference engine with captured graphs adds next to none."""
 
-    def peak(self, width: float) -> float:
-        """Operations per second on numbers of `width` bytes."""
-        return self.float32 if width == 4 else self.bfloat16
-
     def numbers(self, width: float) -> dict[str, float]:
-        """What decoding steps in numbers of `width` bytes depend on, by name."""
-        reached = {"share": self.share, "bandwidth_share": self.bandwidth_share}
-        return {"peak": self.peak(width), "bandwidth": self.bandwidth, "launch": self.launch} | reached
+        """What seconds depend on, by name. peak: operations per second on numbers of `width` bytes."""
+        peak = self.float32 if width == 4 else self.bfloat16
+        shares = {"share": self.share, "bandwidth_share": self.bandwidth_share}
+        return {"peak": peak, "bandwidth": self.bandwidth, "launch": self.launch} | shares
 
 
 MACHINES = {

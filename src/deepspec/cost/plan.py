@@ -1,7 +1,4 @@
-"""A plan: what a recipe takes before anything runs, each figure with its formula, and whether it fits.
-
-Arithmetic only: inputs and a source of seconds in, figures out. Nothing is loaded or measured here.
-"""
+"""A plan: what a recipe takes before anything runs, each figure with its formula, and whether it fits."""
 
 from __future__ import annotations
 
@@ -79,7 +76,7 @@ def make_plan(inputs: Inputs, source: StepTime | None = None) -> Plan:
         *source.notes(inputs),
         f"held-out evaluations are assumed to reach τ {ASSUMED_TAU:g}",
     ]
-    if watts := source.watts() or inputs.machine.watts:
+    if watts := inputs.machine.watts:
         formula = "seconds * watts / 3600000"
         notes.append(f"energy is counted at {watts:.0f} W")
         sections["energy"] = {
@@ -98,9 +95,8 @@ def time_figures(inputs: Inputs, source: StepTime) -> tuple[Figure, dict[str, Fi
     found: dict[str, Figure] = {}
     if not inputs.counts.answered:
         found["regeneration"] = source.answers(inputs)
-    found["features"] = (
-        source.cache(inputs) if cached else figure("s", "steps * each", steps=steps, each=features)
-    )
+    passes = figure("s", "steps * each", steps=steps, each=features)
+    found["features"] = source.cache(inputs) if cached else passes
     found["training"] = figure("s", "steps * each", steps=steps, each=draft)
     if overhead := source.overhead(inputs, float(steps)):
         found["loading, setup and checkpoints"] = overhead
@@ -111,10 +107,8 @@ def time_figures(inputs: Inputs, source: StepTime) -> tuple[Figure, dict[str, Fi
 
 def optimiser_steps(inputs: Inputs, step: float) -> Figure:
     """Steps until the first of the recipe's limits. step: seconds of one."""
-    limit, minutes = (
-        inputs.recipe.total_steps(math.ceil(inputs.names["rows"])),
-        inputs.recipe.optim.max_minutes,
-    )
+    recipe = inputs.recipe
+    limit, minutes = recipe.total_steps(math.ceil(inputs.names["rows"])), recipe.optim.max_minutes
     if minutes is None:
         return figure("steps", "limit", limit=limit or 0)
     if limit is None:

@@ -5,18 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from deepspec.config import HELD_OUT_ROWS, KEPT_CHECKPOINTS
-from deepspec.cost.formulas import (
-    Figure,
-    activation_bytes,
-    cache_bytes,
-    cache_bytes_per_token,
-    figure,
-    head_bytes,
-    moment_bytes,
-    passing_bytes,
-    slot_bytes,
-    state_bytes_per_parameter,
-)
+from deepspec.cost import formulas
+from deepspec.cost.formulas import Figure, figure
 from deepspec.cost.inputs import Inputs
 from deepspec.features.formats import STORED_BYTES, TOKEN_BYTES
 
@@ -49,11 +39,11 @@ def disk_figures(inputs: Inputs) -> dict[str, Figure]:
     share = names["answers"] / names["tokens"] if inputs.taught else 0.0
     hidden, layers = int(names["hidden"]), int(names["feature_layers"])
     for store in STORED_BYTES:
-        each = cache_bytes_per_token(hidden, layers, store, last_share=share)
-        found[f"cache in {store}"] = cache_bytes(names["tokens"], each)
+        each = formulas.cache_bytes_per_token(hidden, layers, store, last_share=share)
+        found[f"cache in {store}"] = formulas.cache_bytes(names["tokens"], each)
     # One more is written before the oldest goes; the best one has no optimiser.
     formula = "own * (kept * (draft_width + master + moments) + draft_width)"
-    kept, moments = KEPT_CHECKPOINTS + 1, moment_bytes(recipe.optim.states)
+    kept, moments = KEPT_CHECKPOINTS + 1, formulas.moment_bytes(recipe.optim.states)
     found["checkpoints"] = figure("bytes", formula, names, kept=kept, master=4, moments=moments)
     return found
 
@@ -67,7 +57,7 @@ def memory_figures(inputs: Inputs) -> dict[str, Figure]:
     loss_rows = micro * (anchors * names["block"] if names["parallel"] else length)
     rows = min(HELD_OUT_ROWS, recipe.eval_prompts)
     context = names["prompts"] / names["rows"] + recipe.eval_max_new_tokens + names["block"] + 1
-    each = state_bytes_per_parameter(recipe.precision, recipe.optim.states)
+    each = formulas.state_bytes_per_parameter(recipe.precision, recipe.optim.states)
     base = {
         "target weights": figure("bytes", "parameters * width", names),
         "draft, gradients, optimiser": figure("bytes", "own * each", names, each=each),
@@ -75,13 +65,13 @@ def memory_figures(inputs: Inputs) -> dict[str, Figure]:
     features = "sequences * length * width * hidden * (2 * feature_layers + 1)"
     step = {
         "features of a micro-batch": figure("bytes", features, names, sequences=micro, length=length),
-        "activations of a micro-batch": activation_bytes(names, micro, length, anchors),
-        "scores in passing": passing_bytes(names, micro, length),
-        "head and loss": head_bytes(names, loss_rows),
+        "activations of a micro-batch": formulas.activation_bytes(names, micro, length, anchors),
+        "scores in passing": formulas.passing_bytes(names, micro, length),
+        "head and loss": formulas.head_bytes(names, loss_rows),
     }
     laws = "sequences * (2 * block + 1) * vocab * 4 * copies"
     held_out = {
-        "held-out slots": slot_bytes(names, rows, context),
+        "held-out slots": formulas.slot_bytes(names, rows, context),
         "held-out distributions": figure("bytes", laws, names, sequences=rows, copies=3),
     }
     weights, state = base.values()
@@ -95,7 +85,7 @@ def memory_figures(inputs: Inputs) -> dict[str, Figure]:
         held_out=sum(map(float, held_out.values())),
     )
     if inputs.answers_here:
-        slots = slot_bytes(names | {"draft_layers": 0}, names["batch"], length)
+        slots = formulas.slot_bytes(names | {"draft_layers": 0}, names["batch"], length)
         found["answering"] = figure("bytes", "weights + slots", weights=weights, slots=slots)
     return found
 
@@ -119,13 +109,9 @@ def host_figures(inputs: Inputs, memory: dict[str, Figure]) -> dict[str, Figure]
 def needs_of(inputs: Inputs) -> tuple[Need, ...]:
     """What has to fit. Raises RecipeError and DataError as `Inputs.names` does."""
     disk, memory, machine = disk_figures(inputs), memory_figures(inputs), inputs.machine
-    written = [
-        "checkpoints",
-        "answers",
-        *([f"cache in {inputs.store}"] if inputs.features == "cache" else []),
-    ]
     needs = []
     if inputs.free_disk is not None:
+        written = ["checkpoints", "answers"] + [f"cache in {inputs.store}"] * (inputs.features == "cache")
         wants = sum(float(disk[name]) for name in written if name in disk)
         needs.append(Need("disk", wants, inputs.free_disk))
     if machine.memory is not None:
@@ -133,7 +119,6 @@ def needs_of(inputs: Inputs) -> tuple[Need, ...]:
         usable = USABLE * machine.memory
         needs += [Need(f"accelerator memory, {verb}", float(memory[verb]), usable) for verb in verbs]
     if machine.host is not None:
-        needs.append(
-            Need("host memory", float(host_figures(inputs, memory)["at most at once"]), machine.host)
-        )
+        wants = float(host_figures(inputs, memory)["at most at once"])
+        needs.append(Need("host memory", wants, machine.host))
     return tuple(needs)

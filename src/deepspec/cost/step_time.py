@@ -1,10 +1,4 @@
-"""Seconds of the parts of a run. A plan asks a `StepTime`; each source of seconds is one class here.
-
-`FromRow` computes them from a machine's peaks and assumed shares: a pass over whole sequences takes its
-operations over the peak reached, a decoding step the larger of reading weights and keys and of computing,
-plus what Python adds to each layer. `Measured` takes them from what `deepspec.speeds` measured here. A third
-source, such as a server's table of step times, is a third class, chosen in `deepspec.planning`.
-"""
+"""Seconds of the parts of a run: each source of seconds is one class here, chosen in `deepspec.planning`."""
 
 from __future__ import annotations
 
@@ -12,7 +6,6 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from deepspec.config import HELD_OUT_ROWS, LOG_EVERY, Recipe
 from deepspec.cost.formulas import Figure, Names, draft_flops, figure, forward_flops, head_flops, number
@@ -27,25 +20,6 @@ QUIET = 0.7
 """A measurement that got a smaller share of a core was disturbed by other work."""
 
 
-class StepTime(Protocol):
-    """A source of seconds, each for a plan's inputs.
-
-    answers: until all answers are written. features_step: what the target's pass adds to an optimiser step;
-    draft_step: the rest of it. cache: until the features of all rows are in a cache. held_out: one held-out
-    evaluation. overhead: loading, setting up and checkpoints, for so many steps; None if they are not known.
-    watts: power while training, None if it is not known. notes: what the seconds rest on, in sentences.
-    """
-
-    def answers(self, inputs: Inputs) -> Figure: ...
-    def features_step(self, inputs: Inputs) -> Figure: ...
-    def draft_step(self, inputs: Inputs) -> Figure: ...
-    def cache(self, inputs: Inputs) -> Figure: ...
-    def held_out(self, inputs: Inputs) -> Figure: ...
-    def overhead(self, inputs: Inputs, steps: float) -> Figure | None: ...
-    def watts(self) -> float | None: ...
-    def notes(self, inputs: Inputs) -> list[str]: ...
-
-
 def operations(inputs: Inputs) -> dict[str, Figure]:
     """Operations of answering everything once, and of one epoch of features and of training."""
     names = inputs.names
@@ -53,10 +27,8 @@ def operations(inputs: Inputs) -> dict[str, Figure]:
     layers = draft_flops(names, rows, padded / rows, reach, names["anchors"])
     # Without a teacher in the loss, the target's head runs only in the steps whose metrics are logged.
     taught = 1.0 if inputs.taught else 1 / LOG_EVERY
-    trained = (
-        rows * names["anchors"] * names["slots"] if names["parallel"] else names["answers"] * names["block"]
-    )
-    heads = head_flops(names, trained, taught)
+    blocks, unrolled = rows * names["anchors"] * names["slots"], names["answers"] * names["block"]
+    heads = head_flops(names, blocks if names["parallel"] else unrolled, taught)
     logits = names["answers"] + rows
     return {
         "regeneration": forward_flops(names, names["tokens"], names["reach"] / 2, logits=logits),
@@ -67,12 +39,18 @@ def operations(inputs: Inputs) -> dict[str, Figure]:
     }
 
 
-# ── from a machine's row ──────────────────────────────────────────────────────────────────────────────
-
-
 @dataclass(frozen=True)
 class FromRow:
-    """Seconds from a machine's peaks, and from the shares of them that are assumed to be reached."""
+    """Seconds from a machine's peaks, and from the shares of them that are assumed to be reached.
+
+    A pass over whole sequences takes its operations over the peak reached, a decoding step the larger of
+    reading weights and keys and of computing, plus what Python adds to each layer.
+
+    answers: until all answers are written. features_step: what the target's pass adds to an optimiser step;
+    draft_step: the rest of it. cache: until the features of all rows are in a cache. held_out: one held-out
+    evaluation. overhead: loading, setting up and checkpoints, for so many steps; None if they are not known.
+    notes: what the seconds rest on, in sentences.
+    """
 
     machine: Machine
 
@@ -84,13 +62,9 @@ class FromRow:
             f"{row.launch * 1e3:g} ms to each layer of a decoding step in process"
         ]
 
-    def watts(self) -> float | None:
-        return self.machine.watts
-
     def _pass(self, flops: Figure, width: float) -> Figure:
         """Seconds of passes over whole sequences, in numbers of `width` bytes."""
-        given = {"peak": self.machine.peak(width), "share": self.machine.share}
-        return figure("s", "flops / (peak * share)", given, flops=flops)
+        return figure("s", "flops / (peak * share)", self.machine.numbers(width), flops=flops)
 
     def _decoding_step(
         self, names: Names, sequences: float, each: float, context: float, eager: bool = True
@@ -163,9 +137,6 @@ class FromRow:
         return None
 
 
-# ── measured here ─────────────────────────────────────────────────────────────────────────────────────
-
-
 @dataclass(frozen=True)
 class TrainSpeed:
     """Seconds of the parts of a recipe's training. step: an optimiser step, `features` of them the target's
@@ -225,7 +196,7 @@ def rounds_needed(lengths: Sequence[float], slots: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds as they were measured on this machine. The steps of the recipe have to be among them."""
+    """The same seconds as they were measured here (`deepspec.speeds`), the recipe's steps among them."""
 
     speeds: Speeds
 
@@ -237,9 +208,6 @@ class Measured:
                 "are too long; run again with --measure once it is quiet"
             )
         return found
-
-    def watts(self) -> float | None:
-        return self.speeds.watts
 
     def _train(self, inputs: Inputs) -> TrainSpeed:
         return self.speeds.train[speed_key(inputs.recipe)]
@@ -254,14 +222,15 @@ class Measured:
         lengths, count = self._lengths(prompts), math.ceil(prompts / (self.speeds.stretch * slots))
         # Prompts decide which lengths are decoded as one stretch: here, every stretch has its share of all.
         parts = [rounds_needed(lengths[i::count], slots) for i in range(count)]
+        rounds, row_rounds = map(sum, zip(*parts, strict=True))
         return figure(
             "s",
             "prompts * prefill + rounds * base + row_rounds * row",
             prompts=prompts,
             prefill=self.speeds.prompt,
-            rounds=sum(rounds for rounds, _ in parts),
+            rounds=rounds,
             base=self.speeds.round_base,
-            row_rounds=sum(row_rounds for _, row_rounds in parts),
+            row_rounds=row_rounds,
             row=self.speeds.round_row,
         )
 
@@ -273,16 +242,13 @@ class Measured:
         return figure("s", "step - features", step=speed.step, features=speed.features)
 
     def cache(self, inputs: Inputs) -> Figure:
-        formula = "rows * encode + tokens * cache_token"
-        return figure(
-            "s", formula, inputs.names, encode=self.speeds.encode, cache_token=self.speeds.cache_token
-        )
+        each = {"encode": self.speeds.encode, "cache_token": self.speeds.cache_token}
+        return figure("s", "rows * encode + tokens * cache_token", inputs.names, **each)
 
     def held_out(self, inputs: Inputs) -> Figure:
         recipe, speed = inputs.recipe, self._train(inputs)
-        rounds = [
-            min(n, recipe.eval_max_new_tokens) / ASSUMED_TAU for n in self._lengths(recipe.eval_prompts)
-        ]
+        most, lengths = recipe.eval_max_new_tokens, self._lengths(recipe.eval_prompts)
+        rounds = [min(length, most) / ASSUMED_TAU for length in lengths]
         return figure(
             "s",
             "prompts * prefill + rounds * round",
@@ -305,3 +271,7 @@ class Measured:
             saved=math.floor(steps / every) + 2,
             checkpoint=speed.checkpoint,
         )
+
+
+StepTime = FromRow | Measured
+"""A source of seconds, each for a plan's inputs."""

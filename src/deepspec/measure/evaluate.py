@@ -1,7 +1,6 @@
-"""Evaluation: every method answers the same prompts, in turns, with intervals and the lossless check.
+"""Evaluation: every method answers the same prompts, with intervals and the lossless check (docs/results.md).
 
-Methods take turns prompt by prompt, so that a machine whose speed drifts slows them all alike; speed-ups
-are ratios within one run. The results file's format is in docs/results.md.
+Methods take turns prompt by prompt, so that a machine whose speed drifts slows them all alike.
 """
 
 from __future__ import annotations
@@ -102,11 +101,7 @@ def held_out_tau(
     target: Target, draft: Draft, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float = 1.0
 ) -> float:
     """Pooled τ of a draft on prompts that are decoded together. It picks the best checkpoint."""
-    decoder = Decoder(
-        target,
-        draft,
-        max_rows=min(HELD_OUT_ROWS, len(prompts)),
-    )
+    decoder = Decoder(target, draft, max_rows=min(HELD_OUT_ROWS, len(prompts)))
     sampling, stops = Sampling(temperature), target.stop_token_ids
     requests = [Request(p.ids, max_new_tokens, i, p.id, sampling, stops) for i, p in enumerate(prompts)]
     return acceptance.tau([rounds_of(g)[2] for g in decoder.run(requests)]) or 1.0

@@ -83,9 +83,8 @@ def rows_of(
     target: Target, methods: Mapping[str, Method], prompts: Sequence[Prompt], sampling: Sampling
 ) -> list[dict[str, Any]]:
     """A row for each method (docs/results.md), with speed-ups against the faster plain one."""
-    base = max(
-        (m for m in methods.values() if m.kind in ("plain", "generate")), key=lambda m: _rate(m, prompts)
-    )
+    plain = [m for m in methods.values() if m.kind in ("plain", "generate")]
+    base = max(plain, key=lambda m: _rate(m, prompts))
     by_domain = {d: [p for p in prompts if p.domain == d] for d in dict.fromkeys(p.domain for p in prompts)}
     rows = []
     for name, method in methods.items():
@@ -145,13 +144,10 @@ def _summary(method: Method, base: Method, prompts: Sequence[Prompt]) -> dict[st
     speculative, block = method.block is not None, method.block or 0
     speedup = tau = None
     if method is not base:
-        speedup = acceptance.paired_bootstrap_ratio(
-            _speed(method, prompts), _speed(base, prompts), BOOTSTRAP_SEED
-        )
+        both = _speed(method, prompts), _speed(base, prompts)
+        speedup = acceptance.paired_bootstrap_ratio(*both, BOOTSTRAP_SEED)
     if speculative:
-        tau = acceptance.bootstrap_ratio(
-            [float(sum(k)) for k in kept], [float(len(k)) for k in kept], BOOTSTRAP_SEED
-        )
+        tau = acceptance.bootstrap_ratio([*map(sum, kept)], [*map(len, kept)], BOOTSTRAP_SEED)
     all_tokens = sum(len(a.token_ids) for a in method.answers.values())
     return {
         "prompts": len(prompts),
@@ -192,13 +188,10 @@ def _samples(target: Target, method: Method, prompts: Sequence[Prompt]) -> list[
     """The first prompt of each domain, its answer cut into runs of tokens by who produced them."""
     if target.tokenizer is None:
         return []
+    first = {prompt.domain: prompt for prompt in reversed(prompts)}
     samples = []
-    for domain in dict.fromkeys(p.domain for p in prompts):
-        prompt = next(p for p in prompts if p.domain == domain)
-        answer = method.answers[prompt.id]
-        pieces = [
-            {"text": text, "by": "draft" if drafted else "target"}
-            for text, drafted in pieces_of(target.tokenizer, answer)
-        ]
-        samples.append({"domain": domain, "prompt": prompt.text, "pieces": pieces})
+    for domain in dict.fromkeys(prompt.domain for prompt in prompts):
+        runs = pieces_of(target.tokenizer, method.answers[first[domain].id])
+        pieces = [{"text": text, "by": "draft" if drafted else "target"} for text, drafted in runs]
+        samples.append({"domain": domain, "prompt": first[domain].text, "pieces": pieces})
     return samples

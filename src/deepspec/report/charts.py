@@ -1,7 +1,4 @@
-"""Geometry of the report's charts: where lines, marks, bars and ticks go. The template draws them.
-
-All lengths are in units of the chart's viewBox; a chart is plain data.
-"""
+"""Geometry of the report's charts, in units of the chart's viewBox; the template draws them."""
 
 from __future__ import annotations
 
@@ -13,8 +10,10 @@ from typing import Any
 
 from deepspec.report.results import MISSING, estimate, is_number
 
-CHART_WIDTH, CHART_HEIGHT = 360.0, 230.0
-LEFT, RIGHT, TOP, BOTTOM = 40.0, 12.0, 12.0, 40.0  # chart margins
+WIDTH, HEIGHT = 360.0, 230.0
+LEFT, RIGHT, TOP, BOTTOM = 40.0, 12.0, 12.0, 40.0
+FRAME = {"width": WIDTH, "height": HEIGHT, "margins": {"left": LEFT, "right": RIGHT, "bottom": BOTTOM}}
+"""What the template needs to draw around a chart."""
 CURVE_POINTS = 120  # a training curve is averaged down to this many points
 
 
@@ -61,11 +60,11 @@ def line_chart(
     x_low, x_high = (x_low - 0.3, x_high + 0.3) if whole_x else (x_ticks[0], x_ticks[-1])
 
     def across(x: float) -> float:
-        return round(LEFT + (x - x_low) / (x_high - x_low) * (CHART_WIDTH - LEFT - RIGHT), 1)
+        return round(LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT), 1)
 
     def up(y: float) -> float:
         share = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return round(CHART_HEIGHT - BOTTOM - share * (CHART_HEIGHT - TOP - BOTTOM), 1)
+        return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
     drawn = []
     for style, line in series:
@@ -104,7 +103,7 @@ def bar_chart(
     x_ticks = ticks(0.0, max(1.0, *(value for value in values if is_number(value))))
 
     def across(x: float) -> float:
-        return round(8 + max(0.0, x) / x_ticks[-1] * (CHART_WIDTH - 16), 1)
+        return round(8 + max(0.0, x) / x_ticks[-1] * (WIDTH - 16), 1)
 
     y, heads, bars = 4.0, [], []
     for head, items in kept:

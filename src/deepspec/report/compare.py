@@ -1,8 +1,4 @@
-"""Comparing results: what may be compared, and paired differences in accepted length.
-
-Accepted lengths measured under different sampling, prompts or templates are different quantities, so
-`compare_results` refuses them unless told otherwise.
-"""
+"""Comparing results: what may be compared, and paired differences in accepted length."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from typing import Any
 from deepspec.conditions import UNRECORDED, contrast
 from deepspec.errors import DataError, UserError
 from deepspec.maths.acceptance import paired_bootstrap_difference
-from deepspec.report.results import CONDITION_NAMES, Result, Row
+from deepspec.report.results import Result, Row, condition_name
 
 PromptKey = tuple[str, str]  # domain, id
 
@@ -46,7 +42,7 @@ def condition_differences(
         return f"{conditions.get('target')} ({found})" if key == "target_hash" else found
 
     return [
-        contrast(CONDITION_NAMES[key], f"{one} was measured", value(a, key), other, value(b, key))
+        contrast(condition_name(key), f"{one} was measured", value(a, key), other, value(b, key))
         for key in names
         if a.get(key) != b.get(key)
     ]
@@ -89,13 +85,13 @@ def paired_difference(
 
 
 def compared_pair(a: tuple[str, Row], b: tuple[str, Row]) -> dict[str, Any]:
-    """One comparison of two named rows, over the prompts they share, as a whole and by domain."""
+    """One comparison of two named rows, over the prompts they share: as a whole and by domain what
+    `paired_difference` gives, and how many prompts only one of the two has (`left_out`)."""
     (name_a, row_a), (name_b, row_b) = a, b
     counts_a, counts_b = prompt_counts(row_a, name_a), prompt_counts(row_b, name_b)
     shared = [key for key in counts_a if key in counts_b]
     if not shared:
         raise DataError(f"{name_a} and {name_b} have no prompt in common")
-    domains = dict.fromkeys(domain for domain, _ in shared)
     return {
         "a": name_a,
         "b": name_b,
@@ -103,7 +99,7 @@ def compared_pair(a: tuple[str, Row], b: tuple[str, Row]) -> dict[str, Any]:
         **paired_difference(counts_a, counts_b, shared),
         "domains": {
             name: paired_difference(counts_a, counts_b, [key for key in shared if key[0] == name])
-            for name in domains
+            for name in dict.fromkeys(domain for domain, _ in shared)
         },
     }
 
@@ -115,10 +111,7 @@ def compare_results(files: Sequence[Result], allow_mismatch: bool = False) -> di
     over the prompts that both have, with a 95% interval from a bootstrap that draws prompts. A row is called
     by its method, and by its file's number too if there are several files.
 
-    Returns {"refusals": [...], "warnings": [...], "comparisons": [{"a", "b", "prompts", "left_out", "tau_a",
-    "tau_b", "difference": {"value", "low", "high"} or None, "domains": {name: the same}}]}, `left_out`
-    counts prompts that only one of the two has.
-
+    Returns {"refusals": [...], "warnings": [...], "comparisons": [...]}, as `compared_pair` gives them.
     Raises UserError when conditions differ in a way that makes the figures different quantities, unless
     `allow_mismatch`; DataError for rows without per-prompt counts, or fewer than two rows.
     """

@@ -1,9 +1,8 @@
 """Evaluation results and training metrics as one page, or as one table in the terminal.
 
-`write_report` makes a single HTML file with its style and its charts (inline SVG) inside: it opens from
-disk, loads nothing, and runs no script. Every figure on it comes from the results files, and what the
-lossless check found decides its sentences. This module finds the words and `charts` the geometry;
-`templates/report.html.j2` only places them and escapes every string.
+The page is a single HTML file with its style and its charts (inline SVG) inside: it opens from disk, loads
+nothing, and runs no script. `templates/report.html.j2` only places words and geometry, and escapes every
+string.
 """
 
 from __future__ import annotations
@@ -20,17 +19,7 @@ from rich.text import Text
 
 from deepspec.drafts import ALGORITHMS
 from deepspec.files import atomic_file
-from deepspec.report.charts import (
-    BOTTOM,
-    CHART_HEIGHT,
-    CHART_WIDTH,
-    LEFT,
-    RIGHT,
-    Style,
-    averaged,
-    bar_chart,
-    line_chart,
-)
+from deepspec.report.charts import FRAME, Style, averaged, bar_chart, line_chart
 from deepspec.report.results import (
     MISSING,
     Result,
@@ -49,11 +38,6 @@ from deepspec.report.results import (
     value_of,
 )
 
-NOT_MEASURABLE = f"J/token {MISSING}: not measurable here."
-TABLE_CONVENTIONS = [
-    ("low–high", "95% interval."),
-    ("lossless", "prompts answered exactly as by plain greedy decoding / prompts compared."),
-]
 REPEATS_WORTH_A_WARNING = 0.2
 KINDS = {
     "plain": "plain decoding",
@@ -127,10 +111,8 @@ def domains_sentence(row: Row) -> list[str]:
 
 
 def styles(algorithm_of: Mapping[str, str]) -> dict[str, Style]:
-    """A style for every name, given its algorithm (or kind); a second one of the same algorithm is hollow.
-
-    A label is the algorithm's name alone where only one has it.
-    """
+    """A style for every name, given its algorithm (or kind). Of several with one algorithm all but the first
+    are hollow, and none is called by the algorithm's name alone."""
     found: dict[str, Style] = {}
     for name, algorithm in algorithm_of.items():
         row = ALGORITHMS.get(algorithm)
@@ -151,13 +133,6 @@ def styles_of(results: Sequence[Result], training: Iterable[str] = ()) -> dict[s
     return styles({name: methods.get(name, key) for name, key in trained.items()}) | styles(methods)
 
 
-def baseline_of(result: Result) -> Row | None:
-    """The faster plain row, against which the speed-ups of this file were taken."""
-    plain = [row for row in rows_of(result) if row.get("kind") in ("plain", "generate")]
-    plain = [row for row in plain if is_number((row.get("overall") or {}).get("tokens_per_s"))]
-    return max(plain, key=lambda row: row["overall"]["tokens_per_s"], default=None)
-
-
 def detail_of(row: Row) -> str:
     """A second line for the method's cell: algorithm and block, or what kind of baseline it is."""
     known = ALGORITHMS.get(row.get("algorithm") or "")
@@ -172,18 +147,16 @@ def cells(row: Row, result: Result) -> dict[str, Any]:
     overall = row.get("overall") or {}
     tau, tau_interval = estimate(overall.get("tau"))
     speedup, speedup_interval = estimate(overall.get("speedup"), "×")
-    if row is baseline_of(result) and speedup == MISSING:
+    if row.get("baseline") and speedup == MISSING:
         speedup = "baseline"
     state, lossless = lossless_finding(row, result.get("conditions") or {})
-    domains = [
-        (name, estimate((each or {}).get("tau"))[0]) for name, each in (row.get("domains") or {}).items()
-    ]
+    domains = {k: estimate((each or {}).get("tau"))[0] for k, each in (row.get("domains") or {}).items()}
     return {
         "method": row.get("method", MISSING),
         "detail": detail_of(row),
         "tau": tau,
         "tau_interval": tau_interval,
-        "domains": [(name, text) for name, text in domains if text != MISSING],
+        "domains": [(name, text) for name, text in domains.items() if text != MISSING],
         "speedup": speedup,
         "speedup_interval": speedup_interval,
         "mean": f"{number(speed_of(row)[0])}×" if mean_over_domains(row) else "",
@@ -237,8 +210,10 @@ def results_table(results: Sequence[Result]) -> Table:
                 cell["lossless"].replace(" identical", "").replace(", ", "\n"),
             )
             table.add_row(*(Text(text.strip()) for text in texts), end_section=row is rows[-1])
-    notes = [f"{name}: {sentence}" for name, sentence in [*conventions_of(results), *TABLE_CONVENTIONS]]
-    notes += [NOT_MEASURABLE] if energy_missing(results) else []
+    notes = [f"{name}: {sentence}" for name, sentence in conventions_of(results)]
+    notes += ["low–high: 95% interval."]
+    notes += ["lossless: prompts answered exactly as by plain greedy decoding / prompts compared."]
+    notes += [f"J/token {MISSING}: not measurable here."] if energy_missing(results) else []
     table.caption = Text("\n".join(notes))
     return table
 
@@ -251,23 +226,19 @@ def training_charts(
     Each loss has its own chart: losses of different algorithms are different sums and cannot be compared.
     """
 
-    def line(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    def line(rows: Sequence[Mapping[str, Any]], name: str, seconds: float = 1.0) -> list[tuple[float, float]]:
         pairs = [(row.get("seconds"), row.get(name)) for row in rows]
-        return [(x, y) for x, y in pairs if is_number(x) and is_number(y)]
+        return [(x / seconds, y) for x, y in pairs if is_number(x) and is_number(y)]
 
     longest = max((x for rows in training.values() for x, _ in line(rows, "loss")), default=0.0)
     unit, seconds = ("hours", 3600.0) if longest > 3 * 3600 else ("minutes", 60.0)
     if longest <= 180:
         unit, seconds = "seconds", 1.0
-
-    def scaled(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-        return [(x / seconds, y) for x, y in points]
-
     label = f"training time, {unit}"
-    held_out = [(looks[name], scaled(line(rows, "held_out_tau"))) for name, rows in training.items()]
+    held_out = [(looks[name], line(rows, "held_out_tau", seconds)) for name, rows in training.items()]
     charts = [line_chart("Held-out τ", label, "tokens per round", held_out)]
     for name, rows in training.items():
-        points = averaged(scaled(line(rows, "loss")))
+        points = averaged(line(rows, "loss", seconds))
         title = f"Loss, {looks[name].label}"
         charts.append(line_chart(title, label, "loss", [(looks[name], points)], markers=False))
     return [chart for chart in charts if chart]
@@ -314,17 +285,8 @@ def condition_section(result: Result, label: str, looks: Mapping[str, Style]) ->
         line_chart("Conditional acceptance", position, "share", by_position("conditional"), (0, 1), True),
         line_chart("Survival", position, "share", by_position("survival"), (0, 1), True),
     ]
-    loops = [
-        row for row in rows if ((row.get("overall") or {}).get("repeated_8") or 0) > REPEATS_WORTH_A_WARNING
-    ]
-    sentences = [
-        {
-            "state": lossless_finding(row, conditions)[0],
-            "text": lossless_sentence(row, conditions, look(row).label),
-        }
-        for row in rows
-        if row.get("kind") in ("draft", "lookup") or row.get("lossless")
-    ]
+    repeats = [(look(row).label, (row.get("overall") or {}).get("repeated_8") or 0) for row in rows]
+    checked = [row for row in rows if row.get("kind") in ("draft", "lookup") or row.get("lossless")]
     return {
         "label": label,
         "greedy": is_greedy(conditions),
@@ -338,8 +300,11 @@ def condition_section(result: Result, label: str, looks: Mapping[str, Style]) ->
             for style, line in by_position(measure)
         ],
         "drafts": [look(row) for row in drafts],
-        "loops": [(look(row).label, f"{row['overall']['repeated_8']:.0%}") for row in loops],
-        "verified": sentences,
+        "loops": [(name, f"{share:.0%}") for name, share in repeats if share > REPEATS_WORTH_A_WARNING],
+        "verified": [
+            (lossless_finding(row, conditions)[0], lossless_sentence(row, conditions, look(row).label))
+            for row in checked
+        ],
         "samples": sample_groups(result, looks),
     }
 
@@ -360,22 +325,17 @@ def write_report(
     looks = styles_of(results, training)
     labels = condition_labels(results)
     sentence, support = headline(results)
-    folder = Path(__file__).parent / "templates"
+    targets = dict.fromkeys(str((each.get("conditions") or {}).get("target", "")) for each in results)
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("report.html.j2").render(
         title=title,
         headline=sentence,
         support=support,
         notes=list(notes),
-        targets=list(
-            dict.fromkeys(str((each.get("conditions") or {}).get("target", "")) for each in results)
-        ),
+        targets=list(targets),
         created=list(dict.fromkeys(str(each["created"]) for each in results if each.get("created"))),
         sections=[condition_section(*pair, looks) for pair in zip(results, labels, strict=True)],
         energy_missing=energy_missing(results),
@@ -384,9 +344,7 @@ def write_report(
         conventions=conventions_of(results),
         labels=labels,
         conditions=conditions_table(results),
-        width=CHART_WIDTH,
-        height=CHART_HEIGHT,
-        margins={"left": LEFT, "right": RIGHT, "bottom": BOTTOM},
+        **FRAME,
     )
     path = Path(path)
     with atomic_file(path) as stream:

@@ -1,7 +1,4 @@
-"""Reading results and metrics, and the words for figures, conditions and the lossless check.
-
-The format of a results file is described in docs/results.md.
-"""
+"""Results (docs/results.md) and metrics as they are read, and the words for what is in them."""
 
 from __future__ import annotations
 
@@ -19,25 +16,16 @@ Row = dict[str, Any]  # one method within it
 FORMAT = "deepspec-eval/1"
 MISSING = "–"
 CONDITION_NAMES = {
-    "target": "target",
-    "target_hash": "target hash",
-    "thinking": "thinking",
     "template_hash": "chat template",
-    "system_prompt": "system prompt",
-    "temperature": "temperature",
     "top_k": "top-k",
     "top_p": "top-p",
-    "prompts_hash": "prompts hash",
-    "prompts": "prompts",
     "max_new_tokens": "token budget per prompt",
-    "acceptance_rule": "acceptance rule",
     "ignore_eos": "stop tokens ignored",
-    "seed": "seed",
     "dtype": "number format",
-    "device": "device",
     "threads": "CPU threads",
     "batch": "batch size",
 }
+"""Names for people of the conditions whose key is not their name already."""
 
 
 def read_results(path: Path) -> list[Result]:
@@ -66,9 +54,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise DataError(f"malformed JSON: {error}", where=f"{path}:{number}") from error
     return rows
-
-
-# ── words ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -163,19 +148,19 @@ def lossless_sentence(row: Row, conditions: Mapping[str, Any], name: str) -> str
     state, _ = lossless_finding(row, conditions)
     check = row.get("lossless") or {}
     identical, prompts = check.get("identical") or 0, check.get("prompts") or 0
-    if state == "identical":
-        return f"{name}: identical to plain greedy decoding, token for token, on all {prompts} prompts."
-    if state == "near-ties":
-        return (
-            f"{name}: identical on {identical} of {prompts} prompts. On the other {prompts - identical} the "
-            "outputs part where the target's two best tokens tie within rounding; that is an explanation, "
-            "not a proof that nothing changed."
-        )
-    if state == "different":
-        return f"{name}: NOT identical to plain greedy decoding: {identical} of {prompts} prompts match."
-    if state == "sampled":
-        return f"{name}: not compared token for token, because outputs at this temperature are random."
-    return f"{name}: not compared with plain decoding in this run."
+    words = {
+        "identical": f"identical to plain greedy decoding, token for token, on all {prompts} prompts.",
+        "near-ties": f"identical on {identical} of {prompts} prompts. On the other {prompts - identical} the "
+        "outputs part where the target's two best tokens tie within rounding; that is an explanation, not a "
+        "proof that nothing changed.",
+        "different": f"NOT identical to plain greedy decoding: {identical} of {prompts} prompts match.",
+        "sampled": "not compared token for token, because outputs at this temperature are random.",
+    }
+    return f"{name}: {words.get(state, 'not compared with plain decoding in this run.')}"
+
+
+def condition_name(key: str) -> str:
+    return CONDITION_NAMES.get(key, key.replace("_", " "))
 
 
 def shown_condition(value: Any) -> str:
@@ -188,8 +173,7 @@ def shown_condition(value: Any) -> str:
 def conditions_table(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
     """(name, one value per results file) for every condition that any file records."""
     recorded = [result.get("conditions") or {} for result in results]
-    keys = dict.fromkeys([*CONDITION_NAMES, *(key for each in recorded for key in each)])
-    names = {key: CONDITION_NAMES.get(key, key) for key in keys if any(key in each for each in recorded)}
+    names = {key: condition_name(key) for each in recorded for key in each}
     return [
         (name[:1].upper() + name[1:], [shown_condition(each.get(key)) for each in recorded])
         for key, name in names.items()

@@ -26,7 +26,7 @@ READ_INPUT = tuple(f"self_attn.{name}_proj.weight" for name in "qkv")
 
 
 def recipe_spec(recipe: Recipe, target: Target) -> DraftSpec:
-    """What the recipe's draft is for this target, its mask token chosen. Raises RecipeError."""
+    """The recipe's draft for this target, its mask token chosen. Raises RecipeError."""
     needs_mask = ALGORITHMS[recipe.algorithm].needs_mask
     mask = mask_token(target, recipe.draft.mask_token_id) if needs_mask else None
     return draft_spec(recipe, target.spec.config, mask)
@@ -56,12 +56,12 @@ def build_draft(
 @torch.no_grad()
 def copy_last_layers(draft: NeuralDraft, target: Target) -> None:
     """Start a draft as a copy of the target's end: its layers get the matrices of the target's last layers,
-    and its projection passes on the deepest feature layer.
+    which turn a late hidden state into one that the head reads, and its projection passes on the deepest
+    feature layer.
 
-    Otherwise a fresh draft spends its first minutes learning what the target's last layers already do: they
-    turn a late hidden state into one that the head reads. Norms keep their ones (families scale them
-    differently). Eagle-3's attention reads twice the width; the half that reads its hidden state gets the
-    target's matrices. Raises RecipeError if a matrix has no counterpart of its shape.
+    Norms keep their ones (families scale them differently). Eagle-3's attention reads twice the width; the
+    half that reads its hidden state gets the target's matrices. Raises RecipeError if a matrix has no
+    counterpart of its shape.
     """
     width = draft.spec.shape.hidden
     layers = [part for part in draft.modules() if isinstance(part, DraftLayer)]
@@ -100,23 +100,12 @@ def draft_spec(recipe: Recipe, target_config: dict[str, Any], mask_token_id: int
 
     mask_token_id: None stands for the recipe's own. Raises RecipeError if there can be no such draft.
     """
-    d = recipe.draft
+    draft = recipe.draft.model_dump(exclude={"init", "step_loss_decay", "vocab_size"})
+    if mask_token_id is not None:
+        draft["mask_token_id"] = mask_token_id
+    size = recipe.draft.vocab_size
     try:
-        return new_spec(
-            target_config,
-            algorithm=recipe.algorithm,
-            num_layers=d.num_layers,
-            block=d.block,
-            target_layer_ids=d.target_layer_ids,
-            mask_token_id=d.mask_token_id if mask_token_id is None else mask_token_id,
-            markov_rank=d.markov_rank,
-            markov_head=d.markov_head,
-            confidence=d.confidence,
-            confidence_with_markov=d.confidence_with_markov,
-            intermediate_size=d.intermediate_size,
-            qk_norm=d.qk_norm,
-            draft_vocab_size=d.vocab_size,
-        )
+        return new_spec(target_config, algorithm=recipe.algorithm, draft_vocab_size=size, **draft)
     except (SpecError, ValueError) as error:
         raise RecipeError(
             str(error), where=recipe.name, next_step="change the recipe's `draft` section"
@@ -146,8 +135,7 @@ def mask_token(target: Target, chosen: int | None = None) -> int:
     (`unfit_for_mask`), and if none is fit.
     """
     if chosen is not None:
-        why = unfit_for_mask(target, chosen)
-        if why is None:
+        if (why := unfit_for_mask(target, chosen)) is None:
             return chosen
         raise RecipeError(
             f"draft.mask_token_id {chosen} {why}, so it cannot stand for a block's unknown tokens",

@@ -76,20 +76,14 @@ def training_data(
 
 def _row_settings(recipe: Recipe) -> dict[str, Any]:
     """The recipe's settings that decide how answers become rows."""
-    data = recipe.data
-    return {
-        "thinking": recipe.thinking,
-        "max_length": data.max_length,
-        "min_supervised": data.min_supervised,
-    }
+    return {"thinking": recipe.thinking} | recipe.data.model_dump(include={"max_length", "min_supervised"})
 
 
 def row_facts(recipe: Recipe, target: Target) -> dict[str, Any]:
     """Everything that decides a recipe's rows, apart from the answers."""
-    assert target.tokenizer is not None
-    now = Conditions(
-        template_hash=template_hash(target.tokenizer), tokenizer_hash=tokenizer_hash(target.tokenizer)
-    )
+    tokenizer = target.tokenizer
+    assert tokenizer is not None
+    now = Conditions(template_hash=template_hash(tokenizer), tokenizer_hash=tokenizer_hash(tokenizer))
     return now.record() | _row_settings(recipe)
 
 

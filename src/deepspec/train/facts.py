@@ -44,26 +44,18 @@ def data_facts(source: Path, limit: int | None = None) -> dict[str, Any]:
 def provenance(recipe: Recipe, target: Target, about: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says about where it came from. about: `data_facts` of its training data."""
     assert target.tokenizer is not None
-    now = Conditions(
-        recipe.thinking,
-        template_hash(target.tokenizer),
-        about["data"]["system_prompt"],
-        tokenizer_hash(target.tokenizer),
-        about["data"]["sampling"],
-    )
+    template, tokenizer = template_hash(target.tokenizer), tokenizer_hash(target.tokenizer)
+    system, sampling = about["data"]["system_prompt"], about["data"]["sampling"]
+    now = Conditions(recipe.thinking, template, system, tokenizer, sampling)
+    began_as = None
+    if recipe.start_from is not None:
+        before = load_provenance(find_checkpoint(recipe.start_from))
+        began_as = {"draft": recipe.start_from} | {k: before.get(k) for k in (*LABELS, "data_hash", "step")}
     return {
         "target": target.spec.name,
         "target_config_hash": target.spec.config_hash,
         **now.record(),
         **about,
-        "started_from": started_from(recipe),
+        "started_from": began_as,
         "recipe": recipe.model_dump(mode="json"),
     }
-
-
-def started_from(recipe: Recipe) -> dict[str, Any] | None:
-    """The draft that a fine-tuned one began as, and the conditions under which that one was trained."""
-    if recipe.start_from is None:
-        return None
-    facts = load_provenance(find_checkpoint(recipe.start_from))
-    return {"draft": recipe.start_from} | {k: facts.get(k) for k in (*LABELS, "data_hash", "step")}

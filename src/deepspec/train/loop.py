@@ -1,7 +1,6 @@
 """Training a draft: from a recipe to the best checkpoint, one step, one visible loop.
 
-Resuming is exact by construction: batch k is a pure function of (seed, k), and so are its anchors. The
-target is frozen; only the draft's own parameters are trained.
+Resuming is exact by construction: batch k is a pure function of (seed, k), and so are its anchors.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,7 @@ def train_draft(
         prompts = load_prompts(
             prompts_path(recipe.data.select), target, thinking=recipe.thinking, limit=recipe.eval_prompts
         )
-
-        def held_out(draft: NeuralDraft) -> float:
-            return held_out_tau(target, draft, prompts, recipe.eval_max_new_tokens)
-
+        held_out = partial(held_out_tau, target, prompts=prompts, max_new_tokens=recipe.eval_max_new_tokens)
         draft = build_draft(recipe, target, data.rows, spec)
         return train(run, draft, target, data.rows, data.source, facts, held_out)
 
@@ -112,26 +109,24 @@ def train(
         tau, at.judged_step = held_out(draft), at.step
         draft.train()
         figures = {"seconds": round(at.seconds, 3), "tokens": at.tokens}
-        run.log({"step": at.step, "held_out_tau": tau, **figures}, finished_share(recipe, total_steps, at))
+        log({"step": at.step, "held_out_tau": tau, **figures}, finished_share(recipe, total_steps, at))
         if at.best_tau is None or tau > at.best_tau:
             at.best_tau, at.best_step = tau, at.step
             run.save_best(draft, at, target, facts)
 
     draft.train()
-    with closing(batches), run.logging(at, total_steps), stop_on_interrupt(run.note) as stop:
+    with closing(batches), run.logging(at, total_steps) as log, stop_on_interrupt(run.note) as stop:
         while (done := finished_share(recipe, total_steps, at)) < 1.0 and not stop:
             began = time.perf_counter()
             epoch, picked = next(batches)
             measure = at.step % LOG_EVERY == 0
-            loss, sums = train_step(
-                draft, source, picked, recipe, at.step, measure=measure, optimizer=optimizer
-            )
+            loss, sums = train_step(draft, source, picked, recipe, at.step, measure, optimizer)
             lr, norm = optimizer.step(done)
             at.step, at.tokens = at.step + 1, at.tokens + sum(len(r.ids) for r in picked)
             at.seconds += time.perf_counter() - began
             if measure:
                 row = _metrics_row(at, epoch, float(loss), sums, lr, norm)
-                run.log(row, finished_share(recipe, total_steps, at))
+                log(row, finished_share(recipe, total_steps, at))
             if at.step % recipe.eval_every_steps == 0:
                 judge()
             if at.step % recipe.checkpoint_every_steps == 0:
@@ -151,7 +146,6 @@ def train_step(
     rows: Sequence[Encoded],
     recipe: Recipe,
     step: int,
-    *,
     measure: bool,
     optimizer: Optimizer,
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +26,15 @@ from deepspec.checkpoints.read import load_provenance
 from deepspec.config import KEPT_CHECKPOINTS, Recipe, dump_recipe, load_recipe
 from deepspec.drafts.base import NeuralDraft
 from deepspec.errors import CheckpointError, RecipeError
-from deepspec.files import JsonlWriter, alone_in, write_json, write_text
-from deepspec.log import Bar, Tracker, note, open_trackers, progress, warn
+from deepspec.files import JsonlWriter, alone_in, repair_last_line, write_json, write_text
+from deepspec.log import note, open_trackers, progress, warn
 from deepspec.targets import Target
 from deepspec.train.optimizer import Optimizer
 
 SHOWN = {"loss": "loss", "tau_estimate": "τ≈", "held_out_tau": "held-out τ", "tokens_per_s": "tokens/s"}
 """The metrics next to the progress bar, and their names there."""
+Log = Callable[[dict[str, Any], float], None]
+"""(row of metrics, finished share of the run in [0, 1], for the progress bar)."""
 FRESH = "choose another name (name=NAME), or start over with `deepspec train --fresh`"
 
 
@@ -55,7 +57,6 @@ class Run:
         self.folder, self.recipe, self.rank = folder, recipe, rank
         self.checkpoints, self.metrics = folder / "checkpoints", folder / "metrics.jsonl"
         self.best = self.checkpoints / "best"
-        self._log: tuple[JsonlWriter, Tracker, Bar, float] | None = None
 
     def note(self, text: str) -> None:
         if self.rank == 0:
@@ -64,8 +65,6 @@ class Run:
     def warn(self, text: str) -> None:
         if self.rank == 0:
             warn(text)
-
-    # ── the folder and its recipe ─────────────────────────────────────────────────────────────────────
 
     def move_aside(self) -> None:
         """Rename an earlier run of this name. Raises UserError while another process trains there."""
@@ -92,14 +91,12 @@ class Run:
                 self.note(f"{self.folder} was started with another recipe; it continues with this one")
         dump_recipe(self.recipe, path)
 
-    # ── metrics, trackers, progress bar ───────────────────────────────────────────────────────────────
-
     @contextmanager
-    def logging(self, at: Progress, total_steps: int | None) -> Iterator[None]:
-        """Inside the block `log` writes. Metrics of steps after `at` are dropped: a kill lost those steps,
-        and they will be trained again."""
+    def logging(self, at: Progress, total_steps: int | None) -> Iterator[Log]:
+        """What writes rows of metrics, inside the block. Metrics of steps after `at` are dropped: a kill lost
+        those steps, and they will be trained again."""
         if self.rank:
-            yield
+            yield lambda row, done: None
             return
         forget_after(self.metrics, at.step)
         recipe, total = self.recipe, float(total_steps or 1)
@@ -109,22 +106,13 @@ class Run:
             JsonlWriter(self.metrics) as metrics,
             progress(f"training {recipe.name}", total, count=total_steps is not None) as bar,
         ):
-            self._log = metrics, tracker, bar, total
-            try:
-                yield
-            finally:
-                self._log = None
 
-    def log(self, row: dict[str, Any], done: float) -> None:
-        """Write a row of metrics. done: the finished share of the run, in [0, 1], for the progress bar."""
-        if self._log is None:
-            return
-        metrics, tracker, bar, total = self._log
-        metrics.write(row)
-        tracker.log({k: float(v) for k, v in row.items() if isinstance(v, int | float)}, row["step"])
-        bar.update(completed=done * total, **{SHOWN[k]: v for k, v in row.items() if k in SHOWN})
+            def log(row: dict[str, Any], done: float) -> None:
+                metrics.write(row)
+                tracker.log({k: float(v) for k, v in row.items() if isinstance(v, int | float)}, row["step"])
+                bar.update(completed=done * total, **{SHOWN[k]: v for k, v in row.items() if k in SHOWN})
 
-    # ── checkpoints ───────────────────────────────────────────────────────────────────────────────────
+            yield log
 
     def _steps(self) -> list[tuple[int, Path]]:
         """(step, folder) of the whole checkpoints, oldest first."""
@@ -178,10 +166,14 @@ class Run:
             return Progress()
         saved = torch.load(path / "optimizer.pt", weights_only=True, map_location=draft.device)
         before, now = (found.get("vocabulary") or {} for found in (load_provenance(path), facts))
+        why = None
         if [m.shape for m in saved["masters"]] != [m.shape for m in optimizer.masters]:
-            raise _not_resumable(path, "trains a draft of another shape")
-        if before.get("ids_hash") != now.get("ids_hash"):
-            raise _not_resumable(path, "has a draft vocabulary that was counted in other data")
+            why = "trains a draft of another shape"
+        elif before.get("ids_hash") != now.get("ids_hash"):
+            why = "has a draft vocabulary that was counted in other data"
+        if why:
+            said = f"the run cannot continue with this recipe: it {why}"
+            raise CheckpointError(said, where=str(path), next_step=FRESH)
         optimizer.load(saved)
         at = Progress(**json.loads((path / "progress.json").read_text("utf-8")))
         self.note(f"resuming {self.folder} from step {at.step} ({at.seconds:.0f} s trained)")
@@ -219,20 +211,9 @@ def _differences(before: Recipe, now: Recipe) -> list[str]:
     return [f"its {key} is {one}, the recipe's is {two}" for key, one, two in other if one != two]
 
 
-def _not_resumable(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"the run cannot continue with this recipe: it {why}", where=str(path), next_step=FRESH
-    )
-
-
 def forget_after(path: Path, step: int) -> None:
     """Drop the metrics of later steps, and a torn last line."""
     if path.exists():
-        kept = []
-        for line in path.read_text("utf-8").splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except ValueError:  # a kill tore it
-                continue
-        write_text(path, "".join(kept))
+        repair_last_line(path)
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
