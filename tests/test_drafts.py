@@ -554,7 +554,7 @@ def test_a_freed_slot_is_forgotten_and_leaves_its_neighbours(make: Callable[[], 
     draft.free(1)
     found = propose(draft, [0, 2], batch, [0, 2], [4, 6])
     assert torch.equal(found.q, want.q)
-    assert set(draft.lengths.of) == {0, 2}
+    assert set(draft.lengths) == {0, 2}
     assert 1 not in getattr(draft, "last_hidden", {})
 
 

@@ -5,8 +5,6 @@ B sequences, S tokens, A anchors, γ slots, N loss rows, d hidden, m captured la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +20,7 @@ from deepspec.maths.blocks import (
     with_last_hidden,
 )
 from deepspec.maths.losses import HeadLoss, head_loss, position_weights
-from deepspec.maths.slots import SlotStore
+from deepspec.maths.slots import Ints, Ragged, SlotStore
 from deepspec.maths.verify import Samplings
 
 
@@ -155,31 +153,25 @@ class DFlashDraft(NeuralDraft):
         return self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
 
     @torch.inference_mode()
-    def observe(
-        self,
-        slots: Sequence[int],
-        features: Tensor | None,
-        tokens: Sequence[Sequence[int]],
-        next_tokens: Sequence[Sequence[int]],
-    ) -> None:
+    def observe(self, slots: Ints, features: Tensor | None, tokens: Ragged, next_tokens: Ragged) -> None:
         """Append the context keys and values of committed tokens."""
         assert features is not None
         context = self.context(features)
-        rows = self.lengths.rows(slots, features.shape[1])
+        rows = self.rows(slots, features.shape[1])
         turn = rotation(rows.positions(context.device), self.frequencies, context.dtype)
         for layer, store in zip(self.layers, self.stores, strict=True):
             assert isinstance(layer, DraftLayer)
             store.write(*layer.self_attn.keys_values(context, turn), rows)
         for slot, new in zip(slots, tokens, strict=True):
-            self.lengths.of[slot] += len(new)
+            self.lengths[slot] += len(new)
 
-    def block_hidden(self, slots: Sequence[int], anchors: Sequence[int]) -> Tensor:
+    def block_hidden(self, slots: Ints, anchors: Ints) -> Tensor:
         """[R, γ, d] hidden rows of one block after each slot's committed context."""
         block, mask_token_id = self.spec.block, self.spec.mask_token_id
         assert mask_token_id is not None
         ids = torch.full((len(slots), block), mask_token_id, device=self.device)
         ids[:, 0] = torch.tensor(list(anchors), device=self.device)
-        rows = self.lengths.rows(slots, block)
+        rows = self.rows(slots, block)
         hidden = self.embedding(ids).to(self.dtype)
         turn = rotation(rows.positions(self.device), self.frequencies, hidden.dtype)
         longest = max(rows.starts)
@@ -219,9 +211,7 @@ class DFlashDraft(NeuralDraft):
         return layer.finish(hidden, attended)
 
     @torch.inference_mode()
-    def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
-    ) -> Proposal:
+    def propose(self, slots: Ints, anchors: Ints, samplings: Samplings, uniforms: Tensor) -> Proposal:
         """γ proposals after each anchor, each slot drawn on its own."""
         hidden = self.block_hidden(slots, anchors)[:, self.spec.block - self.max_proposals :]
         logits = self.head.spread(self.head.logits(hidden), self.spec.vocab_size)

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +15,7 @@ from deepspec.drafts.heads import ConfidenceHead, MarkovHead
 from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import Blocks
 from deepspec.maths.losses import confidence_loss
+from deepspec.maths.slots import Ints
 from deepspec.maths.verify import Samplings
 
 
@@ -70,9 +69,7 @@ class DSparkDraft(DFlashDraft):
     # ── decoding ──────────────────────────────────────────────────────────────────────────────────
 
     @torch.inference_mode()
-    def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
-    ) -> Proposal:
+    def propose(self, slots: Ints, anchors: Ints, samplings: Samplings, uniforms: Tensor) -> Proposal:
         """γ proposals, left to right: each is drawn given the one before it."""
         skip = self.spec.block - self.max_proposals
         hidden = self.block_hidden(slots, anchors)
