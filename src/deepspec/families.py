@@ -68,7 +68,6 @@ class TargetFamily(NamedTuple):
     draft: str = "qwen3"
     mask_token_id: int | None = None
     """A token that the family reserves and never writes; if it is None, a rule chooses one."""
-    template_note: str = ""
     embedding_factor: str | None = None
     """Config key of a factor on the embedding's output; if it is None, the embedding module knows the factor
     (Gemma), or the factor is 1."""
@@ -80,11 +79,11 @@ _GRANITE = TargetFamily(embedding_factor="embedding_multiplier", logit_factor=("
 _COHERE = TargetFamily(logit_factor=("logit_scale", 1))
 
 TARGET_FAMILIES: dict[str, TargetFamily] = {
-    "gemma4": TargetFamily("gemma4", 4, "non-thinking answers follow an unsupervised channel prefix"),
-    "gemma4_text": TargetFamily("gemma4", 4, "non-thinking answers follow an unsupervised channel prefix"),
+    "gemma4": TargetFamily("gemma4", 4),
+    "gemma4_text": TargetFamily("gemma4", 4),
     "gemma4_unified": TargetFamily("gemma4", 4),
     "gemma4_unified_text": TargetFamily("gemma4", 4),
-    "qwen3": TargetFamily("qwen3", 151669, "thinking off puts an empty think block in the prompt"),
+    "qwen3": TargetFamily("qwen3", 151669),
     "cohere": _COHERE,
     "cohere2": _COHERE,
     "cohere2_moe": _COHERE,
@@ -131,16 +130,12 @@ def default_target_layers(depth: int, count: int = 5) -> list[int]:
     return sorted({min(int(1 + i * step + 0.5), depth - 2) for i in range(count)})
 
 
-_QWEN3: dict[str, Any] = {
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-}
-
-
 def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) -> dict[str, Any]:
-    return _QWEN3 | {
+    return {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,

@@ -152,9 +152,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         # A directory cannot be renamed over another: the old one steps aside first.
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
-        part.rename(path)
-    else:
-        part.rename(path)
+    part.rename(path)
     fsync(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
 

@@ -10,7 +10,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -184,13 +184,9 @@ def open_trackers(
         for tracker in opened:
             tracker.log(values, step)
 
-    def close() -> None:
-        for tracker in opened:
-            tracker.close()
-
-    try:
-        opened += (TRACKERS[name](directory, run, settings) for name in names if name != "none")
-    except BaseException:
-        close()
-        raise
-    return Tracker(log, close)
+    with ExitStack() as stack:
+        for name in names:
+            if name != "none":
+                opened.append(TRACKERS[name](directory, run, settings))
+                stack.callback(opened[-1].close)
+        return Tracker(log, stack.pop_all().close)

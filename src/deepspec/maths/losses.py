@@ -23,8 +23,8 @@ from deepspec.maths.chunking import default_chunk_rows
 from deepspec.maths.formed import needs_gradient, with_gradients
 from deepspec.maths.head import Head
 
-TERMS = ("ce", "soft_ce", "kl", "l1")
-_TEACHER_TERMS = frozenset({"soft_ce", "kl", "l1"})
+TERMS = ("ce", "soft_ce", "l1")
+_TEACHER_TERMS = frozenset({"soft_ce", "l1"})
 
 
 def head_loss(
@@ -46,7 +46,6 @@ def head_loss(
 
         ce       -log p[label]                      DFlash, DSpark (arXiv 2607.05147)
         soft_ce  -sum_v t log p                     Eagle-3 (arXiv 2503.01840)
-        kl       sum_v t (log t - log p)
         l1       sum_v |p - t|                      DSpark; twice the total variation distance
 
     The total is differentiable with respect to hidden, z and w2 (once). Heads and the teacher are frozen.
@@ -56,7 +55,7 @@ def head_loss(
     NaN included. A label may be out of range where the row's ce weight is zero.
 
     Reduced vocabulary (`head.kept`): labels and the teacher's head stay in target ids. A label that is not
-    kept has ce weight zero; soft_ce, kl and l1 see the teacher's distribution renormalised over kept ids;
+    kept has ce weight zero; soft_ce and l1 see the teacher's distribution renormalised over kept ids;
     `accept` is measured against its full distribution.
 
     chunk_rows: rows per chunk; None chooses about 24 MiB per chunk-wide tensor.
@@ -66,13 +65,13 @@ def head_loss(
     given = _Task(hidden, head, dict(weights), labels, teacher_hidden, teacher_head, z, w2)
     _check_draft(given)
     _check_teacher(given)
-    wants = _Wants(*map(needs_gradient, (hidden, z, w2)))
     if chunk_rows is None:
         chunk_rows = default_chunk_rows(teacher_head.vocab_size if teacher_head else head.vocab_size)
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, not {chunk_rows}")
+    wants = needs_gradient(hidden), needs_gradient(z), needs_gradient(w2)
     with torch.no_grad():
-        result = _walk(_prepare(given), wants, chunk_rows)
+        result = _walk(_prepare(given), *wants, chunk_rows)
     sums = {term: values.sum() for term, values in result.terms.items()}
     total = torch.stack(list(sums.values())).sum() if sums else torch.zeros((), device=hidden.device)
     if any(wants):
@@ -116,14 +115,6 @@ class HeadLoss(NamedTuple):
     correct: Tensor
 
 
-class _Wants(NamedTuple):
-    """Which gradients a backward pass can ask for."""
-
-    hidden: bool
-    z: bool
-    w2: bool
-
-
 @dataclass(frozen=True)
 class _Task:
     """The inputs of one call: first as given, then checked and in the dtypes that the maths uses."""
@@ -143,7 +134,8 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Result:
-    """What outlives the chunks: nothing here is as large as rows times vocabulary."""
+    """What outlives the chunks: nothing here is as large as rows times vocabulary. A gradient that no
+    backward pass can ask for is None."""
 
     terms: dict[str, Tensor]  # term -> [N], weighted
     accept: Tensor | None  # [N]
@@ -173,7 +165,6 @@ class _Teacher(NamedTuple):
 
     probabilities: Tensor  # [n, V], renormalised over kept ids
     best: Tensor  # [n] target id
-    negative_entropy: Tensor | None  # [n] sum t log t, where kl needs it
     mass: Tensor | None  # [n, 1] share of the full distribution on kept ids; None for a full vocabulary
 
 
@@ -254,35 +245,35 @@ def _prepare(task: _Task) -> _Task:
     )
 
 
-def _walk(task: _Task, wants: _Wants, chunk_rows: int) -> _Result:
+def _walk(task: _Task, wants_hidden: bool, wants_z: bool, wants_w2: bool, chunk_rows: int) -> _Result:
     """All rows, one chunk after the other."""
     count, new = task.hidden.shape[0], partial(torch.empty, dtype=task.dtype, device=task.hidden.device)
     result = _Result(
         terms={term: new(count) for term in task.weights},
         accept=None if task.teacher_head is None else new(count),
         correct=torch.empty(count, dtype=torch.bool, device=task.hidden.device),
-        d_hidden=new(task.hidden.shape) if wants.hidden else None,
-        d_z=new(task.z.shape) if wants.z and task.z is not None else None,
-        d_w2=new(task.w2.shape).zero_() if wants.w2 and task.w2 is not None else None,
+        d_hidden=new(task.hidden.shape) if wants_hidden else None,
+        d_z=new(task.z.shape) if wants_z and task.z is not None else None,
+        d_w2=new(task.w2.shape).zero_() if wants_w2 and task.w2 is not None else None,
     )
-    space = _workspace(task, wants, min(chunk_rows, count))
+    space = _workspace(task, wants_hidden, min(chunk_rows, count))
     for start in range(0, count, chunk_rows):
         rows = slice(start, min(start + chunk_rows, count))
         part = space.rows(rows.stop - rows.start)
         _chunk_terms(task, rows, part, result)
-        if any(wants):
+        if wants_hidden or wants_z or wants_w2:
             _chunk_gradients(task, rows, part, result)
     return result
 
 
-def _workspace(task: _Task, wants: _Wants, rows: int) -> _Workspace:
+def _workspace(task: _Task, wants_hidden: bool, rows: int) -> _Workspace:
     new = partial(torch.empty, dtype=task.dtype, device=task.hidden.device)
     head, teacher_head = task.head, task.teacher_head
     narrow = (rows, head.vocab_size)
     return _Workspace(
         draft=new(narrow),
         spare=new(narrow),
-        slope=new(narrow) if wants.hidden and head.softcap is not None else None,
+        slope=new(narrow) if wants_hidden and head.softcap is not None else None,
         teacher=None if teacher_head is None else new(narrow),
         teacher_full=new((rows, teacher_head.vocab_size)) if teacher_head and head.kept is not None else None,
     )
@@ -299,14 +290,12 @@ def _chunk_terms(task: _Task, rows: slice, space: _Workspace, result: _Result) -
     if task.labels is not None:
         found["ce"] = -draft.gather(1, task.labels[rows, None]).squeeze(1)
     teacher = _teacher(task, rows, space)
-    if teacher is not None and task.weights.keys() & {"soft_ce", "kl"}:
+    if teacher is not None and "soft_ce" in task.weights:
         found["soft_ce"] = -torch.mul(teacher.probabilities, draft, out=spare).sum(1)
     log_total = _normalise(draft).squeeze(1)
     # Up to here the log-probabilities lacked their common constant; t sums to one, so it is simply added.
     for term in found:
         found[term] += log_total
-    if teacher is not None and teacher.negative_entropy is not None:
-        found["kl"] = found["soft_ce"] + teacher.negative_entropy
     if teacher is not None and result.accept is not None:
         found["l1"], accept = _overlap(draft, teacher, spare)
         # A row without weight may hold NaN, which must not reach a sum later.
@@ -320,14 +309,12 @@ def _chunk_terms(task: _Task, rows: slice, space: _Workspace, result: _Result) -
 def _chunk_gradients(task: _Task, rows: slice, space: _Workspace, result: _Result) -> None:
     """Gradients of one chunk's weighted terms, from p and t, into `result`.
 
-    With respect to the logits: ce p - onehot(label); soft_ce and kl p - t; l1 p (s - <p, s>), where
+    With respect to the logits: ce p - onehot(label); soft_ce p - t; l1 p (s - <p, s>), where
     s = sign(p - t). p appears in all of them, so its factors are gathered into one per row.
     """
     draft, teacher, gradient = space.draft, space.teacher, space.spare
     weights = {term: weight[rows, None] for term, weight in task.weights.items()}
-    of_teacher = torch.zeros_like(draft[:, :1])
-    for term in weights.keys() & {"soft_ce", "kl"}:
-        of_teacher += weights[term]
+    of_teacher = weights.get("soft_ce", torch.zeros_like(draft[:, :1]))
     of_draft = of_teacher + weights["ce"] if "ce" in weights else of_teacher
     if "l1" in weights and teacher is not None:
         torch.sub(draft, teacher, out=gradient).sign_().mul_(draft)
@@ -335,7 +322,7 @@ def _chunk_gradients(task: _Task, rows: slice, space: _Workspace, result: _Resul
         gradient.mul_(weights["l1"]).addcmul_(draft, of_draft - weights["l1"] * inner)
     else:
         torch.mul(draft, of_draft, out=gradient)
-    if teacher is not None and weights.keys() & {"soft_ce", "kl"}:
+    if teacher is not None and "soft_ce" in weights:
         gradient.addcmul_(teacher, of_teacher, value=-1.0)
     if "ce" in weights and task.labels is not None:
         gradient.scatter_add_(1, task.labels[rows, None], -weights["ce"])
@@ -381,7 +368,7 @@ def _normalise(shifted: Tensor) -> Tensor:
 
 
 def _teacher(task: _Task, rows: slice, space: _Workspace) -> _Teacher | None:
-    """The teacher's distribution of one chunk, in space.teacher; uses space.spare."""
+    """The teacher's distribution of one chunk, in space.teacher."""
     if task.teacher_hidden is None or task.teacher_head is None or space.teacher is None:
         return None
     kept, mass, probabilities = task.head.kept, None, space.teacher
@@ -393,16 +380,10 @@ def _teacher(task: _Task, rows: slice, space: _Workspace) -> _Teacher | None:
         torch.index_select(full, 1, kept, out=probabilities)
         highest = probabilities.gather(1, probabilities.argmax(1, keepdim=True))
         probabilities.sub_(highest)
-    wants_entropy = "kl" in task.weights
-    if wants_entropy:
-        space.spare.copy_(probabilities)
     log_total = _normalise(probabilities)
-    negative_entropy = None
-    if wants_entropy:
-        negative_entropy = space.spare.mul_(probabilities).sum(1) - log_total.squeeze(1)
     if highest is not None:
         mass = torch.exp(highest + log_total - _normalise(full))
-    return _Teacher(probabilities, best, negative_entropy, mass)
+    return _Teacher(probabilities, best, mass)
 
 
 def _overlap(draft: Tensor, teacher: _Teacher, spare: Tensor) -> tuple[Tensor, Tensor]:
