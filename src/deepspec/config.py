@@ -158,12 +158,11 @@ class Recipe(Section):
         """The number of optimiser steps over `rows` training rows; None if only the time is limited."""
         limits = [] if self.optim.max_steps is None else [self.optim.max_steps]
         if self.optim.epochs is not None:
-            limits.append(math.ceil(self.optim.epochs * self.steps_per_epoch(rows)))
+            per_epoch = max(
+                math.ceil(rows / self.optim.batch_size), 1
+            )  # the last step may have fewer sequences
+            limits.append(math.ceil(self.optim.epochs * per_epoch))
         return min(limits, default=None)
-
-    def steps_per_epoch(self, rows: int) -> int:
-        """The number of optimiser steps that pass all rows once; the last step may have fewer sequences."""
-        return max(math.ceil(rows / self.optim.batch_size), 1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

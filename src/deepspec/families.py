@@ -23,7 +23,6 @@ class DraftFamily(NamedTuple):
     """None means 1/sqrt(head dim)."""
     value_norm: bool
     sandwich: bool
-    scaled_embedding: bool
 
 
 DRAFT_FAMILIES: dict[str, DraftFamily] = {
@@ -36,7 +35,6 @@ DRAFT_FAMILIES: dict[str, DraftFamily] = {
         attention_scale=None,
         value_norm=False,
         sandwich=False,
-        scaled_embedding=False,
     ),
     "gemma4": DraftFamily(
         head_dim_key="global_head_dim",
@@ -47,7 +45,6 @@ DRAFT_FAMILIES: dict[str, DraftFamily] = {
         attention_scale=1.0,
         value_norm=True,
         sandwich=True,
-        scaled_embedding=True,
     ),
 }
 

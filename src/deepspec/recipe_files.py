@@ -65,9 +65,7 @@ def find_recipe(name_or_path: str, beside: Path | None) -> tuple[str, Path]:
         return f"{name_or_path} (shipped recipe)", shipped[name_or_path]
     close = nearest(name_or_path, recipe_names())
     choices = (f"did you mean {close}? " if close else "") + f"shipped recipes: {', '.join(recipe_names())}"
-    path = Path(name_or_path).expanduser()
-    if beside is not None and not path.is_absolute():
-        path = beside / path
+    path = (beside or Path()) / Path(name_or_path).expanduser()
     looks_like_path = path.suffix in (".yaml", ".yml") or any(sep in name_or_path for sep in ("/", os.sep))
     if looks_like_path:
         if not path.is_file():
@@ -85,14 +83,13 @@ def merge(
     `tree` is in the whole recipe."""
     for key, value in new.items():
         here = (*at, key)
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            merge(tree[key], value, origins, label, here)
-            continue
-        for below in [path for path in origins if path[: len(here)] == here]:
-            del origins[below]
-        origins[here] = label
-        tree[key] = {} if isinstance(value, dict) else value
-        if isinstance(value, dict):
+        nested = isinstance(value, dict)
+        if not (nested and isinstance(tree.get(key), dict)):
+            for below in [path for path in origins if path[: len(here)] == here]:
+                del origins[below]
+            origins[here] = label
+            tree[key] = {} if nested else value
+        if nested:
             merge(tree[key], value, origins, label, here)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspec.drafts.base import LossSettings, LossSums, NeuralDraft, Proposal, choose, tau_sums
-from deepspec.drafts.layers import DraftLayer, RMSNorm, Rotation, initialise, inverse_frequencies, rotation
+from deepspec.drafts.layers import DraftLayer, Rotation, initialise, inverse_frequencies, rotation
 from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import (
     Blocks,
@@ -32,9 +32,9 @@ class DFlashDraft(NeuralDraft):
         super().__init__(spec)
         shape = spec.shape
         self.fc = nn.Linear(shape.hidden * len(spec.target_layer_ids), shape.hidden, bias=False)
-        self.hidden_norm = RMSNorm(shape.hidden, shape.eps)
+        self.hidden_norm = nn.RMSNorm(shape.hidden, shape.eps)
         self.layers = nn.ModuleList(DraftLayer(shape) for _ in range(spec.num_layers))
-        self.norm = RMSNorm(shape.hidden, shape.eps)
+        self.norm = nn.RMSNorm(shape.hidden, shape.eps)
         self.register_buffer("frequencies", inverse_frequencies(shape), persistent=False)
         self.stores = [SlotStore() for _ in range(spec.num_layers)]
         initialise(self)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspec.drafts.base import LossSettings, LossSums, NeuralDraft, Proposal, choose, tau_sums
-from deepspec.drafts.layers import Attention, DraftLayer, RMSNorm, initialise, inverse_frequencies, rotation
+from deepspec.drafts.layers import Attention, DraftLayer, initialise, inverse_frequencies, rotation
 from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import FeatureBatch, unroll_ids, unroll_masks, unroll_teacher_index
 from deepspec.maths.losses import head_loss
@@ -25,10 +25,10 @@ class Eagle3Draft(NeuralDraft):
         shape = spec.shape
         self.input_norm = None
         if spec.norm_before_fc:
-            self.input_norm = RMSNorm(shape.hidden * len(spec.target_layer_ids), shape.eps)
+            self.input_norm = nn.RMSNorm(shape.hidden * len(spec.target_layer_ids), shape.eps)
         self.fc = nn.Linear(shape.hidden * len(spec.target_layer_ids), shape.hidden, bias=False)
         self.layers = nn.ModuleList([DraftLayer(shape, paired=True)])
-        self.norm = RMSNorm(shape.hidden, shape.eps)
+        self.norm = nn.RMSNorm(shape.hidden, shape.eps)
         self.register_buffer("frequencies", inverse_frequencies(shape), persistent=False)
         self.store = SlotStore()
         self.last_hidden: dict[int, Tensor] = {}

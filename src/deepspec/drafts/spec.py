@@ -172,9 +172,8 @@ def read_spec(config: dict[str, Any], *, rope_rounded: bool = False) -> DraftSpe
         raise SpecError(f"target_layer_ids is {ids!r}, not a list of whole numbers")
     # The depth is null if another layout does not contain it.
     depth = None if config["num_target_layers"] is None else _count(config, "num_target_layers")
-    if not ALGORITHMS[algorithm].parallel:
-        own = {name: bool(config.get(name, False)) for name in EAGLE3_NORMS}
-    else:
+    own: dict[str, Any] = {name: bool(config.get(name, False)) for name in EAGLE3_NORMS}
+    if ALGORITHMS[algorithm].parallel:
         own = {
             "mask_token_id": _count(config, "mask_token_id", least=0),
             # Released configs do not have this key: without it, it is true (method.md 3, Alignment).

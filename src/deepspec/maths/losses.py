@@ -24,7 +24,6 @@ from deepspec.maths.formed import needs_gradient, with_gradients
 from deepspec.maths.head import Head
 
 TERMS = ("ce", "soft_ce", "l1")
-_TEACHER_TERMS = frozenset({"soft_ce", "l1"})
 
 
 def head_loss(
@@ -59,16 +58,14 @@ def head_loss(
     `accept` is measured against its full distribution.
 
     chunk_rows: rows per chunk; None chooses about 24 MiB per chunk-wide tensor.
-    Raises ValueError for an unknown term, for a missing or misshapen input, for a label out of range.
+    Raises ValueError for a label out of range.
     """
     z, w2 = markov if markov is not None else (None, None)
     given = _Task(hidden, head, dict(weights), labels, teacher_hidden, teacher_head, z, w2)
-    _check_draft(given)
-    _check_teacher(given)
+    _check(given)
     if chunk_rows is None:
         chunk_rows = default_chunk_rows(teacher_head.vocab_size if teacher_head else head.vocab_size)
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, not {chunk_rows}")
+    assert chunk_rows >= 1, f"chunk_rows must be at least 1, not {chunk_rows}"
     wants = needs_gradient(hidden), needs_gradient(z), needs_gradient(w2)
     with torch.no_grad():
         result = _walk(_prepare(given), *wants, chunk_rows)
@@ -92,12 +89,8 @@ def confidence_loss(logits: Tensor, accept: Tensor, weights: Tensor) -> Tensor:
 
 
 def position_weights(block: int, gamma: float) -> Tensor:
-    """[block] float32 weights exp(-(k - 1) / gamma) of block positions k = 1 ... block (DFlash, DSpark).
-
-    Raises ValueError unless block and gamma are positive.
-    """
-    if block < 1 or not gamma > 0:
-        raise ValueError(f"block and gamma must be positive, not {block} and {gamma}")
+    """[block] float32 weights exp(-(k - 1) / gamma) of block positions k = 1 ... block (DFlash, DSpark)."""
+    assert block >= 1 and gamma > 0, f"block and gamma must be positive, not {block} and {gamma}"
     return torch.exp(-torch.arange(block, dtype=torch.float32) / gamma)
 
 
@@ -168,51 +161,36 @@ class _Teacher(NamedTuple):
     mass: Tensor | None  # [n, 1] share of the full distribution on kept ids; None for a full vocabulary
 
 
-def _check_draft(task: _Task) -> None:
-    hidden, head, labels = task.hidden, task.head, task.labels
-    if hidden.dim() != 2 or hidden.shape[1] != head.weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} does not fit a head {tuple(head.weight.shape)}")
-    rows = (hidden.shape[0],)
+def _check(task: _Task) -> None:
+    """Refuse inputs that do not fit together: only a mistake in a draft's own code can make them."""
+    head, labels, teacher = task.head, task.labels, task.teacher_head
+    rows = len(task.hidden)
+
+    def fits(values: Tensor, shape: tuple[int, ...], name: str) -> None:
+        assert values.shape == shape, f"{name} must be {shape}, not {tuple(values.shape)}"
+
+    fits(task.hidden, (rows, head.weight.shape[1]), "hidden")
     for term, weight in task.weights.items():
-        if term not in TERMS:
-            raise ValueError(f"unknown loss term {term!r}; there are {', '.join(TERMS)}")
-        if weight.shape != rows:
-            raise ValueError(f"weights of {term!r} must be {rows}, not {tuple(weight.shape)}")
-    if labels is not None and labels.shape != rows:
-        raise ValueError(f"labels must be {rows}, not {tuple(labels.shape)}")
-    if "ce" in task.weights and labels is None:
-        raise ValueError("the term 'ce' needs labels")
+        assert term in TERMS, f"unknown loss term {term!r}; there are {', '.join(TERMS)}"
+        fits(weight, (rows,), f"weights of {term!r}")
+    assert labels is not None or "ce" not in task.weights, "the term 'ce' needs labels"
+    if labels is not None:
+        fits(labels, (rows,), "labels")
     if task.z is not None and task.w2 is not None:
-        z, w2 = tuple(task.z.shape), tuple(task.w2.shape)
-        if len(w2) != 2 or w2[0] != head.vocab_size or z != (*rows, w2[1]):
-            raise ValueError(
-                f"Markov bias: z {z} and w2 {w2} must be [N, r] and [V, r]"
-                f" with N = {rows[0]} and V = {head.vocab_size}"
-            )
-
-
-def _check_teacher(task: _Task) -> None:
-    hidden, head, rows = task.teacher_hidden, task.teacher_head, task.hidden.shape[0]
-    if (hidden is None) != (head is None):
-        raise ValueError("teacher_hidden and teacher_head go together")
-    if hidden is None or head is None:
-        if needy := sorted(_TEACHER_TERMS & task.weights.keys()):
-            raise ValueError(f"the terms {needy} need teacher_hidden and teacher_head")
-        if task.labels is None:
-            raise ValueError("there is nothing to compare with: neither labels nor a teacher")
+        fits(task.w2, (head.vocab_size, task.z.shape[-1]), "the Markov bias's w2")
+        fits(task.z, (rows, task.w2.shape[1]), "the Markov bias's z")
+    if task.teacher_hidden is None or teacher is None:
+        assert task.teacher_hidden is None and teacher is None, "teacher_hidden and teacher_head go together"
+        needy = sorted({"soft_ce", "l1"} & task.weights.keys())
+        assert not needy, f"the terms {needy} need teacher_hidden and teacher_head"
+        assert labels is not None, "there is nothing to compare with: neither labels nor a teacher"
         return
-    if hidden.shape != (rows, head.weight.shape[1]):
-        raise ValueError(
-            f"teacher_hidden {tuple(hidden.shape)} does not fit {rows} rows"
-            f" and a teacher head {tuple(head.weight.shape)}"
-        )
-    if head.kept is not None:
-        raise ValueError("the teacher's head must cover the whole vocabulary")
-    if task.head.kept is None and task.head.vocab_size != head.vocab_size:
-        raise ValueError(
-            f"vocabularies differ: draft {task.head.vocab_size}, teacher {head.vocab_size};"
-            " a reduced draft vocabulary must name its kept ids"
-        )
+    fits(task.teacher_hidden, (rows, teacher.weight.shape[1]), "teacher_hidden")
+    assert teacher.kept is None, "the teacher's head must cover the whole vocabulary"
+    assert head.kept is not None or head.vocab_size == teacher.vocab_size, (
+        f"vocabularies differ: draft {head.vocab_size}, teacher {teacher.vocab_size}; a reduced draft "
+        "vocabulary must name its kept ids"
+    )
 
 
 def _prepare(task: _Task) -> _Task:
@@ -400,6 +378,5 @@ def _correct(task: _Task, rows: slice, best: Tensor, teacher: _Teacher | None) -
     """[n] bool: the draft's best row of the head against the teacher's best, or against the label."""
     if teacher is not None:
         return (best if task.head.kept is None else task.head.kept[best]) == teacher.best
-    if task.labels is None or task.known is None:
-        raise AssertionError("checked on entry: labels or a teacher")
+    assert task.labels is not None and task.known is not None
     return (best == task.labels[rows]) & task.known[rows]

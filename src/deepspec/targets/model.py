@@ -56,17 +56,17 @@ class Target:
     """
 
     def __init__(
-        self, spec: TargetSpec, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
+        self, spec: TargetSpec, model: Any, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> None:
         self.spec = spec
-        self.model: Any = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         # Not the file: older files leave layer types and defaults to be derived.
-        self._config = self.model.config.get_text_config(decoder=True)
-        self.cached = can_roll_back(self.model, self._config, spec.name)
+        self._config = model.config.get_text_config(decoder=True)
+        self.cached = can_roll_back(model, self._config, spec.name)
         self.decoder: Any = find_decoder(model, spec.name)
-        self.embedding = find_embedding(self.model, self._config, spec.family, spec.name)
-        self.head = find_head(self.model, self._config, spec.family, spec.name, self.device)
+        self.embedding = find_embedding(model, self._config, spec.family, spec.name)
+        self.head = find_head(model, self._config, spec.family, spec.name, self.device)
         self._cache = SlotCache(spec.num_layers)
         self._steady_length = steady_length(self._config)
         self._tokens: dict[int, list[int]] = {}
@@ -296,21 +296,20 @@ class Target:
         """None where the model's own mask is right (one row); ours where rows are ragged or partly cached."""
         if len(rows.slots) == 1 and (rows.width == 1 or rows.starts[0] == 0):
             return None
+
+        def mask(window: int | None) -> Tensor:
+            seen = causal_rows_mask(rows, self.device, window)
+            if self.model.config._attn_implementation != "eager":
+                return seen
+            # Eager attention adds its mask to the scores.
+            zeros = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device)
+            return zeros.masked_fill(~seen, torch.finfo(self.dtype).min)
+
         kinds = getattr(self._config, "layer_types", None)
         window = getattr(self._config, "sliding_window", None)
         if kinds is None or "sliding_attention" not in kinds:
-            return self._attention_mask(causal_rows_mask(rows, self.device, None if kinds else window))
-        return {
-            "full_attention": self._attention_mask(causal_rows_mask(rows, self.device)),
-            "sliding_attention": self._attention_mask(causal_rows_mask(rows, self.device, window)),
-        }
-
-    def _attention_mask(self, seen: Tensor) -> Tensor:
-        """In the form that the model's attention takes: eager attention adds its mask to the scores."""
-        if self.model.config._attn_implementation != "eager":
-            return seen
-        unseen = torch.finfo(self.dtype).min
-        return torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill(~seen, unseen)
+            return mask(None if kinds else window)
+        return {"full_attention": mask(None), "sliding_attention": mask(window)}
 
     def _check_length(self, length: int) -> None:
         if self._steady_length is not None and length > self._steady_length:
