@@ -158,11 +158,12 @@ class Recipe(Section):
         """The number of optimiser steps over `rows` training rows; None if only the time is limited."""
         limits = [] if self.optim.max_steps is None else [self.optim.max_steps]
         if self.optim.epochs is not None:
-            per_epoch = max(
-                math.ceil(rows / self.optim.batch_size), 1
-            )  # the last step may have fewer sequences
-            limits.append(math.ceil(self.optim.epochs * per_epoch))
+            limits.append(math.ceil(self.optim.epochs * self.steps_per_epoch(rows)))
         return min(limits, default=None)
+
+    def steps_per_epoch(self, rows: int) -> int:
+        """The number of optimiser steps that pass all rows once; the last step may have fewer sequences."""
+        return max(math.ceil(rows / self.optim.batch_size), 1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -170,9 +171,6 @@ class Recipe(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-
-# ---- rules between keys ---------------------------------------------------------------------------
 
 
 def _draft_problems(recipe: Recipe) -> Iterator[str]:
@@ -224,9 +222,6 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
         yield f"`data.min_supervised` ({data.min_supervised}) is above `data.max_length` ({data.max_length})"
     if len(set(recipe.trackers)) != len(recipe.trackers):
         yield f"`trackers` contains the same name twice: {', '.join(recipe.trackers)}"
-
-
-# ---- error messages ----------------------------------------------------------------------------------
 
 
 def _sections(model: type[BaseModel], at: str = "") -> Iterator[tuple[str, list[str]]]:
@@ -290,9 +285,6 @@ def _where(keys: Iterable[Keys], origins: Mapping[Keys, str], default: str) -> s
         lengths = range(len(path), 0, -1)
         found[next((origins[path[:n]] for n in lengths if path[:n] in origins), default)] = None
     return ", ".join(found)
-
-
-# ---- loading and writing -----------------------------------------------------------------------------------
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -374,13 +374,9 @@ class ResumableLog(JsonlWriter):
                     record = json.loads(line)
                 except ValueError:
                     record = None
-                wrong = self._wrong(record)
-                if wrong:
-                    raise DataError(
-                        f"this line {wrong}",
-                        where=f"{self.path}:{number}",
-                        next_step="write to another file, or delete this one to start again",
-                    )
+                if wrong := self._wrong(record):
+                    todo = "write to another file, or delete this one to start again"
+                    raise DataError(f"this line {wrong}", where=f"{self.path}:{number}", next_step=todo)
                 if number > 1 or not self._header:
                     yield at, record
                 at += len(line)

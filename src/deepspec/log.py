@@ -26,9 +26,6 @@ console = Console(stderr=True, highlight=False)
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "none"]
 
 
-# ---- console -----------------------------------------------------------------------------------------------
-
-
 def note(text: str, *, style: str = "") -> None:
     """Print one line as it is: brackets are not markup, and long paths do not wrap."""
     console.print(Text(text, style=style), soft_wrap=True)
@@ -45,9 +42,6 @@ def show_error(error: UserError) -> None:
     note(f"error: {what}", style="bold red")
     for line in rest:
         note(line)
-
-
-# ---- progress ----------------------------------------------------------------------------------------------
 
 
 def shown(value: object) -> str:
@@ -92,9 +86,6 @@ def progress(description: str, total: float | None, *, count: bool = True) -> It
     ]
     with Progress(*columns, console=console, disable=not console.is_terminal) as display:
         yield Bar(display, display.add_task(description, total=total, fields_text=""))
-
-
-# ---- trackers ----------------------------------------------------------------------------------------------
 
 
 class Tracker(NamedTuple):

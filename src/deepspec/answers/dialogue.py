@@ -8,6 +8,7 @@ is unknown who wrote it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -93,7 +94,7 @@ class Dialogue:
         self.finished = self.finished and finished
         self.tokens += tokens
 
-    def row(self, facts: dict[str, Any]) -> dict[str, Any]:
+    def row(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """The answered row: messages, the target's own ids if all are known, and the conditions.
 
         Assistant turns that are not this target's get weight 0. With one assistant turn `answer_ids` is a

@@ -115,8 +115,14 @@ class AnswerFile(ResumableLog):
             self.close()
             raise
 
-    def fail(self, dialogue: Dialogue) -> None:
-        """List a row that could not be answered."""
+    def keep(self, dialogue: Dialogue, facts: Mapping[str, Any], tally: Tally) -> None:
+        """Write a row with its answers, or list it as one that could not be answered, and count it."""
+        if dialogue.trouble is None:
+            tally.new += 1
+            tally.tokens += dialogue.tokens
+            self.write(dialogue.row(facts))
+            return
+        tally.failed += 1
         if self._failures is None:
             self._failures = self._beside.enter_context(JsonlWriter(beside(self.path, "failures")))
         asked = dialogue.conversation

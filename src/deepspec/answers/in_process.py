@@ -97,20 +97,15 @@ def _answer(
     if not missing:
         bar.update(len(asked))
         return
-    began, rows, tokens = time.perf_counter(), 0, 0
+    began = time.perf_counter()
     dialogues = [Dialogue.begin(c) for c in asked]
-    for dialogue in decoded(dialogues, target, now, max_rows):
-        rows, tokens = rows + 1, tokens + dialogue.tokens
+    for _ in decoded(dialogues, target, now, max_rows):
         bar.update(1, **tally.fields)
     for dialogue in dialogues:
-        if dialogue.trouble is not None:
-            tally.failed += 1
-            file.fail(dialogue)
-        elif dialogue.conversation.id not in file.tail:
-            tally.new, tally.tokens = tally.new + 1, tally.tokens + dialogue.tokens
-            file.write(dialogue.row(now.facts))
-    seconds = time.perf_counter() - began
-    file.mark(rows=rows, tokens=tokens, seconds=round(seconds, 3))
+        if dialogue.trouble is not None or dialogue.conversation.id not in file.tail:
+            file.keep(dialogue, now.facts, tally)
+    seconds = round(time.perf_counter() - began, 3)
+    file.mark(rows=len(dialogues), tokens=sum(d.tokens for d in dialogues), seconds=seconds)
 
 
 def decoded(

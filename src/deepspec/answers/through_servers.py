@@ -187,22 +187,18 @@ class _Keeper:
 
     def keep(self, dialogue: Dialogue, engine: str) -> None:
         """Write an answer or a failure. Raises UserError once failures look hopeless."""
-        if dialogue.trouble is None:
-            self.tally.new += 1
-            self.tally.tokens += dialogue.tokens
-            self.exhausted = 0
-            self.file.write(dialogue.row(self.now.facts | {"engine": engine}))
-        else:
-            self.tally.failed += 1
-            self.exhausted += dialogue.exhausted
-            self.file.fail(dialogue)
-            if self.exhausted >= HOPELESS or (self.tally.failed >= HOPELESS and not self.tally.new):
-                raise UserError(
-                    f"{HOPELESS} rows failed and none was answered in between; the last reason: "
-                    f"{dialogue.trouble}",
-                    where=str(beside(self.file.path, "failures")),
-                    next_step="correct what the reasons tell, and run the same command again",
-                )
+        self.file.keep(dialogue, self.now.facts | {"engine": engine}, self.tally)
+        answered = dialogue.trouble is None
+        self.exhausted = 0 if answered else self.exhausted + dialogue.exhausted
+        if not answered and (
+            self.exhausted >= HOPELESS or (self.tally.failed >= HOPELESS and not self.tally.new)
+        ):
+            raise UserError(
+                f"{HOPELESS} rows failed and none was answered in between; the last reason: "
+                f"{dialogue.trouble}",
+                where=str(beside(self.file.path, "failures")),
+                next_step="correct what the reasons tell, and run the same command again",
+            )
         self.bar.update(1, **self.tally.fields)
         now = time.perf_counter()
         if now - self.marked > MARK_EVERY:

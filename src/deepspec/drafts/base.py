@@ -59,32 +59,26 @@ class Draft(Protocol):
     @property
     def max_proposals(self) -> int:
         """γ: the most tokens one `propose` gives."""
-        ...
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
         """Target layers to capture; empty when it needs none."""
-        ...
 
     def open(self, slot: int) -> None:
         """Start a sequence in a slot, forgetting whatever was there."""
-        ...
 
     def free(self, slot: int) -> None:
         """Forget an opened slot's sequence: its row has finished or was cancelled."""
-        ...
 
     def observe(self, slots: Ints, features: Tensor | None, tokens: Ragged, next_tokens: Ragged) -> None:
         """Take in committed tokens: features [R, Q, m*d] (padded) of `tokens`, each followed by
         `next_tokens`."""
-        ...
 
     def propose(self, slots: Ints, anchors: Ints, samplings: Samplings, uniforms: Tensor) -> Proposal:
         """γ tokens after each row's anchor, its last committed token, drawn by each row's own sampling.
 
         samplings: one per row, or one for all. uniforms: [R, γ] in [0, 1).
         """
-        ...
 
 
 class NeuralDraft(nn.Module, Draft):

@@ -19,7 +19,7 @@ from deepspec.maths.blocks import (
     sample_anchors,
     with_last_hidden,
 )
-from deepspec.maths.losses import HeadLoss, head_loss, position_weights
+from deepspec.maths.losses import head_loss, position_weights
 from deepspec.maths.slots import Ints, Ragged, SlotStore
 from deepspec.maths.verify import Samplings
 
@@ -92,7 +92,23 @@ class DFlashDraft(NeuralDraft):
         valid = blocks.valid[..., self.spec.block - self.max_proposals :]
         decay = position_weights(self.max_proposals, loss.decay_gamma).to(hidden.device)
         weights = decay.expand(valid.shape)[valid]
-        found = self._head_loss(batch, loss, blocks, hidden, weights, measure)
+        taught = with_last_hidden(self.algorithm.reads(loss))
+        assert not taught or batch.last_hidden is not None, (
+            "this loss learns from last hidden states: the source has none"
+        )
+        teacher = None
+        if batch.last_hidden is not None and (measure or taught):
+            where = torch.arange(len(valid), device=valid.device)[:, None, None].expand(blocks.valid.shape)
+            teacher = batch.last_hidden[where[blocks.valid], blocks.teacher_index[blocks.valid]]
+        found = head_loss(
+            hidden[blocks.valid],
+            self.head,
+            weights={n: weights * a for n, a in (("ce", loss.ce), ("l1", loss.l1)) if a},
+            labels=blocks.labels[blocks.valid],
+            teacher_hidden=teacher,
+            teacher_head=self.teacher_head if teacher is not None else None,
+            markov=self.markov_rows(blocks, hidden),
+        )
         total, metrics = found.total, {f"{k}_sum": v for k, v in found.terms.items()}
         confidence = self.confidence_term(loss, blocks, hidden, found.accept, weights)
         if confidence is not None:
@@ -106,35 +122,6 @@ class DFlashDraft(NeuralDraft):
         metrics["accept_num"] = accept.sum((0, 1))
         metrics["accept_den"] = valid.sum((0, 1))
         return LossSums(total, weights.sum(), metrics)
-
-    def _head_loss(
-        self,
-        batch: FeatureBatch,
-        loss: LossSettings,
-        blocks: Blocks,
-        hidden: Tensor,
-        weights: Tensor,
-        measure: bool,
-    ) -> HeadLoss:
-        valid = blocks.valid
-        terms = {n: weights * a for n, a in (("ce", loss.ce), ("l1", loss.l1)) if a}
-        teacher = None
-        taught = with_last_hidden(self.algorithm.reads(loss))
-        assert not taught or batch.last_hidden is not None, (
-            "this loss learns from last hidden states: the source has none"
-        )
-        if batch.last_hidden is not None and (measure or taught):
-            where = torch.arange(len(valid), device=valid.device)[:, None, None].expand(valid.shape)
-            teacher = batch.last_hidden[where[valid], blocks.teacher_index[valid]]
-        return head_loss(
-            hidden[valid],
-            self.head,
-            weights=terms,
-            labels=blocks.labels[valid],
-            teacher_hidden=teacher,
-            teacher_head=self.teacher_head if teacher is not None else None,
-            markov=self.markov_rows(blocks, hidden),
-        )
 
     def markov_rows(self, blocks: Blocks, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
         """(z [N, r], W2 [V, r]) of the valid slots if there is a sequential head; DFlash has none."""

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from pkgutil import resolve_name
+
 import torch
 from torch import Tensor, nn
 
-from deepspec.drafts import MARKOV_HEADS, load
+from deepspec.drafts import MARKOV_HEADS
 from deepspec.drafts.base import LossSettings, Proposal, choose
 from deepspec.drafts.dflash import DFlashDraft
 from deepspec.drafts.heads import ConfidenceHead, MarkovHead
@@ -30,7 +32,7 @@ class DSparkDraft(DFlashDraft):
         width = spec.shape.hidden
         self.markov_head = self.confidence_head = None
         if spec.markov_rank:
-            self.markov_head = load(MARKOV_HEADS[spec.markov_head])(
+            self.markov_head = resolve_name(MARKOV_HEADS[spec.markov_head])(
                 spec.vocab_size, spec.markov_rank, width, spec.draft_vocab_size
             )
             nn.init.normal_(self.markov_head.markov_w1.weight, std=spec.markov_rank**-0.5)

@@ -234,7 +234,16 @@ def _walk(task: _Task, wants_hidden: bool, wants_z: bool, wants_w2: bool, chunk_
         d_z=new(task.z.shape) if wants_z and task.z is not None else None,
         d_w2=new(task.w2.shape).zero_() if wants_w2 and task.w2 is not None else None,
     )
-    space = _workspace(task, wants_hidden, min(chunk_rows, count))
+    head, teacher_head = task.head, task.teacher_head
+    narrow = (min(chunk_rows, count), head.vocab_size)
+    wide = None if teacher_head is None or head.kept is None else (narrow[0], teacher_head.vocab_size)
+    space = _Workspace(
+        draft=new(narrow),
+        spare=new(narrow),
+        slope=new(narrow) if wants_hidden and head.softcap is not None else None,
+        teacher=None if teacher_head is None else new(narrow),
+        teacher_full=None if wide is None else new(wide),
+    )
     for start in range(0, count, chunk_rows):
         rows = slice(start, min(start + chunk_rows, count))
         part = space.rows(rows.stop - rows.start)
@@ -242,19 +251,6 @@ def _walk(task: _Task, wants_hidden: bool, wants_z: bool, wants_w2: bool, chunk_
         if wants_hidden or wants_z or wants_w2:
             _chunk_gradients(task, rows, part, result)
     return result
-
-
-def _workspace(task: _Task, wants_hidden: bool, rows: int) -> _Workspace:
-    new = partial(torch.empty, dtype=task.dtype, device=task.hidden.device)
-    head, teacher_head = task.head, task.teacher_head
-    narrow = (rows, head.vocab_size)
-    return _Workspace(
-        draft=new(narrow),
-        spare=new(narrow),
-        slope=new(narrow) if wants_hidden and head.softcap is not None else None,
-        teacher=None if teacher_head is None else new(narrow),
-        teacher_full=new((rows, teacher_head.vocab_size)) if teacher_head and head.kept is not None else None,
-    )
 
 
 def _chunk_terms(task: _Task, rows: slice, space: _Workspace, result: _Result) -> None:
