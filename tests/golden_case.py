@@ -277,7 +277,7 @@ def decode(case: Case) -> Decoded:
         observe(slots, features, tokens, next_tokens)
 
     def watched_propose(slots: Any, anchors: Any, sampling: Any, uniforms: Any) -> Proposal:
-        rounds[-1].past = draft.lengths.of[slots[0]]
+        rounds[-1].past = draft.lengths[slots[0]]
         rounds[-1].proposal = propose(slots, anchors, sampling, uniforms)
         return rounds[-1].proposal
 

@@ -525,7 +525,7 @@ def test_cancelling_some_rows_leaves_the_others_tokens_as_they_were(
             if isinstance(draft, PromptLookup):
                 assert not set(draft.history) & ({0, 1, 2} - set(slots))
             elif draft is not None:
-                assert not set(draft.lengths.of) & ({0, 1, 2} - set(slots))  # type: ignore[attr-defined]
+                assert not set(draft.lengths) & ({0, 1, 2} - set(slots))  # type: ignore[attr-defined]
         take(drain(decoder))
         assert not open_
         for key, answer in answers.items():

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from transformers.models.gemma4 import modeling_gemma4
 from transformers.models.qwen3 import modeling_qwen3
 
 from conftest import DEVICE
-from deepspec.drafts import ALGORITHMS, MARKOV_HEADS, load
+from deepspec.drafts import ALGORITHMS, MARKOV_HEADS
 from deepspec.drafts.base import LossSettings, LossSums
 from deepspec.drafts.dflash import DFlashDraft
 from deepspec.drafts.dspark import DSparkDraft
@@ -279,7 +280,7 @@ def test_rotary_frequencies_stay_float32_when_a_draft_is_cast() -> None:
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
 def test_a_markov_head_is_a_plain_loop_over_the_slots(kind: str) -> None:
     torch.manual_seed(0)
-    head = load(MARKOV_HEADS[kind])(VOCAB, 5, HIDDEN).double()
+    head = resolve_name(MARKOV_HEADS[kind])(VOCAB, 5, HIDDEN).double()
     randomise(head)
     previous = torch.randint(0, VOCAB, (2, 3, BLOCK))
     hidden = torch.randn(2, 3, BLOCK, HIDDEN).double()
@@ -554,7 +555,7 @@ def test_a_freed_slot_is_forgotten_and_leaves_its_neighbours(make: Callable[[], 
     draft.free(1)
     found = propose(draft, [0, 2], batch, [0, 2], [4, 6])
     assert torch.equal(found.q, want.q)
-    assert set(draft.lengths.of) == {0, 2}
+    assert set(draft.lengths) == {0, 2}
     assert 1 not in getattr(draft, "last_hidden", {})
 
 

@@ -273,8 +273,7 @@ def tiny_spec(algorithm: str, *, block: int = 4) -> DraftSpec:
         num_layers=2 if deep else 1,
         block=block,
         mask_token_id=3,
-        markov_rank=16,
-        confidence=True,
+        **({"markov_rank": 16, "confidence": True} if algorithm == "dspark" else {}),
     )
 
 

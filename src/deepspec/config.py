@@ -24,7 +24,7 @@ from deepspec.errors import RecipeError, nearest
 from deepspec.files import write_text
 from deepspec.log import TrackerName
 from deepspec.pocket import TRAINED_ON
-from deepspec.recipe_files import Keys, find_recipe, lay_recipe, merge, parse_override
+from deepspec.recipe_files import Keys, lay_recipe, merge, parse_override
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -39,8 +39,6 @@ LOG_EVERY = 10
 HELD_OUT_ROWS = 16
 """The number of prompts that a held-out evaluation decodes together."""
 
-FEATURE_SOURCES = ("online", "cache", "vllm")
-
 
 def feature_source(text: str) -> tuple[str, str]:
     """A recipe's `data.features` as (kind, directory or URL).
@@ -54,10 +52,8 @@ def feature_source(text: str) -> tuple[str, str]:
             "vllm:http://HOST:PORT for a vLLM server, cache:DIRECTORY for a cache that `deepspec data cache` "
             "wrote, or online to compute features in the step"
         )
-    known = text == "online" or (kind in FEATURE_SOURCES[1:] and bool(place))
-    if known and kind == "vllm":
-        known = place.startswith(("http://", "https://"))
-    if not known:
+    url = place.startswith(("http://", "https://"))
+    if not (text == "online" or (kind == "cache" and place) or (kind == "vllm" and url)):
         raise ValueError(
             f"{text!r} is not a feature source: write online, cache:DIRECTORY or vllm:http://HOST:PORT"
         )
@@ -88,9 +84,8 @@ class DraftConfig(Section):
 
     num_layers: Count
     block: Count  # γ, the tokens proposed per round; for eagle3 the unroll length K
-    target_layer_ids: list[Annotated[int, Field(ge=-1)]] | None = (
-        None  # None: a rule chooses them from the target's depth
-    )
+    # None: a rule chooses them from the target's depth
+    target_layer_ids: list[Annotated[int, Field(ge=-1)]] | None = None
     mask_token_id: Annotated[int, Field(ge=0)] | None = None  # None: a token that the target never writes
     markov_rank: Annotated[int, Field(ge=0)] = 0  # r; 0 means no sequential head
     markov_head: Annotated[str, AfterValidator(_known(MARKOV_HEADS))] = "vanilla"
@@ -99,9 +94,7 @@ class DraftConfig(Section):
     intermediate_size: Count | None = None  # None: the target's
     vocab_size: Count | None = None  # the draft proposes only this many, most frequent, ids; None: all
     qk_norm: bool = True  # per-head norms of queries and keys; SGLang and llama.cpp want none in Eagle-3
-    init: Literal["random", "target"] = (
-        "random"  # first weights: random, or those of the target's last layers
-    )
+    init: Literal["random", "target"] = "random"  # first weights; target: those of its last layers
     step_loss_decay: Annotated[float, Field(gt=0, le=1)] = 0.8  # eagle3: unroll step s has weight decay^s
 
 
@@ -118,9 +111,7 @@ class DataConfig(Section):
     """Where conversations come from: a JSONL file, or a set that ships with the pocket target."""
 
     train: str = "pocket:train"
-    select: str = (
-        "pocket:select"  # held-out prompts that choose the best checkpoint; not for training or results
-    )
+    select: str = "pocket:select"  # held-out prompts, only to choose the best checkpoint
     features: str = "online"  # or cache:DIR, vllm:URL: where the target's features come from
     max_length: Count = 512  # tokens per sequence; longer sequences are cut
     min_supervised: Count = 2  # sequences with fewer supervised tokens are left out; an anchor needs two
@@ -182,9 +173,6 @@ class Recipe(Section):
         return self
 
 
-# ---- rules between keys ---------------------------------------------------------------------------
-
-
 def _draft_problems(recipe: Recipe) -> Iterator[str]:
     draft, loss, row = recipe.draft, recipe.loss, ALGORITHMS[recipe.algorithm]
     ids = draft.target_layer_ids
@@ -234,9 +222,6 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
         yield f"`data.min_supervised` ({data.min_supervised}) is above `data.max_length` ({data.max_length})"
     if len(set(recipe.trackers)) != len(recipe.trackers):
         yield f"`trackers` contains the same name twice: {', '.join(recipe.trackers)}"
-
-
-# ---- error messages ----------------------------------------------------------------------------------
 
 
 def _sections(model: type[BaseModel], at: str = "") -> Iterator[tuple[str, list[str]]]:
@@ -302,19 +287,15 @@ def _where(keys: Iterable[Keys], origins: Mapping[Keys, str], default: str) -> s
     return ", ".join(found)
 
 
-# ---- loading and writing -----------------------------------------------------------------------------------
-
-
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe with a shipped name or path, after its `key.path=value` overrides.
 
     Raises RecipeError for a missing file, broken YAML, an unknown key, a value out of range, or keys that
     contradict each other. The error names the file or override, the key path and the nearest known key.
     """
-    label, _ = find_recipe(str(name_or_path), None)
     tree: dict[str, Any] = {}
     origins: dict[Keys, str] = {}
-    lay_recipe(str(name_or_path), None, tree, origins)
+    label = lay_recipe(str(name_or_path), None, tree, origins)
     return _resolved(tree, origins, overrides, label)
 
 

@@ -1,16 +1,4 @@
-"""The errors that a user can put right, as one small tree.
-
-    Exception
-    └── UserError            a problem that the user can put right; it is printed without a traceback
-        ├── RecipeError      a recipe file, or a `key=value` override, is not valid
-        ├── DataError        a data file or a record in it cannot be used
-        ├── CheckpointError  a checkpoint is missing, torn, or of another kind
-        ├── TargetError      a target model cannot be found or loaded, or cannot have a draft
-        ├── ServerError      a server cannot be reached, or its answer is not what was asked for
-        └── MismatchError    a draft does not fit its target
-
-Any other exception is a bug in the program and keeps its traceback.
-"""
+"""The errors that a user can put right. Any other exception is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
@@ -28,11 +16,7 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
 class UserError(Exception):
     """A problem that the user can put right: what is wrong, where, and what to do next.
 
-    `str()` gives one line for each part that is known:
-
-        what
-          where: …
-          next: …
+    `str()` gives one line for each part that is known. It is printed without a traceback.
     """
 
     def __init__(self, what: str, *, where: str | None = None, next_step: str | None = None) -> None:

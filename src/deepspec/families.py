@@ -12,32 +12,21 @@ from typing import Any, NamedTuple
 class DraftFamily(NamedTuple):
     """How a draft's layers are connected, and where its config keeps the dimensions (method.md 3-4b)."""
 
-    head_dim_key: str
-    kv_heads_key: str
+    head_dim_key: str = "head_dim"
+    kv_heads_key: str = "num_key_value_heads"
     """Read if keys and values are one (`attention_k_eq_v`); otherwise `num_key_value_heads` is read."""
-    activation_key: str
-    activation: str
-    rope_entry: str | None
+    activation_key: str = "hidden_act"
+    activation: str = "silu"
+    rope_entry: str | None = None
     """The name of the nested rope entry to read; None if the rope facts are not nested."""
-    attention_scale: float | None
+    attention_scale: float | None = None
     """None means 1/sqrt(head dim)."""
-    value_norm: bool
-    sandwich: bool
-    scaled_embedding: bool
+    value_norm: bool = False
+    sandwich: bool = False
 
 
 DRAFT_FAMILIES: dict[str, DraftFamily] = {
-    "qwen3": DraftFamily(
-        head_dim_key="head_dim",
-        kv_heads_key="num_key_value_heads",
-        activation_key="hidden_act",
-        activation="silu",
-        rope_entry=None,
-        attention_scale=None,
-        value_norm=False,
-        sandwich=False,
-        scaled_embedding=False,
-    ),
+    "qwen3": DraftFamily(),
     "gemma4": DraftFamily(
         head_dim_key="global_head_dim",
         kv_heads_key="num_global_key_value_heads",
@@ -47,7 +36,6 @@ DRAFT_FAMILIES: dict[str, DraftFamily] = {
         attention_scale=1.0,
         value_norm=True,
         sandwich=True,
-        scaled_embedding=True,
     ),
 }
 
@@ -68,7 +56,6 @@ class TargetFamily(NamedTuple):
     draft: str = "qwen3"
     mask_token_id: int | None = None
     """A token that the family reserves and never writes; if it is None, a rule chooses one."""
-    template_note: str = ""
     embedding_factor: str | None = None
     """Config key of a factor on the embedding's output; if it is None, the embedding module knows the factor
     (Gemma), or the factor is 1."""
@@ -80,11 +67,11 @@ _GRANITE = TargetFamily(embedding_factor="embedding_multiplier", logit_factor=("
 _COHERE = TargetFamily(logit_factor=("logit_scale", 1))
 
 TARGET_FAMILIES: dict[str, TargetFamily] = {
-    "gemma4": TargetFamily("gemma4", 4, "non-thinking answers follow an unsupervised channel prefix"),
-    "gemma4_text": TargetFamily("gemma4", 4, "non-thinking answers follow an unsupervised channel prefix"),
+    "gemma4": TargetFamily("gemma4", 4),
+    "gemma4_text": TargetFamily("gemma4", 4),
     "gemma4_unified": TargetFamily("gemma4", 4),
     "gemma4_unified_text": TargetFamily("gemma4", 4),
-    "qwen3": TargetFamily("qwen3", 151669, "thinking off puts an empty think block in the prompt"),
+    "qwen3": TargetFamily("qwen3", 151669),
     "cohere": _COHERE,
     "cohere2": _COHERE,
     "cohere2_moe": _COHERE,
@@ -119,28 +106,23 @@ def rope_facts(config: dict[str, Any], family: DraftFamily) -> dict[str, Any]:
     return {**entry, "rope_theta": float(theta), "rope_type": entry.get("rope_type") or "default"}
 
 
-def default_target_layers(depth: int, count: int = 5) -> list[int]:
-    """Layers round(1 + i * (depth - 4) / (count - 1)), without duplicates and never the last (method.md 2).
+def default_target_layers(depth: int) -> list[int]:
+    """Five layers round(1 + i * (depth - 4) / 4), without duplicates and never the last (method.md 2).
 
     depth: the number of the target's decoder layers. Raises ValueError if it is below two.
     """
     if depth < 2:
         raise ValueError(f"a target of {depth} layer(s) has no inner layer to read features from")
-    spread = max(depth - 4, 0)
-    step = spread / (count - 1) if count > 1 else 0.0
-    return sorted({min(int(1 + i * step + 0.5), depth - 2) for i in range(count)})
-
-
-_QWEN3: dict[str, Any] = {
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-}
+    step = max(depth - 4, 0) / 4
+    return sorted({min(int(1 + i * step + 0.5), depth - 2) for i in range(5)})
 
 
 def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) -> dict[str, Any]:
-    return _QWEN3 | {
+    return {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,

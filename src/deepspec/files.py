@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, Self
+from typing import Any, BinaryIO, Self
 
 from filelock import lock_descriptor
 
@@ -152,9 +152,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         # A directory cannot be renamed over another: the old one steps aside first.
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
-        part.rename(path)
-    else:
-        part.rename(path)
+    part.rename(path)
     fsync(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -353,7 +351,8 @@ class ResumableLog(JsonlWriter):
             return
         with path.open("rb") as stream:
             first = json.loads(stream.readline() or b"null")
-        other = first and next((k for k in {**first, **self.conditions} if self._differs(first, k)), None)
+        now = self.conditions
+        other = first and next((k for k in {**first, **now} if first.get(k) != now.get(k)), None)
         if other:
             aside = next(p for i in count(1) if not (p := path.with_suffix(f".old-{i}.jsonl")).exists())
             path.rename(aside)
@@ -375,21 +374,19 @@ class ResumableLog(JsonlWriter):
                     record = json.loads(line)
                 except ValueError:
                     record = None
-                if not isinstance(record, dict):
-                    self._refuse(number, "this line is not a JSON object")
-                keys = () if self._header else self.conditions
-                if (other := next((k for k in keys if self._differs(record, k)), None)) is not None:
-                    was = (
-                        f"was made with {other} {record[other]!r}" if other in record else f"has no '{other}'"
-                    )
-                    self._refuse(number, f"this line {was}, but now it is {self.conditions[other]!r}")
+                if wrong := self._wrong(record):
+                    todo = "write to another file, or delete this one to start again"
+                    raise DataError(f"this line {wrong}", where=f"{self.path}:{number}", next_step=todo)
                 if number > 1 or not self._header:
                     yield at, record
                 at += len(line)
 
-    def _differs(self, record: Mapping[str, Any], key: str) -> bool:
-        return record.get(key) != self.conditions.get(key)
-
-    def _refuse(self, line: int, what: str) -> NoReturn:
-        todo = "write to another file, or delete this one to start again"
-        raise DataError(what, where=f"{self.path}:{line}", next_step=todo)
+    def _wrong(self, record: Any) -> str | None:
+        """Why a line cannot be used; None if it can."""
+        if not isinstance(record, dict):
+            return "is not a JSON object"
+        for key, now in () if self._header else self.conditions.items():
+            if record.get(key) != now:
+                was = f"was made with {key} {record[key]!r}" if key in record else f"has no '{key}'"
+                return f"{was}, but now it is {now!r}"
+        return None

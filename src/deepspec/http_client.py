@@ -115,7 +115,6 @@ class Servers:
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            trust_env=True,
         )
         self._changed = threading.Condition()
         self._lost_since: float | None = None

@@ -10,7 +10,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -24,9 +24,6 @@ from deepspec.errors import UserError
 console = Console(stderr=True, highlight=False)
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "none"]
-
-
-# ---- console -----------------------------------------------------------------------------------------------
 
 
 def note(text: str, *, style: str = "") -> None:
@@ -45,9 +42,6 @@ def show_error(error: UserError) -> None:
     note(f"error: {what}", style="bold red")
     for line in rest:
         note(line)
-
-
-# ---- progress ----------------------------------------------------------------------------------------------
 
 
 def shown(value: object) -> str:
@@ -92,9 +86,6 @@ def progress(description: str, total: float | None, *, count: bool = True) -> It
     ]
     with Progress(*columns, console=console, disable=not console.is_terminal) as display:
         yield Bar(display, display.add_task(description, total=total, fields_text=""))
-
-
-# ---- trackers ----------------------------------------------------------------------------------------------
 
 
 class Tracker(NamedTuple):
@@ -184,13 +175,9 @@ def open_trackers(
         for tracker in opened:
             tracker.log(values, step)
 
-    def close() -> None:
-        for tracker in opened:
-            tracker.close()
-
-    try:
-        opened += (TRACKERS[name](directory, run, settings) for name in names if name != "none")
-    except BaseException:
-        close()
-        raise
-    return Tracker(log, close)
+    with ExitStack() as stack:
+        for name in names:
+            if name != "none":
+                opened.append(TRACKERS[name](directory, run, settings))
+                stack.callback(opened[-1].close)
+        return Tracker(log, stack.pop_all().close)

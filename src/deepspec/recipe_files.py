@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +44,10 @@ def _parse(text: str, where: str) -> Any:
         raise RecipeError(f"not valid YAML: {error}", where=where) from error
 
 
-def _shipped() -> dict[str, Traversable]:
+def _shipped() -> dict[str, Path]:
     """Every recipe file of the package, by its name, such as `pocket-dspark` or `dspark/qwen3-4b`."""
-    folder = resources.files("deepspec").joinpath("recipes")
-    found: dict[str, Traversable] = {}
-    for entry in folder.iterdir():
-        inside = {f"{entry.name}/{file.name}": file for file in entry.iterdir()} if entry.is_dir() else None
-        found |= inside if inside is not None else {entry.name: entry}
-    return {name.removesuffix(".yaml"): file for name, file in found.items() if name.endswith(".yaml")}
+    folder = Path(__file__).parent / "recipes"
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in folder.rglob("*.yaml")}
 
 
 def recipe_names() -> list[str]:
@@ -61,7 +55,7 @@ def recipe_names() -> list[str]:
     return sorted(name for name in _shipped() if not name.split("/")[-1].startswith("_"))
 
 
-def find_recipe(name_or_path: str, beside: Path | None) -> tuple[str, Path | Traversable]:
+def find_recipe(name_or_path: str, beside: Path | None) -> tuple[str, Path]:
     """(label for messages, file) of a recipe, given as a shipped name or as a path; a shipped name wins.
 
     beside: the folder that relative paths start from; None means the working directory. Raises RecipeError.
@@ -71,9 +65,7 @@ def find_recipe(name_or_path: str, beside: Path | None) -> tuple[str, Path | Tra
         return f"{name_or_path} (shipped recipe)", shipped[name_or_path]
     close = nearest(name_or_path, recipe_names())
     choices = (f"did you mean {close}? " if close else "") + f"shipped recipes: {', '.join(recipe_names())}"
-    path = Path(name_or_path).expanduser()
-    if beside is not None and not path.is_absolute():
-        path = beside / path
+    path = (beside or Path()) / Path(name_or_path).expanduser()
     looks_like_path = path.suffix in (".yaml", ".yml") or any(sep in name_or_path for sep in ("/", os.sep))
     if looks_like_path:
         if not path.is_file():
@@ -91,14 +83,13 @@ def merge(
     `tree` is in the whole recipe."""
     for key, value in new.items():
         here = (*at, key)
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            merge(tree[key], value, origins, label, here)
-            continue
-        for below in [path for path in origins if path[: len(here)] == here]:
-            del origins[below]
-        origins[here] = label
-        tree[key] = {} if isinstance(value, dict) else value
-        if isinstance(value, dict):
+        nested = isinstance(value, dict)
+        if not (nested and isinstance(tree.get(key), dict)):
+            for below in [path for path in origins if path[: len(here)] == here]:
+                del origins[below]
+            origins[here] = label
+            tree[key] = {} if nested else value
+        if nested:
             merge(tree[key], value, origins, label, here)
 
 
@@ -108,8 +99,10 @@ def lay_recipe(
     tree: dict[str, Any],
     origins: dict[Keys, str],
     seen: tuple[str, ...] = (),
-) -> None:
-    """Lay a recipe file over `tree` in place, after the recipes that it extends. Raises RecipeError."""
+) -> str:
+    """Lay a recipe file over `tree` in place, after the recipes that it extends, and return its label.
+
+    Raises RecipeError."""
     label, file = find_recipe(name_or_path, beside)
     if label in seen:
         raise RecipeError("recipes extend each other in a circle: " + " → ".join([*seen, label]))
@@ -125,13 +118,13 @@ def lay_recipe(
         raise RecipeError(f"`extends` takes names or paths of recipes, not {given!r}", where=label)
     for base in bases:
         try:
-            folder = file.parent if isinstance(file, Path) else None
-            lay_recipe(base, folder, tree, origins, (*seen, label))
+            lay_recipe(base, file.parent, tree, origins, (*seen, label))
         except RecipeError as error:
             if error.where is None:
                 error.where = f"`extends` in {label}"
             raise
     merge(tree, content, origins, label, ())
+    return label
 
 
 def parse_override(text: str) -> dict[str, Any]:

@@ -1,5 +1,4 @@
-"""A conversation that is being answered turn by turn: what has been said so far, and what comes before each
-answer.
+"""A conversation that is being answered turn by turn.
 
 A target must answer its own history: if a row holds several questions, each is asked after the target's own
 answer to the one before, whatever the row's old answers were. Tool results are the exception. They belong to
@@ -9,15 +8,16 @@ is unknown who wrote it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from deepspec.data.conversations import Conversation, Message
+from deepspec.data.conversations import Conversation, Message, tools_of
+from deepspec.data.tokens import prompt_ids
 from deepspec.errors import DataError
 
 OURS = ("answer_ids", "finished", "follow_ups")
-"""Keys of an answered row that tell how it was answered; they are never taken over from the row that was
-asked."""
+"""Keys that tell how a row was answered; they are never taken over from the row that was asked."""
 
 
 def turns_of(conversation: Conversation) -> list[list[Message]]:
@@ -30,7 +30,8 @@ def turns_of(conversation: Conversation) -> list[list[Message]]:
     results = [i for i, message in enumerate(messages) if message["role"] == "tool"]
     kept = results[-1] + 1 if results else 0
     turns: list[list[Message]] = []
-    said = [_unweighted(message) for message in messages[:kept]]
+    # A target does not read training weights.
+    said = [cast(Message, {k: v for k, v in m.items() if k != "weight"}) for m in messages[:kept]]
     for message in messages[kept:]:
         if message["role"] == "assistant":
             turns.append(said)
@@ -60,10 +61,16 @@ class Dialogue:
     """In all answers together."""
     trouble: str | None = None
     """Why it cannot be answered."""
+    exhausted: bool = False
+    """Every attempt to have it answered by a server failed."""
 
     @classmethod
     def begin(cls, conversation: Conversation) -> Dialogue:
-        return cls(conversation, turns_of(conversation))
+        """The dialogue of a conversation, with nothing answered yet."""
+        try:
+            return cls(conversation, turns_of(conversation))
+        except DataError as error:
+            return cls(conversation, [], trouble=error.what)
 
     @property
     def answered(self) -> bool:
@@ -73,15 +80,21 @@ class Dialogue:
         """The messages that the next answer follows."""
         return [*self.said, *self.turns[len(self.ids)]]
 
+    def prompt_ids(self, tokenizer: Any, thinking: bool) -> list[int]:
+        """The prompt of the next answer by the target's template. Raises DataError if that refuses it."""
+        conversation = self.conversation
+        return prompt_ids(
+            tokenizer, self.prompt(), thinking, tools=tools_of(conversation), where=conversation.where
+        )
+
     def answer(self, text: str, ids: list[int] | None, finished: bool, tokens: int) -> None:
-        """Add the next answer: its text, its ids if known, whether it ended by itself, its length in
-        tokens."""
+        """Add the next answer: its text, its ids if known, whether it ended by itself, its length."""
         self.said = [*self.prompt(), Message(role="assistant", content=text)]
         self.ids.append(ids)
         self.finished = self.finished and finished
         self.tokens += tokens
 
-    def row(self, facts: dict[str, Any]) -> dict[str, Any]:
+    def row(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """The answered row: messages, the target's own ids if all are known, and the conditions.
 
         Assistant turns that are not this target's get weight 0. With one assistant turn `answer_ids` is a
@@ -93,19 +106,10 @@ class Dialogue:
         foreign = assistants[: len(assistants) - len(self.ids)]
         for message in foreign:
             message["weight"] = 0
-        row: dict[str, Any] = {
-            "id": conversation.id,
-            "domain": conversation.domain,
-            "messages": messages,
-        }
+        row: dict[str, Any] = {"id": conversation.id, "domain": conversation.domain, "messages": messages}
         if None not in self.ids:
             every = [*[None] * len(foreign), *self.ids]
             row["answer_ids"] = every[0] if len(every) == 1 else every
         row |= {"finished": self.finished, **facts}
         rest = {key: value for key, value in conversation.meta.items() if key not in (*OURS, *facts)}
         return row | ({"meta": rest} if rest else {})
-
-
-def _unweighted(message: Message) -> Message:
-    """The message without its training weight, which a target does not read."""
-    return cast(Message, {key: value for key, value in message.items() if key != "weight"})

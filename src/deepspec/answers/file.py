@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 from deepspec.answers.dialogue import Dialogue
 from deepspec.conditions import Conditions
+from deepspec.data.conversations import Conversation
 from deepspec.files import JsonlWriter, ResumableLog
 from deepspec.log import progress
 from deepspec.maths.verify import Sampling
@@ -41,12 +43,8 @@ class Settings:
     @property
     def facts(self) -> dict[str, Any]:
         now = Conditions(self.thinking, self.template_hash, sampling=asdict(self.sampling))
-        return {
-            **now.record(),
-            "target": self.target,
-            "max_new_tokens": self.max_new_tokens,
-            "seed": self.seed,
-        }
+        rest = {"target": self.target, "max_new_tokens": self.max_new_tokens, "seed": self.seed}
+        return now.record() | rest
 
 
 @dataclass
@@ -70,12 +68,23 @@ class Tally:
         return shown | ({"failed": self.failed} if self.failed else {})
 
 
+def each_once(conversations: Iterable[Conversation], tally: Tally) -> Iterator[Conversation]:
+    """The conversations in their order, without those whose id came before; the tally counts these."""
+    seen: set[str] = set()
+    for conversation in conversations:
+        if conversation.id in seen:
+            tally.twice += 1
+        else:
+            seen.add(conversation.id)
+            yield conversation
+
+
 def beside(out: Path, what: str) -> Path:
     """answers.jsonl -> answers.<what>.jsonl"""
     return out.with_name(f"{out.name.removesuffix('.jsonl')}.{what}.jsonl")
 
 
-class AnswerFile:
+class AnswerFile(ResumableLog):
     """Append answers to a file that was made under the same conditions. A context.
 
     done: ids that were answered in finished groups; tail: ids that a killed process answered after the last
@@ -85,16 +94,16 @@ class AnswerFile:
     """
 
     def __init__(self, out: Path, facts: Mapping[str, Any], group: int = 0) -> None:
-        self.out = out
+        super().__init__(out, facts)  # this drops a torn last line before anything is read
         self.done: set[str] = set()
         self.tail: set[str] = set()
         self._failures: JsonlWriter | None = None
-        self._rows = ResumableLog(out, facts)  # this drops a torn last line before anything is read
+        self._beside = ExitStack()
         try:
-            self._times = JsonlWriter(beside(out, "timings"))
+            self._times = self._beside.enter_context(JsonlWriter(beside(out, "timings")))
             mark = last_mark(self._times.path)
-            with progress("reading the answers so far", self._rows.size, count=False) as bar:
-                for at, row in self._rows.records():
+            with progress("reading the answers so far", self.size, count=False) as bar:
+                for at, row in self.records():
                     (self.done if mark is None or at < mark else self.tail).add(str(row.get("id")))
                     bar.update(completed=at)
             if mark is None or len(self.tail) > group:
@@ -106,39 +115,29 @@ class AnswerFile:
             self.close()
             raise
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        self._rows.write(row)
-
-    def fail(self, dialogue: Dialogue) -> None:
-        """List a row that could not be answered."""
+    def keep(self, dialogue: Dialogue, facts: Mapping[str, Any], tally: Tally) -> None:
+        """Write a row with its answers, or list it as one that could not be answered, and count it."""
+        if dialogue.trouble is None:
+            tally.new += 1
+            tally.tokens += dialogue.tokens
+            self.write(dialogue.row(facts))
+            return
+        tally.failed += 1
         if self._failures is None:
-            self._failures = JsonlWriter(beside(self.out, "failures"))
-        conversation = dialogue.conversation
-        self._failures.write(
-            {"id": conversation.id, "where": conversation.source, "reason": dialogue.trouble}
-        )
-
-    def sync(self) -> None:
-        """Put all answers so far on the disk."""
-        self._rows.sync()
+            self._failures = self._beside.enter_context(JsonlWriter(beside(self.path, "failures")))
+        asked = dialogue.conversation
+        self._failures.write({"id": asked.id, "where": asked.source, "reason": dialogue.trouble})
 
     def mark(self, **figures: float) -> None:
         """Finish a group of rows: put its answers on the disk, then a line with its figures."""
         self.sync()
         when = datetime.now(UTC).isoformat(timespec="seconds")
-        self._times.write({"bytes": self._rows.size, **figures, "time": when})
+        self._times.write({"bytes": self.size, **figures, "time": when})
         self._times.sync()
 
     def close(self) -> None:
-        for file in (self._rows, getattr(self, "_times", None), self._failures):
-            if file is not None:
-                file.close()
-
-    def __enter__(self) -> AnswerFile:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+        super().close()
+        self._beside.close()
 
 
 def last_mark(timings: Path) -> int | None:

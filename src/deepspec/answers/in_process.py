@@ -1,25 +1,26 @@
 """Answers by the target itself: a draft must learn what this target writes, not what a data set says.
 
-In process. Prompts stream by in windows; a window's rows are ordered by length and cut into stretches, and a
-stretch is decoded as one, rows entering as others finish. What a stretch holds is decided by the prompts
-alone, and rounding is decided by what is decoded together, so the file comes out the same to the byte however
-often the run was killed: a stretch that is on disk in part is decoded again as a whole, and only what is
-missing is appended. (The same machine and libraries, that is, and the same `max_rows`.)
-
-Answers through servers are in `through_servers.py`.
+Prompts are read in windows. The rows of a window are ordered by length, so that those of like length share a
+batch, and cut into stretches; the rows of a stretch are decoded together, each entering as another finishes.
+What a stretch holds is decided by the prompts alone, and rounding by what is decoded together, so the file
+comes out the same to the byte however often the run was killed: a stretch that is on disk in part is decoded
+again as a whole, and only what is missing is appended. (This holds for the same machine, libraries and
+`max_rows`.)
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, takewhile
+from operator import length_hint
 from pathlib import Path
 
 from deepspec.answers.dialogue import Dialogue
-from deepspec.answers.file import AnswerFile, Settings, Tally
-from deepspec.data.conversations import Conversation, read_conversations, tools_of
+from deepspec.answers.file import AnswerFile, Settings, Tally, each_once
+from deepspec.data.conversations import Conversation, read_conversations
 from deepspec.data.identity import row_seed
-from deepspec.data.tokens import prompt_ids, require_tokenizer, template_hash
+from deepspec.data.tokens import require_tokenizer, template_hash
 from deepspec.decode.engine import Decoder, Request
 from deepspec.errors import DataError
 from deepspec.log import Bar, progress
@@ -49,60 +50,32 @@ def regenerate(
 ) -> Tally:
     """Answer every conversation, turn by turn, and append it to `out`; what was new, there, or failed.
 
-    The default sampling is temperature 1: the draft then sees the target's own law. Answers are stored as
-    text and, in `answer_ids`, as the exact tokens (`data.answers` describes the files). `max_rows` prompts
-    are decoded together; `total`, the number of conversations where known, is for the progress bar only. A
-    row that the template refuses, or that is too long for the target, is listed as failed, and the run goes
-    on.
+    The default sampling is temperature 1: the draft then sees the target's own distribution. `max_rows`
+    prompts are decoded together; `total`, the number of conversations if it is known, is for the progress bar
+    only. A row that the template refuses, or that is too long for the target, is listed as failed, and the
+    run continues.
 
-    Raises TargetError without a tokenizer or chat template, DataError where `out` holds answers made under
-    other conditions: they are not this run's answers. UserError where `out` cannot be written.
+    Raises TargetError without a tokenizer or chat template, DataError if `out` holds answers made under
+    other conditions, and UserError if `out` cannot be written.
     """
     sampling = sampling or Sampling(temperature=1.0)
     tokenizer = require_tokenizer(target.tokenizer, target.spec.name)
     now = Settings(target.spec.name, template_hash(tokenizer), thinking, sampling, max_new_tokens, seed)
-    if total is None and isinstance(conversations, Sequence):
-        total = len(conversations)
-    tally, stretch_size = Tally(), FLIGHTS * max_rows
-    with AnswerFile(out, now.facts, stretch_size) as file, progress("regenerating answers", total) as bar:
-        for window in windows(conversations, tally):
-            for stretch in stretches(window, stretch_size):
-                _answer(stretch, file, tally, bar, target, now, max_rows)
+    total = total or length_hint(conversations) or None
+    tally, size = Tally(), FLIGHTS * max_rows
+    fresh = each_once(conversations, tally)
+    with AnswerFile(out, now.facts, size) as file, progress("regenerating answers", total) as bar:
+        while window := sorted(islice(fresh, WINDOW), key=lambda c: (_letters(c), c.id)):
+            for start in range(0, len(window), size):
+                _answer(window[start : start + size], file, tally, bar, target, now, max_rows)
     tally.seconds = time.perf_counter() - tally.began
     return tally
 
 
-def windows(conversations: Iterable[Conversation], tally: Tally) -> Iterator[list[Conversation]]:
-    """The conversations WINDOW at a time, in their order. An id that has come before is left out."""
-    seen: set[str] = set()
-    window: list[Conversation] = []
-    for conversation in conversations:
-        if conversation.id in seen:
-            tally.twice += 1
-            continue
-        seen.add(conversation.id)
-        window.append(conversation)
-        if len(window) == WINDOW:
-            yield window
-            window = []
-    yield window
-
-
-def stretches(window: Sequence[Conversation], size: int) -> Iterator[list[Conversation]]:
-    """A window in order of its prompts' lengths, `size` at a time: rows of like length share a batch best."""
-    ordered = sorted(window, key=lambda c: (_letters(c), c.id))
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
-
-
 def _letters(conversation: Conversation) -> int:
     """Length of what comes before the first answer, in letters: known without tokenising."""
-    count = 0
-    for message in conversation.messages:
-        if message["role"] == "assistant":
-            break
-        count += len(message["content"] or "")
-    return count
+    asked = takewhile(lambda message: message["role"] != "assistant", conversation.messages)
+    return sum(len(message["content"] or "") for message in asked)
 
 
 def _answer(
@@ -124,27 +97,15 @@ def _answer(
     if not missing:
         bar.update(len(asked))
         return
-    began, rows, tokens = time.perf_counter(), 0, 0
-    dialogues = [_begin(c) for c in asked]
-    for dialogue in decoded(dialogues, target, now, max_rows):
-        rows, tokens = rows + 1, tokens + dialogue.tokens
+    began = time.perf_counter()
+    dialogues = [Dialogue.begin(c) for c in asked]
+    for _ in decoded(dialogues, target, now, max_rows):
         bar.update(1, **tally.fields)
     for dialogue in dialogues:
-        if dialogue.trouble is not None:
-            tally.failed += 1
-            file.fail(dialogue)
-        elif dialogue.conversation.id not in file.tail:
-            tally.new, tally.tokens = tally.new + 1, tally.tokens + dialogue.tokens
-            file.write(dialogue.row(now.facts))
-    seconds = time.perf_counter() - began
-    file.mark(rows=rows, tokens=tokens, seconds=round(seconds, 3))
-
-
-def _begin(conversation: Conversation) -> Dialogue:
-    try:
-        return Dialogue.begin(conversation)
-    except DataError as error:
-        return Dialogue(conversation, [], trouble=error.what)
+        if dialogue.trouble is not None or dialogue.conversation.id not in file.tail:
+            file.keep(dialogue, now.facts, tally)
+    seconds = round(time.perf_counter() - began, 3)
+    file.mark(rows=len(dialogues), tokens=sum(d.tokens for d in dialogues), seconds=seconds)
 
 
 def decoded(
@@ -176,17 +137,10 @@ def decoded(
 
 def _request(dialogue: Dialogue, key: str, target: Target, now: Settings) -> Request | None:
     """The next turn as a request; None, with the dialogue's trouble set, where it cannot be asked."""
-    conversation = dialogue.conversation
     if dialogue.trouble is not None:
         return None
     try:
-        ids = prompt_ids(
-            target.tokenizer,
-            dialogue.prompt(),
-            now.thinking,
-            tools=tools_of(conversation),
-            where=conversation.where,
-        )
+        ids = dialogue.prompt_ids(target.tokenizer, now.thinking)
     except DataError as error:
         dialogue.trouble = error.what
         return None
@@ -195,7 +149,7 @@ def _request(dialogue: Dialogue, key: str, target: Target, now: Settings) -> Req
     if room < 1:
         dialogue.trouble = f"the prompt is {len(ids)} tokens, and {target.spec.name} reads at most {limit}"
         return None
-    seed = row_seed(now.seed, conversation.id, len(dialogue.ids))
+    seed = row_seed(now.seed, dialogue.conversation.id, len(dialogue.ids))
     return Request(ids, room, seed, key, now.sampling, target.stop_token_ids)
 
 

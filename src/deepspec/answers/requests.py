@@ -55,9 +55,6 @@ class Served(NamedTuple):
     max_length: int | None = None
 
 
-# ── the check ─────────────────────────────────────────────────────────────────────────────────────────
-
-
 def check_model(
     servers: Servers, server: Server, model: str | None, tokenizer: Any, *, asked_for: bool
 ) -> Served:
@@ -104,9 +101,6 @@ def _check_tokens(servers: Servers, server: Server, model: str, tokenizer: Any) 
         )
 
 
-# ── the request ───────────────────────────────────────────────────────────────────────────────────────
-
-
 def completion(
     served: Served,
     now: Settings,
@@ -149,9 +143,6 @@ def completion(
     body |= {"reasoning_format": "none"} if llama else {}
     body |= {"tools": tools} if tools else {}
     return Call("/v1/chat/completions", body, read_chat)
-
-
-# ── the answer; a server may send anything ────────────────────────────────────────────────────────────
 
 
 def read_llama(found: dict[str, Any]) -> Reply:

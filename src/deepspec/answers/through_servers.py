@@ -9,16 +9,17 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from operator import length_hint
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from deepspec.answers.dialogue import Dialogue
-from deepspec.answers.file import AnswerFile, Settings, Tally, beside
+from deepspec.answers.file import AnswerFile, Settings, Tally, beside, each_once
 from deepspec.answers.requests import TOKENIZING, Reply, Served, check_model, completion
 from deepspec.data.conversations import Conversation, tools_of
 from deepspec.data.identity import row_seed
-from deepspec.data.tokens import prompt_ids, require_tokenizer, template_hash
+from deepspec.data.tokens import require_tokenizer, template_hash
 from deepspec.errors import DataError, UserError
 from deepspec.http_client import API_KEY, Exhausted, Policy, Server, Servers, Unanswered
 from deepspec.log import Bar, progress
@@ -34,14 +35,6 @@ MARK_EVERY = 30.0
 HOPELESS = 32
 """The run ends if so many rows fail before any is answered, or in a row at servers that fail every attempt:
 the settings or the servers are wrong then, not the rows."""
-
-
-class Outcome(NamedTuple):
-    """What became of a row. engine: the server's name for itself; exhausted: every attempt at it failed."""
-
-    dialogue: Dialogue
-    engine: str = ""
-    exhausted: bool = False
 
 
 def regenerate_served(
@@ -74,8 +67,7 @@ def regenerate_served(
     tokenizer = None
     if target is not None:
         tokenizer = require_tokenizer(target.tokenizer(), target.name, "leave --target out")
-    if total is None and isinstance(conversations, Sequence):
-        total = len(conversations)
+    total = total or length_hint(conversations) or None
     chosen = model
 
     def check(server: Server) -> Served:
@@ -95,19 +87,21 @@ def regenerate_served(
         with AnswerFile(out, now.facts) as file, progress("regenerating answers", total) as bar:
             keeper = _Keeper(file, now, bar)
             wanted = keeper.wanted(conversations)
-            for outcome in _answered(wanted, servers, now, tokenizer):
-                keeper.keep(outcome)
+            for dialogue, engine in _answered(wanted, servers, now, tokenizer):
+                keeper.keep(dialogue, engine)
             keeper.mark()
     return keeper.tally
 
 
 def _answered(
     wanted: Iterable[Conversation], servers: Servers, now: Settings, tokenizer: Any
-) -> Iterator[Outcome]:
-    """The outcome of every conversation, in order of arrival. Threads ask; this one feeds and collects."""
+) -> Iterator[tuple[Dialogue, str]]:
+    """Every conversation, answered or not, with its server's name for itself, in order of arrival.
+
+    Threads ask; this one feeds and collects."""
     room = servers.concurrency * len(servers.servers)
     asked: SimpleQueue[Conversation | None] = SimpleQueue()
-    found: SimpleQueue[Outcome | BaseException] = SimpleQueue()
+    found: SimpleQueue[tuple[Dialogue, str] | BaseException] = SimpleQueue()
 
     def work() -> None:
         while (conversation := asked.get()) is not None:
@@ -116,7 +110,7 @@ def _answered(
             except BaseException as error:  # the thread that collects raises it again
                 found.put(error)
 
-    def collect() -> Outcome:
+    def collect() -> tuple[Dialogue, str]:
         outcome = found.get()
         if isinstance(outcome, BaseException):
             raise outcome
@@ -139,16 +133,17 @@ def _answered(
             asked.put(None)
 
 
-def _converse(conversation: Conversation, servers: Servers, now: Settings, tokenizer: Any) -> Outcome:
+def _converse(
+    conversation: Conversation, servers: Servers, now: Settings, tokenizer: Any
+) -> tuple[Dialogue, str]:
     """Answer a conversation turn by turn, or say in its dialogue why it cannot be answered."""
-    dialogue, engine = Dialogue(conversation, []), ""
+    dialogue, engine = Dialogue.begin(conversation), ""
     try:
-        dialogue = Dialogue.begin(conversation)
         while not dialogue.answered:
             said, prompt, tools = dialogue.prompt(), None, tools_of(conversation)
             if tokenizer is not None:
                 with TOKENIZING:
-                    prompt = prompt_ids(tokenizer, said, now.thinking, tools=tools, where=conversation.where)
+                    prompt = dialogue.prompt_ids(tokenizer, now.thinking)
             seed = row_seed(now.seed, conversation.id, len(dialogue.ids))
 
             def question(
@@ -168,9 +163,8 @@ def _converse(conversation: Conversation, servers: Servers, now: Settings, token
     except DataError as error:
         dialogue.trouble = error.what
     except Unanswered as error:
-        dialogue.trouble = str(error)
-        return Outcome(dialogue, exhausted=isinstance(error, Exhausted))
-    return Outcome(dialogue, engine)
+        dialogue.trouble, dialogue.exhausted = str(error), isinstance(error, Exhausted)
+    return dialogue, engine
 
 
 class _Keeper:
@@ -184,36 +178,27 @@ class _Keeper:
 
     def wanted(self, conversations: Iterable[Conversation]) -> Iterator[Conversation]:
         """The conversations that have no answer yet, each id once."""
-        seen: set[str] = set()
-        for conversation in conversations:
-            if conversation.id in seen:
-                self.tally.twice += 1
-            elif conversation.id in self.file.done:
+        for conversation in each_once(conversations, self.tally):
+            if conversation.id in self.file.done:
                 self.tally.there += 1
                 self.bar.update(1)
             else:
                 yield conversation
-            seen.add(conversation.id)
 
-    def keep(self, outcome: Outcome) -> None:
+    def keep(self, dialogue: Dialogue, engine: str) -> None:
         """Write an answer or a failure. Raises UserError once failures look hopeless."""
-        dialogue = outcome.dialogue
-        if dialogue.trouble is None:
-            self.tally.new += 1
-            self.tally.tokens += dialogue.tokens
-            self.exhausted = 0
-            self.file.write(dialogue.row(self.now.facts | {"engine": outcome.engine}))
-        else:
-            self.tally.failed += 1
-            self.exhausted += outcome.exhausted
-            self.file.fail(dialogue)
-            if self.exhausted >= HOPELESS or (self.tally.failed >= HOPELESS and not self.tally.new):
-                raise UserError(
-                    f"{HOPELESS} rows failed and none was answered in between; the last reason: "
-                    f"{dialogue.trouble}",
-                    where=str(beside(self.file.out, "failures")),
-                    next_step="correct what the reasons tell, and run the same command again",
-                )
+        self.file.keep(dialogue, self.now.facts | {"engine": engine}, self.tally)
+        answered = dialogue.trouble is None
+        self.exhausted = 0 if answered else self.exhausted + dialogue.exhausted
+        if not answered and (
+            self.exhausted >= HOPELESS or (self.tally.failed >= HOPELESS and not self.tally.new)
+        ):
+            raise UserError(
+                f"{HOPELESS} rows failed and none was answered in between; the last reason: "
+                f"{dialogue.trouble}",
+                where=str(beside(self.file.path, "failures")),
+                next_step="correct what the reasons tell, and run the same command again",
+            )
         self.bar.update(1, **self.tally.fields)
         now = time.perf_counter()
         if now - self.marked > MARK_EVERY:

@@ -32,6 +32,9 @@ SETTINGS: dict[str, Any] = {
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 
+DraftName = Annotated[
+    str, typer.Argument(metavar="DRAFT", help="A built-in name, checkpoint or run folder, or a Hub id.")
+]
 TargetName = Annotated[str, typer.Option("--target", help="The model: pocket, a directory, or a Hub id.")]
 Thinking = Annotated[bool, typer.Option("--thinking", help="Turn on the target's thinking mode.")]
 TopK = Annotated[
@@ -46,17 +49,10 @@ SkipBad = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all random numbers.")]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON on standard output.")]
-DropRepeats = Annotated[
-    bool,
-    typer.Option("--drop-repeats", help="Keep only the first row of each prompt."),
-]
+DropRepeats = Annotated[bool, typer.Option("--drop-repeats", help="Keep only the first row of each prompt.")]
 
 
-class Dtype(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+Dtype = StrEnum("Dtype", ["auto", "float32", "bfloat16", "float16"])
 
 
 def load_target(name: str, dtype: str = "auto", device: str = "auto") -> Target:

@@ -9,16 +9,14 @@ from typing import Annotated
 import typer
 
 from deepspec.checkpoints.servers import NATIVE, SERVERS
-from deepspec.cli.common import Dtype, Json, load_target, print_json
+from deepspec.cli.common import DraftName, Dtype, Json, load_target, print_json
 from deepspec.log import note
 
 Server = StrEnum("Server", {name: name for name in (*SERVERS, NATIVE)})  # type: ignore[misc]
 
 
 def export(
-    draft: Annotated[
-        str, typer.Argument(metavar="DRAFT", help="A built-in name, checkpoint or run folder, or a Hub id.")
-    ],
+    draft: DraftName,
     to: Annotated[Server, typer.Option("--to", help="The server that will load the draft.")],
     out: Annotated[Path, typer.Option("--out", help="A new folder, or the folder of an earlier export.")],
     target: Annotated[

@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from deepspec.cli.common import (
-    MaxNew,
-    Seed,
-    TargetName,
-    Thinking,
-    load_target,
-    sampling_of,
-    stdout,
-)
+from deepspec.cli.common import MaxNew, Seed, TargetName, Thinking, load_target, sampling_of, stdout
 from deepspec.errors import UserError
 from deepspec.log import note
 

@@ -7,17 +7,14 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from deepspec.cli.common import Json, print_json, stdout
+from deepspec.cli.common import DraftName, Json, print_json, stdout
 from deepspec.log import warn
 
 
 def inspect(
-    draft: Annotated[
-        str, typer.Argument(metavar="DRAFT", help="A built-in name, checkpoint or run folder, or a Hub id.")
-    ],
+    draft: DraftName,
     target: Annotated[
-        str | None,
-        typer.Option("--target", help="Also check whether the draft fits this target."),
+        str | None, typer.Option("--target", help="Also check whether the draft fits this target.")
     ] = None,
     as_json: Json = False,
 ) -> None:

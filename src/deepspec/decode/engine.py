@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deepspec.drafts.base import Draft, Proposal
 from deepspec.errors import UserError
+from deepspec.maths.slots import Ints, Ragged
 from deepspec.maths.verify import Sampling, Samplings, draw, verify, warp
 from deepspec.targets import Target
 
@@ -86,18 +87,10 @@ class NoDraft:
     def free(self, slot: int) -> None:
         pass
 
-    def observe(
-        self,
-        slots: Sequence[int],
-        features: Tensor | None,
-        tokens: Sequence[Sequence[int]],
-        next_tokens: Sequence[Sequence[int]],
-    ) -> None:
+    def observe(self, slots: Ints, features: Tensor | None, tokens: Ragged, next_tokens: Ragged) -> None:
         pass
 
-    def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
-    ) -> Proposal:
+    def propose(self, slots: Ints, anchors: Ints, samplings: Samplings, uniforms: Tensor) -> Proposal:
         return Proposal(torch.zeros(len(slots), 0, dtype=torch.long), torch.zeros(len(slots), 0, 0), None)
 
 

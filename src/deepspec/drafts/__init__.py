@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -25,12 +25,6 @@ class LossWeights(Protocol):
 
     @property
     def confidence(self) -> float: ...
-
-
-def load(place: str) -> Any:
-    """The object behind "module:name"."""
-    module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
 
 
 def reads_of_a_block(loss: LossWeights) -> tuple[str, ...]:
@@ -87,7 +81,7 @@ class Algorithm:
 
     def build(self, spec: DraftSpec) -> NeuralDraft:
         """A draft with new weights, not yet bound to a target."""
-        draft: NeuralDraft = load(self.draft)(spec)
+        draft: NeuralDraft = resolve_name(self.draft)(spec)
         return draft
 
 

@@ -6,8 +6,8 @@ R rows, Q observed tokens per row, γ proposals, V vocabulary, m captured layers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -17,7 +17,7 @@ from deepspec.drafts import ALGORITHMS, Algorithm
 from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import FeatureBatch
 from deepspec.maths.head import Embedding, Head
-from deepspec.maths.slots import Rows
+from deepspec.maths.slots import Ints, Ragged, Rows
 from deepspec.maths.verify import Sampling, Samplings, draw, one_hot, warp
 
 
@@ -59,66 +59,35 @@ class Draft(Protocol):
     @property
     def max_proposals(self) -> int:
         """γ: the most tokens one `propose` gives."""
-        ...
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
         """Target layers to capture; empty when it needs none."""
-        ...
 
     def open(self, slot: int) -> None:
         """Start a sequence in a slot, forgetting whatever was there."""
-        ...
 
     def free(self, slot: int) -> None:
         """Forget an opened slot's sequence: its row has finished or was cancelled."""
-        ...
 
-    def observe(
-        self,
-        slots: Sequence[int],
-        features: Tensor | None,
-        tokens: Sequence[Sequence[int]],
-        next_tokens: Sequence[Sequence[int]],
-    ) -> None:
+    def observe(self, slots: Ints, features: Tensor | None, tokens: Ragged, next_tokens: Ragged) -> None:
         """Take in committed tokens: features [R, Q, m*d] (padded) of `tokens`, each followed by
         `next_tokens`."""
-        ...
 
-    def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
-    ) -> Proposal:
+    def propose(self, slots: Ints, anchors: Ints, samplings: Samplings, uniforms: Tensor) -> Proposal:
         """γ tokens after each row's anchor, its last committed token, drawn by each row's own sampling.
 
         samplings: one per row, or one for all. uniforms: [R, γ] in [0, 1).
         """
-        ...
 
 
-@dataclass(eq=False)
-class Loan:
-    """What a draft borrows from its target. Kept out of the module's parameters on purpose: neither
-    optimisers nor sharding nor the state dict may see it."""
+class NeuralDraft(nn.Module, Draft):
+    """What the trained drafts share: their spec, what they borrow from the target, their slots."""
 
     embedding: Embedding
     head: Head
     teacher_head: Head
-
-
-@dataclass(eq=False)
-class SlotLengths:
-    """Committed tokens per slot."""
-
-    of: dict[int, int] = field(default_factory=dict)
-
-    def rows(self, slots: Sequence[int], width: int) -> Rows:
-        return Rows(tuple(slots), tuple(self.of[s] for s in slots), width)
-
-
-class NeuralDraft(nn.Module):
-    """What the trained drafts share: their spec, the loan from the target, their slots."""
-
-    name: str
+    """The target's head: turns last hidden states into the target's distribution."""
     frequencies: Tensor
     fc: nn.Linear
     """Projects the features of all captured layers to the hidden width."""
@@ -127,8 +96,8 @@ class NeuralDraft(nn.Module):
         super().__init__()
         self.spec = spec
         self.name = spec.algorithm
-        self._loan: list[Loan] = []
-        self.lengths = SlotLengths()
+        self.lengths: dict[int, int] = {}
+        """Committed tokens per slot."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Casts and moves of the whole module; rotary frequencies move, but stay float32 whatever the rest
@@ -141,24 +110,10 @@ class NeuralDraft(nn.Module):
 
     def bind(self, embedding: Embedding, head: Head, teacher_head: Head | None = None) -> None:
         """Lend the target's embedding and head. `head` may be the draft's own, where a checkpoint brings
-        another; `teacher_head` is then the target's, for the loss."""
-        self._loan = [Loan(embedding, head, teacher_head or head)]
+        another; `teacher_head` is then the target's, for the loss.
 
-    @property
-    def embedding(self) -> Embedding:
-        assert self._loan, "bind the draft to its target first"
-        return self._loan[0].embedding
-
-    @property
-    def head(self) -> Head:
-        assert self._loan, "bind the draft to its target first"
-        return self._loan[0].head
-
-    @property
-    def teacher_head(self) -> Head:
-        """The target's head: turns last hidden states into the target's distribution."""
-        assert self._loan, "bind the draft to its target first"
-        return self._loan[0].teacher_head
+        They are not modules, so neither optimisers nor sharding nor the state dict see their weights."""
+        self.embedding, self.head, self.teacher_head = embedding, head, teacher_head or head
 
     @property
     def device(self) -> torch.device:
@@ -181,28 +136,18 @@ class NeuralDraft(nn.Module):
         return self.spec.target_layer_ids
 
     def open(self, slot: int) -> None:
-        self.lengths.of[slot] = 0
+        self.lengths[slot] = 0
 
     def free(self, slot: int) -> None:
-        del self.lengths.of[slot]
+        del self.lengths[slot]
+
+    def rows(self, slots: Ints, width: int) -> Rows:
+        """Where the next `width` tokens of each slot go."""
+        return Rows(tuple(slots), tuple(self.lengths[s] for s in slots), width)
 
     def plan(self, batch: FeatureBatch, num_anchors: int, generator: torch.Generator | None) -> Any:
         """What `forward` learns from in this batch, such as drawn anchors; None for every position."""
         return None
-
-    def observe(
-        self,
-        slots: Sequence[int],
-        features: Tensor | None,
-        tokens: Sequence[Sequence[int]],
-        next_tokens: Sequence[Sequence[int]],
-    ) -> None:
-        raise NotImplementedError
-
-    def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
-    ) -> Proposal:
-        raise NotImplementedError
 
 
 def choose(logits: Tensor, samplings: Samplings, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,13 +5,11 @@ B sequences, S tokens, A anchors, γ slots, N loss rows, d hidden, m captured la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from deepspec.drafts.base import LossSettings, LossSums, NeuralDraft, Proposal, choose, tau_sums
-from deepspec.drafts.layers import DraftLayer, RMSNorm, Rotation, initialise, inverse_frequencies, rotation
+from deepspec.drafts.layers import DraftLayer, Rotation, initialise, inverse_frequencies, rotation
 from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import (
     Blocks,
@@ -21,8 +19,8 @@ from deepspec.maths.blocks import (
     sample_anchors,
     with_last_hidden,
 )
-from deepspec.maths.losses import HeadLoss, head_loss, position_weights
-from deepspec.maths.slots import SlotStore
+from deepspec.maths.losses import head_loss, position_weights
+from deepspec.maths.slots import Ints, Ragged, SlotStore
 from deepspec.maths.verify import Samplings
 
 
@@ -34,9 +32,9 @@ class DFlashDraft(NeuralDraft):
         super().__init__(spec)
         shape = spec.shape
         self.fc = nn.Linear(shape.hidden * len(spec.target_layer_ids), shape.hidden, bias=False)
-        self.hidden_norm = RMSNorm(shape.hidden, shape.eps)
+        self.hidden_norm = nn.RMSNorm(shape.hidden, shape.eps)
         self.layers = nn.ModuleList(DraftLayer(shape) for _ in range(spec.num_layers))
-        self.norm = RMSNorm(shape.hidden, shape.eps)
+        self.norm = nn.RMSNorm(shape.hidden, shape.eps)
         self.register_buffer("frequencies", inverse_frequencies(shape), persistent=False)
         self.stores = [SlotStore() for _ in range(spec.num_layers)]
         initialise(self)
@@ -94,7 +92,23 @@ class DFlashDraft(NeuralDraft):
         valid = blocks.valid[..., self.spec.block - self.max_proposals :]
         decay = position_weights(self.max_proposals, loss.decay_gamma).to(hidden.device)
         weights = decay.expand(valid.shape)[valid]
-        found = self._head_loss(batch, loss, blocks, hidden, weights, measure)
+        taught = with_last_hidden(self.algorithm.reads(loss))
+        assert not taught or batch.last_hidden is not None, (
+            "this loss learns from last hidden states: the source has none"
+        )
+        teacher = None
+        if batch.last_hidden is not None and (measure or taught):
+            where = torch.arange(len(valid), device=valid.device)[:, None, None].expand(blocks.valid.shape)
+            teacher = batch.last_hidden[where[blocks.valid], blocks.teacher_index[blocks.valid]]
+        found = head_loss(
+            hidden[blocks.valid],
+            self.head,
+            weights={n: weights * a for n, a in (("ce", loss.ce), ("l1", loss.l1)) if a},
+            labels=blocks.labels[blocks.valid],
+            teacher_hidden=teacher,
+            teacher_head=self.teacher_head if teacher is not None else None,
+            markov=self.markov_rows(blocks, hidden),
+        )
         total, metrics = found.total, {f"{k}_sum": v for k, v in found.terms.items()}
         confidence = self.confidence_term(loss, blocks, hidden, found.accept, weights)
         if confidence is not None:
@@ -108,35 +122,6 @@ class DFlashDraft(NeuralDraft):
         metrics["accept_num"] = accept.sum((0, 1))
         metrics["accept_den"] = valid.sum((0, 1))
         return LossSums(total, weights.sum(), metrics)
-
-    def _head_loss(
-        self,
-        batch: FeatureBatch,
-        loss: LossSettings,
-        blocks: Blocks,
-        hidden: Tensor,
-        weights: Tensor,
-        measure: bool,
-    ) -> HeadLoss:
-        valid = blocks.valid
-        terms = {n: weights * a for n, a in (("ce", loss.ce), ("l1", loss.l1)) if a}
-        teacher = None
-        taught = with_last_hidden(self.algorithm.reads(loss))
-        assert not taught or batch.last_hidden is not None, (
-            "this loss learns from last hidden states: the source has none"
-        )
-        if batch.last_hidden is not None and (measure or taught):
-            where = torch.arange(len(valid), device=valid.device)[:, None, None].expand(valid.shape)
-            teacher = batch.last_hidden[where[valid], blocks.teacher_index[valid]]
-        return head_loss(
-            hidden[valid],
-            self.head,
-            weights=terms,
-            labels=blocks.labels[valid],
-            teacher_hidden=teacher,
-            teacher_head=self.teacher_head if teacher is not None else None,
-            markov=self.markov_rows(blocks, hidden),
-        )
 
     def markov_rows(self, blocks: Blocks, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
         """(z [N, r], W2 [V, r]) of the valid slots if there is a sequential head; DFlash has none."""
@@ -155,31 +140,25 @@ class DFlashDraft(NeuralDraft):
         return self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
 
     @torch.inference_mode()
-    def observe(
-        self,
-        slots: Sequence[int],
-        features: Tensor | None,
-        tokens: Sequence[Sequence[int]],
-        next_tokens: Sequence[Sequence[int]],
-    ) -> None:
+    def observe(self, slots: Ints, features: Tensor | None, tokens: Ragged, next_tokens: Ragged) -> None:
         """Append the context keys and values of committed tokens."""
         assert features is not None
         context = self.context(features)
-        rows = self.lengths.rows(slots, features.shape[1])
+        rows = self.rows(slots, features.shape[1])
         turn = rotation(rows.positions(context.device), self.frequencies, context.dtype)
         for layer, store in zip(self.layers, self.stores, strict=True):
             assert isinstance(layer, DraftLayer)
             store.write(*layer.self_attn.keys_values(context, turn), rows)
         for slot, new in zip(slots, tokens, strict=True):
-            self.lengths.of[slot] += len(new)
+            self.lengths[slot] += len(new)
 
-    def block_hidden(self, slots: Sequence[int], anchors: Sequence[int]) -> Tensor:
+    def block_hidden(self, slots: Ints, anchors: Ints) -> Tensor:
         """[R, γ, d] hidden rows of one block after each slot's committed context."""
         block, mask_token_id = self.spec.block, self.spec.mask_token_id
         assert mask_token_id is not None
         ids = torch.full((len(slots), block), mask_token_id, device=self.device)
         ids[:, 0] = torch.tensor(list(anchors), device=self.device)
-        rows = self.lengths.rows(slots, block)
+        rows = self.rows(slots, block)
         hidden = self.embedding(ids).to(self.dtype)
         turn = rotation(rows.positions(self.device), self.frequencies, hidden.dtype)
         longest = max(rows.starts)
@@ -219,9 +198,7 @@ class DFlashDraft(NeuralDraft):
         return layer.finish(hidden, attended)
 
     @torch.inference_mode()
-    def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
-    ) -> Proposal:
+    def propose(self, slots: Ints, anchors: Ints, samplings: Samplings, uniforms: Tensor) -> Proposal:
         """γ proposals after each anchor, each slot drawn on its own."""
         hidden = self.block_hidden(slots, anchors)[:, self.spec.block - self.max_proposals :]
         logits = self.head.spread(self.head.logits(hidden), self.spec.vocab_size)

@@ -5,18 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pkgutil import resolve_name
 
 import torch
 from torch import Tensor, nn
 
-from deepspec.drafts import MARKOV_HEADS, load
+from deepspec.drafts import MARKOV_HEADS
 from deepspec.drafts.base import LossSettings, Proposal, choose
 from deepspec.drafts.dflash import DFlashDraft
 from deepspec.drafts.heads import ConfidenceHead, MarkovHead
 from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import Blocks
 from deepspec.maths.losses import confidence_loss
+from deepspec.maths.slots import Ints
 from deepspec.maths.verify import Samplings
 
 
@@ -31,7 +32,7 @@ class DSparkDraft(DFlashDraft):
         width = spec.shape.hidden
         self.markov_head = self.confidence_head = None
         if spec.markov_rank:
-            self.markov_head = load(MARKOV_HEADS[spec.markov_head])(
+            self.markov_head = resolve_name(MARKOV_HEADS[spec.markov_head])(
                 spec.vocab_size, spec.markov_rank, width, spec.draft_vocab_size
             )
             nn.init.normal_(self.markov_head.markov_w1.weight, std=spec.markov_rank**-0.5)
@@ -70,9 +71,7 @@ class DSparkDraft(DFlashDraft):
     # ── decoding ──────────────────────────────────────────────────────────────────────────────────
 
     @torch.inference_mode()
-    def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
-    ) -> Proposal:
+    def propose(self, slots: Ints, anchors: Ints, samplings: Samplings, uniforms: Tensor) -> Proposal:
         """γ proposals, left to right: each is drawn given the one before it."""
         skip = self.spec.block - self.max_proposals
         hidden = self.block_hidden(slots, anchors)

@@ -5,17 +5,15 @@ B sequences, S tokens, K unroll steps, H heads, D head dim, d hidden, m captured
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from deepspec.drafts.base import LossSettings, LossSums, NeuralDraft, Proposal, choose, tau_sums
-from deepspec.drafts.layers import Attention, DraftLayer, RMSNorm, initialise, inverse_frequencies, rotation
+from deepspec.drafts.layers import Attention, DraftLayer, initialise, inverse_frequencies, rotation
 from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import FeatureBatch, unroll_ids, unroll_masks, unroll_teacher_index
 from deepspec.maths.losses import head_loss
-from deepspec.maths.slots import Rows, SlotStore, causal_rows_mask
+from deepspec.maths.slots import Ints, Ragged, Rows, SlotStore, causal_rows_mask
 from deepspec.maths.verify import Samplings
 
 
@@ -27,10 +25,10 @@ class Eagle3Draft(NeuralDraft):
         shape = spec.shape
         self.input_norm = None
         if spec.norm_before_fc:
-            self.input_norm = RMSNorm(shape.hidden * len(spec.target_layer_ids), shape.eps)
+            self.input_norm = nn.RMSNorm(shape.hidden * len(spec.target_layer_ids), shape.eps)
         self.fc = nn.Linear(shape.hidden * len(spec.target_layer_ids), shape.hidden, bias=False)
         self.layers = nn.ModuleList([DraftLayer(shape, paired=True)])
-        self.norm = RMSNorm(shape.hidden, shape.eps)
+        self.norm = nn.RMSNorm(shape.hidden, shape.eps)
         self.register_buffer("frequencies", inverse_frequencies(shape), persistent=False)
         self.store = SlotStore()
         self.last_hidden: dict[int, Tensor] = {}
@@ -62,9 +60,6 @@ class Eagle3Draft(NeuralDraft):
         return self.norm(hidden) if self.spec.norm_output else hidden
 
     # ── training ──────────────────────────────────────────────────────────────────────────────────
-
-    def plan(self, batch: FeatureBatch, num_anchors: int, generator: torch.Generator | None) -> None:
-        """Eagle-3 unrolls every row: it draws no anchors."""
 
     def unroll(self, batch: FeatureBatch) -> list[Tensor]:
         """[B, S, d] hidden state after each of K steps (the layer's output, not normed)."""
@@ -144,31 +139,23 @@ class Eagle3Draft(NeuralDraft):
         return self._finish(hidden, attention.attend(attention.queries(x, turn), keys, values, mask))
 
     @torch.inference_mode()
-    def observe(
-        self,
-        slots: Sequence[int],
-        features: Tensor | None,
-        tokens: Sequence[Sequence[int]],
-        next_tokens: Sequence[Sequence[int]],
-    ) -> None:
+    def observe(self, slots: Ints, features: Tensor | None, tokens: Ragged, next_tokens: Ragged) -> None:
         """Extend each slot's cache with rows made of real features, dropping the proposals' own keys."""
         assert features is not None
         ids = torch.zeros(features.shape[:2], dtype=torch.long)
         for row, following in enumerate(next_tokens):
             ids[row, : len(following)] = torch.tensor(list(following))
-        rows = self.lengths.rows(slots, features.shape[1])
+        rows = self.rows(slots, features.shape[1])
         hidden = self.advance(rows, self._project(features), ids.to(self.device))
         for row, slot in enumerate(slots):
-            self.lengths.of[slot] += len(tokens[row])
+            self.lengths[slot] += len(tokens[row])
             self.last_hidden[slot] = hidden[row, len(tokens[row]) - 1]
 
     @torch.inference_mode()
-    def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
-    ) -> Proposal:
+    def propose(self, slots: Ints, anchors: Ints, samplings: Samplings, uniforms: Tensor) -> Proposal:
         """γ proposals, each fed back with the hidden state that gave it."""
         hidden = torch.stack([self.last_hidden[s] for s in slots])[:, None]
-        starts = [self.lengths.of[s] for s in slots]
+        starts = [self.lengths[s] for s in slots]
         tokens, q = [], []
         for step in range(self.spec.block):
             logits = self.head.spread(self.head.logits(self.norm(hidden[:, 0])), self.spec.vocab_size)

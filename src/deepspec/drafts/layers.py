@@ -52,18 +52,6 @@ def rotate(x: Tensor, turn: Rotation) -> Tensor:
     return x * cos + turned * sin
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, with the statistics in float32."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
 class Attention(nn.Module):
     """Projections, per-head norms and rotary positions; the caller's mask decides which keys a query sees."""
 
@@ -76,8 +64,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(input_width, kv, bias=bias)
         self.v_proj = None if shape.value_is_key else nn.Linear(input_width, kv, bias=bias)
         self.o_proj = nn.Linear(inner, shape.hidden, bias=bias)
-        self.q_norm = RMSNorm(shape.head_dim, shape.eps) if shape.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(shape.head_dim, shape.eps) if shape.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(shape.head_dim, shape.eps) if shape.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(shape.head_dim, shape.eps) if shape.qk_norm else nn.Identity()
         self.scale = shape.attention_scale or shape.head_dim**-0.5
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -99,10 +87,7 @@ class Attention(nn.Module):
     def spread(self, x: Tensor) -> Tensor:
         """Keys or values [B, G, K, D] to [B, H, K, D]: each head is repeated for its group of query heads."""
         group = self.shape.heads // self.shape.kv_heads
-        if group == 1:
-            return x
-        rows, kv, length, dim = x.shape
-        return x[:, :, None].expand(rows, kv, group, length, dim).reshape(rows, kv * group, length, dim)
+        return x if group == 1 else x.repeat_interleave(group, dim=1)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Queries [B, H, Q, D] over keys [B, G, K, D] to outputs [B, Q, d]. mask: bool, broadcast to
@@ -138,15 +123,15 @@ class DraftLayer(nn.Module):
     def __init__(self, shape: LayerShape, *, paired: bool = False) -> None:
         super().__init__()
         self.shape = shape
-        self.input_layernorm = RMSNorm(shape.hidden, shape.eps)
+        self.input_layernorm = nn.RMSNorm(shape.hidden, shape.eps)
         if paired:
-            self.hidden_norm = RMSNorm(shape.hidden, shape.eps)
+            self.hidden_norm = nn.RMSNorm(shape.hidden, shape.eps)
         self.self_attn = Attention(shape, shape.hidden * (2 if paired else 1))
-        self.post_attention_layernorm = RMSNorm(shape.hidden, shape.eps)
+        self.post_attention_layernorm = nn.RMSNorm(shape.hidden, shape.eps)
         self.mlp = MLP(shape)
         if shape.sandwich:
-            self.pre_feedforward_layernorm = RMSNorm(shape.hidden, shape.eps)
-            self.post_feedforward_layernorm = RMSNorm(shape.hidden, shape.eps)
+            self.pre_feedforward_layernorm = nn.RMSNorm(shape.hidden, shape.eps)
+            self.post_feedforward_layernorm = nn.RMSNorm(shape.hidden, shape.eps)
             self.register_buffer("layer_scalar", torch.ones(1))
 
     def finish(self, residual: Tensor, attended: Tensor) -> Tensor:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from deepspec.drafts.base import Proposal
+from deepspec.maths.slots import Ints, Ragged
 from deepspec.maths.verify import Samplings, one_hot
 
 
@@ -35,13 +34,7 @@ class PromptLookup:
     def free(self, slot: int) -> None:
         del self.history[slot], self.seen[slot]
 
-    def observe(
-        self,
-        slots: Sequence[int],
-        features: Tensor | None,
-        tokens: Sequence[Sequence[int]],
-        next_tokens: Sequence[Sequence[int]],
-    ) -> None:
+    def observe(self, slots: Ints, features: Tensor | None, tokens: Ragged, next_tokens: Ragged) -> None:
         for slot, new in zip(slots, tokens, strict=True):
             history, seen = self.history[slot], self.seen[slot]
             for token in new:
@@ -51,9 +44,7 @@ class PromptLookup:
                     if len(history) > n:
                         seen[tuple(history[-n - 1 : -1])] = len(history) - 1
 
-    def propose(
-        self, slots: Sequence[int], anchors: Sequence[int], samplings: Samplings, uniforms: Tensor
-    ) -> Proposal:
+    def propose(self, slots: Ints, anchors: Ints, samplings: Samplings, uniforms: Tensor) -> Proposal:
         guesses = [self._continue(slot, anchor) for slot, anchor in zip(slots, anchors, strict=True)]
         tokens = torch.tensor(guesses)
         return Proposal(tokens, one_hot(tokens, self.vocab_size), None)

@@ -1,4 +1,4 @@
-"""The spec of a draft, read from a released config and written to one; files and tensors are not touched.
+"""The spec of a draft, read from a released config and written to one.
 
 A draft's config is a copy of its target's text config with the draft's own keys on top: `num_hidden_layers`
 is the draft's depth, and the other dimensions are the target's.
@@ -152,13 +152,6 @@ def _count(config: dict[str, Any], key: str, least: int = 1) -> int:
     return value
 
 
-def _layer_ids(config: dict[str, Any]) -> tuple[int, ...]:
-    ids = _need(config, "target_layer_ids")
-    if not isinstance(ids, list | tuple) or any(type(i) is not int for i in ids):
-        raise SpecError(f"target_layer_ids is {ids!r}, not a list of whole numbers")
-    return tuple(ids)
-
-
 def read_spec(config: dict[str, Any], *, rope_rounded: bool = False) -> DraftSpec:
     """The spec of a draft with a released-layout config. Raises SpecError if it is not a draft's config."""
     known = algorithm_of(config)
@@ -174,34 +167,35 @@ def read_spec(config: dict[str, Any], *, rope_rounded: bool = False) -> DraftSpe
         raise SpecError(
             f"layer_types has {', '.join(windows)}, but only full_attention is supported in a draft"
         )
-    common: dict[str, Any] = {
-        "algorithm": algorithm,
-        "family": family,
-        "shape": layer_shape(config, family, rope_rounded=rope_rounded),
-        "num_layers": _count(config, "num_hidden_layers"),
-        "target_layer_ids": _layer_ids(config),
-        # It is null if another layout does not contain it.
-        "num_target_layers": None
-        if config["num_target_layers"] is None
-        else _count(config, "num_target_layers"),
-        "vocab_size": _count(config, "vocab_size"),
-        "softcap": config.get("final_logit_softcapping"),
-        "draft_vocab_size": config.get("draft_vocab_size"),
-    }
-    if not ALGORITHMS[algorithm].parallel:
-        common |= {name: bool(config.get(name, False)) for name in EAGLE3_NORMS}
-        return _checked(DraftSpec(block=_count(config, "ttt_length", least=0), **common))
+    ids = _need(config, "target_layer_ids")
+    if not isinstance(ids, list | tuple) or any(type(i) is not int for i in ids):
+        raise SpecError(f"target_layer_ids is {ids!r}, not a list of whole numbers")
+    # The depth is null if another layout does not contain it.
+    depth = None if config["num_target_layers"] is None else _count(config, "num_target_layers")
+    own: dict[str, Any] = {name: bool(config.get(name, False)) for name in EAGLE3_NORMS}
+    if ALGORITHMS[algorithm].parallel:
+        own = {
+            "mask_token_id": _count(config, "mask_token_id", least=0),
+            # Released configs do not have this key: without it, it is true (method.md 3, Alignment).
+            "sample_from_anchor": bool(config.get("sample_from_anchor", True)),
+            "markov_rank": int(config.get("markov_rank") or 0),
+            "markov_head": config.get("markov_head_type") or "vanilla",
+            "confidence": bool(config.get("enable_confidence_head", False)),
+            "confidence_with_markov": bool(config.get("confidence_head_with_markov", False)),
+        }
     return _checked(
         DraftSpec(
-            block=_count(config, "block_size", least=0),
-            mask_token_id=_count(config, "mask_token_id", least=0),
-            # Released configs do not have this key: without it, it is true (method.md 3, Alignment).
-            sample_from_anchor=bool(config.get("sample_from_anchor", True)),
-            markov_rank=int(config.get("markov_rank") or 0),
-            markov_head=config.get("markov_head_type") or "vanilla",
-            confidence=bool(config.get("enable_confidence_head", False)),
-            confidence_with_markov=bool(config.get("confidence_head_with_markov", False)),
-            **common,
+            algorithm=algorithm,
+            family=family,
+            shape=layer_shape(config, family, rope_rounded=rope_rounded),
+            num_layers=_count(config, "num_hidden_layers"),
+            block=_count(config, "block_size" if ALGORITHMS[algorithm].parallel else "ttt_length", least=0),
+            target_layer_ids=tuple(ids),
+            num_target_layers=depth,
+            vocab_size=_count(config, "vocab_size"),
+            softcap=config.get("final_logit_softcapping"),
+            draft_vocab_size=config.get("draft_vocab_size"),
+            **own,
         )
     )
 
@@ -244,18 +238,15 @@ def new_spec(
     block: int,
     target_layer_ids: list[int] | None = None,
     mask_token_id: int | None = None,
-    markov_rank: int = 0,
-    markov_head: str = "vanilla",
-    confidence: bool = False,
-    confidence_with_markov: bool = True,
     intermediate_size: int | None = None,
     qk_norm: bool = True,
-    draft_vocab_size: int | None = None,
+    **options: Any,
 ) -> DraftSpec:
     """The spec of a new draft for a target, from the target's raw text config.
 
-    By default a rule chooses five feature layers (method.md 2). A draft for an unknown family is Qwen3-shaped
-    and uses plain rotary positions, whatever the target's rope scaling. Raises SpecError.
+    By default a rule chooses five feature layers (method.md 2). options: other fields of `DraftSpec`. A draft
+    for an unknown family is Qwen3-shaped and uses plain rotary positions, whatever the target's rope scaling.
+    Raises SpecError.
     """
     row = families.target_family(target_config.get("model_type", ""))
     facts = {**target_config, "qk_norm": qk_norm}
@@ -267,7 +258,6 @@ def new_spec(
         facts["hidden_act"] = "silu"
         facts["attention_bias"] = False
     depth = _count(facts, "num_hidden_layers")
-    known = ALGORITHMS[algorithm]
     return _checked(
         DraftSpec(
             algorithm=algorithm,
@@ -278,13 +268,9 @@ def new_spec(
             target_layer_ids=tuple(target_layer_ids or families.default_target_layers(depth)),
             num_target_layers=depth,
             vocab_size=_count(facts, "vocab_size"),
-            draft_vocab_size=draft_vocab_size,
-            mask_token_id=mask_token_id if known.needs_mask else None,
-            markov_rank=markov_rank if known.heads else 0,
-            markov_head=markov_head,
-            confidence=confidence and known.heads,
-            confidence_with_markov=confidence_with_markov,
+            mask_token_id=mask_token_id if ALGORITHMS[algorithm].needs_mask else None,
             softcap=facts.get("final_logit_softcapping"),
+            **options,
         )
     )
 

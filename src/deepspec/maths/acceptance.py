@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 Rounds = Sequence[Sequence[int]]
+Ratio = tuple[Sequence[float], Sequence[float]]
+"""Numerators [P] and denominators [P]."""
 
 
 class Interval(NamedTuple):
@@ -92,12 +94,9 @@ def bootstrap_ratio(
 
 
 def paired_bootstrap_difference(
-    first: tuple[Sequence[float], Sequence[float]],
-    second: tuple[Sequence[float], Sequence[float]],
-    seed: int,
-    samples: int = 2000,
+    first: Ratio, second: Ratio, seed: int, samples: int = 2000
 ) -> Interval | None:
-    """First ratio minus second, each (numerators [P], denominators [P]) on the same P prompts.
+    """First ratio minus second, on the same P prompts.
 
     Both methods see the same resampled prompts, so that what they share (hard and easy prompts) cancels.
     Otherwise as `bootstrap_ratio`.
@@ -106,24 +105,16 @@ def paired_bootstrap_difference(
     return None if sums is None else _interval(sums[0] / sums[1] - sums[2] / sums[3])
 
 
-def paired_bootstrap_ratio(
-    first: tuple[Sequence[float], Sequence[float]],
-    second: tuple[Sequence[float], Sequence[float]],
-    seed: int,
-    samples: int = 2000,
-) -> Interval | None:
+def paired_bootstrap_ratio(first: Ratio, second: Ratio, seed: int, samples: int = 2000) -> Interval | None:
     """First ratio divided by second, a speed-up for example; otherwise as `paired_bootstrap_difference`.
 
     The result is also None if the second ratio is zero.
     """
-    sums = _resampled(*first, *second, seed=seed, samples=samples)
-    return None if sums is None else _interval((sums[0] / sums[1]) / (sums[2] / sums[3]))
+    return mean_ratio_over_groups([(first, second)], seed, samples)
 
 
 def mean_ratio_over_groups(
-    groups: Sequence[tuple[tuple[Sequence[float], Sequence[float]], tuple[Sequence[float], Sequence[float]]]],
-    seed: int,
-    samples: int = 2000,
+    groups: Sequence[tuple[Ratio, Ratio]], seed: int, samples: int = 2000
 ) -> Interval | None:
     """Mean over groups (such as domains) of each group's paired ratio, prompts resampled within their group.
 

@@ -23,8 +23,7 @@ from deepspec.maths.chunking import default_chunk_rows
 from deepspec.maths.formed import needs_gradient, with_gradients
 from deepspec.maths.head import Head
 
-TERMS = ("ce", "soft_ce", "kl", "l1")
-_TEACHER_TERMS = frozenset({"soft_ce", "kl", "l1"})
+TERMS = ("ce", "soft_ce", "l1")
 
 
 def head_loss(
@@ -46,7 +45,6 @@ def head_loss(
 
         ce       -log p[label]                      DFlash, DSpark (arXiv 2607.05147)
         soft_ce  -sum_v t log p                     Eagle-3 (arXiv 2503.01840)
-        kl       sum_v t (log t - log p)
         l1       sum_v |p - t|                      DSpark; twice the total variation distance
 
     The total is differentiable with respect to hidden, z and w2 (once). Heads and the teacher are frozen.
@@ -56,23 +54,21 @@ def head_loss(
     NaN included. A label may be out of range where the row's ce weight is zero.
 
     Reduced vocabulary (`head.kept`): labels and the teacher's head stay in target ids. A label that is not
-    kept has ce weight zero; soft_ce, kl and l1 see the teacher's distribution renormalised over kept ids;
+    kept has ce weight zero; soft_ce and l1 see the teacher's distribution renormalised over kept ids;
     `accept` is measured against its full distribution.
 
     chunk_rows: rows per chunk; None chooses about 24 MiB per chunk-wide tensor.
-    Raises ValueError for an unknown term, for a missing or misshapen input, for a label out of range.
+    Raises ValueError for a label out of range.
     """
     z, w2 = markov if markov is not None else (None, None)
     given = _Task(hidden, head, dict(weights), labels, teacher_hidden, teacher_head, z, w2)
-    _check_draft(given)
-    _check_teacher(given)
-    wants = _Wants(*map(needs_gradient, (hidden, z, w2)))
+    _check(given)
     if chunk_rows is None:
         chunk_rows = default_chunk_rows(teacher_head.vocab_size if teacher_head else head.vocab_size)
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, not {chunk_rows}")
+    assert chunk_rows >= 1, f"chunk_rows must be at least 1, not {chunk_rows}"
+    wants = needs_gradient(hidden), needs_gradient(z), needs_gradient(w2)
     with torch.no_grad():
-        result = _walk(_prepare(given), wants, chunk_rows)
+        result = _walk(_prepare(given), *wants, chunk_rows)
     sums = {term: values.sum() for term, values in result.terms.items()}
     total = torch.stack(list(sums.values())).sum() if sums else torch.zeros((), device=hidden.device)
     if any(wants):
@@ -93,12 +89,8 @@ def confidence_loss(logits: Tensor, accept: Tensor, weights: Tensor) -> Tensor:
 
 
 def position_weights(block: int, gamma: float) -> Tensor:
-    """[block] float32 weights exp(-(k - 1) / gamma) of block positions k = 1 ... block (DFlash, DSpark).
-
-    Raises ValueError unless block and gamma are positive.
-    """
-    if block < 1 or not gamma > 0:
-        raise ValueError(f"block and gamma must be positive, not {block} and {gamma}")
+    """[block] float32 weights exp(-(k - 1) / gamma) of block positions k = 1 ... block (DFlash, DSpark)."""
+    assert block >= 1 and gamma > 0, f"block and gamma must be positive, not {block} and {gamma}"
     return torch.exp(-torch.arange(block, dtype=torch.float32) / gamma)
 
 
@@ -114,14 +106,6 @@ class HeadLoss(NamedTuple):
     terms: dict[str, Tensor]
     accept: Tensor | None
     correct: Tensor
-
-
-class _Wants(NamedTuple):
-    """Which gradients a backward pass can ask for."""
-
-    hidden: bool
-    z: bool
-    w2: bool
 
 
 @dataclass(frozen=True)
@@ -143,7 +127,8 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Result:
-    """What outlives the chunks: nothing here is as large as rows times vocabulary."""
+    """What outlives the chunks: nothing here is as large as rows times vocabulary. A gradient that no
+    backward pass can ask for is None."""
 
     terms: dict[str, Tensor]  # term -> [N], weighted
     accept: Tensor | None  # [N]
@@ -173,55 +158,39 @@ class _Teacher(NamedTuple):
 
     probabilities: Tensor  # [n, V], renormalised over kept ids
     best: Tensor  # [n] target id
-    negative_entropy: Tensor | None  # [n] sum t log t, where kl needs it
     mass: Tensor | None  # [n, 1] share of the full distribution on kept ids; None for a full vocabulary
 
 
-def _check_draft(task: _Task) -> None:
-    hidden, head, labels = task.hidden, task.head, task.labels
-    if hidden.dim() != 2 or hidden.shape[1] != head.weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} does not fit a head {tuple(head.weight.shape)}")
-    rows = (hidden.shape[0],)
+def _check(task: _Task) -> None:
+    """Refuse inputs that do not fit together: only a mistake in a draft's own code can make them."""
+    head, labels, teacher = task.head, task.labels, task.teacher_head
+    rows = len(task.hidden)
+
+    def fits(values: Tensor, shape: tuple[int, ...], name: str) -> None:
+        assert values.shape == shape, f"{name} must be {shape}, not {tuple(values.shape)}"
+
+    fits(task.hidden, (rows, head.weight.shape[1]), "hidden")
     for term, weight in task.weights.items():
-        if term not in TERMS:
-            raise ValueError(f"unknown loss term {term!r}; there are {', '.join(TERMS)}")
-        if weight.shape != rows:
-            raise ValueError(f"weights of {term!r} must be {rows}, not {tuple(weight.shape)}")
-    if labels is not None and labels.shape != rows:
-        raise ValueError(f"labels must be {rows}, not {tuple(labels.shape)}")
-    if "ce" in task.weights and labels is None:
-        raise ValueError("the term 'ce' needs labels")
+        assert term in TERMS, f"unknown loss term {term!r}; there are {', '.join(TERMS)}"
+        fits(weight, (rows,), f"weights of {term!r}")
+    assert labels is not None or "ce" not in task.weights, "the term 'ce' needs labels"
+    if labels is not None:
+        fits(labels, (rows,), "labels")
     if task.z is not None and task.w2 is not None:
-        z, w2 = tuple(task.z.shape), tuple(task.w2.shape)
-        if len(w2) != 2 or w2[0] != head.vocab_size or z != (*rows, w2[1]):
-            raise ValueError(
-                f"Markov bias: z {z} and w2 {w2} must be [N, r] and [V, r]"
-                f" with N = {rows[0]} and V = {head.vocab_size}"
-            )
-
-
-def _check_teacher(task: _Task) -> None:
-    hidden, head, rows = task.teacher_hidden, task.teacher_head, task.hidden.shape[0]
-    if (hidden is None) != (head is None):
-        raise ValueError("teacher_hidden and teacher_head go together")
-    if hidden is None or head is None:
-        if needy := sorted(_TEACHER_TERMS & task.weights.keys()):
-            raise ValueError(f"the terms {needy} need teacher_hidden and teacher_head")
-        if task.labels is None:
-            raise ValueError("there is nothing to compare with: neither labels nor a teacher")
+        fits(task.w2, (head.vocab_size, task.z.shape[-1]), "the Markov bias's w2")
+        fits(task.z, (rows, task.w2.shape[1]), "the Markov bias's z")
+    if task.teacher_hidden is None or teacher is None:
+        assert task.teacher_hidden is None and teacher is None, "teacher_hidden and teacher_head go together"
+        needy = sorted({"soft_ce", "l1"} & task.weights.keys())
+        assert not needy, f"the terms {needy} need teacher_hidden and teacher_head"
+        assert labels is not None, "there is nothing to compare with: neither labels nor a teacher"
         return
-    if hidden.shape != (rows, head.weight.shape[1]):
-        raise ValueError(
-            f"teacher_hidden {tuple(hidden.shape)} does not fit {rows} rows"
-            f" and a teacher head {tuple(head.weight.shape)}"
-        )
-    if head.kept is not None:
-        raise ValueError("the teacher's head must cover the whole vocabulary")
-    if task.head.kept is None and task.head.vocab_size != head.vocab_size:
-        raise ValueError(
-            f"vocabularies differ: draft {task.head.vocab_size}, teacher {head.vocab_size};"
-            " a reduced draft vocabulary must name its kept ids"
-        )
+    fits(task.teacher_hidden, (rows, teacher.weight.shape[1]), "teacher_hidden")
+    assert teacher.kept is None, "the teacher's head must cover the whole vocabulary"
+    assert head.kept is not None or head.vocab_size == teacher.vocab_size, (
+        f"vocabularies differ: draft {head.vocab_size}, teacher {teacher.vocab_size}; a reduced draft "
+        "vocabulary must name its kept ids"
+    )
 
 
 def _prepare(task: _Task) -> _Task:
@@ -254,38 +223,34 @@ def _prepare(task: _Task) -> _Task:
     )
 
 
-def _walk(task: _Task, wants: _Wants, chunk_rows: int) -> _Result:
+def _walk(task: _Task, wants_hidden: bool, wants_z: bool, wants_w2: bool, chunk_rows: int) -> _Result:
     """All rows, one chunk after the other."""
     count, new = task.hidden.shape[0], partial(torch.empty, dtype=task.dtype, device=task.hidden.device)
     result = _Result(
         terms={term: new(count) for term in task.weights},
         accept=None if task.teacher_head is None else new(count),
         correct=torch.empty(count, dtype=torch.bool, device=task.hidden.device),
-        d_hidden=new(task.hidden.shape) if wants.hidden else None,
-        d_z=new(task.z.shape) if wants.z and task.z is not None else None,
-        d_w2=new(task.w2.shape).zero_() if wants.w2 and task.w2 is not None else None,
+        d_hidden=new(task.hidden.shape) if wants_hidden else None,
+        d_z=new(task.z.shape) if wants_z and task.z is not None else None,
+        d_w2=new(task.w2.shape).zero_() if wants_w2 and task.w2 is not None else None,
     )
-    space = _workspace(task, wants, min(chunk_rows, count))
+    head, teacher_head = task.head, task.teacher_head
+    narrow = (min(chunk_rows, count), head.vocab_size)
+    wide = None if teacher_head is None or head.kept is None else (narrow[0], teacher_head.vocab_size)
+    space = _Workspace(
+        draft=new(narrow),
+        spare=new(narrow),
+        slope=new(narrow) if wants_hidden and head.softcap is not None else None,
+        teacher=None if teacher_head is None else new(narrow),
+        teacher_full=None if wide is None else new(wide),
+    )
     for start in range(0, count, chunk_rows):
         rows = slice(start, min(start + chunk_rows, count))
         part = space.rows(rows.stop - rows.start)
         _chunk_terms(task, rows, part, result)
-        if any(wants):
+        if wants_hidden or wants_z or wants_w2:
             _chunk_gradients(task, rows, part, result)
     return result
-
-
-def _workspace(task: _Task, wants: _Wants, rows: int) -> _Workspace:
-    new = partial(torch.empty, dtype=task.dtype, device=task.hidden.device)
-    head, teacher_head = task.head, task.teacher_head
-    narrow = (rows, head.vocab_size)
-    return _Workspace(
-        draft=new(narrow),
-        spare=new(narrow),
-        slope=new(narrow) if wants.hidden and head.softcap is not None else None,
-        teacher=None if teacher_head is None else new(narrow),
-        teacher_full=new((rows, teacher_head.vocab_size)) if teacher_head and head.kept is not None else None,
-    )
 
 
 def _chunk_terms(task: _Task, rows: slice, space: _Workspace, result: _Result) -> None:
@@ -299,14 +264,12 @@ def _chunk_terms(task: _Task, rows: slice, space: _Workspace, result: _Result) -
     if task.labels is not None:
         found["ce"] = -draft.gather(1, task.labels[rows, None]).squeeze(1)
     teacher = _teacher(task, rows, space)
-    if teacher is not None and task.weights.keys() & {"soft_ce", "kl"}:
+    if teacher is not None and "soft_ce" in task.weights:
         found["soft_ce"] = -torch.mul(teacher.probabilities, draft, out=spare).sum(1)
     log_total = _normalise(draft).squeeze(1)
     # Up to here the log-probabilities lacked their common constant; t sums to one, so it is simply added.
     for term in found:
         found[term] += log_total
-    if teacher is not None and teacher.negative_entropy is not None:
-        found["kl"] = found["soft_ce"] + teacher.negative_entropy
     if teacher is not None and result.accept is not None:
         found["l1"], accept = _overlap(draft, teacher, spare)
         # A row without weight may hold NaN, which must not reach a sum later.
@@ -320,14 +283,12 @@ def _chunk_terms(task: _Task, rows: slice, space: _Workspace, result: _Result) -
 def _chunk_gradients(task: _Task, rows: slice, space: _Workspace, result: _Result) -> None:
     """Gradients of one chunk's weighted terms, from p and t, into `result`.
 
-    With respect to the logits: ce p - onehot(label); soft_ce and kl p - t; l1 p (s - <p, s>), where
+    With respect to the logits: ce p - onehot(label); soft_ce p - t; l1 p (s - <p, s>), where
     s = sign(p - t). p appears in all of them, so its factors are gathered into one per row.
     """
     draft, teacher, gradient = space.draft, space.teacher, space.spare
     weights = {term: weight[rows, None] for term, weight in task.weights.items()}
-    of_teacher = torch.zeros_like(draft[:, :1])
-    for term in weights.keys() & {"soft_ce", "kl"}:
-        of_teacher += weights[term]
+    of_teacher = weights.get("soft_ce", torch.zeros_like(draft[:, :1]))
     of_draft = of_teacher + weights["ce"] if "ce" in weights else of_teacher
     if "l1" in weights and teacher is not None:
         torch.sub(draft, teacher, out=gradient).sign_().mul_(draft)
@@ -335,7 +296,7 @@ def _chunk_gradients(task: _Task, rows: slice, space: _Workspace, result: _Resul
         gradient.mul_(weights["l1"]).addcmul_(draft, of_draft - weights["l1"] * inner)
     else:
         torch.mul(draft, of_draft, out=gradient)
-    if teacher is not None and weights.keys() & {"soft_ce", "kl"}:
+    if teacher is not None and "soft_ce" in weights:
         gradient.addcmul_(teacher, of_teacher, value=-1.0)
     if "ce" in weights and task.labels is not None:
         gradient.scatter_add_(1, task.labels[rows, None], -weights["ce"])
@@ -381,7 +342,7 @@ def _normalise(shifted: Tensor) -> Tensor:
 
 
 def _teacher(task: _Task, rows: slice, space: _Workspace) -> _Teacher | None:
-    """The teacher's distribution of one chunk, in space.teacher; uses space.spare."""
+    """The teacher's distribution of one chunk, in space.teacher."""
     if task.teacher_hidden is None or task.teacher_head is None or space.teacher is None:
         return None
     kept, mass, probabilities = task.head.kept, None, space.teacher
@@ -393,16 +354,10 @@ def _teacher(task: _Task, rows: slice, space: _Workspace) -> _Teacher | None:
         torch.index_select(full, 1, kept, out=probabilities)
         highest = probabilities.gather(1, probabilities.argmax(1, keepdim=True))
         probabilities.sub_(highest)
-    wants_entropy = "kl" in task.weights
-    if wants_entropy:
-        space.spare.copy_(probabilities)
     log_total = _normalise(probabilities)
-    negative_entropy = None
-    if wants_entropy:
-        negative_entropy = space.spare.mul_(probabilities).sum(1) - log_total.squeeze(1)
     if highest is not None:
         mass = torch.exp(highest + log_total - _normalise(full))
-    return _Teacher(probabilities, best, negative_entropy, mass)
+    return _Teacher(probabilities, best, mass)
 
 
 def _overlap(draft: Tensor, teacher: _Teacher, spare: Tensor) -> tuple[Tensor, Tensor]:
@@ -419,6 +374,5 @@ def _correct(task: _Task, rows: slice, best: Tensor, teacher: _Teacher | None) -
     """[n] bool: the draft's best row of the head against the teacher's best, or against the label."""
     if teacher is not None:
         return (best if task.head.kept is None else task.head.kept[best]) == teacher.best
-    if task.labels is None or task.known is None:
-        raise AssertionError("checked on entry: labels or a teacher")
+    assert task.labels is not None and task.known is not None
     return (best == task.labels[rows]) & task.known[rows]

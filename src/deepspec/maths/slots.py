@@ -6,11 +6,17 @@ smaller length. R rows, Q new tokens per row (padded), H key/value heads, D head
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Ints = Sequence[int]
+"""One whole number for each of several rows, such as their slots."""
+Ragged = Sequence[Ints]
+"""A list of token ids for each of several rows, of any lengths."""
 
 
 class Rows(NamedTuple):

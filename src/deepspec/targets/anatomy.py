@@ -16,11 +16,6 @@ from deepspec.families import TargetFamily
 from deepspec.maths.head import Embedding, Head
 
 
-def text_config(model: Any) -> Any:
-    """The loaded config, not the file: older files leave layer types and defaults to be derived."""
-    return model.config.get_text_config(decoder=True)
-
-
 def find_decoder(model: Any, name: str) -> Any:
     """The module that holds the decoder layers and the final norm. Raises TargetError."""
     found = model.get_decoder() if hasattr(model, "get_decoder") else None

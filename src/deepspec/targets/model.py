@@ -2,7 +2,7 @@
 
 R rows, Q new tokens per row (padded), S tokens, m captured layers, d hidden, V vocabulary.
 Any Hugging Face decoder will do: its modules are found, not re-implemented, and hooks read the
-residual stream after chosen layers. The key/value slots are ours (`cache.py`).
+residual stream after chosen layers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.utils import logging as hf_logging
 
 from deepspec.errors import TargetError
 from deepspec.log import note
-from deepspec.maths.slots import Rows, causal_rows_mask
+from deepspec.maths.slots import Ints, Ragged, Rows, causal_rows_mask
 from deepspec.pocket import packaged
 from deepspec.targets.anatomy import (
     final_norm,
@@ -30,7 +30,6 @@ from deepspec.targets.anatomy import (
     find_embedding,
     find_head,
     steady_length,
-    text_config,
 )
 from deepspec.targets.cache import SlotCache, can_roll_back
 from deepspec.targets.hub import check_whole, first_line, unreadable
@@ -57,16 +56,17 @@ class Target:
     """
 
     def __init__(
-        self, spec: TargetSpec, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
+        self, spec: TargetSpec, model: Any, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> None:
         self.spec = spec
-        self.model: Any = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self._config = text_config(model)
-        self.cached = can_roll_back(self.model, self._config, spec.name)
+        # Not the file: older files leave layer types and defaults to be derived.
+        self._config = model.config.get_text_config(decoder=True)
+        self.cached = can_roll_back(model, self._config, spec.name)
         self.decoder: Any = find_decoder(model, spec.name)
-        self.embedding = find_embedding(self.model, self._config, spec.family, spec.name)
-        self.head = find_head(self.model, self._config, spec.family, spec.name, self.device)
+        self.embedding = find_embedding(model, self._config, spec.family, spec.name)
+        self.head = find_head(model, self._config, spec.family, spec.name, self.device)
         self._cache = SlotCache(spec.num_layers)
         self._steady_length = steady_length(self._config)
         self._tokens: dict[int, list[int]] = {}
@@ -103,12 +103,11 @@ class Target:
                 "the accelerate package for it",
                 next_step="pip install accelerate",
             )
-        chosen = "auto" if dtype == "auto" else getattr(torch, dtype)
         try:
-            with _bars(long=_takes_long(path)):
+            with _bars(path):
                 model, info = AutoModelForCausalLM.from_pretrained(
                     path,
-                    dtype=chosen,
+                    dtype=dtype,
                     device_map=device_map,
                     trust_remote_code=False,
                     output_loading_info=True,
@@ -226,25 +225,18 @@ class Target:
         del self._tokens[slot]
 
     @torch.inference_mode()
-    def step(
-        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], layers: Sequence[int] = ()
-    ) -> StepOutput:
+    def step(self, slots: Ints, tokens: Ragged, layers: Ints = ()) -> StepOutput:
         """Append each row's new tokens (any number, not the same) to its slot, in one forward pass.
 
         The outputs are inference tensors, which are cheaper because nothing is recorded; train on those of
         `read`. Raises TargetError when `read` does.
         """
-        if self.cached:
-            output = self._step_cached(slots, tokens, layers)
-        else:
-            output = self._step_again(slots, tokens, layers)
+        output = (self._step_cached if self.cached else self._step_again)(slots, tokens, layers)
         for slot, new in zip(slots, tokens, strict=True):
             self._tokens[slot].extend(new)
         return output
 
-    def _step_cached(
-        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], layers: Sequence[int]
-    ) -> StepOutput:
+    def _step_cached(self, slots: Ints, tokens: Ragged, layers: Ints) -> StepOutput:
         """The new tokens alone, over the keys and values of the slots."""
         rows = Rows(tuple(slots), tuple(self.length(s) for s in slots), max(map(len, tokens)))
         self._hook(tuple(layers))
@@ -259,9 +251,7 @@ class Target:
         )
         return self._output(output)
 
-    def _step_again(
-        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], layers: Sequence[int]
-    ) -> StepOutput:
+    def _step_again(self, slots: Ints, tokens: Ragged, layers: Ints) -> StepOutput:
         """One pass over everything in the slots, for models whose state cannot be rolled back."""
         whole = [[*self._tokens[s], *new] for s, new in zip(slots, tokens, strict=True)]
         output = self.read(_padded(whole), layers)
@@ -306,21 +296,20 @@ class Target:
         """None where the model's own mask is right (one row); ours where rows are ragged or partly cached."""
         if len(rows.slots) == 1 and (rows.width == 1 or rows.starts[0] == 0):
             return None
+
+        def mask(window: int | None) -> Tensor:
+            seen = causal_rows_mask(rows, self.device, window)
+            if self.model.config._attn_implementation != "eager":
+                return seen
+            # Eager attention adds its mask to the scores.
+            zeros = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device)
+            return zeros.masked_fill(~seen, torch.finfo(self.dtype).min)
+
         kinds = getattr(self._config, "layer_types", None)
         window = getattr(self._config, "sliding_window", None)
         if kinds is None or "sliding_attention" not in kinds:
-            return self._attention_mask(causal_rows_mask(rows, self.device, None if kinds else window))
-        return {
-            "full_attention": self._attention_mask(causal_rows_mask(rows, self.device)),
-            "sliding_attention": self._attention_mask(causal_rows_mask(rows, self.device, window)),
-        }
-
-    def _attention_mask(self, seen: Tensor) -> Tensor:
-        """In the form that the model's attention takes: eager attention adds its mask to the scores."""
-        if self.model.config._attn_implementation != "eager":
-            return seen
-        unseen = torch.finfo(self.dtype).min
-        return torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill(~seen, unseen)
+            return mask(None if kinds else window)
+        return {"full_attention": mask(None), "sliding_attention": mask(window)}
 
     def _check_length(self, length: int) -> None:
         if self._steady_length is not None and length > self._steady_length:
@@ -382,17 +371,12 @@ class Target:
 # ── loading ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _takes_long(path: str) -> bool:
-    """Whether loading takes long: a download, or weights that take seconds to read."""
-    if not Path(path).is_dir():
-        return True
-    weights = [f for kind in ("*.safetensors", "*.bin") for f in Path(path).glob(kind) if f.is_file()]
-    return sum(f.stat().st_size for f in weights) > LONG
-
-
 @contextmanager
-def _bars(long: bool) -> Iterator[None]:
-    """transformers' own progress bars for downloads and loading, if it takes long and there is a terminal."""
+def _bars(path: str) -> Iterator[None]:
+    """transformers' own progress bars, if there is a terminal and loading takes long: a download, or weights
+    that take seconds to read."""
+    weights = [f for kind in ("*.safetensors", "*.bin") for f in Path(path).glob(kind) if f.is_file()]
+    long = not Path(path).is_dir() or sum(f.stat().st_size for f in weights) > LONG
     usual = hf_logging.is_progress_bar_enabled()
     if not (long and sys.stderr.isatty()):
         hf_logging.disable_progress_bar()
@@ -403,7 +387,7 @@ def _bars(long: bool) -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+def _padded(rows: Ragged) -> Tensor:
     """[R, longest] token ids; a row's last token fills its end."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows])
