@@ -23,6 +23,7 @@ from deepspec.drafts import ALGORITHMS, MARKOV_HEADS
 from deepspec.errors import RecipeError, nearest
 from deepspec.files import write_text
 from deepspec.log import TrackerName
+from deepspec.maths.terms import TERMS
 from deepspec.pocket import TRAINED_ON
 from deepspec.recipe_files import Keys, lay_recipe, merge, parse_override
 
@@ -196,8 +197,9 @@ def _draft_problems(recipe: Recipe) -> Iterator[str]:
             "`draft.confidence` and `loss.confidence` go together: set both or neither, because only that "
             "loss trains a confidence head"
         )
-    if not (loss.ce or loss.l1):
-        yield "`loss.ce` and `loss.l1` are both 0, so the draft would learn no tokens"
+    terms = [term for term in TERMS if term in LossConfig.model_fields]
+    if not any(getattr(loss, term) for term in terms):
+        yield f"{' and '.join(f'`loss.{term}`' for term in terms)} are 0, so the draft would learn no tokens"
 
 
 def _run_problems(recipe: Recipe) -> Iterator[str]:

@@ -10,27 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+from deepspec.maths.terms import TERMS
 
 if TYPE_CHECKING:
     from deepspec.drafts.base import NeuralDraft
     from deepspec.drafts.spec import DraftSpec
 
 
-class LossWeights(Protocol):
-    """Weights of the loss terms; a recipe's `loss` and `LossSettings` have them."""
-
-    @property
-    def l1(self) -> float: ...
-
-    @property
-    def confidence(self) -> float: ...
-
-
-def reads_of_a_block(loss: LossWeights) -> tuple[str, ...]:
-    """What the loss of a block draft reads: the features before its anchors and, for L1 and confidence, the
-    target's distribution."""
-    return ("context", "labels") if loss.l1 or loss.confidence else ("context",)
+def reads_of_a_block(loss: object) -> tuple[str, ...]:
+    """What the loss of a block draft reads: features before its anchors and, if a term with a weight needs the
+    teacher, the target's distribution. loss: has the weight of each term as an attribute of its name."""
+    taught = [*(name for name, teacher in TERMS.items() if teacher), "confidence"]
+    return ("context", "labels") if any(getattr(loss, name, 0.0) for name in taught) else ("context",)
 
 
 def has_heads(config: Mapping[str, Any]) -> bool:
@@ -62,7 +55,7 @@ class Algorithm:
     draft: str
     architectures: Mapping[str, str]
     parallel: bool
-    reads: Callable[[LossWeights], tuple[str, ...]]
+    reads: Callable[[object], tuple[str, ...]]
     served: Callable[[DraftSpec], str]
     claims: Callable[[Mapping[str, Any]], bool] = lambda config: True
     heads: bool = False

@@ -21,6 +21,7 @@ from deepspec.maths.blocks import (
 )
 from deepspec.maths.losses import head_loss, position_weights
 from deepspec.maths.slots import Ints, Ragged, SlotStore
+from deepspec.maths.terms import TERMS
 from deepspec.maths.verify import Samplings
 
 
@@ -103,7 +104,7 @@ class DFlashDraft(NeuralDraft):
         found = head_loss(
             hidden[blocks.valid],
             self.head,
-            weights={n: weights * a for n, a in (("ce", loss.ce), ("l1", loss.l1)) if a},
+            weights={name: weights * a for name in TERMS if (a := getattr(loss, name, 0.0))},
             labels=blocks.labels[blocks.valid],
             teacher_hidden=teacher,
             teacher_head=self.teacher_head if teacher is not None else None,

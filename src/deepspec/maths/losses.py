@@ -22,8 +22,7 @@ from torch import Tensor
 from deepspec.maths.chunking import default_chunk_rows
 from deepspec.maths.formed import needs_gradient, with_gradients
 from deepspec.maths.head import Head
-
-TERMS = ("ce", "soft_ce", "l1")
+from deepspec.maths.terms import TERMS
 
 
 def head_loss(

@@ -194,8 +194,7 @@ def feature_layers(recipe: Recipe, target_config: dict[str, Any]) -> tuple[int, 
 
 def loss_settings(recipe: Recipe) -> LossSettings:
     """The recipe's loss weights in the form that drafts read."""
-    loss = recipe.loss
-    return LossSettings(loss.ce, loss.l1, loss.confidence, loss.decay_gamma, recipe.draft.step_loss_decay)
+    return LossSettings(**recipe.loss.model_dump(), step_decay=recipe.draft.step_loss_decay)
 
 
 def read_rules(recipe: Recipe) -> tuple[str, ...]:
