@@ -12,9 +12,9 @@ from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.spec import EAGLE3_NORMS, SpecError
 
 OLDER_DFLASH = "DFlashDraftModel"
-# The keys that the nested `dflash_config` may have; the last two have no effect.
-OLDER_DFLASH_KEYS = {"target_layer_ids", "mask_token_id", "block_size", "num_target_layers"}
-OLDER_DFLASH_KEYS |= {"sample_from_anchor", "use_aux_hidden_state", "mask_token"}
+NESTED = {"target_layer_ids", "mask_token_id", "block_size", "num_target_layers", "sample_from_anchor"}
+WITHOUT_EFFECT = {"use_aux_hidden_state", "mask_token"}
+"""The other keys that the nested `dflash_config` may have."""
 SPECULATORS = ("eagle3", "dflash", "dspark")
 """The algorithms of that package that can be read; their names are the same here."""
 
@@ -41,7 +41,8 @@ def from_older_dflash(config: dict[str, Any]) -> dict[str, Any]:
     """A config of the first DFlash layout, translated: its facts are nested in `dflash_config`, and slot 0
     proposes nothing unless the config says so."""
     nested = config.get("dflash_config") or {}
-    strange = sorted(k for k, v in nested.items() if k not in OLDER_DFLASH_KEYS and v not in (None, False))
+    known = NESTED | WITHOUT_EFFECT
+    strange = sorted(k for k, v in nested.items() if k not in known and v not in (None, False))
     if config.get("is_causal"):
         strange.append("is_causal")
     if strange:

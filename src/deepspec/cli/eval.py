@@ -90,7 +90,7 @@ def evaluate(
     from deepspec.report.page import write_report
     from deepspec.report.results import read_metrics
 
-    folders = {label: name for label, name in zip(draft_labels(names), names, strict=True)}
+    folders = dict(zip(draft_labels(names), names, strict=True))
     for name in names:
         find_checkpoint(name)  # a mistyped name should not wait for the target to load
     model = load_target(target, dtype.value, device)
@@ -115,12 +115,9 @@ def evaluate(
         out=out,
     )
     if report is not None:
-        curves = {
-            label: rows
-            for label, name in folders.items()
-            if (rows := read_metrics(Path(name) / "metrics.jsonl"))
-        }
-        note(f"report: {write_report(report, results, curves)}")
+        curves = {label: read_metrics(Path(name) / "metrics.jsonl") for label, name in folders.items()}
+        shown = {label: rows for label, rows in curves.items() if rows}
+        note(f"report: {write_report(report, results, shown)}")
     if as_json:
         print_json(results if len(results) > 1 else results[0])
     else:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -97,12 +97,10 @@ def spread(rows: Sequence[Conversation], limit: int | None) -> list[Conversation
     return turns[:limit] if limit else turns
 
 
-def held_out_tau(
-    target: Target, draft: Draft, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float = 1.0
-) -> float:
+def held_out_tau(target: Target, draft: Draft, prompts: Sequence[Prompt], max_new_tokens: int) -> float:
     """Pooled τ of a draft on prompts that are decoded together. It picks the best checkpoint."""
     decoder = Decoder(target, draft, max_rows=min(HELD_OUT_ROWS, len(prompts)))
-    sampling, stops = Sampling(temperature), target.stop_token_ids
+    sampling, stops = Sampling(1.0), target.stop_token_ids
     requests = [Request(p.ids, max_new_tokens, i, p.id, sampling, stops) for i, p in enumerate(prompts)]
     return acceptance.tau([rounds_of(g)[2] for g in decoder.run(requests)]) or 1.0
 
@@ -148,26 +146,22 @@ def evaluate_drafts(
         "threads": torch.get_num_threads(),
         "batch": batch,
     }
-    with ExitStack() as stack:
-        log = None
-        if out is not None:
-            facts = conditions | {
-                "methods": list(methods),
-                "weights": {name: fingerprint(model) for name, model in {"": target.model, **drafts}.items()},
-                "prompt ids": _short_hash([[p.id, p.domain] for p in prompts]),
-                "machine": this_machine(),
-            }
-            log = stack.enter_context(ResumableLog(partial_path(out), facts, header=True))
+    facts = conditions | {
+        "methods": list(methods),
+        "weights": {name: fingerprint(model) for name, model in {"": target.model, **drafts}.items()},
+        "prompt ids": _short_hash([[p.id, p.domain] for p in prompts]),
+        "machine": this_machine(),
+    }
+    with nullcontext() if out is None else ResumableLog(partial_path(out), facts, header=True) as log:
         _take_turns(target, methods, prompts, max_new_tokens, batch, log)
-        results: dict[str, Any] = plain(
-            {
-                "format": FORMAT,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "conventions": CONVENTIONS,
-                "conditions": conditions,
-                "rows": rows_of(target, methods, prompts, sampling),
-            }
-        )
+    found = {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "conventions": CONVENTIONS,
+        "conditions": conditions,
+        "rows": rows_of(target, methods, prompts, sampling),
+    }
+    results: dict[str, Any] = plain(found)
     if out is not None:
         write_json(out, results)
         if not keep_partial:
