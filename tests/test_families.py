@@ -200,7 +200,7 @@ def finding(name: str, check: str) -> Iterator[None]:
 
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
-ALGORITHMS: dict[str, tuple[str, ...]] = {
+TRAINED: dict[str, tuple[str, ...]] = {
     name: ("eagle3", "dspark")[i % 2 :][:1] for i, name in enumerate(FAMILIES)
 } | {"Gemma 4": ("eagle3", "dspark")}
 """What is trained on each family, in turn: all drafts but Gemma 4's have the same shape of layers."""
@@ -296,7 +296,7 @@ def test_drafts_train_on_every_family(
     """Head dimensions, experts and factors of the target must not find their way into the draft's shape."""
     monkeypatch.setattr(training, "LOG_EVERY", 1)
     with finding(name, "train"):
-        for algorithm in ALGORITHMS[name]:
+        for algorithm in TRAINED[name]:
             run = train(name, algorithm)
             rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
             losses = [row["loss"] for row in rows]
@@ -316,7 +316,7 @@ def test_drafted_tokens_are_the_targets_own(
             with torch.no_grad():
                 logits = target.model(torch.tensor([[*prompt, *new]])).logits[0]
             assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == new
-        for algorithm in ALGORITHMS[name]:
+        for algorithm in TRAINED[name]:
             draft = load_draft(train(name, algorithm), target)
             found = deepspec.generate(target, draft, prompts, 5)
             assert [g.token_ids for g in found] == plain, algorithm
