@@ -863,7 +863,7 @@ def plain_law(target: Target) -> Law:
 
 
 def power(a: Law, b: Law, samples: int, level: float) -> float:
-    """Of the chi-square test of law a if b holds: the tail of a non-central chi-square as a Poisson mixture."""
+    """Of the chi-square test of law a if b holds: a non-central chi-square tail, as a Poisson mixture."""
     freedom = len(a) - 1
     shift = samples * sum((a[k] - b[k]) ** 2 / a[k] for k in a)
     low, high = 0.0, 1e4

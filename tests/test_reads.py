@@ -102,7 +102,7 @@ def loss_and_gradients(draft: NeuralDraft, batch: FeatureBatch, loss: LossSettin
 
 
 def drafts(target: Target, algorithm: str) -> list[NeuralDraft]:
-    """Every alignment, and a long and a short block or unroll length; of DFlash, which is a DSpark, only one."""
+    """Every alignment, and a long and a short block or unroll length; of DFlash only one."""
     if algorithm == "eagle3":
         return [tiny_draft(target, "eagle3", block=k) for k in (1, 4)]
     made = []
