@@ -268,7 +268,7 @@ def teach(draft: NeuralDraft, target: Target, rows: Sequence[Sequence[int]], ste
     assert found.features is not None
     real = torch.arange(width, device=target.device) < lengths[:, None]
     batch = FeatureBatch(ids, real, found.features, found.last_hidden, lengths)
-    optimiser = torch.optim.AdamW(draft.parameters(), lr=2e-2, weight_decay=0)
+    optimiser = torch.optim.AdamW(draft.parameters(), lr=2e-2, weight_decay=0, fused=True)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         sums = draft(batch, LossSettings(ce=1.0), draft.plan(batch, 32, generator), measure=False)

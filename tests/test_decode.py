@@ -33,18 +33,13 @@ from deepspec.maths.verify import Sampling, Verdict, draw, verify
 from deepspec.targets import Target
 
 LENGTHS = (13, 7, 17, 10)
-NEW = 20
-METHODS = ("eagle3", "dflash", "dspark", "lookup")
-MORE = [("qwen3", "gated"), ("qwen3", "rnn"), ("llama", "noisy")]
-
-
-def naive_greedy(target: Target, prompt: Sequence[int], count: int) -> list[int]:
-    """The model's own argmax over whole passes: no cache, no slots, none of our head."""
-    tokens = list(prompt)
-    with torch.no_grad():
-        for _ in range(count):
-            tokens.append(int(target.model(torch.tensor([tokens], device=DEVICE)).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
+NEW = 14
+# Every family with a recurrent and with a block draft, and every method and head once.
+PAIRS = [
+    *(("llama", method) for method in ("eagle3", "dspark", "lookup", "noisy")),
+    *(("qwen3", method) for method in ("eagle3", "gated", "rnn")),
+    *(("gemma4", method) for method in ("eagle3", "dflash", "dspark")),
+]
 
 
 class Scene:
@@ -53,7 +48,7 @@ class Scene:
     def __init__(self, target: Target) -> None:
         self.target = target
         self.prompts = prompts_of(target, LENGTHS)
-        self.greedy = [naive_greedy(target, p, NEW) for p in self.prompts]
+        self.greedy = [g.token_ids for g in generate(target, None, self.prompts, NEW)]
         self.drafts: dict[str, Draft] = {}
 
     @property
@@ -103,12 +98,18 @@ def oracle(llama: Scene) -> Draft:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plain_decoding_is_the_models_own_argmax(scenes: Callable[[str], Scene], family: str) -> None:
+    """One whole pass over prompt and output uses no cache, no slots and none of our head. If each token is
+    the argmax after those before it, a loop of such passes gives the same tokens."""
     scene = scenes(family)
-    assert [g.token_ids for g in generate(scene.target, None, scene.prompts, NEW)] == scene.greedy
+    for prompt, row, greedy in zip(scene.prompts, scene.rows, scene.greedy, strict=True):
+        assert len(greedy) == NEW
+        with torch.no_grad():
+            logits = scene.target.model(torch.tensor([row], device=DEVICE)).logits[0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == greedy
     assert generate(scene.target, None, scene.prompts[2], NEW).token_ids == scene.greedy[2]
 
 
-@pytest.mark.parametrize("family, method", [*product(FAMILIES, METHODS), *MORE])
+@pytest.mark.parametrize("family, method", PAIRS)
 def test_greedy_output_is_plain_decodings_token_for_token(
     scenes: Callable[[str], Scene], family: str, method: str
 ) -> None:
@@ -121,7 +122,7 @@ def test_greedy_output_is_plain_decodings_token_for_token(
     accepted = [a for g in batch for a in g.accepted]
     assert 0 in accepted, "no round was rejected at once"
     assert max(accepted) >= 2, "no round went beyond its first proposal"
-    for prompt, together in list(zip(scene.prompts, batch, strict=True))[:2]:
+    for prompt, together in list(zip(scene.prompts, batch, strict=True))[:1]:
         alone = generate(scene.target, draft, prompt, NEW)
         assert alone.token_ids == together.token_ids
         assert alone.accepted == together.accepted
@@ -210,7 +211,7 @@ def test_confidence_is_conditioned_on_the_token_before_each_slot(llama: Scene) -
 # ── rounds, budget, stop tokens ───────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("budget", range(1, 13))
+@pytest.mark.parametrize("budget", [1, 2, 5, 6, 7, 10, 11])
 def test_budget_cuts_the_output_and_never_the_last_round(llama: Scene, oracle: Draft, budget: int) -> None:
     """The first token is the prefill's. Each round commits 5; one more runs where the budget is just full."""
     found = generate(llama.target, oracle, llama.prompts[0], budget)
@@ -239,7 +240,7 @@ def test_plain_decoding_runs_no_round_for_nothing(llama: Scene) -> None:
     assert found.kept == [1] * 5
 
 
-@pytest.mark.parametrize("method", [*METHODS, "rnn"])
+@pytest.mark.parametrize("method", ["eagle3", "rnn"])
 def test_bookkeeping_of_rounds_adds_up(scenes: Callable[[str], Scene], method: str) -> None:
     scene = scenes("qwen3")
     draft = scene.draft(method)
@@ -253,7 +254,7 @@ def test_bookkeeping_of_rounds_adds_up(scenes: Callable[[str], Scene], method: s
             by_draft += [True] * min(accepted, kept) + [False] * (kept - min(accepted, kept))
             at += kept
         assert found.from_draft == [False, *by_draft]
-        has_confidence = method in ("dspark", "rnn")
+        has_confidence = method == "rnn"
         assert [len(c) for c in found.confidence] == ([4] * len(found.kept) if has_confidence else [])
         assert found.seconds > 0
 
@@ -291,7 +292,7 @@ def test_stopped_row_leaves_the_others_alone(llama: Scene) -> None:
     stop = llama.greedy[1][3]
     expected = [g[: g.index(stop) + 1] if stop in g else g for g in llama.greedy]
     assert len({len(e) for e in expected}) > 1
-    for method in ("eagle3", "dspark", "lookup"):
+    for method in ("eagle3", "dspark"):
         found = generate(llama.target, llama.draft(method), llama.prompts, NEW, stop_token_ids=[stop])
         assert [g.token_ids for g in found] == expected
         assert [g.stopped for g in found] == [stop in g for g in llama.greedy]
@@ -317,7 +318,7 @@ def test_targets_own_stop_tokens_hold_unless_told_otherwise(
 
 @pytest.mark.parametrize(
     "method, options",
-    [*((m, {}) for m in ("plain", *METHODS)), ("dspark", {"top_k": 12, "top_p": 0.8})],
+    [("plain", {}), ("eagle3", {}), ("dspark", {"top_k": 12, "top_p": 0.8})],
 )
 def test_sampled_tokens_depend_on_the_seed_and_not_on_the_batch(
     scenes: Callable[[str], Scene], method: str, options: dict[str, Any]
@@ -326,7 +327,7 @@ def test_sampled_tokens_depend_on_the_seed_and_not_on_the_batch(
     draft = None if method == "plain" else scene.draft(method)
 
     def run(prompts: Any, seed: Any) -> Any:
-        return generate(scene.target, draft, prompts, 10, temperature=0.9, seed=seed, **options)
+        return generate(scene.target, draft, prompts, 6, temperature=0.9, seed=seed, **options)
 
     batch = [g.token_ids for g in run(scene.prompts, [5, 6, 7, 8])]
     assert [g.token_ids for g in run(scene.prompts[::-1], [8, 7, 6, 5])] == batch[::-1]
@@ -349,7 +350,7 @@ class Counted(Target):
 
 @pytest.mark.parametrize(
     "method, temperature",
-    [("plain", 1.0), ("eagle3", 0.0), ("eagle3", 1.0), ("dspark", 0.0), ("dspark", 1.0), ("lookup", 0.0)],
+    [("plain", 1.0), ("eagle3", 0.0), ("rnn", 1.0), ("lookup", 0.0)],
 )
 def test_more_requests_than_rows_give_what_each_gives_alone(
     scenes: Callable[[str], Scene], method: str, temperature: float
@@ -360,7 +361,7 @@ def test_more_requests_than_rows_give_what_each_gives_alone(
     target.opened = []
     draft = None if method == "plain" else scene.draft(method)
     prompts = [*scene.prompts, *prompts_of(target, [3, 22, 5], seed=1)]
-    budgets = [9, 2, 14, 1, 11, 6, 10]
+    budgets = [7, 2, 11, 1, 8, 4, 6]
     requests = [
         Request(p, b, 40 + i, str(i), Sampling(temperature))
         for i, (p, b) in enumerate(zip(prompts, budgets, strict=True))
@@ -400,7 +401,7 @@ SAMPLINGS = (
 def different(scene: Scene) -> list[Request]:
     """One request per prompt, no two with the same sampling, budget, seed and stop tokens."""
     return [
-        Request(p, 6 + 3 * i, 30 + i, f"row {i}", s, frozenset(scene.greedy[i][5:6]))
+        Request(p, 6 + 2 * i, 30 + i, f"row {i}", s, frozenset(scene.greedy[i][5:6]))
         for i, (p, s) in enumerate(zip(scene.prompts, SAMPLINGS, strict=True))
     ]
 
@@ -422,7 +423,10 @@ def same(found: Generation, want: Generation) -> bool:
     return all(getattr(found, name) == getattr(want, name) for name in fields)
 
 
-@pytest.mark.parametrize("family, method", [*product(("qwen3", "gemma4"), ("plain", *METHODS)), *MORE])
+@pytest.mark.parametrize(
+    "family, method",
+    [("qwen3", "plain"), ("qwen3", "eagle3"), ("qwen3", "rnn"), ("gemma4", "dspark"), ("llama", "noisy")],
+)
 def test_rows_with_different_samplings_get_the_tokens_that_each_gets_alone(
     scenes: Callable[[str], Scene], family: str, method: str
 ) -> None:
@@ -441,7 +445,7 @@ def test_rows_with_different_samplings_get_the_tokens_that_each_gets_alone(
     assert alone(scene, draft, without).token_ids != found["row 3"].token_ids, "the filters tell"
 
 
-@pytest.mark.parametrize("method", ["plain", "eagle3", "dspark", "lookup"])
+@pytest.mark.parametrize("method", ["plain", "eagle3"])
 def test_tokens_arrive_round_by_round(scenes: Callable[[str], Scene], method: str) -> None:
     """The first with the prefill's step, then what each round kept; the last event says so."""
     scene = scenes("qwen3")
@@ -467,18 +471,20 @@ def test_tokens_arrive_round_by_round(scenes: Callable[[str], Scene], method: st
 
 
 calls = st.lists(
-    st.one_of(st.just("step"), st.just("step"), st.just("submit"), st.integers(0, 8)), min_size=4, max_size=40
+    st.one_of(st.just("step"), st.just("step"), st.just("submit"), st.integers(0, 8)),
+    min_size=20,
+    max_size=30,
 )
 
 
-@pytest.mark.parametrize("method", ["plain", "eagle3", "dspark", "lookup"])
+@pytest.mark.parametrize("method", ["eagle3", "rnn", "lookup"])
 def test_cancelling_some_rows_leaves_the_others_tokens_as_they_were(
     scenes: Callable[[str], Scene], method: str
 ) -> None:
     """Requests of all samplings come, are cancelled at any moment, or finish, in three slots. A cancelled one
     keeps the first tokens of what it would have been; its slot, in target and draft, goes to the next."""
     scene = scenes("qwen3")
-    draft = None if method == "plain" else scene.draft(method)
+    draft = scene.draft(method)
     pool = [
         replace(request, key=f"{copy}{request.key}", max_new_tokens=4 + copy)
         for copy in range(2)
@@ -487,7 +493,7 @@ def test_cancelling_some_rows_leaves_the_others_tokens_as_they_were(
     want = {request.key: alone(scene, draft, request) for request in pool}
     cancelled = 0
 
-    @settings(derandomize=True, deadline=None, max_examples=20, database=None)
+    @settings(derandomize=True, deadline=None, max_examples=6, database=None)
     @given(calls)
     def check(todo: list[str | int]) -> None:
         nonlocal cancelled
@@ -524,7 +530,7 @@ def test_cancelling_some_rows_leaves_the_others_tokens_as_they_were(
             assert not set(scene.target._tokens) & ({0, 1, 2} - set(slots)), "a slot was not freed"
             if isinstance(draft, PromptLookup):
                 assert not set(draft.history) & ({0, 1, 2} - set(slots))
-            elif draft is not None:
+            else:
                 assert not set(draft.lengths) & ({0, 1, 2} - set(slots))  # type: ignore[attr-defined]
         take(drain(decoder))
         assert not open_
@@ -533,7 +539,7 @@ def test_cancelling_some_rows_leaves_the_others_tokens_as_they_were(
             assert streamed[key] == answer.token_ids
 
     check()
-    assert cancelled >= 15
+    assert cancelled >= 8
 
 
 def test_waiting_requests_are_admitted_in_order_as_soon_as_a_slot_is_free(llama: Scene) -> None:
@@ -633,14 +639,14 @@ class Watched:
         monkeypatch.setattr(SlotStore, "_move_to_front", moved)
 
 
-@pytest.mark.parametrize("method", ["plain", "eagle3", "dspark"])
+@pytest.mark.parametrize("method", ["eagle3", "dspark"])
 def test_slots_in_use_again_are_read_without_a_copy(
     scenes: Callable[[str], Scene], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A slot handed on once made every later round gather all keys and values of every layer."""
     scene = scenes("qwen3")
     target = Target(scene.target.spec, scene.target.model)
-    draft = None if method == "plain" else tiny_draft(target, method)
+    draft = tiny_draft(target, method)
     watched = Watched(monkeypatch)
     decoder = Decoder(target, draft, max_rows=3)
     for i, prompt in enumerate(scene.prompts * 2):
@@ -652,7 +658,7 @@ def test_slots_in_use_again_are_read_without_a_copy(
     # The queue is empty: what finishes now leaves a gap, which is closed once and not copied round by round.
     drain(decoder)
     assert watched.gathers == 0
-    stores = {"plain": 0, "eagle3": 1, "dspark": 2}[method] + target.spec.num_layers
+    stores = {"eagle3": 1, "dspark": 2}[method] + target.spec.num_layers
     assert watched.moves <= 3 * stores
 
 
@@ -747,7 +753,7 @@ def test_impossible_arguments_are_user_errors(
 # ── the law of what is sampled ────────────────────────────────────────────────────────────────────────
 
 VOCABULARY = 3
-SAMPLES = 800
+SAMPLES = 250
 LEVEL = 1e-3
 START = [1, 2, 0]
 Law = dict[tuple[int, ...], float]
@@ -776,7 +782,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Target:
 @pytest.fixture(scope="module")
 def mismatched() -> TableDraft:
     """Two proposals from a table that has nothing to do with the target: it accepts about a third."""
-    return TableDraft(1.5 * torch.randn(3, 3, generator=torch.Generator().manual_seed(2)), block=2)
+    return TableDraft(3 * torch.randn(3, 3, generator=torch.Generator().manual_seed(2)), block=2)
 
 
 def sample(target: Target, draft: Draft | None, first_seed: int) -> Counter[tuple[int, ...]]:
@@ -786,42 +792,26 @@ def sample(target: Target, draft: Draft | None, first_seed: int) -> Counter[tupl
     return Counter(tuple(g.token_ids) for g in decoder.run(requests))
 
 
-@pytest.fixture(scope="module")
-def plain(small: Target) -> Counter[tuple[int, ...]]:
-    return sample(small, None, first_seed=0)
-
-
 def chi_square_tail(statistic: float, freedom: float) -> float:
     half = torch.tensor([freedom / 2, statistic / 2], dtype=torch.float64)
     return float(torch.special.gammaincc(half[0], half[1]))
 
 
-def two_sample_p_value(a: Counter[tuple[int, ...]], b: Counter[tuple[int, ...]]) -> float:
-    """Chi-square of two samples of equal size, cells of fewer than ten together pooled into one."""
-    pairs = [(a[k], b[k]) for k in sorted(a | b)]
-    common = [p for p in pairs if sum(p) >= 10]
-    rare = [p for p in pairs if sum(p) < 10]
-    cells = [*common, (sum(x for x, _ in rare), sum(y for _, y in rare))] if rare else common
-    statistic = sum((x - y) ** 2 / (x + y) for x, y in cells)
-    return chi_square_tail(statistic, len(cells) - 1)
-
-
-def test_speculative_samples_follow_plain_samplings_law(
-    small: Target, plain: Counter[tuple[int, ...]], mismatched: TableDraft
-) -> None:
-    """n = 800 + 800 sequences of three tokens on V = 3 (27 cells), T = 1, level 0.001; power above 0.99
-    against each mutant below, computed in the next test and shown in the one after."""
-    speculative = sample(small, mismatched, first_seed=10**6)
-    assert sum(speculative.values()) == sum(plain.values()) == SAMPLES
-    assert two_sample_p_value(plain, speculative) > LEVEL
-
-
-def test_plain_samples_follow_the_models_law(small: Target, plain: Counter[tuple[int, ...]]) -> None:
-    law = committed_law(small, lambda p, q: p, None)
-    cells = [(plain[k], SAMPLES * v) for k, v in law.items() if SAMPLES * v >= 5]
+def p_value(found: Counter[tuple[int, ...]], law: Law) -> float:
+    """Chi-square of a sample against an exact law, cells of less than five expected pooled into one."""
+    cells = [(found[k], SAMPLES * v) for k, v in law.items() if SAMPLES * v >= 5]
     rest = (SAMPLES - sum(x for x, _ in cells), SAMPLES - sum(e for _, e in cells))
     statistic = sum((x - e) ** 2 / e for x, e in [*cells, rest])
-    assert chi_square_tail(statistic, len(cells)) > LEVEL
+    return chi_square_tail(statistic, len(cells))
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_samples_follow_the_models_law(small: Target, mismatched: TableDraft, speculative: bool) -> None:
+    """Plain and speculative sampling: n sequences of three tokens on V = 3 (27 cells), T = 1, level 0.001,
+    power above 0.99 against each mutant below, computed in the next test and shown in the one after."""
+    found = sample(small, mismatched if speculative else None, first_seed=10**6)
+    assert sum(found.values()) == SAMPLES
+    assert p_value(found, plain_law(small)) > LEVEL
 
 
 def verify_all(p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, uniforms: Tensor) -> Verdict:
@@ -868,10 +858,14 @@ def committed_law(target: Target, position: Callable[[Tensor, Tensor], Tensor], 
     return law
 
 
+def plain_law(target: Target) -> Law:
+    return committed_law(target, lambda p, q: p, None)
+
+
 def power(a: Law, b: Law, samples: int, level: float) -> float:
-    """Of the two-sample chi-square test: the tail of a non-central chi-square as a Poisson mixture."""
+    """Of the chi-square test of law a if b holds: a non-central chi-square tail, as a Poisson mixture."""
     freedom = len(a) - 1
-    shift = samples * sum((a[k] - b[k]) ** 2 / (a[k] + b[k]) for k in a)
+    shift = samples * sum((a[k] - b[k]) ** 2 / a[k] for k in a)
     low, high = 0.0, 1e4
     while high - low > 1e-6:
         middle = (low + high) / 2
@@ -886,9 +880,7 @@ def power(a: Law, b: Law, samples: int, level: float) -> float:
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_power_of_the_two_sample_test_against_each_mutant(
-    small: Target, mismatched: TableDraft, name: str
-) -> None:
+def test_power_of_the_test_against_each_mutant(small: Target, mismatched: TableDraft, name: str) -> None:
     right = committed_law(small, committed, mismatched.logits.cpu())
     wrong = committed_law(small, MUTANTS[name][1], mismatched.logits.cpu())
     assert math.isclose(sum(right.values()), 1, rel_tol=1e-6)
@@ -898,19 +890,18 @@ def test_power_of_the_two_sample_test_against_each_mutant(
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_of_verify_is_caught_by_the_two_sample_test(
+def test_mutant_of_verify_is_caught_by_the_test_of_the_law(
     small: Target,
-    plain: Counter[tuple[int, ...]],
     mismatched: TableDraft,
     name: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(decode, "verify", MUTANTS[name][0])
-    assert two_sample_p_value(plain, sample(small, mismatched, first_seed=10**6)) < LEVEL
+    assert p_value(sample(small, mismatched, first_seed=10**6), plain_law(small)) < LEVEL
 
 
 def test_exact_law_is_the_plain_one_under_the_published_rule(small: Target, mismatched: TableDraft) -> None:
     """The yardstick of the power computation is itself right."""
     right = committed_law(small, committed, mismatched.logits.cpu())
-    for tokens, chance in committed_law(small, lambda p, q: p, None).items():
+    for tokens, chance in plain_law(small).items():
         assert math.isclose(right[tokens], chance, rel_tol=1e-9)

@@ -121,8 +121,9 @@ def test_native_form_loads_bit_for_bit(
 
 @pytest.mark.parametrize(("to", "name"), SERVED)
 def test_file_holds_exactly_what_the_config_makes_a_server_expect(
-    saved: Path, tmp_path: Path, to: str, name: str
+    qwen: Target, drafts: dict[str, NeuralDraft], saved: Path, tmp_path: Path, to: str, name: str
 ) -> None:
+    """The servers' form of block drafts is one that we read too: zeros that were added must add nothing."""
     found = export_draft(saved / name, to, tmp_path / "out")
     config, tensors = config_of(tmp_path / "out"), load_file(tmp_path / "out" / "model.safetensors")
     assert {k: tuple(t.shape) for k, t in tensors.items()} == expected_tensors(config)
@@ -136,14 +137,8 @@ def test_file_holds_exactly_what_the_config_makes_a_server_expect(
         key = key.replace("layers.0.", "midlayer.") if "eagle3" in name else key
         there = tensors[key]
         assert torch.equal(there[:, : tensor.shape[1]] if tensor.dim() == 2 else there, tensor), key
-
-
-@pytest.mark.parametrize(("to", "name"), [pair for pair in SERVED if "eagle3" not in pair[1]])
-def test_what_is_added_changes_no_proposal(
-    qwen: Target, drafts: dict[str, NeuralDraft], saved: Path, tmp_path: Path, to: str, name: str
-) -> None:
-    """The servers' form of block drafts is one that we read too: zeros that were added must add nothing."""
-    found = export_draft(saved / name, to, tmp_path / "out")
+    if "eagle3" in name:
+        return
     ours, theirs = propose(drafts[name]), propose(load_draft(tmp_path / "out", qwen))
     assert torch.equal(ours.tokens, theirs.tokens)
     torch.testing.assert_close(ours.q, theirs.q)
@@ -152,7 +147,7 @@ def test_what_is_added_changes_no_proposal(
         torch.testing.assert_close(ours.confidence, theirs.confidence)
     silent = name in ("dflash", "dspark-confidence-only")
     assert any("an all-zero one was added" in n for n in found.notes) == silent
-    assert config_of(tmp_path / "out")["architectures"] == ["Qwen3DSparkModel"]
+    assert config["architectures"] == ["Qwen3DSparkModel"]
 
 
 @pytest.mark.parametrize("to", SERVERS)
@@ -337,15 +332,15 @@ def test_other_shapes_are_refused(
     assert expected in refusal(tmp_path / "draft", to, tmp_path / "out")
 
 
-@pytest.mark.parametrize("to", SERVERS)
 @pytest.mark.parametrize("algorithm", ["eagle3", "dflash", "dspark"])
 def test_gemma4_shapes_go_in_the_released_layout_only(
-    targets: dict[str, Target], tmp_path: Path, to: str, algorithm: str
+    targets: dict[str, Target], tmp_path: Path, algorithm: str
 ) -> None:
     target = targets["gemma4"]
     draft = tiny_draft(target, algorithm, target_layer_ids=LAYERS)
     save_draft(draft, tmp_path / "draft", target, {})
-    assert "Gemma-4-shaped" in refusal(tmp_path / "draft", to, tmp_path / "out")
+    for to in SERVERS:
+        assert "Gemma-4-shaped" in refusal(tmp_path / "draft", to, tmp_path / "out")
     export_draft(tmp_path / "draft", NATIVE, tmp_path / "native")
     assert load_draft(tmp_path / "native", target).spec == draft.spec
 

@@ -200,6 +200,10 @@ def finding(name: str, check: str) -> Iterator[None]:
 
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
+TRAINED: dict[str, tuple[str, ...]] = {
+    name: ("eagle3", "dspark")[i % 2 :][:1] for i, name in enumerate(FAMILIES)
+} | {"Gemma 4": ("eagle3", "dspark")}
+"""What is trained on each family, in turn: all drafts but Gemma 4's have the same shape of layers."""
 
 # ── one pass ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -262,7 +266,7 @@ def test_hybrids_are_the_ones_read_anew(load: Callable[[str], Target]) -> None:
 
 
 def recipe_for(algorithm: str) -> Recipe:
-    tree = recipe_tree(Path("unused"), Path("unused"), algorithm, max_steps=3)
+    tree = recipe_tree(Path("unused"), Path("unused"), algorithm, max_steps=2)
     tree["draft"] |= {"block": 3, "target_layer_ids": [-1, 0, 2]}
     tree |= {"num_anchors": 4, "eval_every_steps": 100, "checkpoint_every_steps": 100}
     return Recipe.model_validate(tree)
@@ -292,11 +296,11 @@ def test_drafts_train_on_every_family(
     """Head dimensions, experts and factors of the target must not find their way into the draft's shape."""
     monkeypatch.setattr(training, "LOG_EVERY", 1)
     with finding(name, "train"):
-        for algorithm in ("eagle3", "dspark"):
+        for algorithm in TRAINED[name]:
             run = train(name, algorithm)
             rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
             losses = [row["loss"] for row in rows]
-            assert len(losses) == 3 and losses[-1] < losses[0], (algorithm, losses)
+            assert len(losses) == 2 and losses[-1] < losses[0], (algorithm, losses)
 
 
 @each_family
@@ -306,15 +310,15 @@ def test_drafted_tokens_are_the_targets_own(
     """A trained draft, loaded from its checkpoint: ragged greedy decoding gives what transformers would."""
     with finding(name, "eval"):
         target = load(name)
-        prompts = prompts_of(target, [9, 4], seed=5)
-        plain = [g.token_ids for g in deepspec.generate(target, None, prompts, 8)]
+        prompts = prompts_of(target, [8, 3], seed=5)
+        plain = [g.token_ids for g in deepspec.generate(target, None, prompts, 5)]
         for prompt, new in zip(prompts, plain, strict=True):
             with torch.no_grad():
                 logits = target.model(torch.tensor([[*prompt, *new]])).logits[0]
             assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == new
-        for algorithm in ("eagle3", "dspark"):
+        for algorithm in TRAINED[name]:
             draft = load_draft(train(name, algorithm), target)
-            found = deepspec.generate(target, draft, prompts, 8)
+            found = deepspec.generate(target, draft, prompts, 5)
             assert [g.token_ids for g in found] == plain, algorithm
             assert all(g.committed_per_round for g in found)
 

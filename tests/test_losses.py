@@ -126,7 +126,7 @@ def assert_close(ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> 
     terms=st.sets(st.sampled_from(EVERY_TERM), min_size=1),
     chunk_rows=st.sampled_from([1, 2, 4, None]),
 )
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_values_and_gradients_match_autograd_over_whole_logits(
     seed: int, rows: int, vocab: int, reduced: bool, terms: set[str], chunk_rows: int | None, **shape: Any
 ) -> None:
@@ -143,12 +143,12 @@ def test_values_and_gradients_match_autograd_over_whole_logits(
 
 
 @pytest.mark.parametrize("term", EVERY_TERM)
-@pytest.mark.parametrize("kept", [None, 6])
+@pytest.mark.parametrize("kept", [None, 4])
 def test_float64_rows_stay_in_float64_maths(term: str, kept: int | None) -> None:
-    case = make_case([term], kept=kept, softcap=3.0, scale=0.7)
+    case = make_case([term], rows=3, vocab=7, kept=kept, softcap=3.0, scale=0.7)
 
     def total(hidden: Tensor, z: Tensor, w2: Tensor) -> Tensor:
-        return replace(case, hidden=hidden, z=z, w2=w2).ours(chunk_rows=3).total
+        return replace(case, hidden=hidden, z=z, w2=w2).ours(chunk_rows=2).total
 
     assert torch.autograd.gradcheck(total, (case.hidden, case.z, case.w2))
 

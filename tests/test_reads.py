@@ -102,11 +102,11 @@ def loss_and_gradients(draft: NeuralDraft, batch: FeatureBatch, loss: LossSettin
 
 
 def drafts(target: Target, algorithm: str) -> list[NeuralDraft]:
-    """Every alignment and a long and a short block, or unroll length."""
+    """Every alignment, and a long and a short block or unroll length; of DFlash only one."""
     if algorithm == "eagle3":
-        return [tiny_draft(target, "eagle3", block=k) for k in (1, 4, 7)]
+        return [tiny_draft(target, "eagle3", block=k) for k in (1, 4)]
     made = []
-    for block, from_anchor in ((4, True), (1, True), (4, False), (2, False)):
+    for block, from_anchor in ((4, True), (1, True), (4, False)) if algorithm == "dspark" else ((4, False),):
         draft = tiny_draft(target, algorithm, block=block)
         draft.spec = replace(draft.spec, sample_from_anchor=from_anchor)
         made.append(draft)
@@ -129,13 +129,11 @@ def test_what_is_not_read_changes_no_bit_of_loss_and_gradients(
         features=torch.where(reads.features[..., None], batch.features, garbage),
         last_hidden=unread if reads.hidden.any() else None if algorithm == "dflash" else unread,
     )
-    zeroed = replace(poisoned, features=batch.features.masked_fill(~reads.features[..., None], 0.0))
     for draft in drafts(targets["llama"], algorithm):
         whole = loss_and_gradients(draft, batch, loss)
-        for other in (poisoned, zeroed):
-            found = loss_and_gradients(draft, other, loss)
-            assert len(found) == len(whole)
-            assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+        found = loss_and_gradients(draft, poisoned, loss)
+        assert len(found) == len(whole)
+        assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -176,7 +174,7 @@ def rows(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
 
 
 @given(rows(), st.booleans(), st.integers(1, 6), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_reads_of_block_drafts_are_those_of_every_anchor_in_turn(
     row: tuple[list[int], list[int], int], packed: bool, block: int, from_anchor: bool
 ) -> None:
@@ -190,7 +188,7 @@ def test_reads_of_block_drafts_are_those_of_every_anchor_in_turn(
 
 
 @given(rows(), st.booleans(), st.integers(1, 7))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_reads_of_eagle3_are_those_of_every_row_and_step_in_turn(
     row: tuple[list[int], list[int], int], packed: bool, steps: int
 ) -> None:

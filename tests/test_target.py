@@ -143,7 +143,7 @@ def test_ragged_cached_steps_with_rollback_equal_whole_passes(
     """Any sequence of steps over several slots (in any order, with different counts), rollbacks and reopened
     slots: what a step returns is what one pass over the tokens so far returns."""
 
-    @settings(derandomize=True, deadline=None, max_examples=20, database=None)
+    @settings(derandomize=True, deadline=None, max_examples=10, database=None)
     @given(operations)
     def check(todo: list[dict[int, int] | tuple[int, float] | int]) -> None:
         sequences = Sequences(targets[family])
@@ -203,16 +203,16 @@ def test_eager_attention_gets_its_mask_as_numbers(target_dirs: dict[str, Path]) 
     scripted(Target(TargetSpec.from_pretrained(str(path)), model.to(DEVICE)))
 
 
-@pytest.mark.parametrize("order", [(0, 2, 1, 3), (3, 2, 1, 0), (1, 3), (3, 1), (2, 3)])
-def test_rows_come_back_in_the_order_of_their_slots(target: Target, order: tuple[int, ...]) -> None:
+def test_rows_come_back_in_the_order_of_their_slots(target: Target) -> None:
     sequences = Sequences(target)
     sequences.step({slot: 2 + slot for slot in range(4)})
-    sequences.step({slot: 4 - slot for slot in order})
+    for order in ((0, 2, 1, 3), (3, 2, 1, 0), (1, 3), (3, 1), (2, 3)):
+        sequences.step({slot: 4 - slot for slot in order})
 
 
 def test_growing_the_store_keeps_what_it_holds(target: Target) -> None:
     sequences = Sequences(target)
-    sequences.step({1: 60})
+    sequences.step({1: 40})
     sequences.step({0: 5, 1: 3})
     sequences.step({0: 2, 1: 7})
     sequences.step({7: 130, 0: 4, 1: 1})

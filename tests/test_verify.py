@@ -32,7 +32,7 @@ WORLDS = {
     "dense V2 γ1": dense(2, 1, seed=0),
     "dense V2 γ3": dense(2, 3, seed=1),
     "dense V3 γ2": dense(3, 2, seed=2),
-    "dense V4 γ3": dense(4, 3, seed=3),
+    "dense V4 γ2": dense(4, 2, seed=3),
     "sparse V2 γ2": sparse(2, 2, seed=4),
     "sparse V3 γ3": sparse(3, 3, seed=5),
     "sparse V4 γ3": sparse(4, 3, seed=6),
@@ -55,7 +55,7 @@ def test_committed_law_is_the_targets_at_every_constant_length(name: str) -> Non
 @pytest.mark.parametrize("name", WORLDS)
 def test_committed_law_is_the_targets_when_lengths_follow_the_drafted_prefix(name: str) -> None:
     world = WORLDS[name]
-    for seed in range(3):
+    for seed in range(2):
         check_lossless(verify, world, causal_lengths(seed, world.vocabulary, world.block))
 
 

@@ -33,13 +33,10 @@ def naive_frequencies(shape: Any) -> list[float]:
 
 def naive_turn(vector: Tensor, position: int, shape: Any) -> Tensor:
     """Rotate dimension i with dimension i + D/2."""
-    half = shape.head_dim // 2
-    turned = vector.clone()
-    for pair, frequency in enumerate(naive_frequencies(shape)):
-        cos, sin = math.cos(position * frequency), math.sin(position * frequency)
-        turned[pair] = vector[pair] * cos - vector[pair + half] * sin
-        turned[pair + half] = vector[pair + half] * cos + vector[pair] * sin
-    return turned
+    angles = [position * frequency for frequency in naive_frequencies(shape)]
+    cos, sin = (vector.new_tensor([part(angle) for angle in angles]) for part in (math.cos, math.sin))
+    first, second = vector.chunk(2)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin])
 
 
 def naive_linear(x: Tensor, module: Any) -> Tensor:
