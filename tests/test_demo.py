@@ -27,3 +27,4 @@ def test_a_larger_quickstart_in_the_same_folder_caches_its_own_answers_and_evalu
     page, results = demo.quickstart(tmp_path / "run", fast=True)
     assert len(list((tmp_path / "run" / "features").iterdir())) == 2
     assert page.is_file() and len(results) == 2
+    assert (tmp_path / "run" / "eval-t0.partial.old-1.jsonl").is_file()

@@ -104,8 +104,8 @@ def strangers(module: str, allowed_rooms: set[str], allowed_packages: tuple[str,
 @pytest.fixture(scope="module")
 def heavy_modules() -> dict[str, list[str]]:
     """{module: which of torch and transformers are loaded once it is imported}, of the command line, the
-    recipes and the planner. All are imported one after another in a fresh process, the command line first: what one loads
-    counts for those after it."""
+    recipes and the planner. All are imported one after another in a fresh process, the command line first:
+    what one loads counts for those after it."""
     names = ["deepspec.cli", *LIGHT, *sorted(m for m in MODULES if room(m) == "cost")]
     code = (
         "import importlib, json, sys\nfound = {}\n"
