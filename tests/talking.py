@@ -79,7 +79,7 @@ def recipe_tree(target: Path, folder: Path, algorithm: str, **optim: Any) -> dic
         "num_anchors": 8,
         "eval_every_steps": 2,
         "eval_prompts": 2,
-        "eval_max_new_tokens": 6,
+        "eval_max_new_tokens": 3,
         "checkpoint_every_steps": 2,
         "trackers": ["none"],
     }

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +60,7 @@ def test_a_new_algorithm_trains_evaluates_plans_and_exports_by_its_row_alone(
     draft = load_draft(run, Target.from_pretrained(str(target)))
     assert isinstance(draft, SmallStart) and draft.spec.algorithm == "small-start"
 
-    words = ["--target", target, "--prompts", tmp_path / "prompts.jsonl", "--max-new-tokens", 8]
+    words = ["--target", target, "--prompts", tmp_path / "prompts.jsonl", "--max-new-tokens", 4]
     report = tmp_path / "report.html"
     found = json.loads(good("eval", *words, "--draft", run, "--json", "--report", report))
     measured = next(each for each in found["rows"] if each["method"] == "tiny")
@@ -106,8 +104,3 @@ def test_no_config_is_claimed_by_two_algorithms() -> None:
                 if architecture in row.architectures.values() and row.claims(config)
             ]
             assert len(claimed) == 1
-
-
-def test_rows_and_recipes_load_without_torch() -> None:
-    code = "import sys, deepspec.config, deepspec.drafts.spec; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -23,7 +23,6 @@ from deepspec.checkpoints.inspect import inspect_draft
 from deepspec.checkpoints.read import PROVENANCE, find_checkpoint, load_provenance, load_spec, read_parts
 from deepspec.drafts.base import NeuralDraft
 from deepspec.drafts.layers import inverse_frequencies
-from deepspec.drafts.spec import read_spec, write_config
 from deepspec.errors import CheckpointError, MismatchError
 from deepspec.files import atomic_directory
 from deepspec.maths.verify import Sampling
@@ -49,12 +48,17 @@ def qwen(targets: dict[str, Target]) -> Target:
     return targets["qwen3"]
 
 
-@pytest.fixture
-def saved(qwen: Target, tmp_path: Path) -> Path:
-    """A DSpark checkpoint to spoil."""
-    path = tmp_path / "draft"
-    save_draft(tiny_draft(qwen, "dspark"), path, qwen, {"steps": 7})
+@pytest.fixture(scope="module")
+def saved_once(targets: dict[str, Target], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "draft"
+    save_draft(tiny_draft(targets["qwen3"], "dspark"), path, targets["qwen3"], {"steps": 7})
     return path
+
+
+@pytest.fixture
+def saved(saved_once: Path, tmp_path: Path) -> Path:
+    """A DSpark checkpoint to spoil."""
+    return Path(shutil.copytree(saved_once, tmp_path / "draft"))
 
 
 def assert_same(found: NeuralDraft, want: NeuralDraft) -> None:
@@ -92,8 +96,10 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
 # ── round trips ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [*(("qwen3", name) for name in HEADS), *((f, a) for f in ("llama", "gemma4") for a in ALGORITHMS)],
+)
 def test_saved_draft_loads_bit_for_bit(
     targets: dict[str, Target], family: str, name: str, tmp_path: Path
 ) -> None:
@@ -106,17 +112,6 @@ def test_saved_draft_loads_bit_for_bit(
     assert loaded.name == "run"
     assert not any(p.requires_grad for p in loaded.parameters())
     assert not loaded.training
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", HEADS)
-def test_written_config_reads_back_as_the_same_spec(
-    targets: dict[str, Target], family: str, name: str
-) -> None:
-    target = targets[family]
-    spec = named_draft(target, name).spec
-    config = json.loads(json.dumps(write_config(spec, target.spec.config)))
-    assert read_spec(config) == spec
 
 
 def test_older_alignment_survives_the_round_trip(qwen: Target, tmp_path: Path) -> None:
@@ -187,8 +182,9 @@ def test_bfloat16_checkpoint_loads_into_a_float32_target(
         assert torch.equal(loaded.state_dict()[name], tensor.bfloat16().float()), name
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("family", ["qwen3", "gemma4"])
+@pytest.mark.parametrize(
+    ("family", "algorithm"), [("qwen3", "eagle3"), ("gemma4", "dflash"), ("qwen3", "dspark")]
+)
 def test_rotary_frequencies_stay_float32_in_a_bfloat16_draft(
     target_dirs: dict[str, Path], family: str, algorithm: str, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,12 +73,14 @@ def refused(*words: Any) -> str:
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a talking target, its data, and a draft of each algorithm trained for four steps."""
+    """A folder with a talking target, its data, and a draft of each algorithm trained for two steps."""
     folder = tmp_path_factory.mktemp("scene")
     target = save_talking_llama(folder / "target")
     write_data(folder)
     for algorithm in ALGORITHMS:
-        recipe = write_recipe(folder / f"{algorithm}.yaml", recipe_tree(target, folder, algorithm))
+        recipe = write_recipe(
+            folder / f"{algorithm}.yaml", recipe_tree(target, folder, algorithm, max_steps=2)
+        )
         result = good("train", recipe, "--runs", folder / "runs")
         assert (
             f"best checkpoint: {folder / 'runs' / f'tiny-{algorithm}' / 'checkpoints' / 'best'}"
@@ -89,7 +92,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def eval_words(scene: Path, *drafts: str, prompts: bool = True) -> list[Any]:
-    words: list[Any] = ["eval", "--target", scene / "target", "--max-new-tokens", 12]
+    words: list[Any] = ["eval", "--target", scene / "target", "--max-new-tokens", 6]
     words += ["--prompts", scene / "prompts.jsonl"] if prompts else []
     for draft in drafts:
         words += ["--draft", scene / "runs" / f"tiny-{draft}"]
@@ -160,16 +163,25 @@ def test_tiny_llama_is_measured_without_changing_a_token(scene, results):
     assert found["conditions"]["thinking"] is False
 
 
-def test_json_is_all_that_standard_output_holds(scene):
-    words = [*eval_words(scene, "dflash"), "--limit", 1, "--no-baselines"]
-    one = json.loads(good(*words, "--json").stdout)
+ONE_PROMPT = ("--limit", 1, "--no-baselines", "--max-new-tokens", 2, "--json")
+
+
+@pytest.fixture(scope="module")
+def one_prompt(scene: Path) -> Any:
+    """What an evaluation of one draft on one prompt prints."""
+    return good(*eval_words(scene, "dflash"), *ONE_PROMPT)
+
+
+def test_json_is_all_that_standard_output_holds(scene, one_prompt):
+    one = json.loads(one_prompt.stdout)
     assert [row["method"] for row in one["rows"]] == ["plain", "tiny-dflash"]
-    two = json.loads(good(*words, "--json", "--temperature", 0, "--temperature", 1).stdout)
+    words = [*eval_words(scene, "dflash"), *ONE_PROMPT]
+    two = json.loads(good(*words, "--temperature", 0, "--temperature", 1).stdout)
     assert [each["conditions"]["temperature"] for each in two] == [0.0, 1.0]
 
 
 def test_several_temperatures_do_not_overwrite_each_other(scene, tmp_path):
-    words = [*eval_words(scene, "dspark"), "--limit", 1, "--no-baselines", "--temperature", 0]
+    words = [*eval_words(scene, "dspark"), *ONE_PROMPT[:-1], "--temperature", 0]
     result = good(*words, "--temperature", 0.5, "--out", tmp_path / "e.json", "--report", tmp_path / "e.html")
     written = [read_results(tmp_path / f"e-t{t}.json")[0] for t in ("0", "0.5")]
     assert [each["conditions"]["temperature"] for each in written] == [0.0, 0.5]
@@ -178,18 +190,18 @@ def test_several_temperatures_do_not_overwrite_each_other(scene, tmp_path):
     assert "accepted length τ: tokens kept per verify round" in " ".join(result.stdout.split())
 
 
-def test_draft_of_another_thinking_mode_is_measured_with_a_warning(scene):
-    words = [*eval_words(scene, "dflash"), "--limit", 1, "--no-baselines", "--json"]
-    aware = good(*words, "--thinking")
+def test_draft_of_another_thinking_mode_is_measured_with_a_warning(scene, one_prompt):
+    aware = good(*eval_words(scene, "dflash"), *ONE_PROMPT, "--thinking")
     assert "tiny-dflash was trained without thinking, but is measured with thinking" in aware.stderr
     assert json.loads(aware.stdout)["conditions"]["thinking"] is True
-    assert "was trained" not in good(*words).stderr
+    assert "was trained" not in one_prompt.stderr
 
 
 def test_prompts_with_another_system_prompt_are_measured_with_a_warning(scene, tmp_path):
     row = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]}
     (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
-    words = [*eval_words(scene, "dflash", prompts=False), "--prompts", tmp_path / "p.jsonl", "--no-baselines"]
+    words = [*eval_words(scene, "dflash", prompts=False), "--prompts", tmp_path / "p.jsonl"]
+    words += ONE_PROMPT
     assert "trained without system prompt, but is measured with system prompt " in good(*words).stderr
 
 
@@ -245,13 +257,13 @@ def test_draft_of_another_template_is_measured_with_a_warning(scene, tmp_path):
     template.write_text(template.read_text().replace("assistant\\n", "assistant: "))
     words = eval_words(scene, "dflash")
     words[words.index(scene / "target")] = other
-    text = good(*words, "--limit", 1, "--no-baselines").stderr
+    text = good(*words, *ONE_PROMPT).stderr
     trained = json.loads((scene / "runs/tiny-dflash/checkpoints/best/deepspec.json").read_text())
     assert f"trained with chat template {trained['template_hash'][:12]}, but is measured with " in text
 
 
 def test_generate_prints_the_answer_and_says_who_wrote_it(scene):
-    words = ["generate", "say six", "--target", scene / "target", "--max-new-tokens", 10]
+    words = ["generate", "say six", "--target", scene / "target", "--max-new-tokens", 6]
     spoken = good(*words, "--draft", scene / "runs/tiny-dspark")
     plain = good(*words, "--plain")
     assert spoken.stdout == plain.stdout
@@ -270,28 +282,31 @@ def test_a_character_spread_over_draft_and_target_tokens_stays_whole(scene):
     assert drawn.spans == []  # it is whole only with the target's token, so it is not the draft's
 
 
-def test_regenerating_again_asks_nothing_twice(scene, tmp_path):
-    words = ["data", "regenerate", scene / "prompts.jsonl", "--out", tmp_path / "a.jsonl"]
-    words += ["--target", scene / "target", "--max-new-tokens", 6]
+@pytest.fixture(scope="module")
+def regenerated(scene: Path) -> list[Any]:
+    """The words of a command that has answered three prompts; the file comes after --out."""
+    words = ["data", "regenerate", scene / "prompts.jsonl", "--out", scene / "a.jsonl"]
+    words += ["--target", scene / "target", "--max-new-tokens", 4]
     assert "3 new answers" in good(*words).stdout
-    before = (tmp_path / "a.jsonl").read_bytes()
-    assert "0 new answers, 3 were there already" in good(*words).stdout
-    assert (tmp_path / "a.jsonl").read_bytes() == before
+    return words
+
+
+def test_regenerating_again_asks_nothing_twice(scene, regenerated):
+    before = (scene / "a.jsonl").read_bytes()
+    assert "0 new answers, 3 were there already" in good(*regenerated).stdout
+    assert (scene / "a.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("change", "name"),
     [(["--thinking"], "thinking"), (["--temperature", 0.5], "sampling"), (["--seed", 9], "seed")],
 )
-def test_answers_made_under_other_conditions_are_not_taken_for_this_runs(scene, tmp_path, change, name):
-    words = ["data", "regenerate", scene / "prompts.jsonl", "--out", tmp_path / "a.jsonl"]
-    words += ["--target", scene / "target", "--max-new-tokens", 6]
-    good(*words)
-    before = (tmp_path / "a.jsonl").read_bytes()
-    text = refused(*words, *change)
+def test_answers_made_under_other_conditions_are_not_taken_for_this_runs(scene, regenerated, change, name):
+    before = (scene / "a.jsonl").read_bytes()
+    text = refused(*regenerated, *change)
     assert f"made with {name}" in text
     assert "a.jsonl:1" in text
-    assert (tmp_path / "a.jsonl").read_bytes() == before
+    assert (scene / "a.jsonl").read_bytes() == before
 
 
 def test_prompt_given_twice_would_count_twice(scene, tmp_path):
@@ -322,7 +337,7 @@ def test_data_that_is_not_there_is_refused_before_the_target_loads(scene, tmp_pa
 
 def test_fresh_keeps_the_earlier_run_aside(scene, tmp_path):
     words = ["train", scene / "dflash.yaml", "optim.max_steps=1", "--runs", tmp_path]
-    good(*words)
+    shutil.copytree(scene / "runs/tiny-dflash", tmp_path / "tiny-dflash")
     first = (tmp_path / "tiny-dflash/metrics.jsonl").read_bytes()
     result = good(*words, "--fresh")
     assert "resuming" not in result.stderr

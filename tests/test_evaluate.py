@@ -14,7 +14,7 @@ from deepspec.decode.engine import Decoder, Request
 from deepspec.drafts.lookup import PromptLookup
 from deepspec.maths.verify import Sampling
 from deepspec.measure import evaluate as module
-from deepspec.measure.evaluate import WARM_UP_TOKENS, evaluate_at, evaluate_drafts, fingerprint
+from deepspec.measure.evaluate import evaluate_at, evaluate_drafts, fingerprint
 from deepspec.measure.evaluate import partial_path as beside
 from deepspec.measure.rows import Prompt
 from deepspec.targets import Target
@@ -32,7 +32,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
 
 def measured(target: Target, out: Path | None, **options: Any) -> dict[str, Any]:
     drafts = {"mine": PromptLookup(target.vocab_size, block=3)}
-    options = {"prompts": PROMPTS, "max_new_tokens": 6, "out": out, "baselines": False} | options
+    options = {"prompts": PROMPTS, "max_new_tokens": 3, "out": out, "baselines": False} | options
     return evaluate_drafts(target, drafts, **options)
 
 
@@ -44,14 +44,19 @@ def untimed(results: Any) -> Any:
     return [untimed(value) for value in results] if isinstance(results, list) else results
 
 
+@pytest.fixture(scope="module")
+def undisturbed(target: Target) -> Any:
+    return untimed(measured(target, None))
+
+
 @needs_fork
 @pytest.mark.parametrize("operation", [1, 4, 8])  # in the header, in a group's line, in the results
-def test_evaluation_killed_goes_on_to_the_same_results(target, tmp_path, operation):
+def test_evaluation_killed_goes_on_to_the_same_results(target, tmp_path, undisturbed, operation):
     """`test_files` kills the files at every operation."""
     out = tmp_path / "eval.json"
     assert killed_at(operation, lambda: measured(target, out))
     resumed = measured(target, out)
-    assert untimed(resumed) == untimed(measured(target, None))
+    assert untimed(resumed) == undisturbed
     assert json.loads(out.read_text("utf-8")) == resumed
     assert not beside(out).exists()
 
@@ -85,9 +90,10 @@ def test_warm_up_answers_are_short_and_enter_no_figure(target, monkeypatch):
         return started(decoder, request)
 
     monkeypatch.setattr(Decoder, "_start", start)
-    result = measured(target, None, max_new_tokens=20, baselines=True)
+    monkeypatch.setattr(module, "WARM_UP_TOKENS", 2)
+    result = measured(target, None, max_new_tokens=4, baselines=True)
     ours = 3  # plain, prompt lookup and the draft; transformers' generate is not decoded here
-    assert budgets == [WARM_UP_TOKENS] * ours + [20] * ours * len(PROMPTS)
+    assert budgets == [2] * ours + [4] * ours * len(PROMPTS)
     assert {len(row["per_prompt"]) for row in result["rows"]} == {len(PROMPTS)}
 
 
@@ -127,9 +133,9 @@ def test_kill_during_the_last_temperature_costs_the_first_one_nothing(target, tm
     drafts = {"mine": PromptLookup(target.vocab_size, block=3)}
     monkeypatch.setattr(module, "_measured", dying)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_at(target, drafts, PROMPTS[:2], samplings, limits=[2, 1], out=out, max_new_tokens=4)
+        evaluate_at(target, drafts, PROMPTS[:2], samplings, limits=[2, 1], out=out, max_new_tokens=3)
     first = json.loads((tmp_path / "eval-t0.json").read_text("utf-8"))
-    again = evaluate_at(target, drafts, PROMPTS[:2], samplings, limits=[2, 1], out=out, max_new_tokens=4)
+    again = evaluate_at(target, drafts, PROMPTS[:2], samplings, limits=[2, 1], out=out, max_new_tokens=3)
     assert len(groups) == 9 + 4
     assert again[0]["rows"] == first["rows"]
     assert [len(result["rows"][0]["per_prompt"]) for result in again] == [2, 1]

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import deepspec.features.vllm as room
 import deepspec.train.loop as train_room
-from conftest import FAMILIES, llama, prompts_of, save_tiny, tiny_draft
+from conftest import llama, prompts_of, save_tiny, tiny_draft
 from deepspec.cli import app
 from deepspec.config import Recipe
 from deepspec.data.tokens import Encoded
@@ -81,8 +81,9 @@ def llama_source(
 # ── the same numbers ──────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layers", [[-1, 1], [0, 2], [2]])
+@pytest.mark.parametrize(
+    ("family", "layers"), [("llama", [2]), ("qwen3", [0, 2]), ("gemma4", [-1, 1]), ("llama", [-1, 1])]
+)
 def test_vllm_gives_what_online_gives_bit_for_bit(targets, start, family, layers):
     target = targets[family]
     server = start(family, [*(k + 1 for k in layers), target.spec.num_layers])
@@ -94,10 +95,9 @@ def test_vllm_gives_what_online_gives_bit_for_bit(targets, start, family, layers
         assert (theirs.features.dtype, theirs.row_ids) == (ours.features.dtype, ours.row_ids)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_stays_what_it_is_on_the_wire(target_dirs, start, family):
-    target = Target.from_pretrained(target_dirs[family], dtype="bfloat16", device="cpu")
-    server = start(family, [1, target.spec.num_layers], dtype=torch.bfloat16)
+def test_bfloat16_stays_what_it_is_on_the_wire(target_dirs, start):
+    target = Target.from_pretrained(target_dirs["gemma4"], dtype="bfloat16", device="cpu")
+    server = start("gemma4", [1, target.spec.num_layers], dtype=torch.bfloat16)
     source, row = VllmSource(server.url, target, [0], DSPARK, policy=FAST), rows_of(target, [19])[0]
     theirs, ours = source([row], 19), online(target, [0])([row], 19)
     assert theirs.features.dtype == torch.bfloat16
@@ -262,10 +262,10 @@ def test_numbers_that_are_none_are_refused(targets, start):
 
 def test_late_file_is_waited_for_and_never_read_half_written(targets, start):
     target, server = targets["llama"], start("llama", [1, 3, 4])
-    server.late = 0.3
+    server.late = 0.1
     began = time.monotonic()
     source = llama_source(server, target)
-    assert time.monotonic() - began >= 0.3
+    assert time.monotonic() - began >= 0.1
     row = rows_of(target, [7])[0]
     assert torch.equal(source([row], 7).features, online(target, [0, 2])([row], 7).features)
     assert len(server.asked) == 2, "a half-written file would have been asked for again"
@@ -440,7 +440,7 @@ def recipe_for(algorithm: str, **optim: Any) -> Recipe:
     return Recipe.model_validate(recipe_tree(Path("unused"), Path("unused"), algorithm, **optim))
 
 
-@pytest.mark.parametrize("algorithm", ["eagle3", "dflash", "dspark"])
+@pytest.mark.parametrize("algorithm", ["eagle3", "dspark"])
 def test_a_step_of_training_is_the_same_from_a_server(targets, start, algorithm):
     target, recipe = targets["llama"], recipe_for(algorithm, micro_batch_size=2)
     rows, layers = rows_of(target, [12, 9, 15, 11]), [0, 1, 2]

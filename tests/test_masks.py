@@ -565,7 +565,7 @@ def said(message: dict[str, Any], family: str) -> str:
 
 
 @pytest.mark.parametrize("family", ["pocket", "chatml", "qwen", "gemma"])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), thinking=st.booleans())
 def test_supervised_runs_are_the_answers_each_once_after_the_prompt_that_the_target_saw(
     request: pytest.FixtureRequest, family: str, data: st.DataObject, thinking: bool

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import math
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -57,16 +57,19 @@ from deepspec.drafts import ALGORITHMS as DRAFTS
 from deepspec.drafts.base import LossSettings, NeuralDraft
 from deepspec.drafts.spec import DraftSpec, new_spec
 from deepspec.families import PUBLISHED_TARGETS
-from deepspec.features.batches import load_rows
+from deepspec.features.batches import load_rows, online
 from deepspec.features.cache_write import plan_cache
 from deepspec.maths.blocks import FeatureBatch
+from deepspec.maths.chunking import CHUNK_BYTES
 from deepspec.maths.head import Embedding, Head
 from deepspec.maths.verify import Sampling
 from deepspec.planning import count_file, describe, prepare
 from deepspec.targets import Target, TargetSpec
 from deepspec.train.build import build_draft
+from deepspec.train.loop import train_step
 from deepspec.train.optimizer import Optimizer
 from deepspec.train.run import Progress, Run
+from kills import ended, in_child, needs_fork
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe, write_rows
 
 QWEN3_4B = PUBLISHED_TARGETS["Qwen/Qwen3-4B"]
@@ -124,22 +127,28 @@ def test_state_bytes_are_those_of_a_real_optimiser(precision: str):
     assert size == own * state_bytes_per_parameter(precision)
 
 
+@pytest.fixture(scope="module")
+def pocket() -> Target:
+    return Target.from_pretrained("pocket", device="cpu")
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_checkpoint_on_disk_has_the_bytes_that_the_plan_counts(tmp_path: Path, precision: str):
-    target = Target.from_pretrained("pocket", device="cpu")
+def test_checkpoint_on_disk_has_the_bytes_that_the_plan_counts(
+    pocket: Target, tmp_path: Path, precision: str
+):
     recipe = load_recipe("pocket-dspark", [f"precision={precision}"])
-    draft = build_draft(recipe, target)
+    draft = build_draft(recipe, pocket)
     optimizer = Optimizer(draft, recipe.optim)
     for parameter in draft.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step(0.5)
-    Run(tmp_path, recipe).save(draft, optimizer, Progress(1), target, {})
+    Run(tmp_path, recipe).save(draft, optimizer, Progress(1), pocket, {})
     folder = tmp_path / "checkpoints" / "step_1"
     moments = (folder / "optimizer.pt").stat().st_size
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     # Those kept, the one being written, and the best one, which is weights alone.
     written = (KEPT_CHECKPOINTS + 1) * (moments + weights) + weights
-    inputs = Inputs(recipe, target.spec.config, assumed_counts(9, 50, 60), MACHINES["h100"], describe)
+    inputs = Inputs(recipe, pocket.spec.config, assumed_counts(9, 50, 60), MACHINES["h100"], describe)
     assert disk_figures(inputs)["checkpoints"].value == pytest.approx(written, rel=0.02)
 
 
@@ -337,10 +346,12 @@ def test_operations_of_a_targets_pass_are_those_that_torch_counts(name: str):
 # ── memory ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize(("rows", "length", "anchors", "block"), [(2, 96, 24, 4), (1, 256, 16, 7)])
-def test_activations_are_what_autograd_keeps(algorithm, dtype, rows, length, anchors, block):
+@pytest.mark.parametrize(
+    ("rows", "length", "anchors", "block", "dtype"),
+    [(2, 96, 24, 4, torch.float32), (1, 256, 16, 7, torch.bfloat16)],
+)
+def test_activations_are_what_autograd_keeps(algorithm, rows, length, anchors, block, dtype):
     spec = tiny_spec(algorithm, block=block)
     draft, batch = tiny_draft(spec, dtype), tiny_batch(spec, rows, length, dtype)
     given = [*draft.parameters(), draft.head.weight, batch.features, batch.last_hidden]
@@ -566,66 +577,59 @@ def test_rows_take_as_much_host_memory_as_the_plan_counts(llama_dir: Path, tmp_p
 
 # ── a whole step, measured ────────────────────────────────────────────────────────────────────────────
 
-STEP = """
-import ctypes, gc, json, sys
-from pathlib import Path
-from deepspec.train.build import build_draft
-from deepspec.config import load_recipe
-from deepspec.features.batches import online
-from deepspec.data.tokens import Encoded
-from deepspec.targets import Target
-from deepspec.train.loop import train_step
-from deepspec.train.optimizer import Optimizer
-from deepspec.train.run import Progress, Run
+STEPS_MEASURED = (("pocket-dspark", 3, 192), ("pocket-eagle3", 1, 192))
 
-def peak():
+
+def peak() -> int:
+    """Bytes of this process at its largest, since the peak was last forgotten."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
-target, peaks = Target.from_pretrained("pocket"), []
-for name, overrides, rows, length in json.loads(sys.argv[1]):
-    recipe = load_recipe(name, overrides)
+
+def taken_by_a_step(target: Target, recipe: Recipe, rows: int, length: int) -> int:
+    """Bytes that a large step takes beyond what is there after a small one."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: tensors get pages of their own, not what earlier tests freed
     draft = build_draft(recipe, target, [])
     optimizer, source = Optimizer(draft, recipe.optim), online(target, draft.feature_layers)
+    before = 0
     for width in (8, length):
         ids, mask = [7 + i % 900 for i in range(width)], [0, 0] + [1] * (width - 2)
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, or a step would be served from it
+        libc.malloc_trim(0)  # what is free goes back, or a step would be served from it
         Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
         before = peak()
-        train_step(
-            draft, source, [Encoded(ids, mask, str(row)) for row in range(rows)], recipe, 1,
-            measure=False, optimizer=optimizer,
-        )
+        batch = [Encoded(ids, mask, str(row)) for row in range(rows)]
+        train_step(draft, source, batch, recipe, 1, measure=False, optimizer=optimizer)
         optimizer.step(0.5)
-    peaks.append(peak() - before)
-print(json.dumps(peaks))
-"""
-STEPS_MEASURED = (("pocket-dspark", 12, 384), ("pocket-eagle3", 4, 384))
+    return peak() - before
 
 
+@needs_fork
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks cannot be read here")
-def test_step_takes_the_memory_that_its_plan_says():
-    """Beyond what is there after a small step: features, activations and the loss of a large one."""
-    asked, wanted = [], []
-    config = TargetSpec.from_pretrained("pocket").config
+@pytest.mark.parametrize(("name", "rows", "length"), STEPS_MEASURED)
+def test_step_takes_the_memory_that_its_plan_says(
+    pocket: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, rows: int, length: int
+):
+    """Features, activations and the loss of a large step, in a process of its own. A chunk of the vocabulary
+    is an eighth of the usual one, as the step is smaller than a real one too."""
+    for room in ("cost.formulas", "maths.chunking"):
+        monkeypatch.setattr(f"deepspec.{room}.CHUNK_BYTES", CHUNK_BYTES // 8)
     parts = (
         "features of a micro-batch",
         "activations of a micro-batch",
         "scores in passing",
         "head and loss",
     )
-    for name, rows, length in STEPS_MEASURED:
-        overrides = [f"optim.batch_size={rows}", f"data.max_length={length}", "num_anchors=48"]
-        asked.append((name, overrides, rows, length))
-        counts = assumed_counts(100, 2, length - 2)
-        recipe = load_recipe(name, overrides)
-        plan = make_plan(Inputs(recipe, config, counts, MACHINES["laptop-cpu"], describe))
-        wanted.append(sum(plan.sections["memory of the model"][part].value for part in parts))
-    command = [sys.executable, "-c", STEP, json.dumps(asked)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    ratios = [took / want for took, want in zip(json.loads(result.stdout), wanted, strict=True)]
-    assert all(0.6 < ratio < 1.1 for ratio in ratios), ratios
+    overrides = [f"optim.batch_size={rows}", f"data.max_length={length}", "num_anchors=48"]
+    recipe = load_recipe(name, overrides)
+    counts = assumed_counts(100, 2, length - 2)
+    plan = make_plan(Inputs(recipe, pocket.spec.config, counts, MACHINES["laptop-cpu"], describe))
+    wanted = sum(plan.sections["memory of the model"][part].value for part in parts)
+    found = tmp_path / "bytes"
+    assert ended(in_child(lambda: found.write_text(str(taken_by_a_step(pocket, recipe, rows, length)))))
+    ratio = int(found.read_text()) / wanted
+    assert 0.6 < ratio < 1.1
 
 
 # ── this machine ──────────────────────────────────────────────────────────────────────────────────────
@@ -636,6 +640,11 @@ def test_measured_speeds_are_kept_by_machine_and_target_and_the_second_plan_meas
 ):
     monkeypatch.setenv("DEEPSPEC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(profile, "STEPS", 2)
+    real = profile.measure
+    monkeypatch.setattr(
+        "deepspec.planning.measure",
+        lambda recipe, some, **how: real(recipe, some[:3], **{**how, "max_new_tokens": 12}),
+    )
     write_data(tmp_path)
     recipe = write_recipe(tmp_path / "tiny.yaml", recipe_tree(llama_dir, tmp_path, "dspark"))
     first = call("plan", recipe, "--json")
@@ -718,7 +727,7 @@ def test_rounds_are_timed_from_a_drafts_place_without_the_prefills(llama_dir: Pa
 
 @pytest.mark.parametrize(("load", "warned"), [(0.4, False), (7.9, False), (8.0, True)])
 def test_a_busy_machine_is_reported_before_it_is_measured(
-    load: float, warned: bool, monkeypatch: pytest.MonkeyPatch
+    load: float, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0), raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 16)
@@ -726,7 +735,7 @@ def test_a_busy_machine_is_reported_before_it_is_measured(
     speeds = made_up_speeds(load_recipe("pocket-dspark"))
     monkeypatch.setattr("deepspec.planning.measure", lambda *_, **__: speeds)
     monkeypatch.setattr("deepspec.cost.sizes.Need.fits", True)
-    found = call("plan", "pocket-dspark")
+    found = call("plan", "pocket-dspark", "--data", write_rows(tmp_path / "few.jsonl", [("q", None)]))
     assert found.exit_code == 0, found.output
     assert ("--measure measures again" in " ".join(found.stderr.split())) == warned
 

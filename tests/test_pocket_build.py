@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data import topics
 
 import pytest
 import torch
@@ -17,7 +21,8 @@ from tools.pocket import build as module
 from tools.pocket import corpus
 from tools.pocket.build import BuildSettings, build
 
-SOME = {"random.py", "shutil.py", "textwrap.py", "pathlib.py", "argparse.py", "statistics.py"}
+SOME = ("random.py", "shutil.py", "textwrap.py")
+SUMS = 400
 
 TINY = BuildSettings(
     vocab_size=320,
@@ -29,16 +34,19 @@ TINY = BuildSettings(
     head_dim=16,
     micro_tokens=512,
     micro_batches=2,
-    total_tokens=6 * 1024,
+    total_tokens=4 * 1024,
 )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_library() -> Iterator[None]:
-    """A few files of the standard library instead of all: reading them is most of what a tiny build takes."""
+    """A few files and topics of the standard library instead of all, and a few sums: reading them is most of
+    what a tiny build takes."""
+    some, sums = Path(sysconfig.get_path("stdlib")), corpus.math_examples
     with pytest.MonkeyPatch.context() as patch:
-        some = [p for p in corpus.library_files() if p.name in SOME]
-        patch.setattr(corpus, "library_files", lambda: tuple(some))
+        patch.setattr(corpus, "library_files", lambda: tuple(some / name for name in SOME))
+        patch.setattr(corpus, "math_examples", lambda seed: itertools.islice(sums(seed), SUMS))
+        patch.setattr(topics, "topics", {name: topics.topics[name] for name in ("assert", "with")})
         corpus.library.cache_clear()
         yield
     corpus.library.cache_clear()
@@ -47,26 +55,27 @@ def small_library() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pocket")
-    build(out, TINY, checkpoint_every=3)
+    build(out, TINY, checkpoint_every=2)
     return out
 
 
 def test_build_that_stops_between_checkpoints_goes_on_to_the_same_weights(built, tmp_path, monkeypatch):
+    shutil.copytree(built / "tokenizer", tmp_path / "tokenizer")
     taken, loss_sum = 0, module.loss_sum
 
     def dying(*args: object) -> torch.Tensor:
         nonlocal taken
         taken += 1
-        if taken == 11:  # the first half of step 6, two steps after a checkpoint
+        if taken == 7:  # the first half of step 4, a step after a checkpoint
             raise KeyboardInterrupt
         return loss_sum(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "loss_sum", dying)
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path, TINY, checkpoint_every=3)
+        build(tmp_path, TINY, checkpoint_every=2)
     assert not (tmp_path / "target").exists()
-    build(tmp_path, TINY, checkpoint_every=3)
-    assert taken == 11 + 2 * (TINY.steps - 3)
+    build(tmp_path, TINY, checkpoint_every=2)
+    assert taken == 7 + 2 * (TINY.steps - 2)
     weights = "target/model.safetensors"
     for name, tensor in load_file(built / weights).items():
         assert torch.equal(tensor, load_file(tmp_path / weights)[name]), name

@@ -15,15 +15,17 @@ NAIVE = {"int8": naive_int8, "fp8": naive_fp8}
 NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32)
 VECTORS = st.one_of(
     st.lists(NUMBERS, min_size=1, max_size=12),
-    # Halves and sixteenths of a scale: ties are where rounding goes wrong.
-    st.lists(st.integers(-2032, 2032).map(lambda n: n / 16), min_size=1, max_size=12),
+    # Halves and sixteenths of a scale, which 127 makes 1 for int8: ties are where rounding goes wrong.
+    st.lists(st.integers(-2032, 2032).map(lambda n: n / 16), min_size=1, max_size=12).map(
+        lambda v: [*v, 127.0]
+    ),
     st.lists(st.integers(-448, 448).map(float), min_size=1, max_size=12).map(lambda v: [*v, 448.0]),
 )
 
 
 @pytest.mark.parametrize("form", NAIVE)
 @given(vector=VECTORS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_every_element_gets_the_nearest_code_ties_to_even(form: str, vector: list[float]) -> None:
     stored = quantise(torch.tensor([vector]), form)
     values, scale = NAIVE[form](vector)
@@ -33,7 +35,7 @@ def test_every_element_gets_the_nearest_code_ties_to_even(form: str, vector: lis
 
 
 @given(vector=VECTORS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_int8_is_off_by_half_a_scale_at_most(vector: list[float]) -> None:
     x = torch.tensor([vector])
     stored = quantise(x, "int8")
@@ -43,7 +45,7 @@ def test_int8_is_off_by_half_a_scale_at_most(vector: list[float]) -> None:
 
 
 @given(vector=VECTORS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_fp8_keeps_four_bits_of_every_element(vector: list[float]) -> None:
     x = torch.tensor([vector]).double()
     stored = quantise(x.float(), "fp8")
@@ -53,7 +55,7 @@ def test_fp8_keeps_four_bits_of_every_element(vector: list[float]) -> None:
 
 
 @given(vector=VECTORS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_fp8_comes_back_into_bfloat16_without_another_rounding(vector: list[float]) -> None:
     stored = quantise(torch.tensor([vector]), "fp8")
     assert torch.equal(dequantise(stored, torch.bfloat16).float(), dequantise(stored, torch.float32))
