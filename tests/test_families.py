@@ -266,7 +266,7 @@ def test_hybrids_are_the_ones_read_anew(load: Callable[[str], Target]) -> None:
 
 
 def recipe_for(algorithm: str) -> Recipe:
-    tree = recipe_tree(Path("unused"), Path("unused"), algorithm, max_steps=2)
+    tree = recipe_tree(Path("unused"), Path("unused"), algorithm, max_steps=3)
     tree["draft"] |= {"block": 3, "target_layer_ids": [-1, 0, 2]}
     tree |= {"num_anchors": 4, "eval_every_steps": 100, "checkpoint_every_steps": 100}
     return Recipe.model_validate(tree)
@@ -300,7 +300,7 @@ def test_drafts_train_on_every_family(
             run = train(name, algorithm)
             rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
             losses = [row["loss"] for row in rows]
-            assert len(losses) == 2 and losses[-1] < losses[0], (algorithm, losses)
+            assert len(losses) == 3 and losses[-1] < losses[0], (algorithm, losses)
 
 
 @each_family
