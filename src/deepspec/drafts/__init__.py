@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def reads_of_a_block(loss: object) -> tuple[str, ...]:
-    """What the loss of a block draft reads: features before its anchors and, if a term with a weight needs the
+    """What the loss of a block draft reads: features before its anchors and, if a weighted term needs the
     teacher, the target's distribution. loss: has the weight of each term as an attribute of its name."""
     taught = [*(name for name, teacher in TERMS.items() if teacher), "confidence"]
     return ("context", "labels") if any(getattr(loss, name, 0.0) for name in taught) else ("context",)
