@@ -1,4 +1,4 @@
-"""deepspec: make a language model faster without changing a token of its output law.
+"""deepspec: make a language model faster without changing its output.
 
     import deepspec
     target = deepspec.Target.from_pretrained("pocket")
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deepspec.checkpoints.draft import load_draft
     from deepspec.config import Recipe, load_recipe
-    from deepspec.decode.engine import Generation, generate
+    from deepspec.decode.engine import Decoder, Event, Generation, Request, generate
     from deepspec.demo import quickstart
     from deepspec.errors import UserError
     from deepspec.maths.verify import Sampling, verify
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOMES = {
+    "Decoder": "decode.engine",
+    "Event": "decode.engine",
     "Generation": "decode.engine",
     "Recipe": "config",
+    "Request": "decode.engine",
     "Sampling": "maths.verify",
     "Target": "targets",
     "TargetSpec": "targets",
@@ -42,24 +45,7 @@ _HOMES = {
     "train_draft": "train.loop",
     "verify": "maths.verify",
 }
-__all__ = [
-    "Generation",
-    "Recipe",
-    "Sampling",
-    "Target",
-    "TargetSpec",
-    "UserError",
-    "__version__",
-    "evaluate_draft",
-    "evaluate_drafts",
-    "generate",
-    "load_draft",
-    "load_prompts",
-    "load_recipe",
-    "quickstart",
-    "train_draft",
-    "verify",
-]
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
