@@ -311,3 +311,13 @@ def test_a_place_is_checked_before_the_work(tmp_path):
     for place, why in ((tmp_path, "it is a folder"), (tmp_path / "file" / "r.json", "is not a folder")):
         with pytest.raises(UserError, match=why):
             check_writable(place)
+
+
+@pytest.mark.parametrize("first", [b"garbage", b"", b"[1]", b"\xff\xfe", b"{}", b"null"])
+def test_a_log_whose_header_is_broken_steps_aside(tmp_path, first):
+    """`{}` was taken for equal conditions, and the other headers ended in a traceback."""
+    path = tmp_path / "eval.partial.jsonl"
+    path.write_bytes(first + b"\n" + b'{"group": 0}\n')
+    with ResumableLog(path, {"a": 1}, header=True) as log:
+        assert [record for _, record in log.records()] == []
+    assert (tmp_path / "eval.partial.old-1.jsonl").read_bytes().startswith(first)

@@ -702,3 +702,10 @@ def test_interrupted_command_saves_and_says_how_to_go_on(scene, tmp_path, monkey
     assert on.exit_code == 0, on.output
     assert "from step 5" in on.stderr
     same_state(tmp_path / "tiny-dspark/checkpoints/step_6", scene / "whole/tiny-dspark/checkpoints/step_6")
+
+
+def test_metrics_with_broken_lines_do_not_keep_a_run_from_resuming(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\nbroken\n\n\x00\x00\n[]\n{"loss": 2}\n{"step": 2}\n{"step": 3}\n{"step"')
+    forget_after(path, 2)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'

@@ -518,3 +518,10 @@ def test_a_sampling_is_needed_for_each_row(count: int) -> None:
 def test_sampling_outside_its_range_is_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         Sampling(**bad)  # type: ignore[arg-type]
+
+
+def test_a_temperature_too_small_for_float32_is_greedy():
+    """1e-50 became 0 in float32, all probabilities NaN, and every token id 0."""
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    for temperature in (1e-50, 1e-39, 1e-38):
+        assert warp(logits, Sampling(temperature)).tolist() == [[0.0, 1.0, 0.0]]

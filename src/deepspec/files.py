@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -350,10 +350,12 @@ class ResumableLog(JsonlWriter):
         if not header:
             return
         with path.open("rb") as stream:
-            first = json.loads(stream.readline() or b"null")
-        now = self.conditions
-        other = first and next((k for k in {**first, **now} if first.get(k) != now.get(k)), None)
-        if other:
+            line, first = stream.readline(), None
+        with suppress(ValueError):
+            first = json.loads(line)
+        first, now = first if isinstance(first, dict) else {"header": None}, self.conditions
+        other = next((k for k in {**first, **now} if k not in first or first[k] != now.get(k)), None)
+        if line and other:
             aside = next(p for i in count(1) if not (p := path.with_suffix(f".old-{i}.jsonl")).exists())
             path.rename(aside)
             self.close()

@@ -39,6 +39,8 @@ API_KEY = "OPENAI_API_KEY"
 """The environment variable that holds the servers' key."""
 CHECK_TIMEOUT = 10.0
 """Seconds for an answer that costs the server nothing, such as the list of its models."""
+LONGEST_REST = 86_400.0
+"""Seconds at most that a server is left alone, whatever its Retry-After asks for."""
 TOLD_AFTER = 3
 """Failures in a row after which the user is told about a server."""
 
@@ -239,7 +241,7 @@ class Servers:
         with self._changed:
             now = time.monotonic()
             doubled = self._retry.copy_with(attempts_made=min(server.failures, 30)).backoff_strategy()
-            rest = max(trouble.after, doubled)
+            rest = max(min(trouble.after, LONGEST_REST), doubled)
             server.rests_until = max(server.rests_until, now + rest)
             server.failures += 1
             told = f"{server.name} failed {TOLD_AFTER} times in a row, the last time with: {trouble}"
@@ -271,7 +273,8 @@ class Servers:
         if self._retry.is_retryable_status_code(status):
             asks = response.headers.get("retry-after", "")
             try:
-                after = self._retry.parse_retry_after(asks)
+                seconds = asks.replace(".", "", 1).isdigit()
+                after = float(asks) if seconds else self._retry.parse_retry_after(asks)
             except ValueError:
                 after = 0.0
             raise Passing(text, after=after, costs=not (status == 429 or (status == 503 and asks)))

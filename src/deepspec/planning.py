@@ -184,6 +184,8 @@ def _spread_rows(path: Path) -> tuple[list[Conversation], float]:
                 for _ in range(IN_TURN):
                     lines[stream.tell()] = stream.readline()
         found = [line for line in lines.values() if line.strip()]
+        if not found:
+            return [], 0.0
         rows = [conversation_from_row(json.loads(line), str(path)) for line in found]
     except OSError as error:
         raise DataError(f"the rows cannot be read: {error.strerror or error}", where=str(path)) from error

@@ -23,7 +23,7 @@ from deepspec.data.identity import row_seed
 from deepspec.data.tokens import require_tokenizer, template_hash
 from deepspec.decode.engine import Decoder, Request
 from deepspec.errors import DataError
-from deepspec.log import Bar, progress
+from deepspec.log import Bar, note, progress
 from deepspec.maths.verify import Sampling
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target
@@ -124,7 +124,7 @@ def decoded(
                 yield dialogue
             else:
                 requests.append(request)
-        decoder = Decoder(target, None, max_rows=min(max_rows, len(requests)))
+        decoder = Decoder(target, None, max_rows=max(min(max_rows, len(requests)), 1))
         assert target.tokenizer is not None
         for answer in decoder.run(requests):
             dialogue = open_[int(answer.key)]
@@ -159,6 +159,8 @@ def answered(name: str, target: Target, thinking: bool, beside: Path) -> Path:
         return Path(name)
     mode = "thinking" if thinking else "plain"
     out = beside / f"{name.removeprefix('pocket:')}-{mode}.jsonl"
+    if not out.exists():
+        note(f"{target.spec.name} answers the prompts of {name} first, which takes minutes")
     regenerate(
         target,
         list(read_conversations(prompts_path(name))),

@@ -67,7 +67,7 @@ def plan(
     explain: Annotated[bool, typer.Option("--explain", help="Show every formula with its numbers.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what a recipe takes before anything runs: bytes, memory, operations, hours and energy.
+    """Estimate what a recipe needs before you run it: bytes, memory, operations, hours and energy.
 
     Refuses what cannot fit (exit code 2), and names the cheapest change that makes it fit.
 

@@ -12,7 +12,7 @@ from deepspec.cli.common import Json, print_json, print_results
 
 def quickstart(
     fast: Annotated[
-        bool, typer.Option("--fast", help="Run all of it on little data, in two minutes.")
+        bool, typer.Option("--fast", help="Run all of it on little data, in about three minutes.")
     ] = False,
     out: Annotated[Path, typer.Option("--out", help="Folder for runs, results and the report.")] = Path(
         "runs/quickstart"

@@ -131,6 +131,7 @@ class Decoder:
     """
 
     def __init__(self, target: Target, draft: Draft | None, *, max_rows: int = 1) -> None:
+        assert max_rows >= 1, "a decoder needs at least one slot"
         self.target, self.draft = target, draft or NoDraft()
         self.max_rows = max_rows
         self.waiting: dict[str, Request] = {}

@@ -17,6 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+COLDEST = 1e-38
+"""A temperature below it is greedy: in float32 it is hardly, or not, above zero."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -40,7 +43,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < COLDEST
 
 
 class Verdict(NamedTuple):

@@ -26,7 +26,7 @@ from deepspec.checkpoints.read import load_provenance
 from deepspec.config import KEPT_CHECKPOINTS, Recipe, dump_recipe, load_recipe
 from deepspec.drafts.base import NeuralDraft
 from deepspec.errors import CheckpointError, RecipeError
-from deepspec.files import JsonlWriter, alone_in, repair_last_line, write_json, write_text
+from deepspec.files import JsonlWriter, alone_in, atomic_file, write_json
 from deepspec.log import note, open_trackers, progress, warn
 from deepspec.targets import Target
 from deepspec.train.optimizer import Optimizer
@@ -212,8 +212,14 @@ def _differences(before: Recipe, now: Recipe) -> list[str]:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop the metrics of later steps, and a torn last line."""
+    """Drop the metrics of later steps, and broken lines: a log must not keep a run from resuming."""
+
+    def kept(line: bytes) -> bool:
+        try:
+            return bool(json.loads(line)["step"] <= step)
+        except (ValueError, KeyError, TypeError):
+            return False
+
     if path.exists():
-        repair_last_line(path)
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-        write_text(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+        with atomic_file(path) as stream:
+            stream.writelines(line for line in path.read_bytes().splitlines(keepends=True) if kept(line))
