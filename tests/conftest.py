@@ -31,7 +31,8 @@ from transformers import (
 )
 
 from deepspec.checkpoints.draft import new_draft
-from deepspec.drafts.base import LossSettings, NeuralDraft, Proposal, choose
+from deepspec.drafts import LossSettings
+from deepspec.drafts.base import NeuralDraft, Proposal, choose
 from deepspec.drafts.spec import new_spec
 from deepspec.maths.blocks import FeatureBatch
 from deepspec.maths.verify import Samplings

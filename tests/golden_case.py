@@ -21,8 +21,8 @@ from torch import Tensor
 
 from deepspec.checkpoints.draft import load_draft
 from deepspec.decode.engine import Decoder, Generation, Request, generate
-from deepspec.drafts import dflash, dspark, eagle3
-from deepspec.drafts.base import LossSettings, LossSums, NeuralDraft, Proposal
+from deepspec.drafts import LossSettings, dflash, dspark, eagle3
+from deepspec.drafts.base import LossSums, NeuralDraft, Proposal
 from deepspec.drafts.dflash import DFlashDraft
 from deepspec.drafts.eagle3 import Eagle3Draft
 from deepspec.maths.blocks import Blocks, FeatureBatch, unroll_masks, unroll_teacher_index
@@ -77,13 +77,12 @@ class Case:
 
     @cached_property
     def loss(self) -> LossSettings:
-        given, usual = self.arguments, LossSettings()
+        given = self.arguments
         return LossSettings(
             ce=given.get("ce_loss_alpha", 0.0),
             l1=given.get("l1_loss_alpha", 0.0),
             confidence=given.get("confidence_head_alpha", 0.0),
-            decay_gamma=given.get("loss_decay_gamma") or usual.decay_gamma,
-            step_decay=given.get("step_loss_decay", usual.step_decay),
+            decay_gamma=given.get("loss_decay_gamma") or 4.0,
         )
 
     @cached_property

@@ -21,8 +21,8 @@ from transformers.models.gemma4 import modeling_gemma4
 from transformers.models.qwen3 import modeling_qwen3
 
 from conftest import DEVICE
-from deepspec.drafts import ALGORITHMS, MARKOV_HEADS
-from deepspec.drafts.base import LossSettings, LossSums
+from deepspec.drafts import ALGORITHMS, MARKOV_HEADS, LossSettings
+from deepspec.drafts.base import LossSums
 from deepspec.drafts.dflash import DFlashDraft
 from deepspec.drafts.dspark import DSparkDraft
 from deepspec.drafts.eagle3 import Eagle3Draft

@@ -29,7 +29,6 @@ from deepspec.features.vllm import VllmSource
 from deepspec.features.vllm_layers import server_layers, vllm_command
 from deepspec.http_client import Policy
 from deepspec.targets import Target
-from deepspec.train.build import loss_settings
 from deepspec.train.loop import train_draft, train_step
 from deepspec.train.optimizer import Optimizer
 from feature_standin import FeatureStandIn
@@ -464,7 +463,7 @@ def test_a_loss_that_reads_the_targets_distribution_does_not_run_without_it(targ
     draft = tiny_draft(target, "dspark")
     batch = source(rows_of(target, [9]), 9)
     with pytest.raises(AssertionError, match="the source has none"):
-        draft(batch, loss_settings(recipe), draft.plan(batch, 4, torch.Generator().manual_seed(0)))
+        draft(batch, recipe.loss, draft.plan(batch, 4, torch.Generator().manual_seed(0)))
 
 
 def run_losses(run: Path) -> list[float]:

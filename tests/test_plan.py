@@ -54,7 +54,8 @@ from deepspec.cost.step_time import Measured, Speeds, TrainSpeed, rounds_needed,
 from deepspec.data.tokens import Encoded
 from deepspec.decode.engine import Decoder, Request
 from deepspec.drafts import ALGORITHMS as DRAFTS
-from deepspec.drafts.base import LossSettings, NeuralDraft
+from deepspec.drafts import LossSettings
+from deepspec.drafts.base import NeuralDraft
 from deepspec.drafts.spec import DraftSpec, new_spec
 from deepspec.families import PUBLISHED_TARGETS
 from deepspec.features.batches import load_rows, online

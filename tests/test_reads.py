@@ -17,7 +17,8 @@ from torch import Tensor
 
 from conftest import tiny_draft
 from deepspec.config import load_recipe
-from deepspec.drafts.base import LossSettings, NeuralDraft
+from deepspec.drafts import LossSettings
+from deepspec.drafts.base import NeuralDraft
 from deepspec.maths.blocks import (
     READ_RULES,
     FeatureBatch,

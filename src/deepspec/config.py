@@ -19,7 +19,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from deepspec.drafts import ALGORITHMS, MARKOV_HEADS
+from deepspec.drafts import ALGORITHMS, MARKOV_HEADS, LossSettings
 from deepspec.errors import RecipeError, nearest
 from deepspec.files import write_text
 from deepspec.log import TrackerName
@@ -99,15 +99,6 @@ class DraftConfig(Section):
     step_loss_decay: Annotated[float, Field(gt=0, le=1)] = 0.8  # eagle3: unroll step s has weight decay^s
 
 
-class LossConfig(Section):
-    """Weights of the loss terms. For eagle3, `ce` is the weight of its soft cross-entropy."""
-
-    ce: NotNegative = 1.0
-    l1: NotNegative = 0.0
-    confidence: NotNegative = 0.0
-    decay_gamma: Positive = 4.0  # g in exp(−(k−1)/g), the weight of block position k
-
-
 class DataConfig(Section):
     """Where conversations come from: a JSONL file, or a set that ships with the pocket target."""
 
@@ -143,7 +134,7 @@ class Recipe(Section):
     thinking: bool = False
     start_from: str | None = None  # a draft to fine-tune (`deepspec train --from`); None: new weights
     draft: DraftConfig
-    loss: LossConfig = LossConfig()
+    loss: LossSettings = LossSettings()
     data: DataConfig = DataConfig()
     optim: OptimConfig
     num_anchors: Count = 32  # blocks per sequence and step; eagle3 trains on every position instead
@@ -197,7 +188,7 @@ def _draft_problems(recipe: Recipe) -> Iterator[str]:
             "`draft.confidence` and `loss.confidence` go together: set both or neither, because only that "
             "loss trains a confidence head"
         )
-    terms = [term for term in TERMS if term in LossConfig.model_fields]
+    terms = [term for term in TERMS if term in LossSettings.model_fields]
     if not any(getattr(loss, term) for term in terms):
         yield f"{' and '.join(f'`loss.{term}`' for term in terms)} are 0, so the draft would learn no tokens"
 

@@ -150,7 +150,6 @@ def save_draft(
     provenance: dict[str, Any],
     *,
     dtype: torch.dtype | None = None,
-    step_decay: float = 0.8,
     beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint directory, whole or not at all.
@@ -160,7 +159,7 @@ def save_draft(
     """
     weights = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in draft.state_dict().items()}
     weights |= _own_copies(draft, target)
-    config = write_config(draft.spec, target.spec.config, step_decay=step_decay)
+    config = write_config(draft.spec, target.spec.config)
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     facts = {**provenance, "sample_from_anchor": draft.spec.sample_from_anchor}
     with atomic_directory(path) as part:

@@ -60,7 +60,7 @@ def export_draft(
         copies = _own(copies, target)
     notes: list[str] = []
     if to == NATIVE:
-        config = write_config(spec, source, step_decay=source.get("step_loss_decay", 0.8))
+        config = write_config(spec, source)
     else:
         refuse(to, Facts(spec, bool(copies), target))
         spec, tensors, notes = complete(to, spec, tensors)

@@ -1,37 +1,20 @@
 """Data sets known by name: where the Hub keeps their rows, which columns matter, how a prompt is worded.
 
-There is one row per data set, and `data.sources` reads them all. The nine benchmarks are worded as in the
-published measurements of speculative drafts, so that acceptance can be compared; LiveCodeBench's instructions
-are in our own words, in the same order.
+There is one entry per data set in datasets.yaml, and `data.sources` reads them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from string import Formatter
 from typing import Any
 
+import yaml
+from pydantic import TypeAdapter
+
 from deepspec.errors import DataError
-
-STEPS = "\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-
-_PYTHON_TASK = (
-    "Write a solution to the following problem and make sure that it passes the tests:\n"
-    "```python\n{prompt}\n```"
-)
-_CODE_TASK = (
-    "You are an expert Python programmer. Read the problem below and write a correct Python program that "
-    "does what it asks and passes every test.\n\n### Question:\n{question_content}\n\n### Format: "
-)
-_STARTER_CODE = (
-    "Complete the starter code below, and give the whole program between the same fences.\n"
-    "```python\n{starter_code}\n```\n\n### Answer:\n"
-)
-_PLACEHOLDER = (
-    "Read the input from standard input and print the answer to standard output. Give the whole program "
-    "between fences like these.\n```python\n# your code here\n```\n\n### Answer:\n"
-)
 
 
 @dataclass(frozen=True)
@@ -66,36 +49,9 @@ class NamedDataset:
         return ", ".join(self.files or filter(None, (self.config, self.split)))
 
 
-DATASETS: dict[str, NamedDataset] = {
-    "open-perfectblend": NamedDataset(
-        "mlabonne/open-perfectblend", fields={"conversations": "conversations"}
-    ),
-    "gsm8k": NamedDataset("openai/gsm8k", "main", "test", rows=500, prompt="{question}" + STEPS),
-    "math500": NamedDataset("HuggingFaceH4/MATH-500", split="test", rows=500, prompt="{problem}" + STEPS),
-    "aime25": NamedDataset("MathArena/aime_2025", rows=30, prompt="{problem}" + STEPS),
-    "humaneval": NamedDataset("openai/openai_humaneval", split="test", rows=164, prompt=_PYTHON_TASK),
-    "mbpp": NamedDataset("google-research-datasets/mbpp", "sanitized", "test", rows=256, prompt="{prompt}"),
-    "livecodebench": NamedDataset(
-        "livecodebench/code_generation_lite",
-        files=("test.jsonl", *(f"test{i}.jsonl" for i in range(2, 7))),
-        rows=500,
-        prompt=_CODE_TASK + _PLACEHOLDER,
-        variant=("starter_code", _CODE_TASK + _STARTER_CODE),
-    ),
-    "mt-bench": NamedDataset("HuggingFaceH4/mt_bench_prompts", rows=80, fields={"turns": "prompt"}),
-    "alpaca": NamedDataset(
-        "tatsu-lab/alpaca",
-        rows=500,
-        prompt="{instruction}",
-        variant=("input", "{instruction}\n\nInput:\n{input}"),
-    ),
-    "arena-hard-v2": NamedDataset(
-        "lmarena-ai/arena-hard-auto",
-        files=("data/arena-hard-v2.0/question.jsonl",),
-        rows=500,
-        prompt="{prompt}",
-    ),
-}
+DATASETS = TypeAdapter(dict[str, NamedDataset]).validate_python(
+    yaml.safe_load(Path(__file__).with_name("datasets.yaml").read_text(encoding="utf-8"))
+)
 
 
 def worded(source: NamedDataset, row: Mapping[str, Any], where: str) -> dict[str, Any]:

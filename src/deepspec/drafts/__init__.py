@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from deepspec.maths.terms import TERMS
 
@@ -19,9 +21,23 @@ if TYPE_CHECKING:
     from deepspec.drafts.spec import DraftSpec
 
 
-def reads_of_a_block(loss: object) -> tuple[str, ...]:
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class LossSettings(BaseModel, extra="forbid", frozen=True):
+    """A recipe's `loss`: weights of the terms (method.md 3, 4). For eagle3, `ce` is the weight of its soft
+    cross-entropy."""
+
+    ce: Weight = 1.0
+    l1: Weight = 0.0
+    confidence: Weight = 0.0
+    decay_gamma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0
+    """g in exp(−(k−1)/g), the weight of block position k."""
+
+
+def reads_of_a_block(loss: LossSettings) -> tuple[str, ...]:
     """What the loss of a block draft reads: features before its anchors and, if a weighted term needs the
-    teacher, the target's distribution. loss: has the weight of each term as an attribute of its name."""
+    teacher, the target's distribution."""
     taught = [*(name for name, teacher in TERMS.items() if teacher), "confidence"]
     return ("context", "labels") if any(getattr(loss, name, 0.0) for name in taught) else ("context",)
 
@@ -55,7 +71,7 @@ class Algorithm:
     draft: str
     architectures: Mapping[str, str]
     parallel: bool
-    reads: Callable[[object], tuple[str, ...]]
+    reads: Callable[[LossSettings], tuple[str, ...]]
     served: Callable[[DraftSpec], str]
     claims: Callable[[Mapping[str, Any]], bool] = lambda config: True
     heads: bool = False

@@ -7,7 +7,6 @@ R rows, Q observed tokens per row, γ proposals, V vocabulary, m captured layers
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -19,18 +18,6 @@ from deepspec.maths.blocks import FeatureBatch
 from deepspec.maths.head import Embedding, Head
 from deepspec.maths.slots import Ints, Ragged, Rows
 from deepspec.maths.verify import Sampling, Samplings, draw, one_hot, warp
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """Weights of the loss terms (method.md 3, 4). `decay_gamma`: g of exp(-(k-1)/g) over a block's
-    slots; `step_decay`: the same for Eagle-3's unroll steps."""
-
-    ce: float = 0.0
-    l1: float = 0.0
-    confidence: float = 0.0
-    decay_gamma: float = 4.0
-    step_decay: float = 0.8
 
 
 class LossSums(NamedTuple):

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from deepspec.drafts.base import LossSettings, LossSums, NeuralDraft, Proposal, choose, tau_sums
+from deepspec.drafts import LossSettings
+from deepspec.drafts.base import LossSums, NeuralDraft, Proposal, choose, tau_sums
 from deepspec.drafts.layers import DraftLayer, Rotation, initialise, inverse_frequencies, rotation
 from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import (

@@ -10,8 +10,8 @@ from pkgutil import resolve_name
 import torch
 from torch import Tensor, nn
 
-from deepspec.drafts import MARKOV_HEADS
-from deepspec.drafts.base import LossSettings, Proposal, choose
+from deepspec.drafts import MARKOV_HEADS, LossSettings
+from deepspec.drafts.base import Proposal, choose
 from deepspec.drafts.dflash import DFlashDraft
 from deepspec.drafts.heads import ConfidenceHead, MarkovHead
 from deepspec.drafts.spec import DraftSpec

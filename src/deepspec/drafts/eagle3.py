@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from deepspec.drafts.base import LossSettings, LossSums, NeuralDraft, Proposal, choose, tau_sums
+from deepspec.drafts import LossSettings
+from deepspec.drafts.base import LossSums, NeuralDraft, Proposal, choose, tau_sums
 from deepspec.drafts.layers import Attention, DraftLayer, initialise, inverse_frequencies, rotation
 from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import FeatureBatch, unroll_ids, unroll_masks, unroll_teacher_index
@@ -102,7 +103,7 @@ class Eagle3Draft(NeuralDraft):
             mask = masks[step]
             teacher = unroll_teacher_index(length, step, device).expand(rows, length)[mask]
             where = torch.arange(rows, device=device)[:, None].expand(rows, length)[mask]
-            weight = torch.full((len(where),), loss.step_decay**step, device=device)
+            weight = torch.full((len(where),), self.spec.step_loss_decay**step, device=device)
             found = head_loss(
                 self.norm(hidden[mask]),
                 self.head,
@@ -114,7 +115,7 @@ class Eagle3Draft(NeuralDraft):
             total = total + found.total
             assert found.accept is not None
             accept[..., step][mask] = found.accept.to(accept.dtype)
-            metrics[f"soft_ce_{step}_sum"] = found.terms["soft_ce"] / loss.step_decay**step
+            metrics[f"soft_ce_{step}_sum"] = found.terms["soft_ce"] / self.spec.step_loss_decay**step
             metrics[f"correct_{step}_num"] = found.correct.sum()
         valid = masks.permute(1, 2, 0).to(accept.dtype)
         metrics |= tau_sums(accept, valid)

@@ -7,7 +7,7 @@ is the draft's depth, and the other dimensions are the target's.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deepspec import families
@@ -86,6 +86,8 @@ class DraftSpec:
     norm_before_fc: bool = False
     norm_before_residual: bool = False
     norm_output: bool = False
+    step_loss_decay: float = field(default=0.8, compare=False)
+    """Eagle-3: step s of the unroll has this weight to the power of s in the loss."""
 
     @property
     def proposals(self) -> int:
@@ -173,6 +175,7 @@ def read_spec(config: dict[str, Any], *, rope_rounded: bool = False) -> DraftSpe
     # The depth is null if another layout does not contain it.
     depth = None if config["num_target_layers"] is None else _count(config, "num_target_layers")
     own: dict[str, Any] = {name: bool(config.get(name, False)) for name in EAGLE3_NORMS}
+    own["step_loss_decay"] = float(config.get("step_loss_decay", 0.8))
     if ALGORITHMS[algorithm].parallel:
         own = {
             "mask_token_id": _count(config, "mask_token_id", least=0),
@@ -275,9 +278,7 @@ def new_spec(
     )
 
 
-def write_config(
-    spec: DraftSpec, target_config: dict[str, Any], *, step_decay: float = 0.8
-) -> dict[str, Any]:
+def write_config(spec: DraftSpec, target_config: dict[str, Any]) -> dict[str, Any]:
     """A config.json in the released layout: the target's text config with the draft's keys on top."""
     config = copy.deepcopy(target_config)
     row, shape = ALGORITHMS[spec.algorithm], spec.shape
@@ -309,7 +310,9 @@ def write_config(
         config["draft_vocab_size"] = spec.draft_vocab_size
     if not row.parallel:
         config.update(
-            draft_num_hidden_layers=spec.num_layers, ttt_length=spec.block, step_loss_decay=step_decay
+            draft_num_hidden_layers=spec.num_layers,
+            ttt_length=spec.block,
+            step_loss_decay=spec.step_loss_decay,
         )
         config.update({name: True for name in EAGLE3_NORMS if getattr(spec, name)})
         return config

@@ -16,7 +16,7 @@ from deepspec.config import Recipe
 from deepspec.data.rows import frequent_ids, supervised_counts
 from deepspec.data.tokens import Encoded
 from deepspec.drafts import ALGORITHMS
-from deepspec.drafts.base import LossSettings, NeuralDraft
+from deepspec.drafts.base import NeuralDraft
 from deepspec.drafts.layers import DraftLayer
 from deepspec.drafts.spec import DraftSpec, SpecError, new_spec
 from deepspec.errors import RecipeError
@@ -100,7 +100,7 @@ def draft_spec(recipe: Recipe, target_config: dict[str, Any], mask_token_id: int
 
     mask_token_id: None stands for the recipe's own. Raises RecipeError if there can be no such draft.
     """
-    draft = recipe.draft.model_dump(exclude={"init", "step_loss_decay", "vocab_size"})
+    draft = recipe.draft.model_dump(exclude={"init", "vocab_size"})
     if mask_token_id is not None:
         draft["mask_token_id"] = mask_token_id
     size = recipe.draft.vocab_size
@@ -115,7 +115,8 @@ def draft_spec(recipe: Recipe, target_config: dict[str, Any], mask_token_id: int
 def trained_draft(name: str, spec: DraftSpec, target: Target) -> NeuralDraft:
     """A draft to fine-tune. Raises RecipeError if it is not what the recipe describes."""
     draft = load_draft(name, target)
-    other = [f.name for f in fields(spec) if getattr(draft.spec, f.name) != getattr(spec, f.name)]
+    names = [field.name for field in fields(spec) if field.compare]
+    other = [name for name in names if getattr(draft.spec, name) != getattr(spec, name)]
     if other:
         sides = "; ".join(f"{n} {getattr(draft.spec, n)}, the recipe {getattr(spec, n)}" for n in other)
         raise RecipeError(
@@ -123,6 +124,7 @@ def trained_draft(name: str, spec: DraftSpec, target: Target) -> NeuralDraft:
             next_step="change the recipe's `algorithm` and `draft` section to the draft's, "
             "or train without --from",
         )
+    draft.spec = spec  # with the recipe's weights of the loss
     return draft.requires_grad_(True)
 
 
@@ -190,11 +192,6 @@ def unfit_for_mask(target: Target, token: int) -> str | None:
 def feature_layers(recipe: Recipe, target_config: dict[str, Any]) -> tuple[int, ...]:
     """The target's layers that the recipe's draft reads; needs no weights. Raises RecipeError."""
     return draft_spec(recipe, target_config).target_layer_ids
-
-
-def loss_settings(recipe: Recipe) -> LossSettings:
-    """The recipe's loss weights in the form that drafts read."""
-    return LossSettings(**recipe.loss.model_dump(), step_decay=recipe.draft.step_loss_decay)
 
 
 def read_rules(recipe: Recipe) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from deepspec.features.batches import Source, announced, batches_from
 from deepspec.measure.evaluate import held_out_tau, load_prompts
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target, TargetSpec
-from deepspec.train.build import build_draft, loss_settings, recipe_spec, vocabulary_facts
+from deepspec.train.build import build_draft, recipe_spec, vocabulary_facts
 from deepspec.train.data import check_before_loading, training_data
 from deepspec.train.facts import provenance
 from deepspec.train.optimizer import Optimizer
@@ -163,7 +163,7 @@ def train_step(
     for start in range(0, len(rows), size):
         batch = source(rows[start : start + size], width)
         plan: Any = draft.plan(batch, recipe.num_anchors, generator)
-        sums = draft(batch, loss_settings(recipe), plan, measure)
+        sums = draft(batch, recipe.loss, plan, measure)
         sums.total.backward()
         optimizer.collect()
         total, weight = total + sums.total.detach(), weight + sums.weight

@@ -144,8 +144,7 @@ class Run:
             write_json(path / "progress.json", vars(at))
         else:
             facts = {**facts, "step": at.step, "tokens": at.tokens}
-            decay = self.recipe.draft.step_loss_decay
-            save_draft(draft, path, target, facts, step_decay=decay, beside=resumable)
+            save_draft(draft, path, target, facts, beside=resumable)
         for _, old in self._steps()[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
 
