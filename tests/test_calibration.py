@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 import types
@@ -13,8 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import prompts_of, tiny_draft
+from deepspec.drafts.base import log_odds
+from deepspec.errors import DataError
 from deepspec.maths import calibration as ours
-from tests.reference import calibration as reference
+from deepspec.maths.verify import Sampling
+from deepspec.measure import calibrate as measure
+from deepspec.measure.rows import Prompt
+from deepspec.targets import Target
+from reference import calibration as reference
 
 rounds = st.integers(0, 2**32 - 1)
 
@@ -79,7 +87,7 @@ def test_interval_of_the_error_holds_it_and_narrows_with_prompts() -> None:
     for prompts in (20, 200):
         some = slice(0, prompts * 20)
         sums = ours.binned(p[some], y[some], torch.arange(prompts).repeat_interleave(20))
-        low, high = ours.bootstrapped_error(sums, seed=0)
+        low, high = ours.bootstrapped_error(sums[:, None], seed=0)
         error = float(ours.calibration_error(sums.sum(0)))
         assert low <= error <= high
         widths.append(high - low)
@@ -89,6 +97,90 @@ def test_interval_of_the_error_holds_it_and_narrows_with_prompts() -> None:
 def test_no_rounds_are_refused() -> None:
     with pytest.raises(ValueError, match="without rounds"):
         ours.fit_temperatures(torch.zeros(0, 3), torch.zeros(0))
+
+
+def test_an_error_that_chance_explains_is_called_so() -> None:
+    logits, accepted = drawn(4, 300, 3)
+    outcomes, survivals = ours.survived(accepted, 3), ours.survivals(logits)
+    errors = [
+        float(ours.calibration_error(ours.binned(survivals[:, k], outcomes[:, k]))[0]) for k in range(3)
+    ]
+    assert sum(errors) / 3 == pytest.approx(ours.noise(logits, 0), rel=0.5)
+    assert ours.noise(logits.repeat(100, 1), 0) < ours.noise(logits, 0) / 5
+
+
+def test_log_odds_are_those_of_the_likeliest_token() -> None:
+    logits = torch.randn(4, 3, 17, generator=torch.Generator().manual_seed(0)).double() * 4
+    likeliest = logits.softmax(-1).amax(-1)
+    torch.testing.assert_close(log_odds(logits).double(), likeliest.logit(), atol=1e-4, rtol=1e-4)
+    assert log_odds(torch.tensor([0.0, -torch.inf])).isfinite()
+
+
+# ── the rounds of a draft ─────────────────────────────────────────────────────────────────────────────
+
+
+def tasks(target: Target, domains: tuple[str, ...]) -> list[Prompt]:
+    found = prompts_of(target, [6, 9, 5, 8] * 6)
+    return [Prompt(str(i), domains[i % len(domains)], "", tuple(ids)) for i, ids in enumerate(found)]
+
+
+@pytest.mark.parametrize("algorithm", ["eagle3", "dflash", "dspark"])
+def test_report_counts_every_round_once(targets: dict[str, Target], algorithm: str, tmp_path: Path) -> None:
+    target = targets["llama"]
+    prompts = tasks(target, ("code", "chat"))
+    out = tmp_path / "calibration.json"
+    report = measure.calibrate(
+        target, tiny_draft(target, algorithm), prompts, Sampling(1.0), max_new_tokens=16, out=out
+    )
+    assert json.loads(out.read_text("utf-8")) == report
+    assert list(tmp_path.iterdir()) == [out], "the partial file is gone"
+    rounds, block = report["rounds"], report["block"]
+    assert report["positions"][0]["reached"] == rounds
+    assert sum(part["rounds"] for part in report["held_out"].values()) == rounds
+    assert sum(part["rounds"] for part in report["depth"].values()) == rounds
+    assert len(report["temperatures"]) == len(report["positions"]) == block
+    assert set(report["held_out"]) == {"code", "chat"}
+    assert report["score"].startswith("confidence" if algorithm == "dspark" else "log-odds")
+
+
+def test_one_domain_is_held_out_by_halves_of_its_prompts(targets: dict[str, Target]) -> None:
+    target = targets["llama"]
+    report = measure.calibrate(
+        target, tiny_draft(target, "dflash"), tasks(target, ("all",)), Sampling(1.0), max_new_tokens=16
+    )
+    assert list(report["held_out"]) == ["all, half 1", "all, half 2"]
+
+
+def test_a_killed_calibration_continues_to_the_same_report(
+    targets: dict[str, Target], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, made = targets["llama"], []
+    prompts, draft = tasks(target, ("code", "chat")), tiny_draft(target, "dspark")
+    out = tmp_path / "calibration.json"
+    options = {"max_new_tokens": 16, "out": out}
+    whole = measure.calibrate(target, draft, prompts, Sampling(1.0), **options)
+    usual = measure.ResumableLog.write
+
+    def killed(self: measure.ResumableLog, record: dict) -> None:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(record)
+        usual(self, record)
+
+    monkeypatch.setattr(measure.ResumableLog, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measure.calibrate(target, draft, prompts, Sampling(1.0), **options)
+    monkeypatch.undo()
+    again = measure.calibrate(target, draft, prompts, Sampling(1.0), **options)
+    assert again | {"created": ""} == whole | {"created": ""}
+
+
+def test_too_few_rounds_are_refused_with_how_many_are_needed(targets: dict[str, Target]) -> None:
+    target = targets["llama"]
+    with pytest.raises(DataError, match="too few"):
+        measure.calibrate(
+            target, tiny_draft(target, "dspark"), tasks(target, ("a",))[:2], Sampling(1.0), max_new_tokens=8
+        )
 
 
 def sglang(path: str, name: str) -> types.ModuleType:
@@ -113,3 +205,9 @@ def test_temperatures_equal_those_of_sglangs_fitter() -> None:
             logits=logits, prefix_mask=ours.survived(accepted, 7), grid=fitter.default_temperature_grid()
         )
         assert ours.fit_temperatures(logits, accepted).tolist() == theirs["temperatures"]
+    report = measure.report_of(
+        measure.Rounds(logits, accepted, torch.arange(2000), torch.ones(2000).long(), ["a", "b"] * 1000)
+    )
+    table = json.dumps(measure.sglang_table(report, "held out"))
+    read = sys.modules["sglang.srt.speculative.dspark_components.dspark_sts"].DSparkStsCalibration
+    assert read.from_json(table).temperatures == report["temperatures"]

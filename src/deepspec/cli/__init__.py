@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from deepspec import __version__
 from deepspec.cli import (
+    calibrate,
     compare,
     data_cache,
     data_download,
@@ -39,6 +40,7 @@ KEPT = {
     "quickstart": "answers, checkpoints and metrics so far are kept; the same command continues from there",
     "train": "answers, checkpoints and metrics so far are kept; the same command continues from there",
     "eval": "with --out, the prompts measured so far are kept; the same command continues from there",
+    "calibrate": "the prompts answered so far are kept; the same command continues from there",
     "data": "the shards and answers finished so far are kept; the same command continues with the rest",
 }
 
@@ -87,6 +89,7 @@ app.command("quickstart")(quickstart.quickstart)
 app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("eval")(eval_command.evaluate)
+app.command("calibrate")(calibrate.calibrate)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("generate")(generate.generate)

@@ -16,10 +16,11 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
-from deepspec.drafts.base import Draft, Proposal
+from deepspec.drafts.base import Draft, NeuralDraft, Proposal
 from deepspec.errors import UserError
 from deepspec.maths.slots import Ints, Ragged
 from deepspec.maths.verify import Sampling, Samplings, draw, verify, warp
+from deepspec.schedule.policies import Policy
 from deepspec.targets import Target
 
 
@@ -128,11 +129,25 @@ class Decoder:
 
     Requests wait for a slot in the order in which they were submitted; a row that finishes or is cancelled
     leaves its slot to the next.
+
+    policy: how many of a round's proposals are verified; None verifies all. temperatures: [γ], what the
+    draft's confidence logits are divided by before the policy sees them (`deepspec calibrate`).
     """
 
-    def __init__(self, target: Target, draft: Draft | None, *, max_rows: int = 1) -> None:
+    def __init__(
+        self,
+        target: Target,
+        draft: Draft | None,
+        *,
+        max_rows: int = 1,
+        policy: Policy | None = None,
+        temperatures: Sequence[float] | None = None,
+    ) -> None:
         assert max_rows >= 1, "a decoder needs at least one slot"
         self.target, self.draft = target, draft or NoDraft()
+        self.policy, self.temperatures = policy, torch.tensor(temperatures or [1.0])
+        if policy is not None and isinstance(draft, NeuralDraft):
+            draft.scored = True
         self.max_rows = max_rows
         self.waiting: dict[str, Request] = {}
         self.rows: list[_Row] = []
@@ -233,15 +248,19 @@ class Decoder:
         uniforms = torch.stack([torch.rand(2 * gamma + 1, generator=r.random) for r in rows])
         uniforms = uniforms.to(target.device)
         proposal = draft.propose(slots, anchors, samplings, uniforms[:, :gamma])
-        proposed = proposal.tokens.tolist()
+        lengths = self._lengths(proposal)
+        proposed = [t[:n] for t, n in zip(proposal.tokens.tolist(), lengths, strict=True)]
         before = [target.length(s) for s in slots]
         output = target.step(
             slots, [[a, *p] for a, p in zip(anchors, proposed, strict=True)], draft.feature_layers
         )
         p = warp(target.logits(output.last_hidden), samplings)
-        q = proposal.q.to(p.device) if gamma else p[:, :0]
-        lengths = torch.full((len(rows),), gamma, device=p.device)
-        verdict = verify(p, q, proposal.tokens.to(p.device), lengths, uniforms[:, gamma:])
+        widest = max(lengths)
+        q = proposal.q[:, :widest].to(p.device) if widest else p[:, :0]
+        # A row's random numbers are those of its positions, however many of them are verified.
+        decided = torch.cat([uniforms[:, gamma : gamma + widest], uniforms[:, 2 * gamma :]], dim=1)
+        counts = torch.tensor(lengths, device=p.device)
+        verdict = verify(p, q, proposal.tokens[:, :widest].to(p.device), counts, decided)
         verdicts = zip(verdict.accepted.tolist(), verdict.next_token.tolist(), strict=True)
         new = [[*proposed[i][:accepted], token] for i, (accepted, token) in enumerate(verdicts)]
         # The caches keep the anchor and what was accepted; the new token is the next anchor.
@@ -256,13 +275,22 @@ class Decoder:
         for i, (row, tokens) in enumerate(zip(rows, new, strict=True)):
             row.anchor, answer = tokens[-1], row.answer
             kept = row.commit(tokens, drafted=len(tokens) - 1)
-            answer.proposed.append(gamma)
+            answer.proposed.append(lengths[i])
             answer.accepted.append(len(tokens) - 1)
             answer.kept.append(len(kept))
             if proposal.confidence is not None:
                 answer.confidence.append(proposal.confidence[i].tolist())
             events.append(self._event(row, kept))
         return events
+
+    def _lengths(self, proposal: Proposal) -> list[int]:
+        """How many proposals of each row are verified."""
+        rows, block = proposal.tokens.shape
+        if self.policy is None or not block:
+            return [block] * rows
+        logits = torch.zeros(rows, block) if proposal.confidence is None else proposal.confidence.cpu()
+        confidences = (logits.double() / self.temperatures).sigmoid().numpy()
+        return [int(n) for n in self.policy.lengths(confidences)]
 
     def _event(self, row: _Row, tokens: list[int]) -> Event:
         """What a row's step gave; the row is closed if that was its last."""

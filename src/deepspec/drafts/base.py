@@ -31,7 +31,8 @@ class LossSums(NamedTuple):
 
 class Proposal(NamedTuple):
     """tokens [R, γ]; q [R, γ, V], exactly the float32 distributions they were drawn from;
-    confidence logits [R, γ], or None where the draft has no such head."""
+    confidence logits [R, γ], known before the token of their position was drawn, or None: a draft without
+    such a head has them only if it is `scored`."""
 
     tokens: Tensor
     q: Tensor
@@ -85,6 +86,8 @@ class NeuralDraft(nn.Module, Draft):
         self.name = spec.algorithm
         self.lengths: dict[int, int] = {}
         """Committed tokens per slot."""
+        self.scored = False
+        """Whether a draft without a confidence head gives `log_odds` of its distributions as confidences."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Casts and moves of the whole module; rotary frequencies move, but stay float32 whatever the rest
@@ -135,6 +138,13 @@ class NeuralDraft(nn.Module, Draft):
     def plan(self, batch: FeatureBatch, num_anchors: int, generator: torch.Generator | None) -> Any:
         """What `forward` learns from in this batch, such as drawn anchors; None for every position."""
         return None
+
+
+def log_odds(logits: Tensor) -> Tensor:
+    """[...] log(p / (1 - p)) of the likeliest token under logits [..., V], before sampling changes them: what
+    a draft without a confidence head knows of its chances before a token is drawn."""
+    others = (logits.float() - logits.amax(-1, keepdim=True)).exp().sum(-1) - 1
+    return -others.clamp_min(1e-12).log()
 
 
 def choose(logits: Tensor, samplings: Samplings, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspec.drafts import LossSettings
-from deepspec.drafts.base import LossSums, NeuralDraft, Proposal, choose, tau_sums
+from deepspec.drafts.base import LossSums, NeuralDraft, Proposal, choose, log_odds, tau_sums
 from deepspec.drafts.layers import DraftLayer, Rotation, initialise, inverse_frequencies, rotation
 from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import (
@@ -205,4 +205,4 @@ class DFlashDraft(NeuralDraft):
         hidden = self.block_hidden(slots, anchors)[:, self.spec.block - self.max_proposals :]
         logits = self.head.spread(self.head.logits(hidden), self.spec.vocab_size)
         tokens, q = choose(logits, samplings, uniforms)
-        return Proposal(tokens, q, None)
+        return Proposal(tokens, q, log_odds(logits) if self.scored else None)

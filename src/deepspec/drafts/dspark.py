@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspec.drafts import MARKOV_HEADS, LossSettings
-from deepspec.drafts.base import Proposal, choose
+from deepspec.drafts.base import Proposal, choose, log_odds
 from deepspec.drafts.dflash import DFlashDraft
 from deepspec.drafts.heads import ConfidenceHead, MarkovHead
 from deepspec.drafts.spec import DraftSpec
@@ -77,7 +77,7 @@ class DSparkDraft(DFlashDraft):
         hidden = self.block_hidden(slots, anchors)
         base = self.head.logits(hidden[:, skip:])
         previous = torch.tensor(list(anchors), device=base.device)
-        conditioned, tokens, q = [previous], [], []
+        conditioned, tokens, q, scores = [previous], [], [], []
         state = None
         for slot in range(hidden.shape[1]):
             z = None
@@ -96,6 +96,10 @@ class DSparkDraft(DFlashDraft):
             previous, distribution = choose(logits, samplings, uniforms[:, slot - skip])
             tokens.append(previous)
             q.append(distribution)
+            if self.scored:
+                scores.append(log_odds(logits))
             conditioned.append(previous)
         confidence = self.confidence_logits(torch.stack(conditioned[:-1], dim=1), hidden[:, skip:])
+        if confidence is None and scores:
+            confidence = torch.stack(scores, dim=1)
         return Proposal(torch.stack(tokens, dim=1), torch.stack(q, dim=1), confidence)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspec.drafts import LossSettings
-from deepspec.drafts.base import LossSums, NeuralDraft, Proposal, choose, tau_sums
+from deepspec.drafts.base import LossSums, NeuralDraft, Proposal, choose, log_odds, tau_sums
 from deepspec.drafts.layers import Attention, DraftLayer, initialise, inverse_frequencies, rotation
 from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import FeatureBatch, unroll_ids, unroll_masks, unroll_teacher_index
@@ -157,16 +157,20 @@ class Eagle3Draft(NeuralDraft):
         """γ proposals, each fed back with the hidden state that gave it."""
         hidden = torch.stack([self.last_hidden[s] for s in slots])[:, None]
         starts = [self.lengths[s] for s in slots]
-        tokens, q = [], []
+        tokens, q, scores = [], [], []
         for step in range(self.spec.block):
             logits = self.head.spread(self.head.logits(self.norm(hidden[:, 0])), self.spec.vocab_size)
             chosen, distribution = choose(logits, samplings, uniforms[:, step])
             tokens.append(chosen)
             q.append(distribution)
+            if self.scored:
+                scores.append(log_odds(logits))
             if step + 1 < self.spec.block:
                 rows = Rows(tuple(slots), tuple(start + step for start in starts), 1)
                 hidden = self.advance(rows, self._fed_back(hidden), chosen[:, None])
-        return Proposal(torch.stack(tokens, dim=1), torch.stack(q, dim=1), None)
+        return Proposal(
+            torch.stack(tokens, dim=1), torch.stack(q, dim=1), torch.stack(scores, dim=1) if scores else None
+        )
 
 
 def _attend_own_column(

@@ -98,15 +98,29 @@ def fit_temperatures(logits: Tensor, accepted: Tensor, choices: Tensor | None = 
 
 
 def bootstrapped_error(sums: Tensor, seed: int, samples: int = 1000) -> tuple[float, float]:
-    """The ends of the 95% interval of the calibration error over whole prompts.
+    """The ends of the 95% interval, over whole prompts, of the calibration error, meaned over positions.
 
-    sums: [P, B, 3], one group per prompt (`binned`). Prompts are resampled, since the rounds of one prompt
-    are not independent.
+    sums: [P, γ, B, 3], of each prompt and position (`binned`). Prompts are resampled, since the rounds of one
+    prompt are not independent.
     """
     prompts = len(sums)
     chosen = torch.randint(prompts, (samples, prompts), generator=torch.Generator().manual_seed(seed))
     weights = torch.zeros(samples, prompts, dtype=torch.float64)
     weights.scatter_add_(1, chosen, torch.ones(samples, prompts, dtype=torch.float64))
-    errors = calibration_error((weights @ sums.flatten(1)).unflatten(1, sums.shape[1:]))
+    drawn = (weights @ sums.flatten(1)).unflatten(1, sums.shape[1:])
+    errors = calibration_error(drawn).mean(-1)
     low, high = errors.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def noise(logits: Tensor, seed: int, samples: int = 20) -> float:
+    """The calibration error, meaned over positions, that N rounds of these confidences [N, γ] show if the
+    confidences are the truth: what an error is made of by chance alone."""
+    random, expected = torch.Generator().manual_seed(seed), survivals(logits)
+    found = []
+    for _ in range(samples):
+        drawn = torch.rand(logits.shape, generator=random, dtype=torch.float64) < logits.sigmoid()
+        outcomes = drawn.cumprod(-1)
+        columns = zip(expected.unbind(1), outcomes.unbind(1), strict=True)
+        found.append(torch.stack([calibration_error(binned(p, y))[0] for p, y in columns]).mean())
+    return float(torch.stack(found).mean())

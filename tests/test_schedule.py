@@ -1,0 +1,197 @@
+"""Policies of verification: what each admits, and that none of them changes the target's law."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import prompts_of, teach, tiny_draft
+from deepspec.decode.engine import Decoder, Request, generate
+from deepspec.maths.verify import Sampling, verify
+from deepspec.schedule.policies import Budget, EarlyStop, Fixed, Policy, Threshold, best_share, ranked
+from deepspec.targets import Target
+from reference.enumeration import World, check_lossless, committed_law, dense, prefixes, sparse
+from reference.schedule import algorithm_1, best_budget
+
+STAIRS = {1: 1.0, 2: 0.5, 3: 0.45, 4: 0.44, 5: 0.2}
+
+
+def staircase(tokens: np.ndarray) -> np.ndarray:
+    return np.array([STAIRS.get(int(n), 0.1) for n in tokens])
+
+
+def tree(vocabulary: int, block: int, seed: int) -> dict[tuple[int, ...], float]:
+    """A confidence for every prefix: c_k is a function of the tokens before k."""
+    random = torch.Generator().manual_seed(seed)
+    return {p: float(torch.rand(1, generator=random)) for p in prefixes(vocabulary, block - 1)}
+
+
+def length_by(policy: Callable[[], Policy], confidence: dict[tuple[int, ...], float], rest: np.ndarray):
+    """The length that a policy gives the first row; `rest` [R-1, γ] are the confidences of the others."""
+
+    def length(tokens: tuple[int, ...]) -> int:
+        row = [confidence[tokens[:k]] for k in range(len(tokens))]
+        chosen = policy()
+        return int(chosen.lengths(np.vstack([row, rest]))[0])
+
+    return length
+
+
+def warmed_budget() -> Budget:
+    policy = Budget(staircase)
+    for row in ([0.9, 0.2], [0.8, 0.7]):
+        policy.lengths(np.array([row]))
+    return policy
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "none": lambda: Fixed(0),
+    "fixed": lambda: Fixed(1),
+    "threshold": lambda: Threshold(0.5),
+    "early stop": lambda: EarlyStop(staircase),
+    "budget": warmed_budget,
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_no_policy_changes_the_law(name: str, seed: int) -> None:
+    """The law of the committed tokens, enumerated, next to another row that competes for the budget."""
+    for world in (dense(3, 2, seed), sparse(3, 2, seed)):
+        rest = np.random.default_rng(seed).random((seed % 2, 2))
+        check_lossless(verify, world, length_by(POLICIES[name], tree(3, 2, seed), rest))
+
+
+# ── policies that look at what they decide on ─────────────────────────────────────────────────────────
+
+A, B = 0, 1
+WORLD = World(
+    2,
+    2,
+    {p: [0.7, 0.3] for p in prefixes(2, 2)},
+    {p: [0.5, 0.5] for p in prefixes(2, 2)},
+)
+"""The counterexample of method.md 5."""
+CONFIDENCE = {(): 0.8, (A,): 0.9, (B,): 0.0}
+
+
+class Retrospective:
+    """Takes the best budget of this round's own confidences, wherever it is."""
+
+    def lengths(self, confidences: np.ndarray) -> np.ndarray:
+        survivals = confidences.cumprod(axis=1)
+        count = round(best_share(survivals, staircase) * survivals.size)
+        order, _ = ranked(survivals, staircase)
+        return np.bincount(order[:count] // survivals.shape[1], minlength=len(survivals))
+
+
+def first_token(length_of: Callable[[tuple[int, ...]], int]) -> float:
+    """The probability that the first token is A."""
+    return float(committed_law(verify, WORLD, length_of).view(2, -1).sum(1)[A])
+
+
+def test_counterexample_gives_85_retrospectively_and_70_with_an_early_stop() -> None:
+    alone = np.zeros((0, 2))
+    assert first_token(length_by(Retrospective, CONFIDENCE, alone)) == pytest.approx(0.85, abs=1e-6)
+    stop = length_by(lambda: EarlyStop(staircase), CONFIDENCE, alone)
+    assert first_token(stop) == pytest.approx(0.7, abs=1e-6)
+
+
+def by_drawn_probability(tokens: tuple[int, ...]) -> int:
+    """Admits a token if the draft found it likely: a decision on the drawn token itself."""
+    world = dense(3, 2, 1)
+    likely = [world.draft[tokens[:k]][t] > 0.3 for k, t in enumerate(tokens)]
+    return next((k for k, good in enumerate(likely) if not good), len(tokens))
+
+
+def test_admission_by_the_drawn_tokens_probability_is_caught() -> None:
+    with pytest.raises(AssertionError, match="law is off"):
+        check_lossless(verify, dense(3, 2, 1), by_drawn_probability)
+
+
+def test_a_budget_from_this_rounds_draw_is_caught() -> None:
+    with pytest.raises(AssertionError, match="law is off"):
+        check_lossless(verify, WORLD, length_by(Retrospective, CONFIDENCE, np.zeros((0, 2))))
+
+
+# ── what is admitted ──────────────────────────────────────────────────────────────────────────────────
+
+matrices = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32 - 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(matrices)
+def test_early_stop_and_budget_equal_plain_loops(shape: tuple[int, int, int]) -> None:
+    rows, block, seed = shape
+    random = np.random.default_rng(seed)
+    confidences = random.integers(0, 5, (rows, block)) / 4  # ties, 0 and 1 included
+    costs = np.sort(random.random(rows * (block + 1) + 1))[::-1] + 0.1
+    rate = lambda tokens: costs[tokens - 1]  # noqa: E731
+    found = EarlyStop(rate).lengths(confidences)
+    assert found.tolist() == algorithm_1(confidences.tolist(), costs.tolist())
+    count = round(best_share(confidences.cumprod(axis=1), rate) * confidences.size)
+    assert count == best_budget(confidences.tolist(), costs.tolist())
+
+
+def test_threshold_cuts_at_the_first_confidence_below_it() -> None:
+    confidences = np.array([[0.9, 0.4, 0.9], [0.5, 0.5, 0.5], [0.4, 0.9, 0.9]])
+    assert Threshold(0.5).lengths(confidences).tolist() == [1, 3, 0]
+
+
+def test_budget_of_two_rounds_ago_is_spent_on_this_rounds_likeliest() -> None:
+    policy = Budget(lambda tokens: 1 / (1.0 + np.maximum(tokens - 4, 0)))  # two rows: two tokens are free
+    first = np.array([[0.9, 0.9], [0.1, 0.1]])
+    assert policy.lengths(first).tolist() == [2, 2]  # nothing is known yet: everything is verified
+    policy.lengths(first)
+    assert policy.lengths(np.array([[0.1, 0.1], [0.9, 0.9]])).tolist() == [0, 2]
+
+
+# ── in the decoder ────────────────────────────────────────────────────────────────────────────────────
+
+
+def flat(tokens: np.ndarray) -> np.ndarray:
+    return 1 / (1 + 0.4 * tokens)
+
+
+ENGINE: dict[str, Callable[[], Policy]] = {
+    **POLICIES,
+    "early stop": lambda: EarlyStop(flat),
+    "budget": lambda: Budget(flat),
+}
+
+
+@pytest.mark.parametrize("algorithm", ["eagle3", "dspark"])
+def test_greedy_tokens_are_the_same_under_every_policy(targets: dict[str, Target], algorithm: str) -> None:
+    target = targets["llama"]
+    prompts = prompts_of(target, (9, 5, 12))
+    plain = [g.token_ids for g in generate(target, None, prompts, 12)]
+    rows = [p + g for p, g in zip(prompts, plain, strict=True)]
+    draft = teach(tiny_draft(target, algorithm), target, rows, steps=12)
+    lengths = {}
+    for name, policy in ENGINE.items():
+        decoder = Decoder(
+            target, draft, max_rows=3, policy=policy(), temperatures=[2.0] * draft.max_proposals
+        )
+        found = {g.key: g for g in decoder.run(Request(p, 12, 0, str(i)) for i, p in enumerate(prompts))}
+        assert [found[str(i)].token_ids for i in range(3)] == plain, name
+        lengths[name] = [n for g in found.values() for n in g.proposed]
+        assert all(a <= n for g in found.values() for a, n in zip(g.accepted, g.proposed, strict=True))
+    assert set(lengths["none"]) == {0} and set(lengths["fixed"]) == {1}
+    assert len(set(lengths["threshold"])) > 1, "a policy that never cuts, or always, shows nothing"
+
+
+def test_verifying_everything_by_policy_is_verifying_everything(targets: dict[str, Target]) -> None:
+    target = targets["llama"]
+    prompts = prompts_of(target, (9, 5))
+    draft = tiny_draft(target, "dspark")
+    requests = [Request(p, 12, i, str(i), Sampling(1.0)) for i, p in enumerate(prompts)]
+    without, fixed = (
+        [(g.key, g.token_ids, g.accepted) for g in Decoder(target, draft, max_rows=2, policy=p).run(requests)]
+        for p in (None, Fixed(99))
+    )
+    assert without == fixed
