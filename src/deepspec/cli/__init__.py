@@ -29,6 +29,7 @@ from deepspec.cli import (
     quickstart,
     report,
     train,
+    verify,
 )
 from deepspec.cli import eval as eval_command
 from deepspec.cli.common import BAD_INPUT, FAILED, INTERRUPTED, SETTINGS
@@ -92,6 +93,7 @@ app.command("eval")(eval_command.evaluate)
 app.command("calibrate")(calibrate.calibrate)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
+app.command("verify")(verify.verify)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("export")(export.export)

@@ -19,7 +19,7 @@ from torch import Tensor
 from deepspec.drafts.base import Draft, NeuralDraft, Proposal
 from deepspec.errors import UserError
 from deepspec.maths.slots import Ints, Ragged
-from deepspec.maths.verify import Sampling, Samplings, draw, verify, warp
+from deepspec.maths.verify import Sampling, Samplings, Verdict, draw, verify, warp
 from deepspec.schedule.policies import Policy
 from deepspec.targets import Target
 
@@ -96,7 +96,7 @@ class NoDraft:
 
 
 @dataclass(eq=False)
-class _Row:
+class Row:
     """A request in flight: `anchor` is its last committed token, not yet in the target's cache."""
 
     slot: int
@@ -150,7 +150,7 @@ class Decoder:
             draft.scored = True
         self.max_rows = max_rows
         self.waiting: dict[str, Request] = {}
-        self.rows: list[_Row] = []
+        self.rows: list[Row] = []
         """In the order of their slots: a step over neighbouring slots copies no keys and values."""
         self._names = (f"#{n}" for n in count())
 
@@ -224,7 +224,7 @@ class Decoder:
         taken = {row.slot for row in self.rows}
         slot = next(s for s in range(self.max_rows) if s not in taken)
         random = torch.Generator().manual_seed(request.seed)
-        row = _Row(slot, request, random, time.perf_counter(), Generation(request.key))
+        row = Row(slot, request, random, time.perf_counter(), Generation(request.key))
         insort(self.rows, row, key=lambda r: r.slot)
         self.target.open(slot)
         self.draft.open(slot)
@@ -260,7 +260,7 @@ class Decoder:
         # A row's random numbers are those of its positions, however many of them are verified.
         decided = torch.cat([uniforms[:, gamma : gamma + widest], uniforms[:, 2 * gamma :]], dim=1)
         counts = torch.tensor(lengths, device=p.device)
-        verdict = verify(p, q, proposal.tokens[:, :widest].to(p.device), counts, decided)
+        verdict = self._decide(rows, p, q, proposal.tokens[:, :widest].to(p.device), counts, decided)
         verdicts = zip(verdict.accepted.tolist(), verdict.next_token.tolist(), strict=True)
         new = [[*proposed[i][:accepted], token] for i, (accepted, token) in enumerate(verdicts)]
         # The caches keep the anchor and what was accepted; the new token is the next anchor.
@@ -283,6 +283,12 @@ class Decoder:
             events.append(self._event(row, kept))
         return events
 
+    def _decide(
+        self, rows: Sequence[Row], p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, uniforms: Tensor
+    ) -> Verdict:
+        """What `maths.verify.verify` decides for the rows; a place to watch from."""
+        return verify(p, q, tokens, lengths, uniforms)
+
     def _lengths(self, proposal: Proposal) -> list[int]:
         """How many proposals of each row are verified."""
         rows, block = proposal.tokens.shape
@@ -292,7 +298,7 @@ class Decoder:
         confidences = (logits.double() / self.temperatures).sigmoid().numpy()
         return [int(n) for n in self.policy.lengths(confidences)]
 
-    def _event(self, row: _Row, tokens: list[int]) -> Event:
+    def _event(self, row: Row, tokens: list[int]) -> Event:
         """What a row's step gave; the row is closed if that was its last."""
         answer = row.answer
         full = len(answer.token_ids) == row.request.max_new_tokens
@@ -304,7 +310,7 @@ class Decoder:
             self._close(row)
         return Event(tokens, answer, finished)
 
-    def _close(self, row: _Row) -> Generation:
+    def _close(self, row: Row) -> Generation:
         self.rows.remove(row)
         self.target.free(row.slot)
         self.draft.free(row.slot)

@@ -19,7 +19,7 @@ from deepspec.targets import Target
 
 BOOTSTRAP_SEED = 20
 TIE = 1e-3
-"""Two logits that differ by less may change places by rounding."""
+"""Two logits of float32 that differ by less may change places by rounding."""
 
 
 @dataclass(frozen=True)
@@ -172,16 +172,25 @@ def _lossless(target: Target, method: Method, plain: Method, prompts: Sequence[P
     identical = ties = 0
     for prompt in prompts:
         ours, theirs = method.answers[prompt.id].token_ids, plain.answers[prompt.id].token_ids
-        if ours == theirs:
-            identical += 1
-            continue
-        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-        if at is None:
-            continue
-        ids = torch.tensor([[*prompt.ids, *theirs[:at]]])
-        logits = target.logits(target.read(ids, ()).last_hidden[0, -1]).float()
-        ties += abs(float(logits[ours[at]] - logits[theirs[at]])) < TIE
+        at, tie = first_difference(target, prompt, ours, theirs)
+        identical, ties = identical + (at is None), ties + tie
     return {"identical": identical, "prompts": len(prompts), "near_ties": ties}
+
+
+def first_difference(
+    target: Target, prompt: Prompt, ours: Sequence[int], theirs: Sequence[int]
+) -> tuple[int | None, bool]:
+    """(the first token in which two greedy answers differ, whether their logits there are equal within the
+    rounding of the target's number format); the first is None if the answers are the same."""
+    if list(ours) == list(theirs):
+        return None, False
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+    if at is None:  # one of them ends early
+        return min(len(ours), len(theirs)), False
+    ids = torch.tensor([[*prompt.ids, *theirs[:at]]])
+    logits = target.logits(target.read(ids, ()).last_hidden[0, -1])
+    one, other = (float(logits[answer[at]]) for answer in (ours, theirs))
+    return at, abs(one - other) <= max(TIE, 4 * torch.finfo(logits.dtype).eps * abs(one))
 
 
 def _samples(target: Target, method: Method, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:

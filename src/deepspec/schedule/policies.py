@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -87,6 +88,27 @@ class Budget:
         self.earlier.append(survivals)
         order = np.argsort(-survivals, axis=None, kind="stable")
         return admitted(survivals.shape, order, round(share * survivals.size))
+
+
+def policy_of(text: str) -> Policy | None:
+    """The policy that a command line names: `all` (None), `none`, `fixed:K` or `threshold:C`.
+
+    Raises ValueError for any other text.
+    """
+    name, _, value = text.partition(":")
+    with suppress(ValueError):
+        if text == "all":
+            return None
+        if text == "none":
+            return Fixed(0)
+        if name == "fixed" and int(value) >= 0:
+            return Fixed(int(value))
+        if name == "threshold" and 0 <= float(value) <= 1:
+            return Threshold(float(value))
+    raise ValueError(
+        f"{text!r} is not a policy: write all, none, fixed:K (K proposals of each round) or threshold:C "
+        "(each row up to its first confidence below C)"
+    )
 
 
 def ranked(survivals: Floats, rate: Rate) -> tuple[Lengths, Floats]:

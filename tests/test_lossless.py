@@ -1,0 +1,116 @@
+"""`deepspec verify`: a decoder that follows the law passes, and each wrong one is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from conftest import prompts_of, teach, tiny_draft
+from deepspec.decode import engine
+from deepspec.drafts.base import NeuralDraft
+from deepspec.maths.verify import Sampling, Verdict, draw, verify
+from deepspec.measure.lossless import LEVEL, Law, check_greedy, check_law, sentences, verdict_of
+from deepspec.measure.rows import Prompt
+from deepspec.schedule.policies import Threshold
+from deepspec.targets import Target
+
+
+@pytest.fixture(scope="module")
+def scene(targets: dict[str, Target]) -> tuple[Target, NeuralDraft, list[Prompt]]:
+    target = targets["llama"]
+    found = prompts_of(target, [6, 9, 5, 8])
+    answers = [g.token_ids for g in engine.generate(target, None, found, 12)]
+    rows = [prompt + answer for prompt, answer in zip(found, answers, strict=True)]
+    draft = teach(tiny_draft(target, "dspark"), target, rows, steps=12)
+    return target, draft, [Prompt(str(i), "all", "", tuple(ids)) for i, ids in enumerate(found)]
+
+
+def law_of(scene: tuple[Target, NeuralDraft, list[Prompt]], sampling: Sampling, **options) -> Law:
+    target, draft, prompts = scene
+    return check_law(target, draft, prompts, sampling, 24, None, 16, **{"repeats": 6, "seed": 0, **options})
+
+
+def accepts_always(p, q, tokens, lengths, uniforms) -> Verdict:
+    return Verdict(lengths, draw(p[:, -1], uniforms[:, -1]))
+
+
+def replaces_from_p(p, q, tokens, lengths, uniforms) -> Verdict:
+    accepted = verify(p, q, tokens, lengths, uniforms).accepted
+    return Verdict(accepted, draw(p[torch.arange(len(p)), accepted], uniforms[:, -1]))
+
+
+def accepts_too_easily(p, q, tokens, lengths, uniforms) -> Verdict:
+    return verify(p, q * 0.7, tokens, lengths, uniforms)
+
+
+def colder(p, q, tokens, lengths, uniforms) -> Verdict:
+    """As if the target had another temperature than the one asked for."""
+    sharper = p.square() / p.square().sum(-1, keepdim=True)
+    return verify(sharper, q, tokens, lengths, uniforms)
+
+
+SAMPLINGS = [Sampling(1.0), Sampling(0.8, top_k=8), Sampling(1.0, top_p=0.8)]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_the_law_holds_for_the_decoder_as_it_is(scene, sampling) -> None:
+    law = law_of(scene, sampling)
+    assert law.tokens > 500 and law.proposed > 250
+    assert law.holds, (law.surprise.deviations, law.favour.deviations, law.impossible)
+
+
+@pytest.mark.parametrize("wrong", [accepts_always, replaces_from_p, accepts_too_easily, colder])
+def test_every_wrong_decoder_is_noticed(scene, wrong: Callable[..., Verdict], monkeypatch) -> None:
+    monkeypatch.setattr(engine, "verify", wrong)
+    assert not law_of(scene, Sampling(1.0)).holds
+
+
+def test_a_token_that_truncation_forbids_is_counted(scene, monkeypatch) -> None:
+    monkeypatch.setattr(engine, "warp", lambda logits, samplings: logits.softmax(-1))
+    law = law_of(scene, Sampling(1.0, top_k=4))
+    assert law.impossible > 0 and not law.holds
+
+
+def test_a_policy_leaves_the_law_alone(scene) -> None:
+    target, draft, prompts = scene
+    law = check_law(target, draft, prompts, Sampling(1.0), 24, Threshold(0.4), 16, repeats=6, seed=1)
+    assert law.holds
+
+
+def test_stated_power_is_the_power_that_there_is(scene, monkeypatch) -> None:
+    """A decoder that takes the detectable share of proposals unchecked is noticed, one without is not: the
+    expected deviation is the limit and 1.64 more."""
+    share = law_of(scene, Sampling(1.0)).detectable
+    assert share is not None and 0 < share < 0.5
+    coin = torch.Generator().manual_seed(0)
+
+    def careless(p, q, tokens, lengths, uniforms) -> Verdict:
+        unchecked = torch.rand(len(p), q.shape[1], generator=coin) < share
+        certain = torch.where(unchecked, 0.0, uniforms[:, :-1])
+        return verify(p, q, tokens, lengths, torch.cat([certain, uniforms[:, -1:]], 1))
+
+    monkeypatch.setattr(engine, "verify", careless)
+    found = [law_of(scene, Sampling(1.0), seed=seed).favour.deviations for seed in (1, 2)]
+    expected = Law().limit + 1.64
+    assert sum(found) / 2 == pytest.approx(expected, rel=0.35)
+
+
+def test_verdict_says_what_was_compared_and_how_small_an_error_it_would_notice(scene) -> None:
+    target, draft, prompts = scene
+    greedy = check_greedy(target, draft, prompts, 12, None, 4)
+    found = verdict_of(greedy, law_of(scene, Sampling(1.0)))
+    assert found["lossless"] and greedy["identical"] + greedy["near_ties"] == 4
+    first, second, third = sentences(found)
+    assert first.startswith("greedy: 4 of 4 answers are plain decoding's token for token")
+    assert f"once in {1 / LEVEL:,.0f} runs" in second
+    assert "unchecked would be noticed with a probability of 95%" in third
+
+
+def test_a_wrong_greedy_token_is_named(scene, monkeypatch) -> None:
+    target, draft, prompts = scene
+    monkeypatch.setattr(engine, "verify", accepts_always)
+    greedy = check_greedy(target, draft, prompts, 12, None, 4)
+    assert greedy["different"] and not verdict_of(greedy, Law())["lossless"]
+    assert f"the first in {greedy['different'][0]['id']!r}" in sentences(verdict_of(greedy, Law()))[0]
