@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any
 
+from deepspec.data.formats import WITH_INPUT
 from deepspec.errors import DataError
 
 STEPS = "\nPlease reason step by step, and put your final answer within \\boxed{{}}."
@@ -87,7 +88,7 @@ DATASETS: dict[str, NamedDataset] = {
         "tatsu-lab/alpaca",
         rows=500,
         prompt="{instruction}",
-        variant=("input", "{instruction}\n\nInput:\n{input}"),
+        variant=("input", WITH_INPUT),
     ),
     "arena-hard-v2": NamedDataset(
         "lmarena-ai/arena-hard-auto",
