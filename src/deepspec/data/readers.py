@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
+from deepspec.data.csv_rows import csv_rows
 from deepspec.data.skipping import Skipped, refuse
 from deepspec.errors import DataError, UserError
 
@@ -50,7 +51,9 @@ def file_rows(
     """
     ending = path.suffix.lower()
     if ending in DELIMITERS:
-        return _csv_rows(path, DELIMITERS[ending], skipped)
+        csv.field_size_limit(MAX_LINE)
+        # Without `skipped`: a line that is not text cannot be left out of the middle of a row.
+        return csv_rows(_lines(path), DELIMITERS[ending], skipped)
     return _parquet_rows(path, columns, also) if ending == ".parquet" else jsonl_rows(path, skipped)
 
 
@@ -155,38 +158,6 @@ def _text(raw: bytes, where: str) -> str:
             where=where,
             next_step="convert the file, for example: iconv -f latin1 -t utf-8 IN > OUT",
         ) from error
-
-
-def _csv_rows(path: Path, delimiter: str, skipped: Skipped | None) -> Iterator[Row]:
-    """Rows by column name, an empty cell as None. A row may span lines; its place is its first line."""
-    csv.field_size_limit(MAX_LINE)
-    # Without `skipped`: a line that is not text cannot be left out of the middle of a row.
-    reader = csv.reader((text for _, text in _lines(path)), delimiter=delimiter, strict=True)
-    heads: list[str] = []
-    while True:
-        where = f"{path}:{reader.line_num + 1}"
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            step = (
-                "put cells that hold quotes, delimiters or line ends in quotes, and double the quotes inside"
-            )
-            malformed = DataError(f"malformed CSV: {error}", where=where, next_step=step)
-            refuse(malformed, skipped if heads else None)
-            continue
-        if cells is None:
-            return
-        if not cells:  # a blank line
-            continue
-        if not heads:
-            if twice := {head for head in cells if cells.count(head) > 1}:
-                raise DataError(f"two columns are named {min(twice)!r}", where=where, next_step="rename one")
-            heads = cells
-        elif len(cells) != len(heads):
-            what = f"{len(cells)} cells, but the first row names {len(heads)} columns"
-            refuse(DataError(what, where=where), skipped)
-        else:
-            yield where, {head: cell or None for head, cell in zip(heads, cells, strict=True)}
 
 
 def _parquet_rows(path: Path, columns: Sequence[str], also: Iterable[str]) -> Iterator[Row]:

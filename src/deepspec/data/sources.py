@@ -66,24 +66,21 @@ def open_source(wanted: Wanted, skipped: Skipped | None = None) -> Iterator[Conv
             "--from is only for the local files of a set known by name",
             next_step=f"the names are {', '.join(DATASETS)}",
         )
-    left_out: set[str] = set()
+    left_out = _unmapped(wanted.columns)
 
     def make(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-        for name in _unmapped(wanted.columns) - left_out:
-            if not is_empty(row.get(name)):
-                left_out.add(name)
-                step = f"--map FIELD={name} reads it, the fields are {', '.join(FIELDS)}"
-                warn(f"--map leaves out the column '{name}', which may be part of the prompt: {step}")
+        for name in [name for name in left_out if not is_empty(row.get(name))]:
+            left_out.remove(name)  # one warning is enough
+            warn(f"--map leaves out the column '{name}', which may be part of the prompt: map a field to it")
         return mapped(row, wanted.columns, where)
 
     return _conversations(_other_rows(wanted, skipped), make, wanted.domain, skipped)
 
 
-def _unmapped(columns: Mapping[str, str]) -> set[str]:
+def _unmapped(columns: Mapping[str, str]) -> list[str]:
     """Columns of the prompt that a map leaves out. Beside whole conversations some are common metadata."""
-    one_prompt = columns.keys() & {"prompt", "instruction"}
-    names = set(PROMPT_COLUMNS) - (set() if one_prompt else set(ALPACA))
-    return names - {*columns.values()} if columns else set()
+    metadata = () if columns.keys() & {"prompt", "instruction"} else ALPACA
+    return [name for name in PROMPT_COLUMNS if columns and name not in (*columns.values(), *metadata)]
 
 
 def mapped(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
