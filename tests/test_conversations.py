@@ -198,7 +198,7 @@ BAD_ROWS: list[tuple[object, str]] = [
     ("[" * 100_000, "malformed JSON: "),
     ([USER], "expected a JSON object, found an array"),
     ("3", "expected a JSON object, found a number"),
-    ({}, "no 'messages' (nor 'conversations', 'turns', 'prompt', 'request'); found an empty object"),
+    ({}, "(nor 'conversations', 'turns', 'prompt', 'instruction', 'request'); found an empty object"),
     ({"mesages": [USER]}, "found 'mesages': did you mean 'messages'?"),
     ({"xyz": 1}, "found 'xyz'"),
     ({"messages": []}, "'messages' is empty, expected at least one message"),
@@ -264,8 +264,11 @@ BAD_ROWS: list[tuple[object, str]] = [
         {"messages": [{**USER, "tool_calls": calls()["tool_calls"]}]},
         "1 (user): unknown key 'tool_calls'",
     ),
-    ({"conversations": [{"from": "human"}]}, "message 1: no 'value'; found 'from'"),
-    ({"conversations": [{"from": "human", "value": "a", "weight": 1}]}, "message 1: unknown key 'weight'"),
+    ({"conversations": [{"from": "human"}]}, "message 1 (user): no 'value'; found 'from'"),
+    (
+        {"conversations": [{"from": "human", "value": "a", "weight": 1}]},
+        "message 1 (user): unknown key 'weight'",
+    ),
     (
         {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f"}]}]},
         "tool call 1: no 'function'; found 'name'",

@@ -303,7 +303,9 @@ def test_a_source_of_bad_rows_only_is_an_error_and_leaves_the_old_file(tmp_path:
     path = jsonl(tmp_path / "in.jsonl", {"question": "a"}, {"question": "b"})
     error = refused("download", path, "--out", out, "--skip-bad")
     assert "no rows left: all 2 were bad" in error and f"{path}:1" in error and "--map" in error
-    assert "the source has no rows" in refused("download", jsonl(tmp_path / "e.jsonl"), "--out", out)
+    assert "there are no rows: the source is empty" in refused(
+        "download", jsonl(tmp_path / "e.jsonl"), "--out", out
+    )
     assert questions(out) == ["old"]
 
 

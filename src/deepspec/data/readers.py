@@ -59,6 +59,9 @@ def file_rows(
 
 def jsonl_rows(path: Path, skipped: Skipped | None = None) -> Iterator[Row]:
     """The parsed JSON of every line that is not blank. Raises DataError as `file_rows` does."""
+    if path.suffix.lower() in (*DELIMITERS, ".parquet"):
+        step = f"convert it first: deepspec data download {path} --out {path.with_suffix('.jsonl')}"
+        raise DataError("a table is given where a JSONL file is expected", where=str(path), next_step=step)
     for where, text in _lines(path, skipped):
         if text and not text.isspace():
             try:
