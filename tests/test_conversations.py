@@ -240,7 +240,7 @@ BAD_ROWS: list[tuple[object, str]] = [
         {"messages": [{**USER, "weight": 1}]},
         "unknown key 'weight', a user message may have 'role', ",
     ),
-    ({"messages": [{**USER, "content": []}]}, "message 1 (user): 'content' is an empty list, expected text"),
+    ({"messages": [{**USER, "content": []}]}, "message 1 (user): the content is an empty list"),
     (
         {"messages": [{**USER, "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]},
         "part 2 of the content must have 'type': 'text' and a 'text', and nothing else",

@@ -100,7 +100,7 @@ def joined_parts(content: Any) -> Any:
         if not isinstance(part["text"], str):
             raise ValueError(f"the text of part {k} of the content must be a string")
     if not content:
-        raise ValueError("'content' is an empty list, expected text")
+        raise ValueError("the content is an empty list, expected text")
     return "".join(part["text"] for part in content)
 
 

@@ -16,7 +16,7 @@ from pydantic import (
 )
 from typing_extensions import TypedDict
 
-from deepspec.data.messages import CALL, KEYS, ROLES, SHAREGPT, Message, in_our_names
+from deepspec.data.messages import CALL, KEYS, ROLES, SHAREGPT, Message, in_our_names, joined_parts
 from deepspec.data.readers import json_of
 from deepspec.errors import DataError
 
@@ -38,11 +38,30 @@ _Messages = Annotated[
 ]
 
 
+def _from_text(value: Any) -> Any:
+    """A list that a table holds as JSON text, or the items of which it holds so."""
+    if isinstance(value, str):
+        return _from_text(json_of(value)) if value.strip() else None
+    return [json_of(v) if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+
+_Tools = Annotated[list[Annotated[dict[str, Any], _NonEmpty]] | None, BeforeValidator(_from_text)]
+
+
+_Text = Annotated[str | None, BeforeValidator(joined_parts)]
+
+
 @_OPEN
 class _Row(TypedDict, total=False):
     id: str | None
     domain: str | None
     meta: dict[str, Any] | None
+    system: _Text
+    system_prompt: _Text
+    system_message: _Text
+    system_instruction: _Text
+    tools: _Tools
+    functions: _Tools
 
 
 class _MessagesRow(_Row):
@@ -69,20 +88,6 @@ class _InstructionRow(_Row, total=False):
     response: str | None
 
 
-def _from_text(value: Any) -> Any:
-    """A list that a table holds as JSON text, or the items of which it holds so."""
-    if isinstance(value, str):
-        return _from_text(json_of(value)) if value.strip() else None
-    return [json_of(v) if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
-
-
-_Tools = Annotated[list[Annotated[dict[str, Any], _NonEmpty]] | None, BeforeValidator(_from_text)]
-
-
-class _Functions(TypedDict):
-    functions: _Tools
-
-
 @_OPEN
 class _Meta(TypedDict, total=False):
     answer_ids: list[_Id] | list[list[_Id] | None] | None
@@ -98,12 +103,12 @@ ROWS: dict[str, TypeAdapter[Any]] = {
 }
 """The formats of a row, by the key that tells them apart; the first that is present counts."""
 META = TypeAdapter(_Meta)
-FUNCTIONS = TypeAdapter(_Functions)
 
 _UNKNOWN = (
     "remove the key, or move what the model read or wrote into a known one (thoughts into "
     "'reasoning_content', or into the text as '<think>…</think>')"
 )
+_NO_PROMPT = "if it is no system prompt, move it into 'meta'"
 _META_ERRORS = {
     "answer_ids": (
         "'answer_ids' must be a list of non-negative integers, or one such list or null for each turn",
@@ -151,11 +156,13 @@ def _explained(row: Any, error: Any) -> tuple[str, str | None]:
     if isinstance(holder, dict):
         found = holder if kind == "missing" else found
         key = SHAREGPT.get(key, key) if holder.keys() & set(SHAREGPT.values()) else key
-    expected = CALL if "tool call" in at else None
+    expected = CALL if "tool call" in at else _NO_PROMPT if key.startswith("system") else None
     subject = f"{at}: '{key}'" if at and key else at or f"'{key}'"
     at += ": " if at else ""
     if kind == "value_error":
         what, *steps = error["ctx"]["error"].args
+        if not at:
+            return f"'{key}': {what}", expected
         return f"{at}{what}", steps[0] if steps else expected
     if kind == "missing":
         return f"{at}no '{key}'; found {names_of(found)}", expected
