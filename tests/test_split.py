@@ -173,6 +173,24 @@ def test_an_empty_set_is_warned_of_and_an_empty_file_refused(tmp_path: Path) -> 
     )
 
 
+def test_several_files_are_divided_as_one(tmp_path: Path) -> None:
+    rows = [{"prompt": f"question {i % 40}"} for i in range(60)]
+    one, two = jsonl(tmp_path / "a.jsonl", *rows[:35]), jsonl(tmp_path / "b.jsonl", *rows[35:])
+    whole = jsonl(tmp_path / "whole.jsonl", *rows)
+    shares = ["--select", 0.2, "--test", 0.2]
+    assert "rows that repeat an earlier prompt: 20" in good(
+        "split", one, two, "--out", tmp_path / "s", *shares
+    )
+    good("split", whole, "--out", tmp_path / "w", *shares)
+    for name in SETS:
+        assert (tmp_path / "s" / f"{name}.jsonl").read_bytes() == (
+            tmp_path / "w" / f"{name}.jsonl"
+        ).read_bytes()
+    train = prompts(tmp_path / "s" / "train.jsonl", 3)
+    error = refused("split", one, train, "--out", tmp_path / "s")
+    assert "the split would overwrite a file that it reads" in error and f"where: {train}" in error
+
+
 def test_the_report_names_files_shares_and_the_next_command(tmp_path: Path) -> None:
     path, out = prompts(tmp_path / "in.jsonl", 300), tmp_path / "sets"
     words = ["split", path, "--out", out, "--test", 0.2, "--select", 0.1]
