@@ -33,11 +33,11 @@ def parsed_row(row: object, where: str | None) -> tuple[dict[str, Any], tuple[Me
             where=where,
             next_step=one_object_a_line(isinstance(row, list)),
         )
-    name = next((name for name in ROWS if row.get(name) is not None), None)
-    key = next((k for k in ("request", "body") if isinstance(row.get(k), dict)), None)
-    log = row if key and name in (None, "instruction") else None
-    if key and log is not None:
-        row, name = _from_log(log, key, where), "messages"
+    name, log = next((name for name in ROWS if row.get(name) is not None), None), None
+    if name in (None, "instruction"):
+        key = next((k for k in ("request", "body") if isinstance(row.get(k), dict)), None)
+        if key is not None:
+            log, row, name = row, _from_log(row, key, where), "messages"
     if name is None:
         raise _no_messages(row, where)
     fields = checked(ROWS[name], row, where)

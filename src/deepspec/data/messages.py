@@ -60,12 +60,11 @@ def in_our_names(item: Any) -> Any:
     """
     if not isinstance(item, dict):
         return item
-    kept = ("role", "content")
-    if item.keys() != set(kept):
+    if item.keys() != SHAREGPT.keys():
         for ours, theirs in SHAREGPT.items():
             if theirs in item and item.get(ours) is None:
                 item = {ours: item[theirs], **{k: v for k, v in item.items() if k not in (ours, theirs)}}
-        item = {k: v for k, v in item.items() if k in kept or v not in (None, "", [], {})}
+        item = {k: v for k, v in item.items() if k in SHAREGPT or v not in (None, "", [], {})}
     if item.get("role") in CALLS:
         item = {**item, "tool_calls": _calls_of(item.get("content")), "content": None}
     if "function_call" in item and "tool_calls" not in item:  # the older name, for a single call

@@ -35,6 +35,8 @@ def read_columns(
 
     Raises DataError for a column that contradicts another, or that changes the prompt and cannot be read.
     """
+    if fields.keys().isdisjoint(PROMPT_COLUMNS):
+        return messages
     if not is_empty(fields.get("functions")):  # OpenAI's older name
         given = fields.pop("functions")
         tools = [f if "function" in f else {"type": "function", "function": f} for f in given]
