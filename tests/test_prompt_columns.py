@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from deepspec.data.conversations import Conversation, conversation_from_row
+from deepspec.data.conversations import Conversation, conversation_from_row, tools_of
 from deepspec.data.prompt_columns import SYSTEM
 from deepspec.errors import DataError
 from rowfiles import call, good, jsonl, lines_of, refused
@@ -123,6 +123,29 @@ def test_tools_may_be_json_text_and_functions_are_their_older_name() -> None:
     for empty in ("", "[]", None, []):
         assert read({"prompt": "2+2?", "tools": empty}).id == PLAIN_ID
     assert "'functions' and 'tools' differ" in error_of({"prompt": "a", "functions": [ADD], "tools": [ADD]})
+
+
+def test_a_table_written_as_json_lines_shows_by_its_schemas_that_nulls_are_filling() -> None:
+    def row(properties: dict[str, Any], arguments: object) -> Conversation:
+        call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+        tool = {"type": "function", "function": {**ADD, "parameters": {"properties": properties}}}
+        return read(
+            {
+                "messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}],
+                "tools": [tool],
+            }
+        )
+
+    def arguments_of(conversation: Conversation) -> Any:
+        return conversation.messages[1]["tool_calls"][0]["function"]["arguments"]
+
+    number = {"type": "integer"}
+    filled = row({"a": number, "city": None}, {"a": 2, "city": None})
+    assert filled == row({"a": number}, {"a": 2}) and arguments_of(filled) == {"a": 2}
+    assert arguments_of(row({"a": number, "city": None}, '{"a": null}')) == '{"a": null}'
+    given = row({"a": number, "city": {"type": "null", "default": None}}, {"a": 2, "city": None})
+    assert arguments_of(given) == {"a": 2, "city": None}
+    assert tools_of(given)[0]["function"]["parameters"]["properties"]["city"]["default"] is None
 
 
 def test_alpaca_rows_are_read_as_the_named_set_words_them() -> None:

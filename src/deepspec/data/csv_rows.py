@@ -1,8 +1,7 @@
 """Rows of CSV text, and where reading continues after a row with broken quotes.
 
-Whoever writes quotes without doubling them leaves rows whose end cannot be known for certain. What follows a
-broken row is read only if it does not look like the rest of it: a row that is lost is counted, but one made
-from the tail of another would be trained on.
+Where such a row ends cannot be known for certain. So whatever looks like the rest of it is lost with it, and
+the report says which lines these are: a row made from the tail of another would be trained on.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from deepspec.errors import DataError
 LOOK_AHEAD = 500
 """Lines after a broken row in which the end of its last cell is looked for."""
 SURELY_ROWS = 3
-"""Lines in a row with the right number of delimiters that no text of a cell has by chance."""
+"""So many lines, all with the delimiters of a row, are rows: the text of a cell does not look like that."""
 _STEP = "put cells that hold quotes, delimiters or line ends in quotes, and double the quotes inside"
 
 

@@ -43,6 +43,9 @@ def read_columns(
         if (fields.get("tools") or tools) != tools:
             raise DataError("'functions' and 'tools' differ", where=where, next_step="keep one of them")
         fields["tools"] = tools
+    if any(map(_is_filled, fields.get("tools") or ())):
+        fields["tools"] = _without_nulls(fields["tools"])
+        messages = tuple(map(_without_nulls, messages))
     first = messages[0]
     systems = {"the first message": first["content"]} if first["role"] == "system" else {}
     systems |= {f"'{name}'": fields.pop(name) for name in SYSTEM if not is_empty(fields.get(name))}
@@ -56,6 +59,21 @@ def read_columns(
         messages = (Message(role="system", content=next(iter(systems.values()))), *messages)
     refuse_unsaid(fields, ("instruction", *UNREAD), messages, where)
     return messages
+
+
+def _is_filled(tool: Any) -> bool:
+    """Whether a table filled a tool's schema with the properties of all other tools: null is no schema."""
+    for key in ("function", "parameters", "properties"):
+        tool = tool.get(key, tool if key == "function" else None)
+        if not isinstance(tool, dict):
+            return False
+    return None in tool.values()
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def refuse_unsaid(

@@ -43,8 +43,7 @@ def file_rows(
     """A file's rows, read by the ending of its name: .csv, .tsv, .parquet, and anything else as JSONL.
 
     `columns`: the columns of a Parquet file to read, by default all; `also`: those to read too if the file
-    has them. Raises DataError with the place of a bad
-    row, or counts it in `skipped`.
+    has them. Raises DataError with the place of a bad row, or counts it in `skipped`.
     """
     ending = path.suffix.lower()
     if ending in DELIMITERS:
