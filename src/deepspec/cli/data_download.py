@@ -77,7 +77,15 @@ def download(
     skipped = skipping(skip_bad)
     with whole_or_not():
         rows = open_source(wanted, skipped)
-        done = run(rows, out, limit=limit, seed=seed, drop_repeats=drop_repeats, skipped=skipped)
+        done = run(
+            rows,
+            out,
+            source=", ".join(names),
+            limit=limit,
+            seed=seed,
+            drop_repeats=drop_repeats,
+            skipped=skipped,
+        )
     report_skipped(skipped)
     if as_json:
         asked = {"out": str(out), "limit": limit, "seed": seed}

@@ -17,7 +17,7 @@ from typing import Any
 
 from deepspec.data.formats import parsed_row
 from deepspec.data.identity import prompt_hash
-from deepspec.data.messages import Message, check_order, last_trained
+from deepspec.data.messages import Message, last_trained
 from deepspec.data.readers import jsonl_rows
 from deepspec.data.schema import META, checked, names_of
 from deepspec.data.skipping import Skipped, refuse
@@ -64,7 +64,6 @@ def read_conversations(
 def conversation_from_row(row: object, where: str | None = None) -> Conversation:
     """Check one parsed row, in any of the formats. Raises DataError naming ``where``."""
     fields, messages = parsed_row(row, where)
-    check_order(messages, where)
     identity, domain = fields.pop("id", None), fields.pop("domain", None)
     meta = fields.pop("meta", None) or {}
     if twice := fields.keys() & meta.keys():
