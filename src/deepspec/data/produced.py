@@ -85,7 +85,7 @@ def produced(chat: _Chat, messages: Sequence[Message], prompt: str, asked: list[
             raise _altered(chat, messages, "closes a tool call after which the answer was cut")
         text = _rendered(chat, messages, prompt, around)
     else:
-        text = _said(chat, messages, prompt, around.lead) + around.tail
+        text = _said(chat, messages, prompt, around) + around.tail
     after = chat.ids(around.tail)
     first = next((i for i, token in enumerate(after) if token in special), None)
     end = None if first is None else after[first]
@@ -123,21 +123,21 @@ def _following(chat: _Chat, prompt: str, asked: list[int], text: str) -> list[in
         start, both = chat.ids(other), chat.ids(other + text)
         if both[: len(start)] == start:
             found.append(both[len(start) :])
-    wanted = chat.text(asked) + text
+    wanted = chat.text(whole)
     return next((ids for ids in found if chat.text([*asked, *ids]) == wanted), found[0])
 
 
-def _said(chat: _Chat, messages: Sequence[Message], prompt: str, lead: str) -> str:
+def _said(chat: _Chat, messages: Sequence[Message], prompt: str, around: _Around) -> str:
     """What the target wrote for the last message, which is plain, up to the tail."""
-    content = messages[-1]["content"]
+    content, lead = messages[-1]["content"], around.lead
     if not lead:
         return content
     whole = chat.write(messages, ask=False)
-    if not whole.startswith(prompt + lead + content):
-        if whole.startswith(prompt + content):
-            return content  # with a lead of its own
+    if whole != around.head + content + around.tail:
         if lead.isspace():
             content = content.lstrip()  # as the template takes it
+        elif whole.startswith(prompt + content):
+            return content  # with a lead of its own
     return lead + content
 
 
