@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from deepspec.data.conversations import Conversation, conversation_from_row
-from deepspec.data.tokens import answer_message, encode_turns, prompt_ids
-from deepspec.errors import DataError
-from templates import CHATML, DEEPSEEK, FAMILIES, GEMMA4, HARMONY, LLAMA2, MISTRAL, QWEN3, tokenizer_for
+from deepspec.data.tokens import encode_turns, prompt_ids
+from templates import CHATML, DEEPSEEK, FAMILIES, HARMONY, LLAMA2, MISTRAL, tokenizer_for
 
 TOKENIZER = cache(tokenizer_for)
 
@@ -37,9 +35,7 @@ def whole(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def rendered(
-    tokenizer: PreTrainedTokenizerFast, messages: Any, thinking: bool, ask: bool = False
-) -> str:
+def rendered(tokenizer: PreTrainedTokenizerFast, messages: Any, thinking: bool, ask: bool = False) -> str:
     return tokenizer.apply_chat_template(
         [*messages], tokenize=False, add_generation_prompt=ask, enable_thinking=thinking
     )
@@ -98,13 +94,13 @@ def test_any_conversation_is_tokenised_as_its_rendered_text_in_as_few_sequences_
         if template not in (LLAMA2, CHATML):
             assert text == rendered(tokenizer, conversation.messages[: 2 * i + 2], thinking)
         found = whole(tokenizer, text)
-        if found[: len(prompts[-1])] != prompts[-1]:
-            # A token would reach over the border, from the prompt into the answer: the prompt stays as it is.
-            (row,) = (r for r in rows if r.ids[: len(prompts[-1])] == prompts[-1] and r.loss_mask[len(prompts[-1])])
-            end = row.loss_mask[len(prompts[-1]) :].index(0) if 0 in row.loss_mask[len(prompts[-1]) :] else None
-            answer_ids = row.ids[len(prompts[-1]) :][:end]
-            assert tokenizer.decode([*prompts[-1], *answer_ids]) == tokenizer.decode(found) or family == "wordpiece"
-            found = prompts[-1] + answer_ids
+        size = len(prompts[-1])
+        if found[:size] != prompts[-1]:
+            # A token would reach over the border from the prompt into the answer: the prompt stays as it is.
+            (row,) = (r for r in rows if r.ids[:size] == prompts[-1] and r.loss_mask[size])
+            end = [*row.loss_mask, 0].index(0, size)
+            assert tokenizer.decode(row.ids[:end]) == tokenizer.decode(found) or family == "wordpiece"
+            found = row.ids[:end]
         placed.append(found)
     needed = [ids for k, ids in enumerate(placed) if not any(p[: len(ids)] == ids for p in prompts[k + 1 :])]
     assert [row.ids for row in rows] == needed
