@@ -218,7 +218,7 @@ def test_answer_without_form_is_a_failure_if_a_question_follows_it(tmp_path: Pat
     prompts, out = served(tmp_path, ["Pear.<|return|>"], engine="llamacpp")
     assert len(prompts) == 1 and not out.read_text("utf-8")
     failure = json.loads(beside(out, "failures").read_text("utf-8"))
-    assert "does not have the form that its chat template gives to answers" in failure["reason"]
+    assert "does not have the form that the target's chat template gives to answers" in failure["reason"]
     assert failure["reason"].endswith("'Pear.'")
 
 

@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from deepspec.data.conversations import Conversation, conversation_from_row
+from deepspec.data.inspect import pieces
 from deepspec.data.tokens import encode_turns, prompt_ids
-from templates import CHATML, DEEPSEEK, FAMILIES, HARMONY, LLAMA2, MISTRAL, tokenizer_for
+from deepspec.errors import DataError
+from templates import CHATML, DEEPSEEK, FAMILIES, GEMMA4, HARMONY, LLAMA2, MISTRAL, QWEN3, tokenizer_for
 
 TOKENIZER = cache(tokenizer_for)
 
@@ -66,7 +69,9 @@ def test_answers_of_two_turns_are_the_rendered_texts_tokens_in_one_sequence(fami
 
 
 ENDS = {CHATML: "<|im_end|>", LLAMA2: " </s>", MISTRAL: "</s>", HARMONY: "<|return|>"}
-ENDS[DEEPSEEK] = TOKENIZER(DEEPSEEK).eos_token
+ENDS |= {DEEPSEEK: TOKENIZER(DEEPSEEK).eos_token, QWEN3: "<|im_end|>", GEMMA4: "<turn|>"}
+VERBATIM = (MISTRAL, HARMONY, DEEPSEEK)
+"""Templates that write every answer as it is, and the same before it in the prompt and in history."""
 LEADS = {LLAMA2: " ", MISTRAL: " ", HARMONY: "<|channel|>final<|message|>"}
 TEXT = st.text("ab2 \n\t.,é√😀", min_size=1, max_size=8)
 TURNS = st.lists(st.tuples(TEXT.filter(str.strip), TEXT), min_size=1, max_size=3)
@@ -88,10 +93,10 @@ def test_any_conversation_is_tokenised_as_its_rendered_text_in_as_few_sequences_
         asked = rendered(tokenizer, before, thinking, ask=True)
         prompts.append(whole(tokenizer, asked))
         assert prompt_ids(tokenizer, before, thinking) == prompts[-1]
-        # Only Llama-2's template strips answers; what it cuts off at the end, the target wrote.
+        # What a template strips off an answer the target wrote, but for the space that Llama-2's adds.
         said = LEADS.get(template, "") + (answer.lstrip() if template == LLAMA2 else answer)
         text = asked + said + ENDS[template]
-        if template not in (LLAMA2, CHATML):
+        if template in VERBATIM and (template != DEEPSEEK or asked.endswith("</think>")):
             assert text == rendered(tokenizer, conversation.messages[: 2 * i + 2], thinking)
         found = whole(tokenizer, text)
         size = len(prompts[-1])
@@ -105,3 +110,63 @@ def test_any_conversation_is_tokenised_as_its_rendered_text_in_as_few_sequences_
     needed = [ids for k, ids in enumerate(placed) if not any(p[: len(ids)] == ids for p in prompts[k + 1 :])]
     assert [row.ids for row in rows] == needed
     assert sum(sum(row.loss_mask) for row in rows) == sum(map(len, placed)) - sum(map(len, prompts))
+
+
+# -- one by one --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "tokens"),
+    [("Pear", ["Pear"]), (" Pear", ["▁Pear"]), ("  Pear", ["▁", "▁Pear"]), ("\nPear", ["\n", "Pear"])],
+)
+@pytest.mark.parametrize("family", ["metaspace first", "metaspace always", "metaspace never"])
+def test_white_space_before_an_answer_is_its_own_and_never_the_tokenizers(
+    family: str, answer: str, tokens: list[str]
+) -> None:
+    # With thinking off the prompt ends in two line ends, which may merge with the answer's: they must not.
+    for thinking in (True, False):
+        found = supervised(TOKENIZER(CHATML, family), talk("q", answer), thinking)
+        assert found == [[*tokens, "<|im_end|>"]]
+
+
+def test_answer_that_would_merge_with_the_prompt_keeps_the_prompts_tokens() -> None:
+    tokenizer = TOKENIZER(CHATML)
+    asked = talk("q", "\nfour")
+    prompt = prompt_ids(tokenizer, asked.messages[:1], True)
+    text = rendered(tokenizer, asked.messages, True)
+    assert whole(tokenizer, text)[: len(prompt)] != prompt
+    (row,) = encode_turns(tokenizer, asked, True)
+    assert row.ids[: len(prompt)] == prompt and tokenizer.decode(row.ids) == text.removesuffix("\n")
+
+
+@pytest.mark.parametrize("template", [LLAMA2, MISTRAL, DEEPSEEK, GEMMA4])
+def test_bos_of_the_template_is_the_only_one(template: str) -> None:
+    tokenizer = tokenizer_for(template)
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, bos)]
+    )
+    assert tokenizer("q")["input_ids"][0] == bos
+    (row, *_) = encode_turns(tokenizer, talk("q", "four"), True)
+    assert row.ids[0] == bos and bos not in row.ids[1:]
+
+
+def test_stripped_answer_keeps_the_targets_last_line_end_and_the_templates_first_space() -> None:
+    tokenizer = TOKENIZER(LLAMA2, "metaspace first")
+    assert supervised(tokenizer, talk("q", "\n Pear\n"))[0] == ["▁Pear", "\n", "▁", "</s>"]
+    with pytest.raises(DataError, match="empty answer in message 2"):
+        supervised(tokenizer, talk("q", "", "r", "Pear"))
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, HARMONY])
+def test_ids_next_to_text_stand_as_they_are(template: str) -> None:
+    tokenizer = TOKENIZER(template, "metaspace first")
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in ("P", "e", "▁")]
+    assert supervised(tokenizer, talk("q", "Pear", answer_ids=ids)) == [["P", "e", "▁"]]
+
+
+def test_pieces_shown_by_inspect_keep_their_first_space() -> None:
+    tokenizer = TOKENIZER(LLAMA2, "metaspace first")
+    (row,) = encode_turns(tokenizer, PEAR, True)
+    shown = [piece.text for piece in pieces(tokenizer, row, 99) if piece.supervised and not piece.added]
+    assert shown == [" Pear. ", " Pear, a pear. "]

@@ -217,10 +217,10 @@ def _altered(chat: _Chat, messages: Sequence[Message], how: str) -> DataError:
 # -- ids to a message --------------------------------------------------------------------------------------
 
 
-def heard(chat: _Chat, messages: Sequence[Message], answer: Sequence[int] | str) -> Message:
+def heard(chat: _Chat, messages: Sequence[Message], raw: str, bare: str) -> Message:
     """The message that stands for an answer to `messages` in the history, as a server's client sends it back.
 
-    answer: its ids without the end of turn, or its text if a server gave no ids. Special tokens inside it are
+    raw: its text without the end of turn; bare: the same without special tokens. Special tokens inside it are
     markup: what the template writes around thoughts and text is taken off, and markup that the template
     takes off itself stays in the text. Raises DataError if the template's answers have markup, but not this
     one, or another.
@@ -232,22 +232,18 @@ def heard(chat: _Chat, messages: Sequence[Message], answer: Sequence[int] | str)
     def holds(text: str) -> bool:
         return any(name in text for name in names)
 
-    raw, bare = (
-        (answer, answer) if isinstance(answer, str) else map(chat.continued, (answer,) * 2, (False, True))
-    )
-    if not isinstance(answer, str) and holds(raw):
-        bare = chat.continued(answer, skip_special=True)
-    elif not holds(around.lead):
+    if not holds(raw) and not holds(around.lead):
         return plain(raw.removeprefix(around.lead))
     thoughts, content = _unwrapped(chat, messages, prompt, around.lead, raw)
     if content is not None and not holds(content):
         return plain(content, "" if holds(thoughts) else thoughts)
     if holds(around.lead):
         raise DataError(
-            f"the target's answer does not have the form that its chat template gives to answers "
-            f"({around.lead!r} and the text): {raw[:60]!r}",
+            f"the answer does not have the form that the target's chat template gives to answers, "
+            f"{around.lead!r} and the text: {raw[:60]!r}",
             where=chat.where,
-            next_step="it cannot be told which part of it belongs into the history of the next question",
+            next_step="if this is a server's text without the special tokens, use a server that gives token "
+            "ids (vLLM, llama-server); else ask only one question in this row",
         )
     try:
         written = chat.ids(chat.write([*messages, plain(raw)], ask=False))

@@ -34,8 +34,9 @@ def _tidy(item: Any) -> Any:
         item = {k: v for k, v in item.items() if k in kept or v not in (None, "", [], {})}
         if item.get("content") is None and "tool_calls" in item:
             item["content"] = ""
-        if "thinking" in item and item.get("reasoning_content", item["thinking"]) == item["thinking"]:
-            item["reasoning_content"] = item.pop("thinking")  # gpt-oss's name for it
+        thoughts = item.get("thinking") if "role" in item else None  # gpt-oss's name for them
+        if thoughts and item.setdefault("reasoning_content", thoughts) == thoughts:
+            del item["thinking"]
     return {**item, "role": "system"} if item.get("role") == "developer" else item
 
 

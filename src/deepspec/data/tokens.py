@@ -89,8 +89,10 @@ def answer_message(
     Raises DataError if the answer lacks the form in which the template writes answers.
     """
     chat = _Chat(tokenizer, thinking, tools, where)
-    ended = finished and not isinstance(answer, str) and bool(answer) and answer[-1] in chat.special()
-    return heard(chat, messages, answer[:-1] if ended else answer)
+    if isinstance(answer, str):
+        return heard(chat, messages, answer, answer)
+    said = answer[:-1] if finished and answer and answer[-1] in chat.special() else answer
+    return heard(chat, messages, continued(tokenizer, said), continued(tokenizer, said, skip_special=True))
 
 
 def encode_turns(
@@ -170,6 +172,18 @@ def _sequences(name: str, turns: Mapping[int, tuple[list[int], list[int]]]) -> l
     return found[::-1]
 
 
+def continued(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special: bool = False) -> str:
+    """The text of ids that follow others. Decoded alone, many tokenizers' ids lose their first space."""
+    before = tokenizer(":", add_special_tokens=False)["input_ids"]
+    start = _decoded(tokenizer, before, skip_special)
+    whole = _decoded(tokenizer, [*before, *ids], skip_special)
+    return whole.removeprefix(start) if whole.startswith(start) else _decoded(tokenizer, ids, skip_special)
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special: bool) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+
+
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 (hex) of the chat template's text. Raises TargetError if there is none."""
     return hashlib.sha256(_template(tokenizer).encode("utf-8")).hexdigest()
@@ -242,16 +256,8 @@ class _Chat:
         # The template has written all special tokens already.
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def text(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        return self.tokenizer.decode(
-            list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
-        )
-
-    def continued(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """The text of ids that follow others: alone, some tokenizers' would lose their first space."""
-        before = self.ids(":")
-        start, whole = self.text(before, skip_special), self.text([*before, *ids], skip_special)
-        return whole.removeprefix(start) if whole.startswith(start) else self.text(ids, skip_special)
+    def text(self, ids: Sequence[int]) -> str:
+        return _decoded(self.tokenizer, ids, False)
 
     def special(self) -> set[int]:
         """Tokens that the target writes as markup; the one for unknown text is none."""
