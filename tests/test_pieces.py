@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -19,7 +20,18 @@ from deepspec.data.conversations import Conversation, conversation_from_row
 from deepspec.data.inspect import pieces
 from deepspec.data.tokens import encode_turns, prompt_ids
 from deepspec.errors import DataError
-from templates import CHATML, DEEPSEEK, FAMILIES, GEMMA4, HARMONY, LLAMA2, MISTRAL, QWEN3, tokenizer_for
+from templates import (
+    CHATML,
+    DEEPSEEK,
+    FAMILIES,
+    GEMMA4,
+    HARMONY,
+    LLAMA2,
+    MISTRAL,
+    QWEN3,
+    backend_of,
+    tokenizer_for,
+)
 
 TOKENIZER = cache(tokenizer_for)
 
@@ -110,6 +122,36 @@ def test_any_conversation_is_tokenised_as_its_rendered_text_in_as_few_sequences_
     needed = [ids for k, ids in enumerate(placed) if not any(p[: len(ids)] == ids for p in prompts[k + 1 :])]
     assert [row.ids for row in rows] == needed
     assert sum(sum(row.loss_mask) for row in rows) == sum(map(len, placed)) - sum(map(len, prompts))
+
+
+# Vicuna's published rules: no special tokens but the last, and the space before an answer is the target's.
+VICUNA = (
+    "{%- for m in messages %}{{ 'USER: ' + m.content + ' ' if m.role == 'user' else "
+    "'ASSISTANT: ' + m.content + '</s>' }}{%- endfor %}{{ 'ASSISTANT:' if add_generation_prompt }}"
+)
+# Phi-3's published rules: special tokens swallow the white space after them.
+PHI3 = (
+    "{%- for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{%- endfor %}"
+    "{{ '<|assistant|>\\n' if add_generation_prompt }}"
+)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "wordpiece"])
+@pytest.mark.parametrize(("template", "end"), [(VICUNA, "</s>"), (PHI3, "<|end|>")])
+def test_templates_of_other_families_give_one_sequence_of_the_rendered_text(
+    template: str, end: str, family: str
+) -> None:
+    backend = backend_of(family)
+    names = ("</s>", "<|user|>", "<|assistant|>", "<|end|>")
+    backend.add_special_tokens([AddedToken(name, rstrip=name != "</s>", special=True) for name in names])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, eos_token="</s>")
+    (row,) = encode_turns(tokenizer, PEAR, True)
+    text = rendered(tokenizer, PEAR.messages, True)
+    assert row.ids == whole(tokenizer, text)
+    (tokens,) = supervised(tokenizer, PEAR)
+    assert (tokens.count(end), tokens[-1]) == (2, end)
+    spaces = {"Ġ": " ", "▁": " "}
+    assert "".join(tokens).translate(str.maketrans(spaces)).replace(" ", "") == f"Pear.{end}Pear,apear.{end}"
 
 
 # -- one by one --------------------------------------------------------------------------------------------

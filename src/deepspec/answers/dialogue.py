@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from deepspec.data.conversations import Conversation, Message, tools_of
 from deepspec.data.tokens import answer_message, prompt_ids
-from deepspec.errors import DataError
+from deepspec.errors import DataError, UserError
 
 OURS = ("answer_ids", "finished", "cut_turns", "finish_reason", "stop_reason", "follow_ups")
 """Keys that tell how a row was answered; they are never taken over from the row that was asked."""
@@ -102,8 +102,8 @@ class Dialogue:
     ) -> None:
         """Add the next answer as `answer` does, as the message that the template will write into the history.
 
-        Sets `trouble` if it has none for this answer and needs one: to ask the next question, or since only
-        the answer's text is known.
+        If the template cannot write it, the answer's ids will do for the last turn; otherwise this is
+        `trouble`.
         """
         conversation = self.conversation
         message: str | Message
@@ -117,7 +117,7 @@ class Dialogue:
                 tools=tools_of(conversation),
                 where=conversation.where,
             )
-        except DataError as error:
+        except UserError as error:
             if ids is None or len(self.ids) + 1 < len(self.turns):
                 self.trouble = error.what
                 return
