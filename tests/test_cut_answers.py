@@ -106,6 +106,7 @@ def test_a_cut_turn_in_the_middle_is_followed_by_its_end_as_context() -> None:
 def test_a_row_that_does_not_tell_which_answer_was_cut_teaches_no_end() -> None:
     messages = [*talk("q", "one", "r", "one").messages]
     assert ends({"messages": messages, "finished": False}) == [False, False]
+    assert ends({"messages": messages, "finished": "False"}) == [False, False], "as a CSV file gives it"
     assert ends({"messages": messages, "finished": True}) == [True, True]
     assert ends({"messages": messages, "finished": None}) == [True, True]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from conftest import llama, save_tiny
 from deepspec.answers.file import beside
@@ -18,7 +19,7 @@ from deepspec.errors import DataError
 from deepspec.http_client import Policy
 from deepspec.targets import Target
 from standin import StandIn, no_certificates  # noqa: F401
-from templates import CHATML, DEEPSEEK, GEMMA4, HARMONY, LLAMA2, MISTRAL, QWEN3
+from templates import CHATML, DEEPSEEK, GEMMA4, HARMONY, LLAMA2, MISTRAL, QWEN3, backend_of
 from test_pieces import TOKENIZER, rendered, supervised, talk, whole
 
 FINAL, ANALYSIS = "<|channel|>final<|message|>", "<|channel|>analysis<|message|>"
@@ -123,6 +124,36 @@ def test_empty_think_block_is_not_the_targets_wherever_the_prompt_ends(thinking:
     assert prompt.endswith("<think>\n") and answer == (1, "hm\n</think>\n\nfour<|im_end|>")
 
 
+# Command A's published rules, shortened: an answer has markup before and after it; two special tokens end it.
+COMMAND = (
+    "{{- '<BOS_TOKEN>' }}{%- for m in messages %}{{- '<|START_OF_TURN_TOKEN|><|' + m.role + '|>' }}"
+    "{{- '<|START_RESPONSE|>' + m.content + '<|END_RESPONSE|>' if m.role == 'assistant' else m.content }}"
+    "{{- '<|END_OF_TURN_TOKEN|>' }}{%- endfor %}"
+    "{{- '<|START_OF_TURN_TOKEN|><|assistant|>' if add_generation_prompt }}"
+)
+
+
+def test_answer_ends_at_the_token_that_stops_the_target_and_not_at_the_markup_before_it() -> None:
+    backend, end = backend_of("byte-level"), "<|END_OF_TURN_TOKEN|>"
+    names = [
+        end,
+        "<|START_OF_TURN_TOKEN|>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|START_RESPONSE|>",
+        "<|END_RESPONSE|>",
+    ]
+    backend.add_special_tokens(names)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=COMMAND, eos_token=end)
+    said = ["<|START_RESPONSE|>", "Pear", ".", "<|END_RESPONSE|>", end]
+    conversation = talk("q", "Pear.", "r", "Pear.")
+    assert supervised(tokenizer, conversation) == [[*said, *said]]
+    ids = tokenizer.convert_tokens_to_ids(said)
+    asked = conversation.messages[:1]
+    assert answer_message(tokenizer, asked, ids, False, finished=True) == conversation.messages[1]
+    assert answer_message(tokenizer, asked, ids[:-3], False, finished=False)["content"] == "Pear"
+
+
 # -- ids to history ----------------------------------------------------------------------------------------
 
 
@@ -166,7 +197,8 @@ def test_spaces_before_an_answer_are_kept_where_the_target_wrote_them(family: st
     """Row 2 the other way round: ids decoded alone lose their first space."""
     assert heard("Pear.<|im_end|>", CHATML, family=family) == ("Pear.", None)
     assert heard(" Pear.<|im_end|>", CHATML, family=family) == (" Pear.", None)
-    # The space that the template writes is not doubled.
+    # White space that the template writes itself is not doubled.
+    assert heard(" Pear. </s>", LLAMA2, family="metaspace first") == ("Pear.", None)
     assert heard(" Pear.</s>", MISTRAL, family=family)[0] == (" Pear." if family == "prepend" else "Pear.")
 
 

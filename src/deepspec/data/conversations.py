@@ -171,7 +171,7 @@ def cut_turns(conversation: Conversation) -> Collection[int]:
     server's reason (``finish_reason``, ``stop_reason``) is that of the last answer.
     """
     turns = sum(message["role"] == "assistant" for message in conversation.messages)
-    if conversation.meta.get("finished") is False:
+    if str(conversation.meta.get("finished")).lower() == "false":  # a CSV file's is text
         given = conversation.meta.get("cut_turns")
         return given if isinstance(given, list) else range(1, turns + 1)
     return [] if ended(conversation.meta) else [turns]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from deepspec.data.messages import Message, call_arguments
@@ -41,11 +42,18 @@ def plain(text: str, thoughts: str = "") -> Message:
 
 @dataclass(frozen=True)
 class _Around:
-    """What the template writes around a plain answer. head: all that comes before it, the lead included."""
+    """What the template writes around a plain answer.
+
+    head: all that comes before it, the lead included; closing: the tail up to the end of turn; end: the id of
+    the end of turn, None without one; rest: how many ids follow it in the tail.
+    """
 
     head: str
     lead: str
     tail: str
+    closing: str
+    end: int | None
+    rest: int
 
 
 def _around(chat: _Chat, before: Sequence[Message], prompt: str) -> _Around:
@@ -65,7 +73,16 @@ def _around(chat: _Chat, before: Sequence[Message], prompt: str) -> _Around:
         at = written.find(thought)
         if at >= len(prompt) and head.startswith(written[:at].rstrip()):
             lead = ""
-    return _Around(head, lead, tail)
+    after, special = chat.ids(tail), chat.special()
+    first = next((i for i, token in enumerate(after) if token in special), None)
+    if first is None:
+        return _Around(head, lead, tail, tail, None, 0)
+    # The first special token, or the tokenizer's own end if that follows it at once.
+    run = list(takewhile(special.__contains__, after[first:]))
+    eos = chat.tokenizer.eos_token_id
+    end = first + (run.index(eos) if eos in run else 0)
+    closing = tail.partition(chat.tokenizer.convert_ids_to_tokens(after[end]))[0]
+    return _Around(head, lead, tail, closing, after[end], len(after) - end - 1)
 
 
 # -- text to ids -------------------------------------------------------------------------------------------
@@ -86,21 +103,19 @@ def produced(chat: _Chat, messages: Sequence[Message], prompt: str, asked: list[
         text = _rendered(chat, messages, prompt, around)
     else:
         text = _said(chat, messages, prompt, around) + around.tail
-    after = chat.ids(around.tail)
-    first = next((i for i, token in enumerate(after) if token in special), None)
-    end = None if first is None else after[first]
+    end = around.end
     if not text.endswith(around.tail):
         ids = _following(chat, prompt, asked, text)
         stop = next((i for i in reversed(range(len(ids))) if ids[i] in special), None)
         if stop is None or "tool_calls" not in message:
             raise _altered(chat, messages, "does not end the turn as it ends a plain answer")
         ids, end = ids[: stop + 1], ids[stop]
-    elif first is None or cut:
+    elif end is None or cut:
         ids = _following(chat, prompt, asked, text.removesuffix(around.tail))
     else:
         # A special token separates texts, so what follows it is tokenised alike in any place.
         ids = _following(chat, prompt, asked, text)
-        ids = ids[: len(ids) - (len(after) - first - 1)]
+        ids = ids[: len(ids) - around.rest]
     if end is not None and end in (ids if cut else ids[:-1]):
         raise DataError(
             f"the answer contains the end-of-turn token {chat.tokenizer.decode([end])!r}, at which the "
@@ -217,7 +232,7 @@ def _altered(chat: _Chat, messages: Sequence[Message], how: str) -> DataError:
 # -- ids to a message --------------------------------------------------------------------------------------
 
 
-def heard(chat: _Chat, messages: Sequence[Message], raw: str, bare: str) -> Message:
+def heard(chat: _Chat, messages: Sequence[Message], raw: str, bare: str, finished: bool) -> Message:
     """The message that stands for an answer to `messages` in the history, as a server's client sends it back.
 
     raw: its text without the end of turn; bare: the same without special tokens. Special tokens inside it are
@@ -227,14 +242,15 @@ def heard(chat: _Chat, messages: Sequence[Message], raw: str, bare: str) -> Mess
     """
     prompt = chat.write(messages, ask=True)
     around, special = _around(chat, messages, prompt), chat.special()
+    closing = around.closing if finished and around.end is not None else ""
     names = chat.tokenizer.convert_ids_to_tokens(sorted(special))
 
     def holds(text: str) -> bool:
         return any(name in text for name in names)
 
     if not holds(raw) and not holds(around.lead):
-        return plain(raw.removeprefix(around.lead))
-    thoughts, content = _unwrapped(chat, messages, prompt, around.lead, raw)
+        return plain(raw.removeprefix(around.lead).removesuffix(closing))
+    thoughts, content = _unwrapped(chat, messages, prompt, around.lead, raw.removesuffix(closing))
     if content is not None and not holds(content):
         return plain(content, "" if holds(thoughts) else thoughts)
     if holds(around.lead):

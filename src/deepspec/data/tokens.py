@@ -90,9 +90,10 @@ def answer_message(
     """
     chat = _Chat(tokenizer, thinking, tools, where)
     if isinstance(answer, str):
-        return heard(chat, messages, answer, answer)
+        return heard(chat, messages, answer, answer, finished)
     said = answer[:-1] if finished and answer and answer[-1] in chat.special() else answer
-    return heard(chat, messages, continued(tokenizer, said), continued(tokenizer, said, skip_special=True))
+    raw, bare = (continued(tokenizer, said, skip_special=skip) for skip in (False, True))
+    return heard(chat, messages, raw, bare, finished)
 
 
 def encode_turns(
