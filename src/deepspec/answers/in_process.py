@@ -128,9 +128,9 @@ def decoded(
         assert target.tokenizer is not None
         for answer in decoder.run(requests):
             dialogue = open_[int(answer.key)]
-            text = target.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
-            dialogue.answer(text, answer.token_ids, answer.stopped, len(answer.token_ids))
-            if dialogue.answered:
+            ids = answer.token_ids
+            dialogue.reply(target.tokenizer, now.thinking, "", ids, answer.stopped, len(ids))
+            if dialogue.answered or dialogue.trouble is not None:
                 yield dialogue
         open_ = [d for d in open_ if d.trouble is None and not d.answered]
 

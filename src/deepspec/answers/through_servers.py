@@ -139,7 +139,7 @@ def _converse(
     """Answer a conversation turn by turn, or say in its dialogue why it cannot be answered."""
     dialogue, engine = Dialogue.begin(conversation), ""
     try:
-        while not dialogue.answered:
+        while not dialogue.answered and dialogue.trouble is None:
             said, prompt, tools = dialogue.prompt(), None, tools_of(conversation)
             if tokenizer is not None:
                 with TOKENIZING:
@@ -153,13 +153,13 @@ def _converse(
                 return call.read(servers.send(server, call.path, call.body)), server.facts.engine
 
             reply, engine = servers.ask(question)
-            text = reply.text
-            if tokenizer is not None and reply.ids is not None:
-                with TOKENIZING:
-                    text = tokenizer.decode(reply.ids, skip_special_tokens=True)
-            if not reply.ids and not text.strip():
+            if not reply.ids and not reply.text.strip():
                 raise Unanswered("the server gave an empty answer")
-            dialogue.answer(text, reply.ids, reply.finished, reply.tokens)
+            if tokenizer is None:
+                dialogue.answer(*reply)
+            else:
+                with TOKENIZING:
+                    dialogue.reply(tokenizer, now.thinking, *reply)
     except DataError as error:
         dialogue.trouble = error.what
     except Unanswered as error:

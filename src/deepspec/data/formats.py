@@ -20,6 +20,7 @@ from deepspec.errors import DataError, nearest
 _ID_KEYS = ("id", "custom_id", "request_id")
 WITH_INPUT = DATASETS["alpaca"].variant[1]
 """How Alpaca's two columns become one prompt."""
+_ENDS = ("stop", "eos", "eos_token", "end_turn", "tool_calls", "tool_use", "function_call")
 _WHOLE = "log a streamed answer as the one whole response that its parts add up to"
 
 
@@ -91,12 +92,15 @@ def _from_log(row: Mapping[str, Any], key: str, where: str | None) -> dict[str, 
     if response is not None and not isinstance(response, Mapping):
         raise DataError("'response' must be an object with 'choices'", where=where, next_step=_WHOLE)
     response = _unwrapped(response or {}, "choices")
-    answer, reason = _answer(row, response, where)
+    answer, whole = _answer(row, response, where)
     asked = {k: request[k] for k in ASKED if not is_empty(request.get(k))}
     kept = {k: v for k, v in request.items() if k not in ("messages", "tools", *asked)}
     meta: dict[str, Any] = {"request": kept}
     if answer is not None:
-        meta["finished"] = reason != "length"
+        meta["finished"] = whole
+        earlier = sum(isinstance(m, Mapping) and m.get("role") == "assistant" for m in request["messages"])
+        if earlier and not whole:
+            meta["cut_turns"] = [earlier + 1]
     if rest := {k: v for k, v in response.items() if k != "choices" and v is not None}:
         meta["response"] = rest
     known = (*_ID_KEYS, key, "response", "domain", "meta")
@@ -119,12 +123,13 @@ def _unwrapped(value: Mapping[str, Any], wanted: str) -> Mapping[str, Any]:
 
 def _answer(
     row: Mapping[str, Any], response: Mapping[str, Any], where: str | None
-) -> tuple[dict[str, Any] | None, str | None]:
-    """The first choice's message and why it ended; None if the request failed or the answer is empty."""
+) -> tuple[dict[str, Any] | None, bool]:
+    """The first choice's message, and whether it ended by itself; no message if the request failed or the
+    answer is empty."""
     outer = row.get("response") or {}
     failed = any(part.get("error") for part in (row, outer, response)) or outer.get("status_code", 200) != 200
     if not response or failed:
-        return None, None
+        return None, False
     choices = response.get("choices")
     first = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(first, Mapping) or not isinstance(first.get("message"), Mapping):
@@ -133,4 +138,18 @@ def _answer(
     if "reasoning" in message:  # the name that newer servers give to reasoning_content
         message.setdefault("reasoning_content", message.pop("reasoning"))
     empty = not (message.get("content") or message.get("tool_calls"))
-    return (None if empty else message), first.get("finish_reason")
+    return (None if empty else message), ended(first)
+
+
+def ended(facts: Mapping[str, Any]) -> bool:
+    """Whether an answer about which a server told these facts ended by itself.
+
+    It did not if a budget, a filter or a stop string cut it, or if no reason is given where one belongs: the
+    target may not have written an end of turn there.
+    """
+    reason = facts.get("finish_reason", "stop")
+    if str(reason).lower() not in _ENDS:
+        return False
+    # vLLM and SGLang name the stop string or the stop token's id here; others write their reason.
+    details = (facts.get("stop_reason"), facts.get("matched_stop"))
+    return all(text.lower() in _ENDS for text in details if isinstance(text, str))

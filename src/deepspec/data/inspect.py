@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from deepspec.data.conversations import Conversation, prompt_id, prompt_messages, tools_of
 from deepspec.data.messages import last_trained
-from deepspec.data.tokens import Encoded, encode_turns, prompt_ids
+from deepspec.data.tokens import Encoded, continued, encode_turns, prompt_ids
 from deepspec.errors import DataError
 from deepspec.log import Bar
 
@@ -168,11 +168,14 @@ def row_sequences(
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, row: Encoded, max_length: int) -> list[Piece]:
-    """A sequence as decoded pieces. Each is decoded alone: a character split between two shows as �."""
+    """A sequence as decoded pieces. Each is decoded by itself: a character split between two shows as �."""
     added = tokenizer.added_tokens_decoder  # matched whole before text is split
 
     def flags(i: int) -> tuple[bool, bool, bool]:
         return bool(row.loss_mask[i]), row.ids[i] in added, i < max_length
 
-    runs = groupby(range(len(row.ids)), flags)
-    return [Piece(tokenizer.decode([row.ids[i] for i in run]), *facts) for facts, run in runs]
+    found: list[Piece] = []
+    for facts, run in groupby(range(len(row.ids)), flags):
+        ids = [row.ids[i] for i in run]
+        found.append(Piece(continued(tokenizer, ids) if found else tokenizer.decode(ids), *facts))
+    return found

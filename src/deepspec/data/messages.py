@@ -71,6 +71,9 @@ def in_our_names(item: Any) -> Any:
         item["tool_calls"] = _calls_of(item.pop("function_call"))
     if item.get("content") is None and "tool_calls" in item:
         item["content"] = ""
+    thoughts = item.get("thinking")  # gpt-oss's name for them
+    if thoughts and item.setdefault("reasoning_content", thoughts) == thoughts:
+        del item["thinking"]
     return item
 
 
