@@ -8,18 +8,13 @@ features instead.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-
-import httpx
-import pytest
 
 HANG = 1.0
 """Seconds that a hanging server holds a question: longer than the tests' time-outs."""
@@ -27,13 +22,6 @@ HANG = 1.0
 # What may come instead of an answer; "400" and "empty" are about the question, the others about the server.
 FAULTS = ("429", "500", "503", "hang", "garbage", "no choices", "half", "close", "400", "empty")
 PASSING = FAULTS[:8]
-
-
-@pytest.fixture(autouse=True)
-def no_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading the system's certificates for each client would take a third of the time of these tests."""
-    plain = functools.partial(httpx.Client, verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
-    monkeypatch.setattr("deepspec.http_client.httpx.Client", plain)
 
 
 class StandIn:

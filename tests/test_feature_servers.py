@@ -33,7 +33,6 @@ from deepspec.train.build import loss_settings
 from deepspec.train.loop import train_draft, train_step
 from deepspec.train.optimizer import Optimizer
 from feature_standin import FeatureStandIn
-from standin import no_certificates  # noqa: F401
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe
 
 DFLASH, DSPARK, EAGLE3 = ("context",), ("context", "labels"), ("unroll",)

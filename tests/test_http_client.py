@@ -16,7 +16,7 @@ from deepspec import http_client
 from deepspec.answers.requests import read_completion
 from deepspec.errors import ServerError
 from deepspec.http_client import Exhausted, Passing, Policy, Server, Servers, Unanswered
-from standin import PASSING, StandIn, no_certificates  # noqa: F401
+from standin import PASSING, StandIn
 
 QUICK = Policy(timeout=0.15, attempts=3, first_rest=0.01, longest_rest=0.05, patience=20)
 

@@ -23,7 +23,7 @@ from deepspec.errors import DataError, UserError
 from deepspec.http_client import Passing, Policy, Unanswered
 from deepspec.maths.verify import Sampling
 from deepspec.targets import TargetSpec
-from standin import PASSING, StandIn, no_certificates  # noqa: F401
+from standin import PASSING, StandIn
 from talking import save_talking_llama
 
 QUICK = Policy(timeout=0.4, attempts=4, first_rest=0.01, longest_rest=0.05, patience=20)

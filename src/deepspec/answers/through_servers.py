@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from deepspec.answers.dialogue import Dialogue
 from deepspec.answers.file import AnswerFile, Settings, Tally, beside, each_once
-from deepspec.answers.requests import TOKENIZING, Reply, Served, check_model, completion
+from deepspec.answers.requests import TOKENIZING, Reply, Served, check_model, completion, no_answer
+from deepspec.connections import API_KEY
 from deepspec.data.conversations import Conversation, tools_of
 from deepspec.data.identity import row_seed
 from deepspec.data.tokens import require_tokenizer, template_hash
 from deepspec.errors import DataError, UserError
-from deepspec.http_client import API_KEY, Exhausted, Policy, Server, Servers, Unanswered
+from deepspec.http_client import Exhausted, Policy, Server, Servers, Unanswered
 from deepspec.log import Bar, progress
 from deepspec.maths.verify import Sampling
 
@@ -157,8 +158,8 @@ def _converse(
             if tokenizer is not None and reply.ids is not None:
                 with TOKENIZING:
                     text = tokenizer.decode(reply.ids, skip_special_tokens=True)
-            if not reply.ids and not text.strip():
-                raise Unanswered("the server gave an empty answer")
+            if trouble := no_answer(text, reply.ids):
+                raise Unanswered(trouble)
             dialogue.answer(text, reply.ids, reply.finished, reply.tokens)
     except DataError as error:
         dialogue.trouble = error.what
