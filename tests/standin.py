@@ -12,7 +12,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -199,7 +199,13 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"Retry-After": self.owner.retry_after} if fault == "429" else {}
             self._send(int(fault), {"error": {"message": f"fault {fault}"}}, headers)
         else:
-            self._send(200, self.owner.reply(self.path, body))
+            reply = self.owner.reply(self.path, body)
+            if not isinstance(reply, Iterator):
+                self._send(200, reply)
+                return
+            self._send(200, b"", claimed=1 << 20)  # bytes that come one by one
+            for piece in reply:
+                self.wfile.write(piece)
 
     def _send(
         self, status: int, body: Any, headers: dict[str, str] | None = None, claimed: int | None = None

@@ -121,16 +121,13 @@ def lasting(error: Exception, way: Connection) -> ServerError | None:
     tls = next((e for e in causes if isinstance(e, ssl.SSLError)), None)
     via = f" through the proxy that {way.proxy} names" if way.proxy else ""
     if isinstance(tls, ssl.SSLCertVerificationError):
-        what = f"its certificate{via and f', or that of the proxy of {way.proxy},'} is not trusted"
+        what = f"the server's certificate{via and f', or that of the proxy of {way.proxy},'} is not trusted"
         return ServerError(f"{what}: {tls.verify_message}", where=way.url, next_step=_trust(tls.verify_code))
     if tls and isinstance(error, httpx.ConnectError) and not isinstance(tls, ssl.SSLEOFError):
         what = f"no https connection{via} ({tls.reason or tls}): there seems to be a server of plain http"
         todo = "write http:// instead of https:// in the server's address"
         return ServerError(what, where=way.url, next_step=f"{todo}{f' or in {way.proxy}' if via else ''}")
-    if isinstance(error, httpx.RemoteProtocolError) and "\\x15\\x03" in str(error):  # an alert of TLS
-        todo = "write https:// instead of http:// in the server's address"
-        return ServerError("this server takes https only", where=way.url, next_step=todo)
-    if isinstance(error, httpx.ProxyError) and re.match(r"4(?!08|29)\d\d", str(error)):
+    if isinstance(error, httpx.ProxyError) and re.match(r"4(?!08|29)\d\d|501", str(error)):
         return proxy_refuses(way, str(error))
     return None
 
@@ -140,12 +137,12 @@ def proxy_refuses(way: Connection, said: str) -> ServerError:
     return ServerError(
         f"the proxy that {way.proxy} names refuses ({hidden(said, way.secrets)})",
         where=way.url,
-        next_step=f"correct the user and password in {way.proxy}, or list the server in NO_PROXY",
+        next_step=f"correct {way.proxy} (user and password are part of it), or list the server in NO_PROXY",
     )
 
 
-def unknown_name(error: Exception, way: Connection) -> ServerError | None:
-    """The error to show if a host name is not known; None for any other failure."""
+def mistaken(error: Exception, way: Connection) -> ServerError | None:
+    """The error to show for a server that never answered, if its name is unknown or it speaks https only."""
     for cause in _causes(error):
         if isinstance(cause, socket.gaierror) and cause.errno in NO_SUCH_NAME:
             what = f"the proxy that {way.proxy} names" if way.proxy else "this server"
@@ -153,7 +150,21 @@ def unknown_name(error: Exception, way: Connection) -> ServerError | None:
             return ServerError(
                 f"the name of {what} is not known here", where=way.url, next_step=f"correct {todo}"
             )
+    url = httpx.URL(way.url)
+    broke_off = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
+    if broke_off and url.scheme == "http" and not way.proxy and _takes_https(url):
+        todo = "write https:// instead of http:// in the server's address"
+        return ServerError("this server takes https only", where=way.url, next_step=todo)
     return None
+
+
+def _takes_https(url: httpx.URL) -> bool:
+    anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE  # nothing is sent
+    with suppress(OSError), socket.create_connection((url.host, url.port or 80), 2) as plain:
+        anybody.wrap_socket(plain).close()
+        return True
+    return False
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -180,7 +191,7 @@ def _address(given: str) -> httpx.URL:
         url = httpx.URL("")
     if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 80) < 65536:
         secret = re.search(r"[@?#]|\w:(?!//|\d+(?:/|$))", bare)
-        shown = "one of them (not shown: it may hold a password)" if secret else repr(bare)
+        shown = "one address (not shown: it may hold a password)" if secret else repr(bare)
         raise ServerError(
             f"{shown} is not a server's address", next_step="give one such as http://127.0.0.1:8000"
         )
@@ -225,7 +236,8 @@ def _lists(entry: str, host: str, port: int) -> bool:
     entry = (entry.partition("://")[2] or entry).rstrip("/").lower()
     ip = _ip(host)
     with suppress(ValueError):
-        return ip is not None and ip in ipaddress.ip_network(re.sub(r"[][]", "", entry), strict=False)
+        network = ipaddress.ip_network(re.sub(r"^\[(.*)](/\d+)?$", r"\1\2", entry), strict=False)
+        return ip is not None and ip in network
     name, only = re.fullmatch(r"\[?(.*?)]?(?::(\d+))?", entry, re.DOTALL).groups()  # type: ignore[union-attr]
     name = name if name == "*" else name.lstrip("*.")
     named = name == "*" or (ip is not None and ip == _ip(name)) or f".{host}".endswith(f".{name}")

@@ -37,8 +37,8 @@ from deepspec.connections import (
     connect,
     hidden,
     lasting,
+    mistaken,
     proxy_refuses,
-    unknown_name,
 )
 from deepspec.errors import ServerError, without_logins
 from deepspec.log import note, warn
@@ -318,7 +318,7 @@ class Servers:
     def _trouble(self, server: Server, error: httpx.RequestError, limit: float) -> Exception:
         """What a request that failed means: Passing, or ServerError if waiting does not change it."""
         way, words = server.way, _one_line(str(error), server.way) or type(error).__name__
-        if found := lasting(error, way) or (server.facts is None and unknown_name(error, way)):
+        if found := lasting(error, way) or (server.facts is None and mistaken(error, way)):
             return found
         if isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol):
             return ServerError(f"no request can be sent: {words}", where=way.url)

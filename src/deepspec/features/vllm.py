@@ -45,7 +45,7 @@ FILE_GRACE = 10.0
 class VllmSource:
     """A feature source (`batches.Source`) that asks vLLM servers, started as `vllm_command` says.
 
-    urls: one address, or several with commas between them. layers: of the target, in the order of the features.
+    urls: one address, or several with commas between. layers: of the target, in the order of the features.
     reads: names of the `blocks.READ_RULES` of the loss. max_length: longest row in tokens. Opening it checks
     every server, and `expect` announces rows before their step. Raises ServerError for a wrong server, and
     later if a row's features cannot be fetched.
