@@ -12,7 +12,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -45,6 +45,8 @@ class StandIn:
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.met: list[str | None] = []
         self.headers: list[dict[str, str]] = []
+        self.raw: Callable[[str, dict[str, Any]], Iterable[bytes] | None] = lambda path, body: None
+        """Everything that goes over the wire instead of an answer, in pieces."""
         self.greeted = self.most_at_once = self._at_once = 0
         self._lock = threading.Lock()
         self._server: _Server | None = None
@@ -144,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        if not self._let_in():
+        if self._raw({}) or not self._let_in():
             return
         if self.path == "/v1/models":
             self._send(200, self.owner.models())
@@ -153,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        if not self._let_in():
+        if self._raw(body) or not self._let_in():
             return
         if self.path == "/tokenize":
             if self.owner.tokenize is None:
@@ -169,6 +171,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(refusal.status, {"error": {"message": refusal.message}})
         finally:
             self.owner.leave()
+
+    def _raw(self, body: dict[str, Any]) -> bool:
+        pieces = self.owner.raw(self.path, body)
+        for piece in pieces or ():
+            self.wfile.write(piece)
+        self.close_connection = pieces is not None
+        return pieces is not None
 
     def _let_in(self) -> bool:
         given = self.headers["authorization"]
@@ -199,13 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"Retry-After": self.owner.retry_after} if fault == "429" else {}
             self._send(int(fault), {"error": {"message": f"fault {fault}"}}, headers)
         else:
-            reply = self.owner.reply(self.path, body)
-            if not isinstance(reply, Iterator):
-                self._send(200, reply)
-                return
-            self._send(200, b"", claimed=1 << 20)  # bytes that come one by one
-            for piece in reply:
-                self.wfile.write(piece)
+            self._send(200, self.owner.reply(self.path, body))
 
     def _send(
         self, status: int, body: Any, headers: dict[str, str] | None = None, claimed: int | None = None

@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
@@ -390,6 +391,18 @@ def test_a_server_that_asks_for_a_key_is_told_from_one_that_refuses_it():
         )
 
 
+def test_one_question_that_is_forbidden_is_not_the_key(monkeypatch):
+    """A gateway may filter what is asked; 403 for all is another matter, and ends the run."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    with StandIn(lambda n: "403" if n == 1 else None) as server:
+        servers = servers_at(server)
+        assert ask(servers, "a") == ["echo a"]
+        (error,) = ask(servers, "b")
+        assert isinstance(error, Exhausted)
+        assert str(error) == "the server refuses the API key (HTTP 403: fault 403)"
+        assert ask(servers, "c") == ["echo c"]
+
+
 def test_a_server_that_never_answered_is_not_waited_for_as_long_as_one_that_did(monkeypatch):
     server = StandIn()
     server.kill()
@@ -412,15 +425,14 @@ def test_an_answer_that_never_ends_is_not_read_for_ever(monkeypatch):
         (error,) = ask(servers_at(server), "a")
     assert str(error).startswith("after 3 attempts: the answer is longer than")
 
-    class Slow(StandIn):
-        """Sends a byte whenever the client is about to lose its patience."""
-
-        def reply(self, path: str, body: dict[str, Any]) -> Any:
-            return iter(lambda: (time.sleep(0.05), b" ")[1], None)
-
-    with Slow() as server:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"
+    with StandIn() as server:
+        servers = servers_at(server, policy=Policy(timeout=0.2, attempts=1))
+        assert ask(servers, "a") == ["echo a"]
+        # A byte whenever the client is about to lose its patience.
+        server.raw = lambda path, body: chain([head], (time.sleep(0.05) or b" " for _ in range(100)))
         began = time.monotonic()
-        (error,) = ask(servers_at(server, policy=Policy(timeout=0.2, attempts=1)), "a")
+        (error,) = ask(servers, "a")
         assert time.monotonic() - began < 2
     assert str(error) == "after 1 attempts: no whole answer within 0.2 s"
 

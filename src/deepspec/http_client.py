@@ -76,7 +76,7 @@ class Redirected(Unanswered):
 
 
 class Exhausted(Unanswered):
-    """Every attempt at a question failed."""
+    """Every attempt at a question failed, or a server that takes the key forbids it."""
 
 
 class Passing(Exception):
@@ -110,11 +110,12 @@ class Listed(NamedTuple):
 
 @dataclass(eq=False)
 class Server:
-    """One server. facts: what the check found, None before it; failures: in a row; rests_until: on the
-    monotonic clock."""
+    """One server. facts: what the check found, None before it; useful: it has answered a question; failures:
+    in a row; rests_until: on the monotonic clock."""
 
     way: Connection
     facts: Any = None
+    useful: bool = False
     under_way: int = 0
     asked: int = 0
     failures: int = 0
@@ -185,6 +186,11 @@ class Servers:
             except Unanswered:
                 self._answered(server)
                 raise
+            except Refused as error:
+                if not (checked and server.useful):
+                    raise
+                self._answered(server)  # it takes the key, and forbids this question
+                raise Exhausted(error.what) from error
             else:
                 self._answered(server)
                 return answer
@@ -228,6 +234,7 @@ class Servers:
         found = _parsed(content)
         if not isinstance(found, dict):
             raise Unreadable(f"the answer is not a JSON object: {hidden(text, way.secrets)[:80]!r}")
+        server.useful |= server.facts is not None  # more than the first check
         return found
 
     def models(self, server: Server) -> dict[str, Listed]:
