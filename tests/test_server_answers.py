@@ -24,7 +24,7 @@ from talking import save_talking_llama
 
 QUICK = Policy(timeout=1.0, attempts=2, first_rest=1e-4, longest_rest=1e-3, patience=0.05)
 MANY = settings(
-    max_examples=60,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -282,10 +282,8 @@ def test_a_question_that_is_no_json_is_that_rows_failure(tmp_path):
 
 def http(status: int, body: bytes = b"{}", *headers: str) -> list[bytes]:
     """An answer over the wire."""
-    return [
-        "\r\n".join([f"HTTP/1.1 {status} x", *headers, f"content-length: {len(body)}", "", ""]).encode()
-        + body
-    ]
+    head = [f"HTTP/1.1 {status} x", "connection: close", *headers, f"content-length: {len(body)}", "", ""]
+    return ["\r\n".join(head).encode() + body]
 
 
 CLOSED = {

@@ -144,7 +144,9 @@ class Servers:
         api_key_env: str = API_KEY,
     ) -> None:
         key = api_key(api_key_env)
-        ways = {way.url: way for way in (connect(url, key, api_key_env) for url in urls)}
+        ways: dict[str, Connection] = {}
+        for way in (connect(url, key, api_key_env) for url in urls):
+            ways.setdefault(way.url, way)
         self.servers = [Server(way) for way in ways.values()]
         self.concurrency, self.policy = concurrency, policy or Policy()
         self._check, self._key_env, self._has_key = check, api_key_env, bool(key)
@@ -346,7 +348,7 @@ class Servers:
             kind = "user and password" if way.login else "API key"
             what = "refuses the" if way.login or self._has_key else "asks for an"
             todo = f"put the right key in the environment variable {self._key_env}"
-            todo = "correct them in its address" if way.login else todo
+            todo = "correct them in the server's address" if way.login else todo
             todo += f", or list the server in NO_PROXY if {way.proxy} is to blame" if way.proxy else ""
             raise Refused(f"the server {what} {kind} ({text})", where=server.name, next_step=todo)
         if self._retry.is_retryable_status_code(status):

@@ -9,6 +9,7 @@ Written from the released source of vLLM 0.33.0, and not verified on a real serv
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
@@ -172,7 +173,7 @@ class VllmSource:
         reply = self.servers.send(server, "/v1/completions", {**body, "return_token_ids": True})
         given = reply.get("kv_transfer_params")
         path = given.get("hidden_states_path") if isinstance(given, dict) else None
-        if not isinstance(path, str) or "\0" in path:
+        if not isinstance(path, str) or not Path(path).name or "\0" in path:
             raise self._wrong(
                 server, "the server answers without features: its hidden-states connector is not switched on"
             )
@@ -217,7 +218,7 @@ class VllmSource:
                     ) from error
             try:
                 tensors = load(file.read_bytes())
-            except (OSError, SafetensorError) as error:
+            except (OSError, SafetensorError, KeyError) as error:  # KeyError: a number format unknown here
                 # The writer let go without having written: most likely a full disk, which readers empty.
                 raise Passing(f"the server did not finish {file} (is its storage full?): {error}") from error
         finally:
@@ -240,10 +241,10 @@ class VllmSource:
             try:
                 return os.open(lock, os.O_RDONLY)
             except OSError as error:
-                if file.parent.is_dir() and time.monotonic() < end:
+                if error.errno == errno.ENOENT and file.parent.is_dir() and time.monotonic() < end:
                     time.sleep(0.02)
                     continue
-                if file.exists() and not lock.exists():
+                if os.path.exists(file) and not os.path.exists(lock):  # Path.exists raises for some names
                     what = f"the server writes {file} without a lock, so it is unknown when it is whole"
                     raise self._wrong(server, what) from error
                 raise ServerError(
