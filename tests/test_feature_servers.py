@@ -552,7 +552,7 @@ def test_a_password_in_an_address_is_sent_and_not_written(talking_dir, start, tm
     train_draft(recipe, tmp_path / "runs")
     assert {h["Authorization"] for h in server.headers} == {"Basic bWU6aHVzaCxodXNo"}  # me:hush,hush
     written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
-    assert {"recipe.yaml", "metrics.jsonl", "provenance.json"} <= {path.name for path in written}
+    assert {"recipe.yaml", "metrics.jsonl", "deepspec.json"} <= {path.name for path in written}
     for path in written:
         assert b"hush" not in path.read_bytes(), path
     said = capsys.readouterr()

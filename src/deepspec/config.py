@@ -16,15 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.functional_serializers import PlainSerializer
 from pydantic_core import ErrorDetails
 
 from deepspec.drafts import ALGORITHMS, MARKOV_HEADS

@@ -32,10 +32,12 @@ API_KEY = "OPENAI_API_KEY"
 """The environment variable that holds the servers' key, if no other is named."""
 THIS_MACHINE = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
 NO_SUCH_NAME = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
-WRONG_NAME = (62, 64)
-"""OpenSSL's codes for a certificate of another host name or IP address."""
-OUT_OF_DATE = (9, 10)
-"""OpenSSL's codes for a certificate that is not valid yet, or no longer."""
+TRUST = "name a file (PEM) with the certificate that signed it in the environment variable SSL_CERT_FILE"
+REMEDIES = {
+    **dict.fromkeys((62, 64), "give the server's address by a name that its certificate holds"),
+    **dict.fromkeys((9, 10), "have the certificate renewed, or set this machine's clock"),
+}
+"""What helps by OpenSSL's code for what is wrong with a certificate, other than to trust it."""
 
 
 @dataclass(frozen=True)
@@ -115,20 +117,32 @@ def hidden(text: str, secrets: Mapping[str, str]) -> str:
     return text
 
 
-def lasting(error: Exception, way: Connection) -> ServerError | None:
-    """The error to show for a failure to connect that waiting does not change; None if it may pass."""
+def lasting(error: Exception, way: Connection, first: bool) -> ServerError | None:
+    """The error to show for a failure to connect that waiting does not change; None if it may pass.
+
+    first: the server never answered, so that its address may be wrong.
+    """
     causes = list(_causes(error))
     tls = next((e for e in causes if isinstance(e, ssl.SSLError)), None)
     via = f" through the proxy that {way.proxy} names" if way.proxy else ""
     if isinstance(tls, ssl.SSLCertVerificationError):
-        what = f"the server's certificate{via and f', or that of the proxy of {way.proxy},'} is not trusted"
-        return ServerError(f"{what}: {tls.verify_message}", where=way.url, next_step=_trust(tls.verify_code))
-    if tls and isinstance(error, httpx.ConnectError) and not isinstance(tls, ssl.SSLEOFError):
+        what = f"the server's certificate{via and f', or that of the proxy of {way.proxy},'} is not trusted: "
+        todo = REMEDIES.get(tls.verify_code, TRUST)
+        return ServerError(what + tls.verify_message, where=way.url, next_step=todo)
+    if first and tls and isinstance(error, httpx.ConnectError) and not isinstance(tls, ssl.SSLEOFError):
         what = f"no https connection{via} ({tls.reason or tls}): there seems to be a server of plain http"
         todo = "write http:// instead of https:// in the server's address"
         return ServerError(what, where=way.url, next_step=f"{todo}{f' or in {way.proxy}' if via else ''}")
     if isinstance(error, httpx.ProxyError) and re.match(r"4(?!08|29)\d\d|501", str(error)):
         return proxy_refuses(way, str(error))
+    if first and any(isinstance(e, socket.gaierror) and e.errno in NO_SUCH_NAME for e in causes):
+        what = f"the proxy that {way.proxy} names" if way.proxy else "this server"
+        todo = f"correct {way.proxy}, or list the server in NO_PROXY" if way.proxy else "correct its address"
+        return ServerError(f"the name of {what} is not known here", where=way.url, next_step=todo)
+    broke_off = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
+    if first and broke_off and not way.proxy and _takes_https(httpx.URL(way.url)):
+        todo = "write https:// instead of http:// in the server's address"
+        return ServerError("this server takes https only", where=way.url, next_step=todo)
     return None
 
 
@@ -141,44 +155,21 @@ def proxy_refuses(way: Connection, said: str) -> ServerError:
     )
 
 
-def mistaken(error: Exception, way: Connection) -> ServerError | None:
-    """The error to show for a server that never answered, if its name is unknown or it speaks https only."""
-    for cause in _causes(error):
-        if isinstance(cause, socket.gaierror) and cause.errno in NO_SUCH_NAME:
-            what = f"the proxy that {way.proxy} names" if way.proxy else "this server"
-            todo = f"{way.proxy}, or list the server in NO_PROXY" if way.proxy else "the server's address"
-            return ServerError(
-                f"the name of {what} is not known here", where=way.url, next_step=f"correct {todo}"
-            )
-    url = httpx.URL(way.url)
-    broke_off = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
-    if broke_off and url.scheme == "http" and not way.proxy and _takes_https(url):
-        todo = "write https:// instead of http:// in the server's address"
-        return ServerError("this server takes https only", where=way.url, next_step=todo)
-    return None
-
-
-def _takes_https(url: httpx.URL) -> bool:
-    anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE  # nothing is sent
-    with suppress(OSError), socket.create_connection((url.host, url.port or 80), 2) as plain:
-        anybody.wrap_socket(plain).close()
-        return True
-    return False
-
-
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
-def _trust(code: int) -> str:
-    if code in WRONG_NAME:
-        return "give the server's address by a name that its certificate holds"
-    if code in OUT_OF_DATE:
-        return "have the certificate renewed, or set this machine's clock"
-    return "name a file (PEM) with the certificate that signed it in the environment variable SSL_CERT_FILE"
+def _takes_https(url: httpx.URL) -> bool:
+    """Whether the server of a http:// address greets a client of https."""
+    anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE  # nothing is sent
+    if url.scheme == "http":
+        with suppress(OSError), socket.create_connection((url.host, url.port or 80), 2) as plain:
+            anybody.wrap_socket(plain).close()
+            return True
+    return False
 
 
 def _address(given: str) -> httpx.URL:

@@ -30,16 +30,7 @@ from typing import Any, NamedTuple, TypeVar
 import httpx
 from httpx_retries import Retry
 
-from deepspec.connections import (
-    API_KEY,
-    Connection,
-    api_key,
-    connect,
-    hidden,
-    lasting,
-    mistaken,
-    proxy_refuses,
-)
+from deepspec.connections import API_KEY, Connection, api_key, connect, hidden, lasting, proxy_refuses
 from deepspec.errors import ServerError, without_logins
 from deepspec.log import note, warn
 
@@ -327,7 +318,7 @@ class Servers:
     def _trouble(self, server: Server, error: httpx.RequestError, limit: float) -> Exception:
         """What a request that failed means: Passing, or ServerError if waiting does not change it."""
         way, words = server.way, _one_line(str(error), server.way) or type(error).__name__
-        if found := lasting(error, way) or (server.facts is None and mistaken(error, way)):
+        if found := lasting(error, way, first=server.facts is None):
             return found
         if isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol):
             return ServerError(f"no request can be sent: {words}", where=way.url)
