@@ -18,7 +18,7 @@ from deepspec.data.tokens import answer_message, encode_turns, prompt_ids
 from deepspec.errors import DataError
 from deepspec.http_client import Policy
 from deepspec.targets import Target
-from standin import StandIn, no_certificates  # noqa: F401
+from standin import StandIn
 from templates import CHATML, DEEPSEEK, GEMMA4, HARMONY, LLAMA2, MISTRAL, QWEN3, backend_of
 from test_pieces import TOKENIZER, rendered, supervised, talk, whole
 

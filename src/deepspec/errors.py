@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -13,17 +14,23 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
     return by_folded[close[0]] if close else None
 
 
+def without_logins(text: str) -> str:
+    """A text in which every address has lost its `user:password@`, to be shown or written."""
+    return re.sub(r"(\w+://)(?:(?!\w+://)\S)*@", r"\1", text)
+
+
 class UserError(Exception):
     """A problem that the user can put right: what is wrong, where, and what to do next.
 
-    `str()` gives one line for each part that is known. It is printed without a traceback.
+    `str()` gives one line for each part that is known, and shows no password of an address. It is printed
+    without a traceback.
     """
 
     def __init__(self, what: str, *, where: str | None = None, next_step: str | None = None) -> None:
-        super().__init__(what)
-        self.what = what
-        self.where = where
-        self.next_step = next_step
+        super().__init__(without_logins(what))
+        self.what = without_logins(what)
+        self.where = where and without_logins(where)
+        self.next_step = next_step and without_logins(next_step)
 
     def __str__(self) -> str:
         lines = [self.what]

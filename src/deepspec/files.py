@@ -312,7 +312,9 @@ class JsonlWriter:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one object as one line. Raises TypeError for a value that is not plain JSON data."""
-        line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        text = json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
+        # UTF-8 has no half of a surrogate pair, and replaced by its backslash escape it is the same in JSON.
+        line = text.encode(errors="backslashreplace") + b"\n"
         # One system call for text and newline together, so that another process never reads half of the pair.
         # The system may take only a part (a disk that fills up): the rest is then written, or raises, next.
         with writing(self.path):

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from deepspec.errors import UserError
+from deepspec.errors import UserError, without_logins
 
 console = Console(stderr=True, highlight=False)
 
@@ -27,8 +27,9 @@ TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "none"]
 
 
 def note(text: str, *, style: str = "") -> None:
-    """Print one line as it is: brackets are not markup, and long paths do not wrap."""
-    console.print(Text(text, style=style), soft_wrap=True)
+    """Print one line as it is, but for passwords in addresses: brackets are not markup, and long paths do not
+    wrap."""
+    console.print(Text(without_logins(text), style=style), soft_wrap=True)
 
 
 def warn(text: str) -> None:

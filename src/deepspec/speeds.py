@@ -234,7 +234,7 @@ def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainS
     draft = build_draft(recipe, target, cut)
     optimizer = Optimizer(draft, recipe.optim)
     with tempfile.TemporaryDirectory() as folder:
-        open_trackers(recipe.trackers, Path(folder), recipe.name, recipe.model_dump()).close()
+        open_trackers(recipe.trackers, Path(folder), recipe.name, recipe.model_dump(mode="json")).close()
         setup = _clock(target) - began
         step, features = _steps(target, draft, optimizer, recipe, cut)
         began = _clock(target)

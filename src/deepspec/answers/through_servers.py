@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from deepspec.answers.dialogue import Dialogue
 from deepspec.answers.file import AnswerFile, Settings, Tally, beside, each_once
-from deepspec.answers.requests import TOKENIZING, Reply, Served, check_model, completion
+from deepspec.answers.requests import TOKENIZING, Reply, Served, check_model, completion, no_answer
+from deepspec.connections import API_KEY
 from deepspec.data.conversations import Conversation, tools_of
 from deepspec.data.identity import row_seed
 from deepspec.data.tokens import require_tokenizer, template_hash
 from deepspec.errors import DataError, UserError
-from deepspec.http_client import API_KEY, Exhausted, Policy, Server, Servers, Unanswered
+from deepspec.http_client import Exhausted, Policy, Server, Servers, Unanswered
 from deepspec.log import Bar, progress
 from deepspec.maths.verify import Sampling
 
@@ -153,8 +154,9 @@ def _converse(
                 return call.read(servers.send(server, call.path, call.body)), server.facts.engine
 
             reply, engine = servers.ask(question)
-            if not reply.ids and not reply.text.strip():
-                raise Unanswered("the server gave an empty answer")
+            decoded = tokenizer is not None and reply.ids is not None  # then the text does not matter
+            if trouble := no_answer("" if decoded else reply.text, reply.ids):
+                raise Unanswered(trouble)
             if tokenizer is None:
                 dialogue.answer(*reply)
             else:

@@ -87,7 +87,7 @@ class Run:
                 raise RecipeError(
                     f"{self.folder} cannot continue with this recipe: {'; '.join(other)}", next_step=FRESH
                 )
-            if before != self.recipe:
+            if before.model_dump(mode="json") != self.recipe.model_dump(mode="json"):
                 self.note(f"{self.folder} was started with another recipe; it continues with this one")
         dump_recipe(self.recipe, path)
 
@@ -100,7 +100,8 @@ class Run:
             return
         forget_after(self.metrics, at.step)
         recipe, total = self.recipe, float(total_steps or 1)
-        trackers = open_trackers(recipe.trackers, self.folder / "trackers", recipe.name, recipe.model_dump())
+        settings = recipe.model_dump(mode="json")  # without passwords
+        trackers = open_trackers(recipe.trackers, self.folder / "trackers", recipe.name, settings)
         with (
             closing(trackers) as tracker,
             JsonlWriter(self.metrics) as metrics,
