@@ -34,8 +34,8 @@ from deepspec import speeds as profile
 from deepspec.checkpoints.read import draft_shapes
 from deepspec.cli import app
 from deepspec.config import KEPT_CHECKPOINTS, Recipe, load_recipe
-from deepspec.cost import MACHINES, Inputs, assumed_counts, cheapest_change, make_plan, published_counts
-from deepspec.cost.dimensions import draft_dimensions, target_dimensions
+from deepspec.cost.dimensions import PUBLISHED_TARGETS, draft_dimensions, target_dimensions
+from deepspec.cost.fit import cheapest_change
 from deepspec.cost.formulas import (
     activation_bytes,
     cache_bytes,
@@ -48,7 +48,9 @@ from deepspec.cost.formulas import (
     slots_that_count,
     state_bytes_per_parameter,
 )
-from deepspec.cost.inputs import PUBLISHED_TOKENS
+from deepspec.cost.inputs import PUBLISHED_TOKENS, Inputs, assumed_counts, published_counts
+from deepspec.cost.machines import MACHINES
+from deepspec.cost.plan import make_plan
 from deepspec.cost.sizes import disk_figures, host_figures, memory_figures
 from deepspec.cost.step_time import Measured, Speeds, TrainSpeed, rounds_needed, speed_key
 from deepspec.data.tokens import Encoded
@@ -57,7 +59,6 @@ from deepspec.drafts import ALGORITHMS as DRAFTS
 from deepspec.drafts import LossSettings
 from deepspec.drafts.base import NeuralDraft
 from deepspec.drafts.spec import DraftSpec, new_spec
-from deepspec.families import PUBLISHED_TARGETS
 from deepspec.features.batches import load_rows, online
 from deepspec.features.cache_write import plan_cache
 from deepspec.maths.blocks import FeatureBatch
@@ -419,7 +420,7 @@ def test_single_change_that_fits_is_named_alone_and_really_plans():
 
 def test_several_changes_are_named_where_no_single_one_is_enough_and_none_that_is_not_needed():
     plan = plan_of("eagle3/qwen3-4b", "rtx4090", "optim.micro_batch_size=8", disk=80e9, features="cache")
-    change = cheapest_change(plan.inputs, machines=False)
+    change = cheapest_change(plan.inputs)
     assert change is not None and all(n.fits for n in change.needs) and len(change.words) > 1
     assert "--store fp8" not in change.words
 
@@ -435,12 +436,13 @@ def test_answers_that_do_not_fit_at_once_are_written_fewer_at_a_time():
     assert change is not None and change.words == ("--batch 8",)
 
 
-def test_nothing_is_promised_where_nothing_helps():
+def test_nothing_is_promised_where_nothing_helps(monkeypatch):
     inputs = plan_of("dspark/qwen3-14b", "rtx3090").inputs
-    assert cheapest_change(inputs, machines=False) is None
     change = cheapest_change(inputs)
     # 30 GB of target and 37 GB of draft state, and a sequence's activations.
     assert change is not None and change.words == ("--machine h200",)
+    monkeypatch.setattr("deepspec.cost.fit.MACHINES", {})
+    assert cheapest_change(inputs) is None
 
 
 def test_epochs_and_steps_are_the_recipes():

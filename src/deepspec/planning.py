@@ -14,8 +14,9 @@ from typing import Any
 from deepspec.answers.in_process import PACKAGED_ROWS
 from deepspec.checkpoints.inspect import parameters
 from deepspec.config import Recipe, feature_source
-from deepspec.cost import MACHINES, Counts, Inputs, Machine, assumed_counts, published_counts
-from deepspec.cost.inputs import USUAL_BATCH
+from deepspec.cost.dimensions import PUBLISHED_TARGETS
+from deepspec.cost.inputs import USUAL_BATCH, Counts, Inputs, assumed_counts, published_counts
+from deepspec.cost.machines import MACHINES, Machine
 from deepspec.cost.step_time import FromRow, Measured, Speeds, StepTime, speed_key
 from deepspec.data.conversations import Conversation, conversation_from_row, read_conversations
 from deepspec.data.messages import is_trained
@@ -23,7 +24,6 @@ from deepspec.data.tokens import encode_turns, prompt_ids
 from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.spec import DraftSpec
 from deepspec.errors import DataError, UserError, nearest
-from deepspec.families import PUBLISHED_TARGETS
 from deepspec.log import note, warn
 from deepspec.measure.evaluate import spread
 from deepspec.pocket import packaged, prompts_path

@@ -16,8 +16,9 @@ from deepspec.errors import UserError
 from deepspec.log import note
 
 if TYPE_CHECKING:
-    from deepspec.cost import Change, Plan
+    from deepspec.cost.fit import Change
     from deepspec.cost.formulas import Figure
+    from deepspec.cost.plan import Plan
     from deepspec.cost.sizes import Need
 
 
@@ -76,7 +77,8 @@ def plan(
       deepspec plan dspark/qwen3-4b --machine rtx4090 --explain
     """
     from deepspec.config import load_recipe
-    from deepspec.cost import cheapest_change, make_plan
+    from deepspec.cost.fit import cheapest_change
+    from deepspec.cost.plan import make_plan
     from deepspec.planning import prepare
 
     inputs, source = prepare(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deepspec.config import override
 from deepspec.cost.inputs import Inputs
@@ -17,7 +17,7 @@ class Step(NamedTuple):
     """A word of the command, such as `--store fp8` or `num_anchors=64`, and what one pays for it."""
 
     key: str
-    value: str
+    value: Any
     cost: str
 
     @property
@@ -37,7 +37,7 @@ def ladder(inputs: Inputs) -> list[Step]:
     """Steps that need less on the same machine, cheapest first: what costs precision on disk, what costs
     time, what costs the draft something."""
     fewer_rows = [max(int(inputs.counts.rows / share), 1) for share in (2, 4, 10)]
-    choices: list[tuple[str, Sequence[object], str]] = [
+    choices: list[tuple[str, Sequence[Any], str]] = [
         ("--store", ["fp8"], "some precision of the features"),
         ("--features", ["online"], "the target's forward pass in every epoch"),
         ("--batch", [8, 4, 2, 1], "fewer answers written at a time"),
@@ -49,34 +49,28 @@ def ladder(inputs: Inputs) -> list[Step]:
         ("draft.num_layers", [3, 2, 1], "a smaller draft"),
         ("--rows", fewer_rows, "fewer rows to learn from"),
     ]
-    return [Step(key, str(value), cost) for key, values, cost in choices for value in values]
+    return [Step(key, value, cost) for key, values, cost in choices for value in values]
 
 
 def applied(inputs: Inputs, step: Step) -> Inputs:
     """The inputs after a step. Raises RecipeError if the recipe does not allow it."""
-    key, value = step.key, step.value
-    if key == "--machine":
-        return replace(inputs, machine=MACHINES[value])
-    if key == "--rows":
-        return replace(inputs, counts=inputs.counts.of(int(value)))
-    if key == "--batch":
-        return replace(inputs, batch=int(value))
-    if key == "--store":
-        return replace(inputs, store=value)
-    if key == "--features":
-        return replace(inputs, features=value)
+    if step.key == "--machine":
+        return replace(inputs, machine=MACHINES[step.value])
+    if step.key == "--rows":
+        return replace(inputs, counts=inputs.counts.of(step.value))
+    if step.key.startswith("--"):  # the other options are fields of the inputs
+        return replace(inputs, **{step.key[2:]: step.value})
     return replace(inputs, recipe=override(inputs.recipe, [step.word]))
 
 
-def cheapest_change(inputs: Inputs, machines: bool = True) -> Change | None:
+def cheapest_change(inputs: Inputs) -> Change | None:
     """The first step that makes everything fit; if no single one does, several, none of them needless.
 
-    machines: whether another machine may be named if no change of the rest is enough. None if nothing here
-    would do.
+    Another machine is named only if no change of the rest is enough. None if nothing here would do.
     """
     own = ladder(inputs)
     others = [Step("--machine", row.name, "another machine") for row in MACHINES.values() if row.memory]
-    for steps in [own, others, own + others] if machines else [own]:
+    for steps in (own, others, own + others):
         single = next(([step] for step in steps if _over(inputs, [step]) == 0), None)
         taken = single or _several(inputs, steps)
         if _over(inputs, taken) == 0:
