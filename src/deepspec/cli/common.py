@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -125,16 +124,6 @@ def table_of(*heads: str) -> Table:
     for i, head in enumerate(heads):
         table.add_column(Text(head), justify="right" if i else "left", overflow="fold")
     return table
-
-
-@contextmanager
-def whole_or_not() -> Iterator[None]:
-    """Report that nothing was kept after Ctrl-C; the other commands of `data` keep what was finished."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        note("interrupted: nothing was written, and earlier files are unchanged", style="yellow")
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def say_repeats(repeats: int, dropped: bool) -> None:
