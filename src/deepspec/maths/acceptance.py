@@ -8,7 +8,7 @@ kept       tokens the round added to the output, replacement or bonus included, 
 
 A figure for which nothing was counted is None, never NaN.
 
-Letters: P prompts, n resamples.
+P prompts, n resamples.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 Rounds = Sequence[Sequence[int]]
 Ratio = tuple[Sequence[float], Sequence[float]]
 """Numerators [P] and denominators [P]."""
+RESAMPLES = 2000
 
 
 class Interval(NamedTuple):
@@ -81,7 +82,7 @@ def verify_rate(accepted: Rounds, proposed: Rounds) -> float | None:
 
 
 def bootstrap_ratio(
-    numerators: Sequence[float], denominators: Sequence[float], seed: int, samples: int = 2000
+    numerators: Sequence[float], denominators: Sequence[float], seed: int, samples: int = RESAMPLES
 ) -> Interval | None:
     """Σ numerators / Σ denominators with its 95% percentile bootstrap interval over P prompts.
 
@@ -93,29 +94,25 @@ def bootstrap_ratio(
     return None if sums is None else _interval(sums[0] / sums[1])
 
 
-def paired_bootstrap_difference(
-    first: Ratio, second: Ratio, seed: int, samples: int = 2000
-) -> Interval | None:
+def paired_bootstrap_difference(first: Ratio, second: Ratio, seed: int) -> Interval | None:
     """First ratio minus second, on the same P prompts.
 
     Both methods see the same resampled prompts, so that what they share (hard and easy prompts) cancels.
     Otherwise as `bootstrap_ratio`.
     """
-    sums = _resampled(*first, *second, seed=seed, samples=samples)
+    sums = _resampled(*first, *second, seed=seed)
     return None if sums is None else _interval(sums[0] / sums[1] - sums[2] / sums[3])
 
 
-def paired_bootstrap_ratio(first: Ratio, second: Ratio, seed: int, samples: int = 2000) -> Interval | None:
+def paired_bootstrap_ratio(first: Ratio, second: Ratio, seed: int) -> Interval | None:
     """First ratio divided by second, a speed-up for example; otherwise as `paired_bootstrap_difference`.
 
     The result is also None if the second ratio is zero.
     """
-    return mean_ratio_over_groups([(first, second)], seed, samples)
+    return mean_ratio_over_groups([(first, second)], seed)
 
 
-def mean_ratio_over_groups(
-    groups: Sequence[tuple[Ratio, Ratio]], seed: int, samples: int = 2000
-) -> Interval | None:
+def mean_ratio_over_groups(groups: Sequence[tuple[Ratio, Ratio]], seed: int) -> Interval | None:
     """Mean over groups (such as domains) of each group's paired ratio, prompts resampled within their group.
 
     Each group is (first, second) as `paired_bootstrap_ratio` takes them. Every group weighs the same,
@@ -123,7 +120,7 @@ def mean_ratio_over_groups(
     """
     ratios = []
     for index, (first, second) in enumerate(groups):
-        sums = _resampled(*first, *second, seed=seed + index, samples=samples)
+        sums = _resampled(*first, *second, seed=seed + index)
         if sums is None:
             return None
         ratios.append((sums[0] / sums[1]) / (sums[2] / sums[3]))
@@ -162,7 +159,7 @@ def _pairs(accepted: Rounds, proposed: Rounds, block: int | None = None) -> Iter
             yield count, length
 
 
-def _resampled(*columns: Sequence[float], seed: int, samples: int) -> Tensor | None:
+def _resampled(*columns: Sequence[float], seed: int, samples: int = RESAMPLES) -> Tensor | None:
     """Column sums [columns, 1 + n] in float64: the sample itself first, then n resamples of its prompts.
 
     None without prompts. Raises ValueError where the columns differ in length.

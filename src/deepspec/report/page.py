@@ -169,11 +169,6 @@ def cells(row: Row, result: Result) -> dict[str, Any]:
     }
 
 
-def energy_missing(results: Sequence[Result]) -> bool:
-    rows = [row for result in results for row in rows_of(result)]
-    return any(not is_number((row.get("overall") or {}).get("joules_per_token")) for row in rows)
-
-
 def conventions_of(results: Sequence[Result]) -> list[tuple[str, str]]:
     """(name, sentence) pairs of all results files, each pair once, in order."""
     pairs = [(str(k), str(v)) for result in results for k, v in (result.get("conventions") or {}).items()]
@@ -193,11 +188,12 @@ def results_table(results: Sequence[Result]) -> Table:
     for head in (*ranges, "tok/s", "distinct-4\nrepeated-8", "J/token"):
         table.add_column(Text(head), justify="right", no_wrap=True)
     table.add_column(Text("lossless"), overflow="fold", min_width=8)
+    energy_missing = False
     for label, result in zip(condition_labels(results), results, strict=True):
         table.add_row(Text(label, style="bold"))
-        rows = rows_of(result)
-        for row in rows:
-            cell = cells(row, result)
+        rows = [cells(row, result) for row in rows_of(result)]
+        energy_missing |= any(cell["joules"] == MISSING for cell in rows)
+        for cell in rows:
             texts = (
                 f"{cell['method']}\n{cell['detail']}",
                 f"{cell['tau']}\n{cell['tau_interval'].strip('[]').replace(', ', '–')}",
@@ -209,11 +205,11 @@ def results_table(results: Sequence[Result]) -> Table:
                 cell["joules"],
                 cell["lossless"].replace(" identical", "").replace(", ", "\n"),
             )
-            table.add_row(*(Text(text.strip()) for text in texts), end_section=row is rows[-1])
+            table.add_row(*(Text(text.strip()) for text in texts), end_section=cell is rows[-1])
     notes = [f"{name}: {sentence}" for name, sentence in conventions_of(results)]
     notes += ["low–high: 95% interval."]
     notes += ["lossless: prompts answered exactly as by plain greedy decoding / prompts compared."]
-    notes += [f"J/token {MISSING}: not measurable here."] if energy_missing(results) else []
+    notes += [f"J/token {MISSING}: not measurable here."] if energy_missing else []
     table.caption = Text("\n".join(notes))
     return table
 
@@ -325,6 +321,7 @@ def write_report(
     looks = styles_of(results, training)
     labels = condition_labels(results)
     sentence, support = headline(results)
+    sections = [condition_section(*pair, looks) for pair in zip(results, labels, strict=True)]
     targets = dict.fromkeys(str((each.get("conditions") or {}).get("target", "")) for each in results)
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(
@@ -337,8 +334,8 @@ def write_report(
         notes=list(notes),
         targets=list(targets),
         created=list(dict.fromkeys(str(each["created"]) for each in results if each.get("created"))),
-        sections=[condition_section(*pair, looks) for pair in zip(results, labels, strict=True)],
-        energy_missing=energy_missing(results),
+        sections=sections,
+        energy_missing=any(row["joules"] == MISSING for section in sections for row in section["rows"]),
         training=training_charts(training, looks),
         trained=[looks[name] for name in training],
         conventions=conventions_of(results),
