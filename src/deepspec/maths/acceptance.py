@@ -6,7 +6,8 @@ proposed   tokens the draft put forward (0…γ; a schedule may cut a round shor
 accepted   tokens of these that verification accepted, before any cut at the budget or a stop token
 kept       tokens the round added to the output, replacement or bonus included, after that cut
 
-A figure for which nothing was counted is None, never NaN.
+A figure for which nothing was counted is None, never NaN. Lists that do not describe the same rounds raise
+ValueError.
 
 P prompts, n resamples.
 """
@@ -45,8 +46,6 @@ def survival(accepted: Rounds, proposed: Rounds, block: int) -> list[float | Non
     Only rounds that proposed at least k tokens are counted. If confidence cuts the lengths, those rounds are
     the promising ones: the figure is then a rate of what was tried, and need neither fall with k nor equal
     the product of the conditional rates.
-
-    Raises ValueError if the two lists do not describe the same rounds.
     """
     rounds = list(_pairs(accepted, proposed, block))
     return [
@@ -60,8 +59,6 @@ def conditional(accepted: Rounds, proposed: Rounds, block: int) -> list[float | 
 
     Position k is reached in a round that proposed at least k tokens and accepted the k-1 before it. A round
     cut below k has not reached k, even when everything it proposed was accepted.
-
-    Raises ValueError if the two lists do not describe the same rounds.
     """
     rounds = list(_pairs(accepted, proposed, block))
     return [
@@ -74,8 +71,6 @@ def verify_rate(accepted: Rounds, proposed: Rounds) -> float | None:
     """Σ committed / Σ (proposed + 1): the share of the verified positions that became output.
 
     Committed is accepted + 1, as verified: the cut at the budget or a stop token is not counted here.
-
-    Raises ValueError if the two lists do not describe the same rounds.
     """
     rounds = list(_pairs(accepted, proposed))
     return _share(sum(a + 1 for a, _ in rounds), sum(length + 1 for _, length in rounds))
