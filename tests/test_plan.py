@@ -54,7 +54,7 @@ from deepspec.cost.plan import make_plan
 from deepspec.cost.sizes import disk_figures, host_figures, memory_figures
 from deepspec.cost.step_time import Measured, Speeds, TrainSpeed, rounds_needed, speed_key
 from deepspec.data.tokens import Encoded
-from deepspec.decode.engine import Decoder, Request
+from deepspec.decode.engine import Request
 from deepspec.drafts import ALGORITHMS as DRAFTS
 from deepspec.drafts import LossSettings
 from deepspec.drafts.base import NeuralDraft
@@ -712,20 +712,17 @@ def test_line_through_rounds_is_the_least_squares_one_unless_a_part_of_it_is_bel
     assert profile.line_through(rounds) == pytest.approx(line, abs=1e-12)
 
 
-def test_rounds_are_timed_from_a_drafts_place_without_the_prefills(llama_dir: Path, monkeypatch):
-    """A clock that ticks once at every look: rounds that prefills followed are left out."""
+def test_rounds_are_timed_apart_from_the_prefills(llama_dir: Path, monkeypatch):
+    """A clock that ticks once at every look."""
     target = Target.from_pretrained(llama_dir, dtype="float32", device="cpu")
     ticks = iter(range(1000))
     monkeypatch.setattr(profile, "_clock", lambda target: float(next(ticks)))
-    clock = profile._Clock(target)
     requests = [Request([5, 6, 7 + i], 6 + 2 * i, i, str(i), Sampling(1.0)) for i in range(3)]
-    decoder = Decoder(target, clock, max_rows=2)
-    assert sum(len(answer.token_ids) for answer in decoder.run(requests)) == 6 + 8 + 10
-    assert clock.prefills == [1.0] * 3
-    # Five rounds of two rows until the first answer ends; the round that the third prompt's prefill followed
-    # is not counted, nor the last of all, which no look follows.
-    assert [rows for rows, _ in clock.rounds] == [2] * 4 + [2] * 2 + [1] * 6
-    assert {seconds for _, seconds in clock.rounds} == {1.0}
+    answers, prefills, rounds = profile._timed(target, requests, slots=2)
+    assert {g.key: len(g.token_ids) for g in answers} == {"0": 6, "1": 8, "2": 10}
+    assert prefills == [1.0] * 3
+    # Two rows until the first answer ends, two again once the third prompt has its slot, and one at the end.
+    assert rounds == [(2, 1.0)] * 7 + [(1, 1.0)] * 7
 
 
 @pytest.mark.parametrize(("load", "warned"), [(0.4, False), (7.9, False), (8.0, True)])
