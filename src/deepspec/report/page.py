@@ -25,7 +25,6 @@ from deepspec.report.results import (
     Row,
     condition_labels,
     conditions_table,
-    drafts_of,
     estimate,
     is_greedy,
     is_number,
@@ -212,7 +211,8 @@ def sample_groups(result: Result, looks: Mapping[str, Style]) -> list[dict[str, 
 def condition_section(result: Result, label: str, looks: Mapping[str, Style]) -> dict[str, Any]:
     """Everything the page shows for one results file."""
     conditions = result.get("conditions") or {}
-    rows, drafts = rows_of(result), drafts_of(result)
+    rows = rows_of(result)
+    drafts = [row for row in rows if row.get("kind") == "draft"]
 
     def look(row: Row) -> Style:
         return looks[row.get("method", "")]

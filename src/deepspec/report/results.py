@@ -80,10 +80,6 @@ def rows_of(result: Result) -> list[Row]:
     return list(result.get("rows") or [])
 
 
-def drafts_of(result: Result) -> list[Row]:
-    return [row for row in rows_of(result) if row.get("kind") == "draft"]
-
-
 def is_greedy(conditions: Mapping[str, Any]) -> bool:
     return conditions.get("temperature") == 0
 
