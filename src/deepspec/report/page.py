@@ -24,7 +24,7 @@ from deepspec.report.results import (
     Result,
     Row,
     condition_labels,
-    conditions_table,
+    condition_name,
     estimate,
     is_greedy,
     is_number,
@@ -276,7 +276,7 @@ def write_report(
     # The first sentences are about the fastest draft at temperature 0, or in the first file if there is none.
     first = next((each for each in sections if each["greedy"]), sections[0] if sections else {"rows": []})
     drafts = [row for row in first["rows"] if row["kind"] == "draft"]
-    targets = dict.fromkeys(str((each.get("conditions") or {}).get("target", "")) for each in results)
+    recorded = [each.get("conditions") or {} for each in results]
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -286,7 +286,7 @@ def write_report(
         first=first,
         best=max(drafts, key=lambda row: row["value"], default=None),
         notes=list(notes),
-        targets=list(targets),
+        targets=list(dict.fromkeys(str(each.get("target", "")) for each in recorded)),
         created=list(dict.fromkeys(str(each["created"]) for each in results if each.get("created"))),
         sections=sections,
         energy_missing=any(row["joules"] == MISSING for section in sections for row in section["rows"]),
@@ -294,7 +294,8 @@ def write_report(
         trained=[looks[name] for name in training],
         conventions=conventions_of(results),
         labels=labels,
-        conditions=conditions_table(results),
+        conditions={key: condition_name(key) for each in recorded for key in each},
+        recorded=recorded,
         **FRAME,
     )
     path = Path(path)

@@ -135,20 +135,3 @@ def lossless_finding(row: Row, conditions: Mapping[str, Any]) -> tuple[str, str]
 
 def condition_name(key: str) -> str:
     return CONDITION_NAMES.get(key, key.replace("_", " "))
-
-
-def shown_condition(value: Any) -> str:
-    """A condition's value for people: yes and no for switches, words for what is absent."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "not recorded" if value is None else str(value)
-
-
-def conditions_table(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
-    """(name, one value per results file) for every condition that any file records."""
-    recorded = [result.get("conditions") or {} for result in results]
-    names = {key: condition_name(key) for each in recorded for key in each}
-    return [
-        (name[:1].upper() + name[1:], [shown_condition(each.get(key)) for each in recorded])
-        for key, name in names.items()
-    ]
