@@ -34,7 +34,6 @@ from deepspec.report.results import (
     sampling_label,
 )
 
-REPEATS_WORTH_A_WARNING = 0.2
 KINDS = {
     "plain": "plain decoding",
     "generate": "transformers' generate",
@@ -114,6 +113,7 @@ def cells(row: Row, result: Result) -> dict[str, Any]:
         "tokens_per_s": number(overall.get("tokens_per_s"), 1),
         "distinct": number(overall.get("distinct_4")),
         "repeated": number(overall.get("repeated_8")),
+        "repeats": overall.get("repeated_8") or 0.0,
         "joules": number(overall.get("joules_per_token")),
         "lossless": lossless,
         "state": state,
@@ -235,14 +235,12 @@ def condition_section(result: Result, label: str, looks: Mapping[str, Style]) ->
         line_chart("Conditional acceptance", position, "share", by_position("conditional"), (0, 1), True),
         line_chart("Survival", position, "share", by_position("survival"), (0, 1), True),
     ]
-    repeats = [(look(row).label, (row.get("overall") or {}).get("repeated_8") or 0) for row in rows]
-    shown = [{**cells(row, result), "style": look(row)} for row in rows]
     return {
         "label": label,
         "sampling": sampling_label(conditions),
         "greedy": is_greedy(conditions),
         "rule": conditions.get("acceptance_rule") or "not recorded",
-        "rows": shown,
+        "rows": [{**cells(row, result), "style": look(row)} for row in rows],
         "bars": [chart for chart in charts[:2] if chart],
         "curves": [chart for chart in charts[2:] if chart],
         "positions": [
@@ -250,9 +248,6 @@ def condition_section(result: Result, label: str, looks: Mapping[str, Style]) ->
             for measure in ("conditional", "survival")
             for style, line in by_position(measure)
         ],
-        "drafts": [look(row) for row in drafts],
-        "loops": [(name, f"{share:.0%}") for name, share in repeats if share > REPEATS_WORTH_A_WARNING],
-        "verified": [row for row in shown if row["state"] != "baseline"],
         "samples": sample_groups(result, looks),
     }
 
