@@ -38,7 +38,6 @@ from deepspec.cost.dimensions import PUBLISHED_TARGETS, draft_dimensions, target
 from deepspec.cost.fit import cheapest_change
 from deepspec.cost.formulas import (
     activation_bytes,
-    cache_bytes,
     cache_bytes_per_token,
     draft_flops,
     draft_parameters,
@@ -405,7 +404,7 @@ def test_planned_bytes_of_a_cache_are_those_that_writing_one_counts(targets: dic
     each = cache_bytes_per_token(
         target.spec.hidden_size, 3, store, features_share=features / tokens, last_share=hidden / tokens
     )
-    assert cache_bytes(tokens, each).value == pytest.approx(cache.payload, rel=1e-12)
+    assert tokens * each.value == pytest.approx(cache.payload, rel=1e-12)
 
 
 def test_single_change_that_fits_is_named_alone_and_really_plans():

@@ -75,8 +75,9 @@ def cheapest_change(inputs: Inputs) -> Change | None:
         taken = single or _several(inputs, steps)
         if _over(inputs, taken) == 0:
             costs = dict.fromkeys(step.cost for step in taken)
-            words = tuple(step.word for step in _last_of_each_key(taken))
-            return Change(words, "; ".join(costs), _needs(inputs, taken))
+            # A later, smaller value takes the place of an earlier one.
+            words = {step.key: step.word for step in taken}
+            return Change(tuple(words.values()), "; ".join(costs), _needs(inputs, taken))
     return None
 
 
@@ -92,13 +93,8 @@ def _several(inputs: Inputs, steps: Sequence[Step]) -> list[Step]:
     return taken
 
 
-def _last_of_each_key(taken: Sequence[Step]) -> list[Step]:
-    """A later, smaller value takes the place of an earlier one."""
-    return list({step.key: step for step in taken}.values())
-
-
 def _needs(inputs: Inputs, taken: Sequence[Step]) -> tuple[Need, ...]:
-    for step in _last_of_each_key(taken):
+    for step in taken:
         inputs = applied(inputs, step)
     return needs_of(inputs)
 
