@@ -115,25 +115,3 @@ def default_target_layers(depth: int) -> list[int]:
         raise ValueError(f"a target of {depth} layer(s) has no inner layer to read features from")
     step = max(depth - 4, 0) / 4
     return sorted({min(int(1 + i * step + 0.5), depth - 2) for i in range(5)})
-
-
-def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) -> dict[str, Any]:
-    return {
-        "model_type": "qwen3",
-        "vocab_size": 151936,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "tie_word_embeddings": tied,
-    }
-
-
-PUBLISHED_TARGETS: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen3-4B": _qwen3(2560, 9728, 36, 32, True),
-    "Qwen/Qwen3-8B": _qwen3(4096, 12288, 36, 32, False),
-    "Qwen/Qwen3-14B": _qwen3(5120, 17408, 40, 40, False),
-}
-"""Dimensions of published targets, so that their recipes can be planned without a network."""

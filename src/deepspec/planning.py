@@ -14,16 +14,21 @@ from typing import Any
 from deepspec.answers.in_process import PACKAGED_ROWS
 from deepspec.checkpoints.inspect import parameters
 from deepspec.config import Recipe, feature_source
-from deepspec.cost import MACHINES, Counts, Inputs, Machine, assumed_counts, published_counts
-from deepspec.cost.inputs import USUAL_BATCH
+from deepspec.cost.dimensions import PUBLISHED_TARGETS
+from deepspec.cost.inputs import USUAL_BATCH, Counts, Inputs, assumed_counts, published_counts
+from deepspec.cost.machines import MACHINES, Machine
 from deepspec.cost.step_time import FromRow, Measured, Speeds, StepTime, speed_key
-from deepspec.data.conversations import Conversation, conversation_from_row, read_conversations
-from deepspec.data.messages import is_trained
-from deepspec.data.tokens import encode_turns, prompt_ids
+from deepspec.data.conversations import (
+    Conversation,
+    conversation_from_row,
+    prompt_messages,
+    read_conversations,
+)
+from deepspec.data.inspect import row_sequences
+from deepspec.data.messages import last_trained
 from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.spec import DraftSpec
 from deepspec.errors import DataError, UserError, nearest
-from deepspec.families import PUBLISHED_TARGETS
 from deepspec.log import note, warn
 from deepspec.measure.evaluate import spread
 from deepspec.pocket import packaged, prompts_path
@@ -196,13 +201,11 @@ def _spread_rows(path: Path) -> tuple[list[Conversation], float]:
 
 def _tokens(row: Conversation, tokenizer: Any, thinking: bool) -> tuple[float, float | None]:
     """(tokens of the prompt, of the answer or None without one)."""
-    last = next((i for i in range(len(row.messages))[::-1] if is_trained(row.messages[i])), None)
+    last = last_trained(row.messages)
     if tokenizer is None:
-        before = row.messages if last is None else row.messages[:last]
-        prompt = sum(len(m["content"]) for m in before) / CHARACTERS
+        prompt = sum(len(m["content"]) for m in prompt_messages(row)) / CHARACTERS
         return prompt, None if last is None else len(row.messages[last]["content"]) / CHARACTERS
-    if last is None:
-        return len(prompt_ids(tokenizer, row.messages, thinking, where=row.where)), None
-    rows = encode_turns(tokenizer, row, thinking)
-    supervised = sum(sum(r.loss_mask) for r in rows)
-    return sum(len(r.ids) for r in rows) - supervised, supervised
+    sequences = row_sequences(tokenizer, row, thinking)
+    supervised = sum(sum(sequence.loss_mask) for sequence in sequences)
+    prompt = sum(len(sequence.ids) for sequence in sequences) - supervised
+    return prompt, None if last is None else supervised

@@ -17,7 +17,6 @@ from deepspec.cli.common import (
     report_skipped,
     say_repeats,
     skipping,
-    whole_or_not,
 )
 from deepspec.errors import UserError
 
@@ -75,17 +74,8 @@ def download(
         limit = (known.rows if known else None) or 0
     wanted = Wanted(names, column_map(columns or [], id_column), domain, config, split, copies or ())
     skipped = skipping(skip_bad)
-    with whole_or_not():
-        rows = open_source(wanted, skipped)
-        done = run(
-            rows,
-            out,
-            source=", ".join(names),
-            limit=limit,
-            seed=seed,
-            drop_repeats=drop_repeats,
-            skipped=skipped,
-        )
+    rows, source = open_source(wanted, skipped), ", ".join(names)
+    done = run(rows, out, source=source, limit=limit, seed=seed, drop_repeats=drop_repeats, skipped=skipped)
     report_skipped(skipped)
     if as_json:
         asked = {"out": str(out), "limit": limit, "seed": seed}

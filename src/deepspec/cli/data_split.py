@@ -16,7 +16,6 @@ from deepspec.cli.common import (
     report_skipped,
     say_repeats,
     skipping,
-    whole_or_not,
 )
 
 
@@ -44,8 +43,7 @@ def split(
     from deepspec.data.split import split as run
 
     skipped = skipping(skip_bad)
-    with whole_or_not():
-        done = run(files, out, select=select, test=test, drop_repeats=drop_repeats, skipped=skipped)
+    done = run(files, out, select=select, test=test, drop_repeats=drop_repeats, skipped=skipped)
     report_skipped(skipped)
     if as_json:
         print_json({"out": str(out), **vars(done), "skipped": skipped.as_json()})

@@ -33,16 +33,12 @@ def evaluate(
     target: TargetName = "pocket",
     draft: Annotated[
         list[str] | None,
-        typer.Option("--draft", help="A built-in name, a run's or checkpoint's folder; may be repeated."),
+        typer.Option(help="A built-in name, a run's or checkpoint's folder; may be repeated."),
     ] = None,
-    prompts: Annotated[
-        str | None, typer.Option("--prompts", help="A JSONL file, pocket:test or pocket:select.")
-    ] = None,
-    limit: Annotated[
-        int, typer.Option("--limit", min=0, help="Number of prompts, domains in turns. 0: all.")
-    ] = 12,
+    prompts: Annotated[str | None, typer.Option(help="A JSONL file, pocket:test or pocket:select.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Number of prompts, domains in turns. 0: all.")] = 12,
     temperature: Annotated[
-        list[float] | None, typer.Option("--temperature", min=0, help="0 is greedy; may be repeated.")
+        list[float] | None, typer.Option(min=0, help="0 is greedy; may be repeated.")
     ] = None,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -52,17 +48,17 @@ def evaluate(
         bool, typer.Option("--ignore-eos", help="Generate the whole budget, past stop tokens.")
     ] = False,
     seed: Seed = 0,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts decoded together.")] = 1,
-    dtype: Annotated[Dtype, typer.Option("--dtype")] = Dtype.auto,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 1,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     no_baselines: Annotated[
         bool, typer.Option("--no-baselines", help="Leave out transformers' generate and prompt lookup.")
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Results file; several temperatures add -t<temperature> to its name."),
+        typer.Option(help="Results file; several temperatures add -t<temperature> to its name."),
     ] = None,
-    report: Annotated[Path | None, typer.Option("--report", help="Also write an HTML report.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write an HTML report.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure drafts next to plain decoding: accepted length, speed, and whether the output changed.

@@ -14,7 +14,7 @@ def quickstart(
     fast: Annotated[
         bool, typer.Option("--fast", help="Run all of it on little data, in about three minutes.")
     ] = False,
-    out: Annotated[Path, typer.Option("--out", help="Folder for runs, results and the report.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for runs, results and the report.")] = Path(
         "runs/quickstart"
     ),
     as_json: Json = False,

@@ -95,7 +95,7 @@ def batches_from(
 ) -> Iterator[tuple[int, list[Encoded]]]:
     """(epoch, rows) of batch `first` and all after it, forever."""
     lengths = pack(rows).offsets.diff().tolist()
-    epoch, skip = divmod(first, steps_per_epoch(rows, batch_size))
+    epoch, skip = divmod(first, math.ceil(len(rows) / batch_size))
     while True:
         for picked in batch_order(lengths, batch_size, seed, epoch)[skip:]:
             yield epoch, [rows[i] for i in picked]
@@ -119,10 +119,6 @@ def announced(
             yield now
     finally:
         close()
-
-
-def steps_per_epoch(rows: Sequence[Encoded], batch_size: int) -> int:
-    return math.ceil(len(rows) / batch_size)
 
 
 def online(target: Target, layers: Sequence[int]) -> Source:

@@ -270,12 +270,6 @@ def _stored_vectors(batch: FeatureBatch, facts: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _whole(plan: Plan, out: Path, shard: int, *, verify: bool = False) -> dict[str, Any] | None:
     """The sidecar, without the facts, of a shard that is there in its size (and, with `verify`, with its
     checksum). Raises DataError for a shard of another cache."""
@@ -293,7 +287,7 @@ def _whole(plan: Plan, out: Path, shard: int, *, verify: bool = False) -> dict[s
     if not path.exists() or path.stat().st_size != sidecar["bytes"]:
         note(f"{path}: missing or cut off; writing it again")
         return None
-    if verify and file_hash(path) != sidecar["sha256"]:
+    if verify and hashlib.sha256(path.read_bytes()).hexdigest() != sidecar["sha256"]:
         note(f"{path}: its checksum is wrong; writing it again")
         return None
     return sidecar
