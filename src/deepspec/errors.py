@@ -70,8 +70,8 @@ class NonFiniteError(TargetError):
         "holds them has to be written again"
     )
     OF_DRAFT = (
-        "use another checkpoint of the draft, or load the target in bfloat16 or float32: the draft runs in "
-        "the target's number format"
+        "use an earlier checkpoint of the draft (in training: a lower optim.lr), or load the target in "
+        "bfloat16 or float32: a draft runs in its target's number format"
     )
     OF_STEP = (
         "the checkpoints so far are unchanged: lower optim.lr, or leave the row out, and run the same "

@@ -156,7 +156,8 @@ def save_draft(
     """Write a checkpoint directory, whole or not at all.
 
     The target's embedding and head are not copied into it; if the draft has one of its own, it is stored
-    together with its partner. Weights that are not finite are refused with CheckpointError. `beside` may add files to the directory before it is renamed into place.
+    together with its partner. `beside` may add files to the directory before it is renamed into place.
+    Raises CheckpointError for weights that are not finite.
     """
     weights = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in draft.state_dict().items()}
     weights |= _own_copies(draft, target)

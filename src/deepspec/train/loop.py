@@ -111,7 +111,9 @@ def train(
         tau, at.judged_step = held_out(draft), at.step
         draft.train()
         if not math.isfinite(tau):
-            raise NonFiniteError("the held-out measurement", f"τ after step {at.step}", (), NonFiniteError.OF_STEP)
+            raise NonFiniteError(
+                "the held-out measurement", f"τ after step {at.step}", (), NonFiniteError.OF_STEP
+            )
         figures = {"seconds": round(at.seconds, 3), "tokens": at.tokens}
         log({"step": at.step, "held_out_tau": tau, **figures}, finished_share(recipe, total_steps, at))
         if at.best_tau is None or not tau <= at.best_tau:

@@ -12,6 +12,9 @@ from deepspec.config import OptimConfig
 from deepspec.drafts.base import NeuralDraft
 from deepspec.errors import RecipeError
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What torch's AdamW keeps of each weight."""
+
 
 class Optimizer:
     """AdamW over a draft's parameters; it steps float32 masters if the draft itself is narrower.
@@ -71,6 +74,13 @@ class Optimizer:
         return {"adamw": self.adamw.state_dict(), "masters": [m.detach() for m in self.masters]}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` gave. Raises ValueError for moments that are not finite, or of another
+        shape than their weights."""
+        for number, found in state["adamw"]["state"].items():
+            shape = self.masters[number].shape
+            moments = [found[key] for key in MOMENTS] if self.optim.states == "float32" else []
+            if any(moment.shape != shape or not moment.isfinite().all() for moment in moments):
+                raise ValueError(f"the moments of weight {number} are not finite, or of another shape")
         self.adamw.load_state_dict(state["adamw"])
         with torch.no_grad():
             for master, parameter, saved in zip(self.masters, self.parameters, state["masters"], strict=True):
