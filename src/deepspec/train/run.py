@@ -256,7 +256,9 @@ def _load_step(
         if at.step != step or not math.isfinite(at.seconds):
             raise ValueError(f"progress.json tells of step {at.step} and {at.seconds} s")
         weights, _ = read_parts(path, load_spec(path, draft.spec.num_target_layers))
-        before, now = (found.get("vocabulary") or {} for found in (load_provenance(path), facts))
+        if not (origin := load_provenance(path)):
+            raise ValueError("deepspec.json is missing")
+        before, now = (found.get("vocabulary") or {} for found in (origin, facts))
         saved = torch.load(path / "optimizer.pt", weights_only=True, map_location=draft.device)
         masters = saved["masters"]
         shapes = [m.shape for m in masters]
