@@ -5,6 +5,8 @@ R rows, γ proposals, Q = γ + 1 new tokens per row, V vocabulary, m captured la
 
 from __future__ import annotations
 
+from itertools import accumulate
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from deepspec.drafts.base import Proposal
 from deepspec.maths.finite import finite_layers
 from deepspec.maths.slots import Ints
-from deepspec.maths.verify import Verdict, defined
+from deepspec.maths.verify import Verdict
 
 LOGITS = "its logits"
 
@@ -27,7 +29,7 @@ class Fault(NamedTuple):
 
 class Settled(NamedTuple):
     """Per row: tokens accepted, and the one that follows them. faults: of the rows that have one.
-    features: as the draft may read them; what is not finite is zero."""
+    features: as the draft may read them; the vectors of a token are zero if one of them is not finite."""
 
     accepted: list[int]
     next_token: list[int]
@@ -38,30 +40,35 @@ class Settled(NamedTuple):
 def settle(
     verdict: Verdict, p: Tensor, q: Tensor, proposal: Proposal, features: Tensor | None, layers: Ints
 ) -> Settled:
-    """Read a verdict on p [R, Q, V] and q [R, γ, V], and check what it rests on: the target's logits where
-    the row stopped, all of the draft's, its confidences, and the features [R, Q, m*d] of committed tokens."""
-    target = defined(p).gather(1, verdict.accepted[:, None])
-    draft = defined(q).all(1, keepdim=True)
-    sure = torch.ones_like(draft)
-    if proposal.confidence is not None:
-        sure = proposal.confidence.to(p.device).isfinite().all(1, keepdim=True)
-    heard = torch.ones_like(p[..., 0], dtype=torch.bool)
-    if features is not None:
-        heard = finite_layers(features, len(layers)).all(-1)
-    told = verdict.accepted[:, None], verdict.next_token[:, None], target, draft, sure, heard
-    rows = torch.cat(told, dim=1).tolist()
-    faults: dict[int, Fault] = {}
-    for i, (accepted, _, target_sound, draft_sound, confidence_sound, *heard_sound) in enumerate(rows):
-        if features is not None and not all(heard_sound[: accepted + 1]):
-            faults[i] = Fault(True, first_layer(features[i, : accepted + 1], layers) or "")
-        elif not target_sound:
+    """Read a verdict on p [R, Q, V] and q [R, γ, V] with what it rests on: the target's logits and features
+    [R, Q, m*d] up to where each row stopped, all of the draft's logits, and its confidences."""
+    columns = [verdict.accepted[:, None], verdict.next_token[:, None], p[..., 0], q[..., 0]]
+    columns.append(p[:, :0, 0] if proposal.confidence is None else proposal.confidence.to(p.device))
+    # A sum is finite if all its parts are, and costs less than asking each of them.
+    columns.append(p[:, :0, 0] if features is None else features.sum(-1, dtype=torch.float32))
+    ends = list(accumulate(column.shape[1] for column in columns))
+    rows = torch.cat(columns, dim=1).tolist()  # in float32, which holds a token id exactly
+    accepted, next_token, faults = [int(r[0]) for r in rows], [int(r[1]) for r in rows], {}
+    for i, row in enumerate(rows):
+        if all(map(isfinite, row)):
+            continue
+        _, _, of_target, of_draft, confidence, _ = (
+            row[start:end] for start, end in zip([0, *ends], ends, strict=False)
+        )
+        kept = accepted[i] + 1
+        if features is not None and (layer := first_layer(features[i, :kept], layers)):
+            faults[i] = Fault(True, layer)
+        elif not all(map(isfinite, of_target[:kept])):
             faults[i] = Fault(True, LOGITS)
-        elif not (draft_sound and confidence_sound):
-            faults[i] = Fault(False, LOGITS if not draft_sound else "its confidences")
-    if features is not None and not all(all(row[5:]) for row in rows):
-        # Even as padding, NaN would reach every later round of its slot, through any mask.
-        features = features.masked_fill(~heard[..., None], 0.0)
-    return Settled([row[0] for row in rows], [row[1] for row in rows], faults, features)
+        elif not all(map(isfinite, of_draft)):
+            faults[i] = Fault(False, LOGITS)
+        elif not all(map(isfinite, confidence)):
+            faults[i] = Fault(False, "its confidences")
+        if features is not None:
+            # Even as padding, NaN would reach every later round of its slot, through any mask.
+            unsound = ~finite_layers(features, len(layers)).all(-1, keepdim=True)
+            features = features.masked_fill(unsound, 0.0)
+    return Settled(accepted, next_token, faults, features)
 
 
 def first_layer(features: Tensor, layers: Ints) -> str | None:

@@ -67,8 +67,9 @@ def warp(logits: Tensor, samplings: Samplings) -> Tensor:
     more probable than it (after top-k, renormalised) hold less than `top_p`. So the most probable token
     always stays, and no row depends on the others or on their samplings.
 
-    Logits without a finite maximum (one is NaN or +inf, or all are -inf) have no distribution: their
-    probabilities are all NaN (`defined`). Raises ValueError unless there is one sampling per row.
+    Logits without a finite maximum (one is NaN or +inf, or all are -inf) have no distribution: the first
+    of their probabilities is NaN, whatever the others are. Raises ValueError unless there is one sampling per
+    row.
     """
     if isinstance(samplings, Sampling):
         samplings = [samplings]
@@ -87,17 +88,16 @@ def warp(logits: Tensor, samplings: Samplings) -> Tensor:
 
 
 def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The first maximum [...] of logits [..., V], and the float32 distribution [..., V] with all mass on it.
-
-    Where that maximum is not finite the distribution is all NaN, as a softmax would be.
-    """
-    tokens = logits.argmax(-1, keepdim=True)
-    zeros = logits.gather(-1, tokens).float() * 0.0
-    return tokens.squeeze(-1), zeros.expand(logits.shape).scatter(-1, tokens, zeros + 1.0)
+    """The first maximum [...] of logits [..., V], and the float32 distribution [..., V] with all mass on it,
+    whose first value is NaN if that maximum is not finite."""
+    tokens = logits.argmax(-1)
+    probabilities = one_hot(tokens, logits.shape[-1])
+    probabilities[..., 0] += 0.0 * logits.gather(-1, tokens[..., None]).squeeze(-1)
+    return tokens, probabilities
 
 
 def defined(probabilities: Tensor) -> Tensor:
-    """[...] bool: whether `warp` found a distribution [..., V]. One value tells: without one, all are NaN."""
+    """[...] bool: whether `warp` found a distribution [..., V]. Its first value tells."""
     return ~probabilities[..., 0].isnan()
 
 
