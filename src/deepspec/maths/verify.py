@@ -90,9 +90,9 @@ def warp(logits: Tensor, samplings: Samplings) -> Tensor:
 def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The first maximum [...] of logits [..., V], and the float32 distribution [..., V] with all mass on it,
     whose first value is NaN if that maximum is not finite."""
-    tokens = logits.argmax(-1)
+    largest, tokens = logits.max(-1)  # the first of equal ones
     probabilities = one_hot(tokens, logits.shape[-1])
-    probabilities[..., 0] += 0.0 * logits.gather(-1, tokens[..., None]).squeeze(-1)
+    probabilities.select(-1, 0).add_(largest, alpha=0.0)
     return tokens, probabilities
 
 
