@@ -15,6 +15,7 @@ import math
 import pickle
 import re
 import shutil
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Progress:
 READ_PROGRESS = TypeAdapter(Progress).validate_json
 UNREADABLE = (
     *(OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
-    *(pickle.UnpicklingError, SafetensorError),
+    *(pickle.UnpicklingError, struct.error, SafetensorError),
 )
 """What reading a torn file as JSON, as safetensors or with `torch.load` may raise."""
 
