@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -63,3 +63,33 @@ class ServerError(UserError):
 
 class MismatchError(UserError):
     """A draft does not fit its target."""
+
+
+class NonFiniteError(TargetError):
+    """Infinities or NaN where numbers belong: nothing may be learnt, drawn or written from them.
+
+    who: the target, a draft, or a step of training. what: which of its numbers. rows: ids of those at fault.
+    """
+
+    OF_TARGET = (
+        "load the target in bfloat16 or float32 (float16 overflows in some models), or leave the row out; if "
+        "every row gives them, the weights are damaged: copy or download them again. A feature cache that "
+        "holds them has to be written again"
+    )
+    OF_DRAFT = (
+        "use an earlier checkpoint of the draft (in training: a lower optim.lr), or load the target in "
+        "bfloat16 or float32: a draft runs in its target's number format"
+    )
+    OF_STEP = (
+        "the checkpoints so far are unchanged: lower optim.lr, or leave the row out, and run the same "
+        "command again to continue from the newest"
+    )
+
+    def __init__(self, who: str, what: str, rows: Sequence[str] = (), next_step: str = OF_TARGET) -> None:
+        some = [f"row {row!r}" for row in rows[:8]] + ([f"{len(rows) - 8} more"] if len(rows) > 8 else [])
+        super().__init__(
+            f"{who} gives infinities or NaN in {what}, from which nothing can be learnt or decoded",
+            where=", ".join(some) or None,
+            next_step=next_step,
+        )
+        self.rows = tuple(rows)

@@ -61,6 +61,8 @@ class Dialogue:
     """In all answers together."""
     trouble: str | None = None
     """Why it cannot be answered."""
+    broken: bool = False
+    """The target gave infinities or NaN for it."""
     exhausted: bool = False
     """Every attempt to have it answered by a server failed."""
 

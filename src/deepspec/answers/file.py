@@ -58,6 +58,8 @@ class Tally:
     """Rows left out because an earlier row has the same id."""
     tokens: int = 0
     seconds: float = 0.0
+    broken: list[str] = field(default_factory=list)
+    """Ids of failed rows for which the target gave infinities or NaN."""
     began: float = field(default_factory=time.perf_counter, repr=False, compare=False)
 
     @property

@@ -22,7 +22,7 @@ from deepspec.data.conversations import Conversation, read_conversations
 from deepspec.data.identity import row_seed
 from deepspec.data.tokens import require_tokenizer, template_hash
 from deepspec.decode.engine import Decoder, Request
-from deepspec.errors import DataError
+from deepspec.errors import DataError, NonFiniteError
 from deepspec.log import Bar, note, progress
 from deepspec.maths.verify import Sampling
 from deepspec.pocket import prompts_path
@@ -56,7 +56,9 @@ def regenerate(
     run continues.
 
     Raises TargetError without a tokenizer or chat template, DataError if `out` holds answers made under
-    other conditions, and UserError if `out` cannot be written.
+    other conditions, and UserError if `out` cannot be written. Rows for which the target gives infinities or
+    NaN are listed as failed too; NonFiniteError names them once the others are answered, or at once if the
+    first rows are all like that.
     """
     sampling = sampling or Sampling(temperature=1.0)
     tokenizer = require_tokenizer(target.tokenizer, target.spec.name)
@@ -69,6 +71,9 @@ def regenerate(
             for start in range(0, len(window), size):
                 _answer(window[start : start + size], file, tally, bar, target, now, max_rows)
     tally.seconds = time.perf_counter() - tally.began
+    if tally.broken:
+        kept = f"the other rows are answered in {out}; {NonFiniteError.OF_TARGET}"
+        raise NonFiniteError(target.spec.name, "its logits", tally.broken, kept)
     return tally
 
 
@@ -101,6 +106,10 @@ def _answer(
     dialogues = [Dialogue.begin(c) for c in asked]
     for _ in decoded(dialogues, target, now, max_rows):
         bar.update(1, **tally.fields)
+    broken = [d.conversation.id for d in dialogues if d.broken]
+    if len(broken) == len(dialogues) and not (tally.new or tally.there):
+        raise NonFiniteError(target.spec.name, "its logits", broken)
+    tally.broken += broken
     for dialogue in dialogues:
         if dialogue.trouble is not None or dialogue.conversation.id not in file.tail:
             file.keep(dialogue, now.facts, tally)
@@ -124,14 +133,22 @@ def decoded(
                 yield dialogue
             else:
                 requests.append(request)
-        decoder = Decoder(target, None, max_rows=max(min(max_rows, len(requests)), 1))
         assert target.tokenizer is not None
-        for answer in decoder.run(requests):
-            dialogue = open_[int(answer.key)]
-            ids = answer.token_ids
-            dialogue.reply(target.tokenizer, now.thinking, "", ids, answer.stopped, len(ids))
-            if dialogue.answered or dialogue.trouble is not None:
-                yield dialogue
+        decoder = Decoder(target, None, max_rows=max(min(max_rows, len(requests)), 1))
+        waiting = iter(requests)
+        while True:
+            try:
+                for answer in decoder.run(waiting):
+                    dialogue = open_[int(answer.key)]
+                    ids = answer.token_ids
+                    dialogue.reply(target.tokenizer, now.thinking, "", ids, answer.stopped, len(ids))
+                    if dialogue.answered or dialogue.trouble is not None:
+                        yield dialogue
+                break
+            except NonFiniteError as error:  # these rows have failed; the decoder continues with the others
+                for dialogue in (open_[int(key)] for key in error.rows):
+                    dialogue.trouble, dialogue.broken = error.what, True
+                    yield dialogue
         open_ = [d for d in open_ if d.trouble is None and not d.answered]
 
 

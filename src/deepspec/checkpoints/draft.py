@@ -156,9 +156,11 @@ def save_draft(
 
     The target's embedding and head are not copied into it; if the draft has one of its own, it is stored
     together with its partner. `beside` may add files to the directory before it is renamed into place.
+    Raises CheckpointError for weights that are not finite.
     """
     weights = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in draft.state_dict().items()}
     weights |= _own_copies(draft, target)
+    read.check_finite(path, weights)
     config = write_config(draft.spec, target.spec.config)
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     facts = {**provenance, "sample_from_anchor": draft.spec.sample_from_anchor}

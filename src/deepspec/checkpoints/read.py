@@ -108,6 +108,12 @@ def read_parts(path: Path, spec: DraftSpec) -> tuple[dict[str, Tensor], dict[str
     copies = {name: tensors.pop(name) for name in (*SHARED, *MAPS) if name in tensors}
     check_names(path, spec, {name: tuple(t.shape) for name, t in (tensors | copies).items()})
     check_formats(path, {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()})
+    check_finite(path, tensors | copies)
+    return tensors, copies
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if a draft's weights hold infinities or NaN."""
     broken = next((name for name, t in tensors.items() if not t.isfinite().all()), None)
     if broken is not None:
         raise CheckpointError(
@@ -115,7 +121,6 @@ def read_parts(path: Path, spec: DraftSpec) -> tuple[dict[str, Tensor], dict[str
             where=str(path),
             next_step="use an earlier checkpoint, or copy or download this one again",
         )
-    return tensors, copies
 
 
 def draft_shapes(spec: DraftSpec) -> dict[str, Shape]:

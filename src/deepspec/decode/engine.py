@@ -11,15 +11,16 @@ from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
-from typing import NamedTuple, overload
+from typing import NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor
 
+from deepspec.decode.settle import LOGITS, Fault, first_layer, settle
 from deepspec.drafts.base import Draft, Proposal
-from deepspec.errors import UserError
+from deepspec.errors import NonFiniteError, UserError
 from deepspec.maths.slots import Ints, Ragged
-from deepspec.maths.verify import Sampling, Samplings, draw, verify, warp
+from deepspec.maths.verify import Sampling, Samplings, defined, draw, verify, warp
 from deepspec.targets import Target
 
 
@@ -128,6 +129,10 @@ class Decoder:
 
     Requests wait for a slot in the order in which they were submitted; a row that finishes or is cancelled
     leaves its slot to the next.
+
+    A step raises NonFiniteError if the target or the draft gives infinities or NaN for some rows. These rows,
+    which the error names by their keys, are dropped with nothing committed; the others are as they would have
+    been without them, and the next `step` hands out what this one gave them.
     """
 
     def __init__(self, target: Target, draft: Draft | None, *, max_rows: int = 1) -> None:
@@ -138,11 +143,13 @@ class Decoder:
         self.rows: list[_Row] = []
         """In the order of their slots: a step over neighbouring slots copies no keys and values."""
         self._names = (f"#{n}" for n in count())
+        self._held: list[Event] = []
+        """Events of a step that raised, for the next one to hand out."""
 
     @property
     def idle(self) -> bool:
         """Whether nothing is waiting or in flight, so that a step would do nothing."""
-        return not self.waiting and not self.rows
+        return not (self.waiting or self.rows or self._held)
 
     def submit(self, request: Request) -> str:
         """Put a request in line; its key.
@@ -187,14 +194,20 @@ class Decoder:
 
     def step(self) -> list[Event]:
         """One pass of the target: the first waiting request's prompt if a slot is free, which gives its first
-        token; otherwise a round over all rows in flight. Empty if the decoder is idle."""
+        token; otherwise a round over all rows in flight. Empty if the decoder is idle.
+
+        Raises NonFiniteError."""
+        if self._held:
+            held, self._held = self._held, []
+            return held
         if self.waiting and len(self.rows) < self.max_rows:
             return [self._start(self.waiting.pop(next(iter(self.waiting))))]
         return self._round() if self.rows else []
 
     def run(self, requests: Iterable[Request]) -> Iterator[Generation]:
         """Answers in the order in which they finish. A request is drawn from `requests` once a slot is free
-        for it. Raises UserError where `submit` does."""
+        for it. Raises UserError where `submit` does, and NonFiniteError where `step` does; another call then
+        continues with the other rows."""
         requests = iter(requests)
         while True:
             free = self.max_rows - len(self.rows) - len(self.waiting)
@@ -215,12 +228,17 @@ class Decoder:
         self.draft.open(slot)
         try:
             prompt = list(request.input_ids)
-            output = self.target.step([slot], [prompt], self.draft.feature_layers)
-            p = warp(self.target.logits(output.last_hidden[0, -1:]), request.sampling)
-            row.anchor = int(draw(p.cpu(), torch.rand(1, generator=random)))
+            layers = self.draft.feature_layers
+            output = self.target.step([slot], [prompt], layers)
+            p = warp(self.target.logits(output.last_hidden[0, -1:]), request.sampling).cpu()
+            part = None if output.features is None else first_layer(output.features, layers)
+            if part or not bool(defined(p)):
+                self._refuse([(row, Fault(True, part or LOGITS))])
+            row.anchor = int(draw(p, torch.rand(1, generator=random)))
             self.draft.observe([slot], output.features, [prompt], [[*prompt[1:], row.anchor]])
         except BaseException:
-            self._close(row)
+            if row in self.rows:
+                self._close(row)
             raise
         return self._event(row, row.commit([row.anchor], drafted=0))
 
@@ -242,18 +260,21 @@ class Decoder:
         q = proposal.q.to(p.device) if gamma else p[:, :0]
         lengths = torch.full((len(rows),), gamma, device=p.device)
         verdict = verify(p, q, proposal.tokens.to(p.device), lengths, uniforms[:, gamma:])
-        verdicts = zip(verdict.accepted.tolist(), verdict.next_token.tolist(), strict=True)
-        new = [[*proposed[i][:accepted], token] for i, (accepted, token) in enumerate(verdicts)]
+        settled = settle(verdict, p, q, proposal, output.features, draft.feature_layers)
+        decided = zip(settled.accepted, settled.next_token, strict=True)
+        new = [[*proposed[i][:accepted], token] for i, (accepted, token) in enumerate(decided)]
         # The caches keep the anchor and what was accepted; the new token is the next anchor.
         observed = [[anchor, *tokens[:-1]] for anchor, tokens in zip(anchors, new, strict=True)]
         for slot, length, tokens in zip(slots, before, observed, strict=True):
             target.rollback(slot, length + len(tokens))
-        features = output.features
+        features = settled.features
         if features is not None:
             features = features[:, : max(map(len, observed))]
         draft.observe(slots, features, observed, new)
         events = []
         for i, (row, tokens) in enumerate(zip(rows, new, strict=True)):
+            if i in settled.faults:
+                continue
             row.anchor, answer = tokens[-1], row.answer
             kept = row.commit(tokens, drafted=len(tokens) - 1)
             answer.proposed.append(gamma)
@@ -262,7 +283,18 @@ class Decoder:
             if proposal.confidence is not None:
                 answer.confidence.append(proposal.confidence[i].tolist())
             events.append(self._event(row, kept))
+        if settled.faults:
+            self._held = events
+            self._refuse([(rows[i], fault) for i, fault in settled.faults.items()])
         return events
+
+    def _refuse(self, broken: Sequence[tuple[_Row, Fault]]) -> NoReturn:
+        """Drop rows that rest on infinities or NaN, and raise NonFiniteError for the first one's reason."""
+        keys = [self._close(row, wipe=True).key for row, _ in broken]
+        of_target, part = broken[0][1]
+        if of_target:
+            raise NonFiniteError(self.target.spec.name, part, keys)
+        raise NonFiniteError(f"the draft {self.draft.name}", part, keys, NonFiniteError.OF_DRAFT)
 
     def _event(self, row: _Row, tokens: list[int]) -> Event:
         """What a row's step gave; the row is closed if that was its last."""
@@ -276,9 +308,9 @@ class Decoder:
             self._close(row)
         return Event(tokens, answer, finished)
 
-    def _close(self, row: _Row) -> Generation:
+    def _close(self, row: _Row, *, wipe: bool = False) -> Generation:
         self.rows.remove(row)
-        self.target.free(row.slot)
+        (self.target.wipe if wipe else self.target.free)(row.slot)
         self.draft.free(row.slot)
         row.answer.seconds = time.perf_counter() - row.began
         return row.answer

@@ -19,11 +19,12 @@ from torch import Tensor
 from deepspec.data.conversations import read_conversations
 from deepspec.data.rows import Rows, distinct, pack
 from deepspec.data.tokens import Encoded, OverlongError, encode_turns, require_tokenizer
-from deepspec.errors import DataError
+from deepspec.errors import DataError, NonFiniteError
 from deepspec.features.order import batches_by_length
 from deepspec.files import count_lines
 from deepspec.log import progress, warn
-from deepspec.maths.blocks import FeatureBatch
+from deepspec.maths.blocks import FeatureBatch, Reads
+from deepspec.maths.finite import finite_layers, largest_of
 from deepspec.targets import Target
 
 Source = Callable[[Sequence[Encoded], int], FeatureBatch]
@@ -131,6 +132,26 @@ def online(target: Target, layers: Sequence[int]) -> Source:
         return batch_of(rows, tokens, output.features, output.last_hidden)
 
     return read
+
+
+def check_finite(batch: FeatureBatch, layers: Sequence[int], who: str, reads: Reads | None = None) -> None:
+    """Raise NonFiniteError, with layer and rows, if the target's outputs in a batch are not finite: anywhere,
+    since NaN reaches a loss through a mask too, or (`reads`) where they are stored.
+
+    who: gives the features."""
+    names = [f"layer {layer}" for layer in layers]
+    sound = finite_layers(batch.features, len(layers))
+    if reads is not None:
+        sound |= ~reads.features[..., None]
+    if batch.last_hidden is not None:
+        hidden = largest_of(batch.last_hidden).isfinite()
+        sound = torch.cat([sound, (hidden if reads is None else hidden | ~reads.hidden)[..., None]], dim=-1)
+        names.append("its last hidden states")
+    bad = ~sound.all(1)  # [B, layers and the last hidden states]
+    if bool(bad.any()):
+        first = int(bad.any(0).nonzero()[0])
+        rows = [name for name, wrong in zip(batch.row_ids, bad[:, first].tolist(), strict=True) if wrong]
+        raise NonFiniteError(who, names[first], rows)
 
 
 def batch_of(

@@ -257,8 +257,10 @@ def _chunk_terms(task: _Task, rows: slice, space: _Workspace, result: _Result) -
         found[term] += log_total
     if teacher is not None and result.accept is not None:
         found["l1"], accept = _overlap(draft, teacher, spare)
-        # A row without weight may hold NaN, which must not reach a sum later.
-        result.accept[rows] = accept.nan_to_num(nan=0.0).clamp(0.0, 1.0)
+        if task.dead is not None:
+            # A row without weight may hold NaN, which must not reach a sum later. Any other NaN must be seen.
+            accept = torch.where(task.dead[rows], accept.nan_to_num(nan=0.0), accept)
+        result.accept[rows] = accept.clamp(0.0, 1.0)
     for term, weight in task.weights.items():
         part = weight[rows]
         result.terms[term][rows] = torch.where(part == 0, torch.zeros_like(part), part * found[term])

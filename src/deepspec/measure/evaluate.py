@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -183,12 +183,9 @@ def _methods(
     def ours(draft: Draft | None) -> Answering:
         def answer(group: Sequence[Prompt], budget: int) -> list[Generation]:
             decoder = Decoder(target, draft, max_rows=len(group))
-            seeds = [row_seed(seed, p.id) for p in group]
-            requests = [
-                Request(p.ids, budget, seeds[i], str(i), sampling, stops) for i, p in enumerate(group)
-            ]
+            requests = [Request(p.ids, budget, row_seed(seed, p.id), p.id, sampling, stops) for p in group]
             found = {g.key: g for g in decoder.run(requests)}
-            return [replace(found[str(i)], key=p.id) for i, p in enumerate(group)]
+            return [found[p.id] for p in group]
 
         return answer
 

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from deepspec.errors import TargetError
+from deepspec.errors import NonFiniteError, TargetError
 from deepspec.log import note
 from deepspec.maths.slots import Ints, Ragged, Rows, causal_rows_mask
 from deepspec.pocket import packaged
@@ -146,7 +146,8 @@ class Target:
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """Raise TargetError unless `head` of the last hidden state is the model's own logits (two tokens)."""
+        """Raise TargetError unless `head` of the last hidden state is the model's own logits (two tokens);
+        NonFiniteError if these are infinite or NaN."""
         last_hidden: list[Tensor] = []
         self._hook(())
         watch = self.decoder.register_forward_hook(lambda m, i, o: last_hidden.append(o.last_hidden_state))
@@ -156,6 +157,8 @@ class Target:
             theirs = self.model(input_ids=ids, use_cache=False).logits.to(self.device).float()
         finally:
             watch.remove()
+        if not theirs.amax(-1).isfinite().all():
+            raise NonFiniteError(self.spec.name, "its logits")
         ours = self.logits(last_hidden[0].to(self.device)).float()
         if ours.shape != theirs.shape or (ours - theirs).abs().max() > 0.02 * theirs.abs().max():
             raise TargetError(
@@ -224,6 +227,11 @@ class Target:
     def free(self, slot: int) -> None:
         del self._tokens[slot]
 
+    def wipe(self, slot: int) -> None:
+        """Free a slot and zero its keys and values: NaN would reach its next sequence through every mask."""
+        self.free(slot)
+        self._cache.wipe(slot)
+
     @torch.inference_mode()
     def step(self, slots: Ints, tokens: Ragged, layers: Ints = ()) -> StepOutput:
         """Append each row's new tokens (any number, not the same) to its slot, in one forward pass.
@@ -278,6 +286,7 @@ class Target:
         Greedy at temperature 0; above it, sampling without top-k or top-p from torch's global generator.
         """
         ids = torch.tensor([list(input_ids)], device=self.device)
+        watch = _WatchedLogits()
         self._hook(())
         output = self.model.generate(
             ids,
@@ -289,7 +298,10 @@ class Target:
             top_p=1.0 if temperature > 0 else None,
             eos_token_id=list(stops) or None,
             pad_token_id=0,
+            logits_processor=[watch],
         )
+        if watch.broken:
+            raise NonFiniteError(self.spec.name, "its logits")
         return [int(t) for t in output[0, ids.shape[1] :]]
 
     def _mask(self, rows: Rows) -> Tensor | dict[str, Tensor] | None:
@@ -366,6 +378,18 @@ class Target:
                 next_step="use a target of another family (docs/targets.md lists those that are tested)",
             )
         return StepOutput(last_hidden, torch.cat(parts, dim=-1))
+
+
+class _WatchedLogits(LogitsProcessor):
+    """Notes whether `generate` met logits without a finite maximum, and has it choose from zeros instead:
+    sampling from NaN is an error of its own, which ends a GPU's process."""
+
+    broken: Tensor | bool = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        bad = ~scores.amax(-1, keepdim=True).isfinite()
+        self.broken = bad.any() | self.broken
+        return scores.masked_fill(bad, 0.0)
 
 
 # ── loading ───────────────────────────────────────────────────────────────────────────────────────────
