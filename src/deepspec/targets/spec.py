@@ -29,16 +29,24 @@ FACTS = (
     "head_dim",
     "final_logit_softcapping",
 )
+# The keys that decide the context length; their defaults are not facts of a draft.
+CONTEXT = ("model_type", "max_position_embeddings", "original_max_position_embeddings", "rope_parameters")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What is known about a target without its weights. config: the raw JSON of its text part."""
+    """What is known about a target without its weights. config: the raw JSON of its text part.
+
+    context_length: the tokens that it reads, None if its config gives no limit. architectures: the class
+    names by which servers choose how to run the model.
+    """
 
     name: str
     config: dict[str, Any]
     quantised: bool = False
+    context_length: int | None = None
+    architectures: tuple[str, ...] = ()
 
     @classmethod
     def from_pretrained(cls, name_or_path: str) -> TargetSpec:
@@ -66,7 +74,9 @@ class TargetSpec:
                 next_step="use a Hugging Face decoder; of a composite model, save only the text part",
             )
         quantised = bool(raw.get("quantization_config") or text.get("quantization_config"))
-        return cls(name_or_path, facts, quantised)
+        whole = loaded.get_text_config(decoder=True)
+        context = families.context_length({key: getattr(whole, key, None) for key in CONTEXT})
+        return cls(name_or_path, facts, quantised, context, tuple(raw.get("architectures") or ()))
 
     @property
     def model_type(self) -> str:
