@@ -7,6 +7,8 @@ compared with naive loops over the same weights (`reference/drafts.py`).
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepspec.checkpoints.draft import load_draft, save_draft
+from deepspec.checkpoints.export import export_draft
+from deepspec.checkpoints.inspect import inspect_draft
 from deepspec.checkpoints.layouts import as_released
-from deepspec.checkpoints.read import load_spec
+from deepspec.checkpoints.read import check_formats, load_spec
 from deepspec.decode.engine import generate
 from deepspec.drafts.base import NeuralDraft
 from deepspec.drafts.spec import SpecError, read_spec
@@ -381,6 +385,115 @@ def test_broken_map_of_a_reduced_vocabulary_is_refused(qwen: Target, tmp_path: P
         load_draft(path, qwen)
     names = {"no map": "missing: d2t", "no head": "missing: lm_head.weight"}
     assert names.get(spoil, "does not map the draft's vocabulary to distinct ids") in str(caught.value)
+
+
+def respelt(path: Path, **changes: Tensor) -> Path:
+    tensors = load_file(path / "model.safetensors") | changes
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("name", ["d2t", "t2d"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32"])
+def test_maps_cast_with_the_weights_are_refused(qwen: Target, tmp_path: Path, name: str, kind: str) -> None:
+    """Offsets above 256 are rounded in bfloat16: every proposal was another word, without an error."""
+    path, _ = reduced_draft("dspark", tmp_path / "d")
+    stored = load_file(path / "model.safetensors")[name]
+    respelt(path, **{name: stored.to(getattr(torch, kind))})
+    for use in (lambda: load_draft(path, qwen), lambda: inspect_draft(path)):
+        with pytest.raises(
+            CheckpointError, match=f"{name} is stored as .*, and it must be of whole"
+        ) as found:
+            use()
+        assert "d2t as int64, t2d as bool" in str(found.value)
+    with pytest.raises(CheckpointError, match=f"{name} is stored as"):
+        export_draft(path, "vllm", tmp_path / "out")
+
+
+@pytest.mark.parametrize("offsets", [torch.int32, torch.int16, torch.int8, torch.uint8])
+@pytest.mark.parametrize("members", [torch.uint8, torch.int32, torch.bool])
+def test_maps_in_another_format_of_whole_numbers_mean_the_same(
+    qwen: Target, tmp_path: Path, offsets: torch.dtype, members: torch.dtype
+) -> None:
+    path, kept = reduced_draft("eagle3", tmp_path / "d")
+    stored = load_file(path / "model.safetensors")
+    respelt(path, d2t=stored["d2t"].to(offsets), t2d=stored["t2d"].to(members))
+    assert torch.equal(load_draft(path, qwen).head.kept, kept)
+    export_draft(path, "deepspec", tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["d2t"], stored["d2t"]) and written["d2t"].dtype == torch.int64
+    assert torch.equal(written["t2d"], stored["t2d"]) and written["t2d"].dtype == torch.bool
+
+
+@pytest.mark.parametrize(("kind", "vocabulary", "fits"), [
+    ("I16", 32768, True), ("I16", 32769, False), ("int16", 151936, False), ("U16", 65536, True),
+    ("I32", 151936, True), ("int64", 151936, True), ("uint8", 257, False), ("BF16", 96, False), ("BOOL", 96, False),
+])  # fmt: skip
+def test_offsets_that_would_wrap_around_are_refused(
+    tmp_path: Path, kind: str, vocabulary: int, fits: bool
+) -> None:
+    spec = replace(load_spec(reduced_draft("dflash", tmp_path / "d")[0]), vocab_size=vocabulary)
+    with nullcontext() if fits else pytest.raises(CheckpointError, match=f"d2t is stored as {kind}"):
+        check_formats(tmp_path, spec, {"d2t": kind, "t2d": "BOOL"})
+
+
+@pytest.mark.parametrize("change", ["d2t one short", "t2d one short", "past the end", "below 0"])
+def test_maps_of_the_wrong_length_or_out_of_range_are_refused_by_every_reader(
+    qwen: Target, tmp_path: Path, change: str
+) -> None:
+    path, _ = reduced_draft("dspark", tmp_path / "d")
+    stored = load_file(path / "model.safetensors")
+    d2t = stored["d2t"].clone()
+    if change in ("past the end", "below 0"):
+        d2t[-1 if change == "past the end" else 0] = V if change == "past the end" else -1
+        del stored["t2d"]
+        save_file(stored | {"d2t": d2t}, path / "model.safetensors", metadata={"format": "pt"})
+        message = "does not map the draft's vocabulary to distinct ids"
+    else:
+        name = change.split()[0]
+        respelt(path, **{name: stored[name][:-1].clone()})
+        message = f"{name} has the shape"
+    for use in (lambda: load_draft(path, qwen), lambda: export_draft(path, "vllm", tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=message):
+            use()
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "dflash", "dspark"])
+@pytest.mark.parametrize("maps", ["both", "d2t", "t2d"])
+def test_maps_of_a_whole_vocabulary_that_map_each_id_to_itself_change_nothing(
+    qwen: Target, seen: tuple[Tensor, list[int]], tmp_path: Path, kind: str, maps: str
+) -> None:
+    path, _ = reduced_draft(kind, tmp_path / "d")
+    config = json.loads((path / "config.json").read_text("utf-8")) | {"draft_vocab_size": V}
+    names = eagle_names() if kind == "eagle3" else block_names(markov_rows=V if kind == "dspark" else None)
+    tensors = random_tensors(names)
+    identity = {"d2t": torch.zeros(V, dtype=torch.int64), "t2d": torch.ones(V, dtype=torch.bool)}
+    kept = identity if maps == "both" else {maps: identity[maps]}
+    want = propose(load_draft(write(tmp_path / "plain", config, tensors), qwen), *seen)
+    with_maps = write(tmp_path / "maps", config, tensors | kept)
+    draft = load_draft(with_maps, qwen)
+    assert draft.head.kept is None
+    assert propose(draft, *seen)[0] == want[0]
+    assert inspect_draft(with_maps)["draft_vocabulary"] == V
+    export_draft(with_maps, "deepspec", tmp_path / "out")
+    assert not {"d2t", "t2d"} & load_file(tmp_path / "out" / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize("spoil", ["ids", "reordered", "members"])
+def test_maps_of_a_whole_vocabulary_that_are_not_the_identity_are_refused(
+    qwen: Target, tmp_path: Path, spoil: str
+) -> None:
+    offsets, members = torch.zeros(V, dtype=torch.int64), torch.ones(V, dtype=torch.bool)
+    if spoil == "ids":
+        offsets = torch.arange(V)
+    elif spoil == "reordered":
+        offsets[0], offsets[1] = 1, -1
+    else:
+        members[5] = False
+    tensors = random_tensors(block_names()) | {"d2t": offsets, "t2d": members}
+    path = write(tmp_path / "d", speculators("dflash"), tensors)
+    with pytest.raises(CheckpointError, match="is not reduced, so each id must map to itself"):
+        load_draft(path, qwen)
 
 
 def test_spec_of_a_foreign_checkpoint_needs_no_target(tmp_path: Path) -> None:
