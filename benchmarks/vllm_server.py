@@ -1,11 +1,11 @@
-"""Our drafts in vLLM: the command that `deepspec export` prints is run, and its counters are compared with ours.
+"""Our drafts in vLLM: the command that `deepspec export` prints is run, and its counters are compared.
 
     DEEPSPEC_VLLM=ENV/bin/vllm python benchmarks/vllm_server.py --drafts pocket-eagle3
 
-vLLM is not a dependency of ours, and pins another torch: install it into an environment of its own. Both engines
-decode the same prompts (token ids) greedily in float32. vLLM ends a request once its budget is reached, and counts
-all accepted tokens of a round, even past the budget; the first token comes from the prefill and is in no round. Of
-ours, `counted` takes the same rounds.
+vLLM is not a dependency of ours, and pins another torch: install it into an environment of its own
+(docs/serving.md). Both engines decode the same prompts (token ids) greedily in float32. vLLM ends a request
+once its budget is reached, and counts all accepted tokens of a round, even past the budget; the first token
+comes from the prefill and is in no round. Of ours, `counted` takes the same rounds.
 """
 
 from __future__ import annotations
@@ -77,7 +77,11 @@ def serving(command: str, log: Path) -> Iterator[httpx.Client]:
     settings = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     settings.pop("PYTHONPATH", None)
     if not torch.cuda.is_available():
-        settings |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        settings |= {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
+        }
         if '"dspark"' in command:
             shim = str(Path(__file__).parent / "vllm_cpu")
             settings |= {"PYTHONPATH": shim, "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
