@@ -150,15 +150,21 @@ def draft_shapes(spec: DraftSpec) -> dict[str, Shape]:
 
 
 def copy_shapes(spec: DraftSpec) -> dict[str, Shape]:
-    """Name and shape of the copies of embedding and head that a checkpoint may store, and of the maps of its
-    vocabulary."""
-    rows, whole, width = spec.draft_vocab_size or spec.vocab_size, spec.vocab_size, spec.shape.hidden
-    return {EMBEDDING: (whole, width), HEAD: (rows, width), OFFSETS: (rows,), MEMBERS: (whole,)}
+    """Name and shape of the copies of embedding and head that a checkpoint may store, and of the maps of a
+    reduced vocabulary."""
+    rows, width = spec.draft_vocab_size or spec.vocab_size, spec.shape.hidden
+    pair: dict[str, Shape] = {EMBEDDING: (spec.vocab_size, width), HEAD: (rows, width)}
+    return pair if spec.draft_vocab_size is None else pair | _map_shapes(spec)
+
+
+def _map_shapes(spec: DraftSpec) -> dict[str, Shape]:
+    return {OFFSETS: (spec.draft_vocab_size or spec.vocab_size,), MEMBERS: (spec.vocab_size,)}
 
 
 def check_names(path: Path, spec: DraftSpec, stored: Mapping[str, Shape]) -> None:
     """Raise CheckpointError if the stored tensors are not exactly the ones that the config describes."""
-    want, copies = draft_shapes(spec), copy_shapes(spec)
+    # Some trainers also store the maps of a whole vocabulary.
+    want, copies = draft_shapes(spec), copy_shapes(spec) | _map_shapes(spec)
     reduced = spec.draft_vocab_size is not None
     # A draft with a reduced vocabulary always has its own head, and the map to target ids.
     required = want.keys() | ({HEAD, OFFSETS} if reduced else set())
