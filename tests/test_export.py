@@ -201,16 +201,22 @@ def test_alignment_lies_flat_and_other_facts_of_a_block_lie_flat_and_nested(
     assert {k for k, v in config["dflash_config"].items() if config.get(k) != v} == {"causal"}
 
 
+@pytest.mark.parametrize("names", [(), ("Qwen3Model",)])
 @pytest.mark.parametrize("to", [*SERVERS, NATIVE])
-def test_target_that_names_no_architecture_is_warned_about(
-    qwen: Target, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+def test_target_that_names_no_architecture_for_text_is_warned_about(
+    qwen: Target,
+    saved: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    to: str,
+    names: tuple[str, ...],
 ) -> None:
     """vLLM then starts a server of embeddings."""
     found = export_draft(saved / "dspark", to, tmp_path / "out", target=qwen)
     assert not any("architectures" in note for note in found.notes)
-    monkeypatch.setattr(qwen, "spec", replace(qwen.spec, architectures=()))
+    monkeypatch.setattr(qwen, "spec", replace(qwen.spec, architectures=names))
     found = export_draft(saved / "dspark", to, tmp_path / "out", target=qwen)
-    said = [note for note in found.notes if 'add "architectures": ["Qwen3ForCausalLM"] to it' in note]
+    said = [note for note in found.notes if 'set "architectures": ["Qwen3ForCausalLM"] in it' in note]
     assert len(said) == (to != NATIVE)
 
 

@@ -124,11 +124,12 @@ def _positions(source: dict[str, Any], target: Target | None) -> tuple[int, list
 
 def _doubts(target: Target | None) -> list[str]:
     """What may keep a server from running the target itself."""
-    if target is None or target.spec.architectures:
+    names = () if target is None else target.spec.architectures
+    if target is None or any(not n.endswith("Model") or n.endswith("LMHeadModel") for n in names):
         return []
     return [
-        f"config.json of {target.spec.name} names no architectures, so that vLLM would start a server of "
-        f'embeddings, not of answers: add "architectures": ["{type(target.model).__name__}"] to it'
+        f"config.json of {target.spec.name} names no architecture with a head for text, so that vLLM would "
+        f'start a server of embeddings: set "architectures": ["{type(target.model).__name__}"] in it'
     ]
 
 
