@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,14 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 class TargetSpec:
     """What is known about a target without its weights. config: the raw JSON of its text part.
 
-    context_length: the tokens that it reads, None if its config gives no limit. architectures: the class
+    positions: what its class and file say together about the length of the context. architectures: the class
     names by which servers choose how to run the model.
     """
 
     name: str
     config: dict[str, Any]
     quantised: bool = False
-    context_length: int | None = None
+    positions: Mapping[str, Any] = field(default_factory=dict)
     architectures: tuple[str, ...] = ()
 
     @classmethod
@@ -75,8 +76,8 @@ class TargetSpec:
             )
         quantised = bool(raw.get("quantization_config") or text.get("quantization_config"))
         whole = loaded.get_text_config(decoder=True)
-        context = families.context_length({key: getattr(whole, key, None) for key in CONTEXT})
-        return cls(name_or_path, facts, quantised, context, tuple(raw.get("architectures") or ()))
+        positions = {key: getattr(whole, key, None) for key in CONTEXT}
+        return cls(name_or_path, facts, quantised, positions, tuple(raw.get("architectures") or ()))
 
     @property
     def model_type(self) -> str:
@@ -97,6 +98,11 @@ class TargetSpec:
     @property
     def vocab_size(self) -> int:
         return int(self.config["vocab_size"])
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that it reads; None if neither its config nor its class gives a limit."""
+        return families.context_length({**self.positions, **self.config})
 
     @property
     def softcap(self) -> float | None:
