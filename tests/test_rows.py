@@ -32,6 +32,17 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
     return Target.from_pretrained(save_talking_llama(tmp_path_factory.mktemp("rows")), "float32", "cpu")
 
 
+def test_rows_are_cut_where_the_targets_context_ends(
+    target: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "long.jsonl"
+    messages = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "word " * 200}]
+    path.write_text(json.dumps({"messages": messages}) + "\n", "utf-8")
+    (row,) = load_rows(path, target, thinking=False, max_length=2048)
+    assert len(row.ids) == target.max_length == 512
+    assert "rows are cut at 512 tokens and not at 2048" in " ".join(capsys.readouterr().err.split())
+
+
 TOKENS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 1)), min_size=1, max_size=6)
 
 

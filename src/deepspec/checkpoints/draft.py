@@ -20,7 +20,7 @@ from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.base import NeuralDraft
 from deepspec.drafts.layers import inverse_frequencies
 from deepspec.drafts.spec import DraftSpec, write_config
-from deepspec.errors import CheckpointError, MismatchError
+from deepspec.errors import MismatchError
 from deepspec.files import atomic_directory, write_json
 from deepspec.log import note, warn
 from deepspec.maths.head import Embedding, Head
@@ -112,7 +112,7 @@ def _embedding_and_head(
     """The embedding and head that a draft runs with. Copies that equal the target's are replaced by it."""
     embedding, head = target.embedding, target.head
     if spec.draft_vocab_size is not None:
-        kept = _kept(path, spec, copies)
+        kept = torch.arange(spec.draft_vocab_size) + copies[read.OFFSETS]
         bias = None if head.bias is None else head.bias[kept.to(head.bias.device)]
         weight = copies[read.HEAD].to(head.weight)
         head = Head(weight, bias, head.scale, head.softcap, kept.to(weight.device))
@@ -126,21 +126,6 @@ def _embedding_and_head(
         embedding = Embedding(rows, embedding.scale)
         note(f"{path.name}: the draft has its own embedding, which differs from the target's")
     return embedding, head
-
-
-def _kept(path: Path, spec: DraftSpec, copies: Mapping[str, Tensor]) -> Tensor:
-    """[K] int64, the target id of every row of a reduced head. Raises CheckpointError."""
-    offsets, members = copies["d2t"], copies.get("t2d")
-    ids = torch.arange(len(offsets)) + offsets.long()
-    inside = bool(((ids >= 0) & (ids < spec.vocab_size)).all()) and len(ids.unique()) == len(ids)
-    if not inside or (members is not None and ids.sort().values.tolist() != members.nonzero()[:, 0].tolist()):
-        raise CheckpointError(
-            "d2t does not map the draft's vocabulary to distinct ids of the target"
-            + ("" if members is None else ", or not to the ones that t2d marks"),
-            where=str(path),
-            next_step="store offsets in d2t (target id = i + d2t[i]), not ids",
-        )
-    return ids
 
 
 def save_draft(
@@ -186,5 +171,6 @@ def _own_copies(draft: NeuralDraft, target: Target) -> dict[str, Tensor]:
     if head.kept is not None:
         kept = head.kept.cpu()
         members = torch.zeros(draft.spec.vocab_size, dtype=torch.bool)
-        copies |= {"d2t": kept - torch.arange(len(kept)), "t2d": members.index_fill_(0, kept, True)}
+        offsets = kept - torch.arange(len(kept))
+        copies |= {read.OFFSETS: offsets, read.MEMBERS: members.index_fill_(0, kept, True)}
     return copies

@@ -152,10 +152,11 @@ class Decoder:
         return not (self.waiting or self.rows or self._held)
 
     def submit(self, request: Request) -> str:
-        """Put a request in line; its key.
+        """Put a request in line; its key. Its budget is cut to what the target's context leaves after the
+        prompt.
 
-        Raises UserError for an empty prompt, tokens outside the vocabulary, a budget below one token, or the
-        key of a request that has not finished.
+        Raises UserError for an empty prompt or one that fills the context, tokens outside the vocabulary, a
+        budget below one token, or the key of a request that has not finished.
         """
         request = replace(request, key=request.key or next(self._names))
         key, size = request.key, self.target.vocab_size
@@ -169,12 +170,19 @@ class Decoder:
             )
         if request.max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
+        budget = self.target.room(len(request.input_ids), request.max_new_tokens)
+        if budget < 1:
+            raise UserError(
+                f"prompt {key} is {len(request.input_ids)} tokens, and {self.target.spec.name} reads at most "
+                f"{self.target.max_length}, of which one must be new",
+                next_step="shorten the prompt, or use a target with a longer context",
+            )
         if key in self.waiting or any(row.answer.key == key for row in self.rows):
             raise UserError(
                 f"a request with the key {key!r} has not finished yet",
                 next_step="give each request its own key",
             )
-        self.waiting[key] = request
+        self.waiting[key] = replace(request, max_new_tokens=budget)
         return key
 
     def cancel(self, key: str) -> Generation:
@@ -251,15 +259,19 @@ class Decoder:
         uniforms = torch.stack([torch.rand(2 * gamma + 1, generator=r.random) for r in rows])
         uniforms = uniforms.to(target.device)
         proposal = draft.propose(slots, anchors, samplings, uniforms[:, :gamma])
-        proposed = proposal.tokens.tolist()
         before = [target.length(s) for s in slots]
+        # After the anchor, the target's context may have room for fewer than γ proposals.
+        counts = [max(target.room(length + 1, gamma), 0) for length in before]
+        width = max(counts)
+        proposed = [row[:n] for row, n in zip(proposal.tokens.tolist(), counts, strict=True)]
         output = target.step(
             slots, [[a, *p] for a, p in zip(anchors, proposed, strict=True)], draft.feature_layers
         )
         p = warp(target.logits(output.last_hidden), samplings)
-        q = proposal.q.to(p.device) if gamma else p[:, :0]
-        lengths = torch.full((len(rows),), gamma, device=p.device)
-        verdict = verify(p, q, proposal.tokens.to(p.device), lengths, uniforms[:, gamma:])
+        q = proposal.q[:, :width].to(p.device) if width else p[:, :0]
+        lengths = torch.tensor(counts, device=p.device)
+        deciding = torch.cat([uniforms[:, gamma : gamma + width], uniforms[:, -1:]], dim=1)
+        verdict = verify(p, q, proposal.tokens[:, :width].to(p.device), lengths, deciding)
         settled = settle(verdict, p, q, proposal, output.features, draft.feature_layers)
         decided = zip(settled.accepted, settled.next_token, strict=True)
         new = [[*proposed[i][:accepted], token] for i, (accepted, token) in enumerate(decided)]
@@ -277,11 +289,11 @@ class Decoder:
                 continue
             row.anchor, answer = tokens[-1], row.answer
             kept = row.commit(tokens, drafted=len(tokens) - 1)
-            answer.proposed.append(gamma)
+            answer.proposed.append(counts[i])
             answer.accepted.append(len(tokens) - 1)
             answer.kept.append(len(kept))
             if proposal.confidence is not None:
-                answer.confidence.append(proposal.confidence[i].tolist())
+                answer.confidence.append(proposal.confidence[i, : counts[i]].tolist())
             events.append(self._event(row, kept))
         if settled.faults:
             self._held = events

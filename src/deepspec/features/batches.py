@@ -47,6 +47,9 @@ def load_rows(
     none is left, TargetError for a target without a tokenizer.
     """
     tokenizer = require_tokenizer(target.tokenizer, target.spec.name)
+    if (fits := target.room(0, max_length)) < max_length:
+        warn(f"rows are cut at {fits} tokens and not at {max_length}: {target.spec.name} reads no more")
+        max_length = fits
     overlong: list[OverlongError] = []
 
     def encoded() -> Iterator[Encoded]:

@@ -77,6 +77,12 @@ def load_prompts(
     for c in spread(rows, limit):
         text = c.messages[-1]["content"] if c.messages else ""
         ids = prompt_ids(tokenizer, prompt_messages(c), thinking, tools=tools_of(c), where=c.where)
+        if target.room(len(ids), 1) < 1:
+            raise DataError(
+                f"the prompt is {len(ids)} tokens, and {target.spec.name} reads at most {target.max_length}",
+                where=c.where,
+                next_step="remove the row, or use a target with a longer context",
+            )
         found.append(Prompt(c.id, c.domain or "all", text, tuple(ids), system_hash(c.messages)))
     return found
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from deepspec.errors import NonFiniteError, TargetError
@@ -170,17 +170,21 @@ class Target:
 
     @property
     def max_length(self) -> int | None:
-        """Tokens that a sequence may hold according to the config; None if it gives no limit."""
-        limits = [self.spec.config.get("max_position_embeddings"), self._steady_length]
-        return min((int(n) for n in limits if n), default=None)
+        """Tokens that a sequence may hold: the context length, or what of it has steady rotary frequencies;
+        None if the config gives no limit."""
+        return min((n for n in (self.spec.context_length, self._steady_length) if n), default=None)
+
+    def room(self, held: int, wanted: int) -> int:
+        """How many of `wanted` new tokens fit after `held` ones; none fit if it is below 1."""
+        return wanted if self.max_length is None else min(wanted, self.max_length - held)
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
-        """End-of-sequence ids of the generation config and the tokenizer; empty without either."""
+        """End-of-sequence ids of the tokenizer and of the generation config, which transformers derives from
+        the model's config if it has no file of its own; each counts whatever the other says."""
         found: set[int] = set()
-        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            found.add(int(self.tokenizer.eos_token_id))
-            ids = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        for source in (self.tokenizer, getattr(self.model, "generation_config", None)):
+            ids = getattr(source, "eos_token_id", None)
             found.update([ids] if isinstance(ids, int) else ids or [])
         return frozenset(found)
 
@@ -248,11 +252,15 @@ class Target:
         """The new tokens alone, over the keys and values of the slots."""
         rows = Rows(tuple(slots), tuple(self.length(s) for s in slots), max(map(len, tokens)))
         self._hook(tuple(layers))
-        self._check_length(rows.end)
+        self._check_length(max(s + len(new) for s, new in zip(rows.starts, tokens, strict=True)))
+        positions = rows.positions(self.device)
+        if self._steady_length is not None:
+            # Padding may lie past the end, where one position would turn the frequencies of all.
+            positions = positions.clamp(max=self._steady_length - 1)
         self._cache.step(rows)
         output = self.decoder(
             input_ids=_padded(tokens).to(self.device),
-            position_ids=rows.positions(self.device),
+            position_ids=positions,
             attention_mask=self._mask(rows),
             past_key_values=self._cache,
             use_cache=True,
@@ -283,23 +291,31 @@ class Target:
     ) -> list[int]:
         """New tokens by transformers' own `generate`: the baseline that users already have.
 
-        Greedy at temperature 0; above it, sampling without top-k or top-p from torch's global generator.
+        Greedy at temperature 0; above it, sampling without top-k or top-p from torch's global generator. What
+        else the model's generation config asks for (penalties, beams, stop strings, …) is left out: plain
+        decoding does not do it, and both must follow the same law.
         """
         ids = torch.tensor([list(input_ids)], device=self.device)
         watch = _WatchedLogits()
         self._hook(())
-        output = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
+        chosen = GenerationConfig(
+            max_new_tokens=self.room(len(input_ids), max_new_tokens),
             do_sample=temperature > 0,
             temperature=temperature if temperature > 0 else None,
             top_k=0 if temperature > 0 else None,
             top_p=1.0 if temperature > 0 else None,
             eos_token_id=list(stops) or None,
             pad_token_id=0,
-            logits_processor=[watch],
         )
+        # `generate` fills what its config leaves open from the model's own one.
+        own, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        mask = torch.ones_like(ids)
+        try:
+            output = self.model.generate(
+                ids, attention_mask=mask, generation_config=chosen, logits_processor=[watch]
+            )
+        finally:
+            self.model.generation_config = own
         if watch.broken:
             raise NonFiniteError(self.spec.name, "its logits")
         return [int(t) for t in output[0, ids.shape[1] :]]

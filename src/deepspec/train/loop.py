@@ -201,7 +201,7 @@ def not_finite(
             for hidden in batch.last_hidden[0].split(128):
                 if not draft.teacher_head.logits(hidden).amax(-1).isfinite().all():
                     return NonFiniteError(who, "its logits", [row.id])
-        sums = draft(batch, loss_settings(recipe), draft.plan(batch, recipe.num_anchors, generator), False)
+        sums = draft(batch, recipe.loss, draft.plan(batch, recipe.num_anchors, generator), False)
         found = [sums.total.detach()]
         if sums.total.requires_grad:
             found += [g for g in torch.autograd.grad(sums.total, weights, allow_unused=True) if g is not None]
