@@ -34,7 +34,7 @@ MATHS = {"drafts", "maths"}
 DRAFTS_ALSO = {"errors", "families"}
 TRACKERS = {"tensorboard", "torch.utils.tensorboard", "wandb", "mlflow", "trackio"}
 LIGHT = ("deepspec.config", "deepspec.drafts.spec")
-TRANSFORMERS_ROOMS = ("deepspec.targets", "deepspec.data.tokens")
+TRANSFORMERS_ROOMS = ("deepspec.targets", "deepspec.data.template", "deepspec.data.tokens")
 
 
 def module_of(path: Path) -> str:

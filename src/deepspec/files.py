@@ -354,12 +354,13 @@ class ResumableLog(JsonlWriter):
         with suppress(ValueError):
             first = json.loads(line)
         first, now = first if isinstance(first, dict) else {"header": None}, self.conditions
-        other = next((k for k in {**first, **now} if k not in first or first[k] != now.get(k)), None)
+        other = [k for k in {**first, **now} if k not in first or first[k] != now.get(k)]
         if line and other:
             aside = next(p for i in count(1) if not (p := path.with_suffix(f".old-{i}.jsonl")).exists())
             path.rename(aside)
             self.close()
-            warn(f"{aside} was begun with another '{other}'; {path.name} starts again without it")
+            names = ", ".join(f"'{key}'" for key in other)
+            warn(f"{aside} was begun with another {names}; {path.name} starts again without it")
             super().__init__(path, alone=True)
         if not self.size:
             self.write(self.conditions)

@@ -80,11 +80,16 @@ class Dialogue:
         """The messages that the next answer follows."""
         return [*self.said, *self.turns[len(self.ids)]]
 
-    def prompt_ids(self, tokenizer: Any, thinking: bool) -> list[int]:
+    def prompt_ids(self, tokenizer: Any, thinking: bool, vocab_size: int | None) -> list[int]:
         """The prompt of the next answer by the target's template. Raises DataError if that refuses it."""
         conversation = self.conversation
         return prompt_ids(
-            tokenizer, self.prompt(), thinking, tools=tools_of(conversation), where=conversation.where
+            tokenizer,
+            self.prompt(),
+            thinking,
+            tools=tools_of(conversation),
+            where=conversation.where,
+            vocab_size=vocab_size,
         )
 
     def answer(self, text: str, ids: list[int] | None, finished: bool, tokens: int) -> None:

@@ -20,7 +20,8 @@ from deepspec.answers.dialogue import Dialogue
 from deepspec.answers.file import AnswerFile, Settings, Tally, each_once
 from deepspec.data.conversations import Conversation, read_conversations
 from deepspec.data.identity import row_seed
-from deepspec.data.tokens import require_tokenizer, template_hash
+from deepspec.data.template import template_conditions, template_date
+from deepspec.data.tokens import require_tokenizer
 from deepspec.decode.engine import Decoder, Request
 from deepspec.errors import DataError
 from deepspec.log import Bar, note, progress
@@ -60,7 +61,9 @@ def regenerate(
     """
     sampling = sampling or Sampling(temperature=1.0)
     tokenizer = require_tokenizer(target.tokenizer, target.spec.name)
-    now = Settings(target.spec.name, template_hash(tokenizer), thinking, sampling, max_new_tokens, seed)
+    template = template_conditions(tokenizer, thinking).template_hash
+    template_date(tokenizer)
+    now = Settings(target.spec.name, template, thinking, sampling, max_new_tokens, seed)
     total = total or length_hint(conversations) or None
     tally, size = Tally(), FLIGHTS * max_rows
     fresh = each_once(conversations, tally)
@@ -140,7 +143,7 @@ def _request(dialogue: Dialogue, key: str, target: Target, now: Settings) -> Req
     if dialogue.trouble is not None:
         return None
     try:
-        ids = dialogue.prompt_ids(target.tokenizer, now.thinking)
+        ids = dialogue.prompt_ids(target.tokenizer, now.thinking, target.spec.vocab_size)
     except DataError as error:
         dialogue.trouble = error.what
         return None

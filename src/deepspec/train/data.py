@@ -11,7 +11,8 @@ from deepspec.answers.in_process import answered
 from deepspec.conditions import Conditions
 from deepspec.config import Recipe, feature_source
 from deepspec.data.conversations import read_conversations
-from deepspec.data.tokens import Encoded, template_hash, tokenizer_hash
+from deepspec.data.template import template_hash
+from deepspec.data.tokens import Encoded, tokenizer_hash
 from deepspec.errors import RecipeError
 from deepspec.features.batches import Source, load_rows, online
 from deepspec.features.cache_read import cached, cached_rows, open_cache
