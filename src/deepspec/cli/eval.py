@@ -89,13 +89,15 @@ def evaluate(
     from deepspec.measure.evaluate import conditions_of, evaluate_at, load_prompts
     from deepspec.report.page import write_report
     from deepspec.report.results import read_metrics
+    from deepspec.targets import TargetSpec
 
     folders = dict(zip(draft_labels(names), names, strict=True))
+    # What can be refused is refused before the weights are loaded.
     for name in names:
-        find_checkpoint(name)  # a mistyped name should not wait for the target to load
+        find_checkpoint(name)
+    tasks = load_prompts(source, TargetSpec.from_pretrained(target), thinking=thinking, limit=limit)
     model = load_target(target, dtype.value, device)
     drafts = {label: load_draft(name, model) for label, name in folders.items()}
-    tasks = load_prompts(source, model, thinking=thinking, limit=limit)
     now = conditions_of(model, tasks, thinking)
     for label, name in folders.items():
         trained = Conditions.read(load_provenance(find_checkpoint(name)))

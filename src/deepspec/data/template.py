@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, lru_cache
@@ -79,8 +80,17 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def template_conditions(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> Conditions:
-    """The conditions that the template decides. Raises TargetError if there is no template to use, or if
-    thinking is asked for and it has no switch for it."""
+    """The conditions that the template decides. Raises TargetError if there is no template to use, if it does
+    not write what a user says, or if thinking is asked for and it has no switch for it."""
+    with suppress(DataError):  # some templates want more than one message
+        probe = Message(role="user", content=stand_in(0))
+        if stand_in(0) not in Template(tokenizer, False, None, None).write([probe], ask=True):
+            raise TargetError(
+                "the target's chat template does not write the user's text unchanged",
+                where=str(getattr(tokenizer, "name_or_path", "")) or None,
+                next_step="use a template that takes messages as text: some take lists of parts only, as "
+                "for images",
+            )
     if thinking and not _names_of(tokenizer).intersection(SWITCHES):
         raise TargetError(
             "thinking cannot be switched on: the target's chat template has no switch for it "
