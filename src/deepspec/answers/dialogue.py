@@ -55,10 +55,12 @@ class Dialogue:
     said: list[Message] = field(default_factory=list)
     ids: list[list[int] | None] = field(default_factory=list)
     """Each answer's token ids, or None if only its text is known."""
-    finished: bool = True
-    """Every answer ended by itself, not at the budget."""
+    stopped: list[bool] = field(default_factory=list)
+    """Whether each answer ended by itself, not at the budget."""
     tokens: int = 0
     """In all answers together."""
+    begun: list[int] = field(default_factory=list)
+    """The next answer's tokens so far, when decoding is interrupted to save them."""
     trouble: str | None = None
     """Why it cannot be answered."""
     exhausted: bool = False
@@ -75,6 +77,16 @@ class Dialogue:
     @property
     def answered(self) -> bool:
         return len(self.ids) == len(self.turns)
+
+    @property
+    def finished(self) -> bool:
+        """Every answer ended by itself."""
+        return all(self.stopped)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is asked."""
+        return self.answered or self.trouble is not None
 
     def prompt(self) -> list[Message]:
         """The messages that the next answer follows."""
@@ -96,7 +108,8 @@ class Dialogue:
         """Add the next answer: its text, its ids if known, whether it ended by itself, its length."""
         self.said = [*self.prompt(), Message(role="assistant", content=text)]
         self.ids.append(ids)
-        self.finished = self.finished and finished
+        self.begun = []
+        self.stopped.append(finished)
         self.tokens += tokens
 
     def row(self, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,19 +6,25 @@ What a stretch holds is decided by the prompts alone, and rounding by what is de
 comes out the same to the byte however often the run was killed: a stretch that is on disk in part is decoded
 again as a whole, and only what is missing is appended. (This holds for the same machine, libraries and
 `max_rows`.)
+
+Where a stretch takes long, what its rows have written is saved every so many steps: about a minute's worth,
+counted once and recorded, so that it is the same for every run. After each save all rows under way are read
+again from their tokens, as a run that continues from there does: both then round alike.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice, takewhile
 from operator import length_hint
 from pathlib import Path
 
 from deepspec.answers.dialogue import Dialogue
 from deepspec.answers.file import AnswerFile, Settings, Tally, each_once
-from deepspec.data.conversations import Conversation, read_conversations
+from deepspec.data.conversations import Conversation, content_hash, read_conversations
 from deepspec.data.identity import row_seed
 from deepspec.data.template import template_conditions, template_date
 from deepspec.data.tokens import require_tokenizer
@@ -35,6 +41,9 @@ PACKAGED_TOKENS, PACKAGED_ROWS = 224, 64
 """New tokens of an answer to a packaged prompt, and how many the pocket target decodes together."""
 FLIGHTS = 8
 """Prompts of a stretch for each row in flight: more waste less at its end, and lose more to a kill."""
+SAVE_EVERY, READING = 60.0, 0.05
+"""Seconds of decoding after which a stretch is saved, and the most of its time that reading prompts may take:
+where reading takes long, a save costs much, and they are rarer."""
 
 
 def regenerate(
@@ -102,40 +111,72 @@ def _answer(
         return
     began = time.perf_counter()
     dialogues = [Dialogue.begin(c) for c in asked]
-    for _ in decoded(dialogues, target, now, max_rows):
+    group = content_hash(asked)
+    for dialogue, (answers, begun) in zip(dialogues, file.saved(group), strict=False):
+        for ids, stopped in answers:
+            dialogue.answer(_text(target, ids), ids, stopped, len(ids))
+        dialogue.begun = begun
+    waiting = deque(dialogues)
+    for _ in decoded(dialogues, target, now, max_rows, file.steps, partial(file.save, group, dialogues)):
         bar.update(1, **tally.fields)
-    for dialogue in dialogues:
-        if dialogue.trouble is not None or dialogue.conversation.id not in file.tail:
-            file.keep(dialogue, now.facts, tally)
+        while waiting and waiting[0].over:
+            _keep(waiting.popleft(), file, tally, now)
     seconds = round(time.perf_counter() - began, 3)
     file.mark(rows=len(dialogues), tokens=sum(d.tokens for d in dialogues), seconds=seconds)
 
 
+def _keep(dialogue: Dialogue, file: AnswerFile, tally: Tally, now: Settings) -> None:
+    if dialogue.trouble is not None or dialogue.conversation.id not in file.tail:
+        file.keep(dialogue, now.facts, tally)
+
+
 def decoded(
-    dialogues: Sequence[Dialogue], target: Target, now: Settings, max_rows: int
+    dialogues: Sequence[Dialogue],
+    target: Target,
+    now: Settings,
+    max_rows: int,
+    steps: int | None = None,
+    save: Callable[[int], None] = lambda steps: None,
 ) -> Iterator[Dialogue]:
     """Answer dialogues together, all first turns, then all second turns; each is yielded when it is over.
 
-    What a dialogue becomes is a function of all of them, their order, and `max_rows`.
+    What a dialogue becomes is a function of all of them, their order, `max_rows` and `steps`: after so many
+    steps `save` is called with their number, and decoding begins again from what was written. None: the clock
+    decides when, and every later time is after as many steps.
     """
-    open_ = list(dialogues)
-    while open_:
-        requests: list[Request] = []
-        for i, dialogue in enumerate(open_):
-            request = _request(dialogue, str(i), target, now)
-            if request is None:
-                yield dialogue
-            else:
-                requests.append(request)
+    yield from (d for d in dialogues if d.over)
+    while open_ := [d for d in dialogues if not d.over]:
+        turn = min(len(d.ids) for d in open_)
+        asked = {str(i): d for i, d in enumerate(open_) if len(d.ids) == turn}
+        requests = [_request(dialogue, key, target, now) for key, dialogue in asked.items()]
+        yield from (d for d in asked.values() if d.trouble is not None)
         decoder = Decoder(target, None, max_rows=max(min(max_rows, len(requests)), 1))
-        assert target.tokenizer is not None
-        for answer in decoder.run(requests):
-            dialogue = open_[int(answer.key)]
-            text = target.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
-            dialogue.answer(text, answer.token_ids, answer.stopped, len(answer.token_ids))
-            if dialogue.answered:
-                yield dialogue
-        open_ = [d for d in open_ if d.trouble is None and not d.answered]
+        for request in filter(None, requests):
+            decoder.submit(request)
+        done, reading, began = 0, 0.0, time.perf_counter()
+        while not decoder.idle:
+            before, in_flight = time.perf_counter(), len(decoder.rows)
+            events = decoder.step()
+            done += 1
+            reading += (time.perf_counter() - before) * (len(decoder.rows) > in_flight)
+            for _, answer, finished in events:
+                if finished:
+                    dialogue, ids = asked[answer.key], [*asked[answer.key].begun, *answer.token_ids]
+                    dialogue.answer(_text(target, ids), ids, answer.stopped, len(ids))
+                    if dialogue.over:
+                        yield dialogue
+            spent = time.perf_counter() - began
+            if done == steps or (steps is None and spent > max(SAVE_EVERY, reading / READING)):
+                for key in [row.answer.key for row in decoder.rows]:
+                    asked[key].begun += decoder.cancel(key).token_ids
+                steps = done
+                save(done)
+                break
+
+
+def _text(target: Target, ids: list[int]) -> str:
+    assert target.tokenizer is not None
+    return target.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def _request(dialogue: Dialogue, key: str, target: Target, now: Settings) -> Request | None:
@@ -152,8 +193,9 @@ def _request(dialogue: Dialogue, key: str, target: Target, now: Settings) -> Req
     if room < 1:
         dialogue.trouble = f"the prompt is {len(ids)} tokens, and {target.spec.name} reads at most {limit}"
         return None
-    seed = row_seed(now.seed, dialogue.conversation.id, len(dialogue.ids))
-    return Request(ids, room, seed, key, now.sampling, target.stop_token_ids)
+    seed, begun = row_seed(now.seed, dialogue.conversation.id, len(dialogue.ids)), dialogue.begun
+    ids, room = [*ids, *begun], room - len(begun)
+    return Request(ids, room, seed, key, now.sampling, target.stop_token_ids, drawn=len(begun))
 
 
 def answered(name: str, target: Target, thinking: bool, beside: Path) -> Path:

@@ -27,7 +27,8 @@ from deepspec.targets import Target
 class Request:
     """One sequence to continue, and how. Its tokens depend on nothing but this: not on its batch.
 
-    key: what the decoder calls it; empty means that the decoder finds a name.
+    key: what the decoder calls it; empty means that the decoder finds a name. drawn: how many random numbers
+    are used up; a request that continues a plain answer has used one for each of its tokens.
     """
 
     input_ids: Sequence[int]
@@ -36,6 +37,7 @@ class Request:
     key: str = ""
     sampling: Sampling = field(default_factory=Sampling)
     stop_token_ids: frozenset[int] = frozenset()
+    drawn: int = 0
 
 
 @dataclass(eq=False)
@@ -209,6 +211,7 @@ class Decoder:
         taken = {row.slot for row in self.rows}
         slot = next(s for s in range(self.max_rows) if s not in taken)
         random = torch.Generator().manual_seed(request.seed)
+        torch.rand(request.drawn, generator=random)
         row = _Row(slot, request, random, time.perf_counter(), Generation(request.key))
         insort(self.rows, row, key=lambda r: r.slot)
         self.target.open(slot)
