@@ -92,8 +92,8 @@ class Bar:
 
 @contextmanager
 def progress(description: str, total: float | None, *, count: bool = True) -> Iterator[Bar]:
-    """A bar with time left and text fields. It is drawn only if standard error is a terminal; otherwise a line
-    tells every minute how far it is, so that the log of a job shows that it runs.
+    """A bar with time left and text fields. It is drawn only if standard error is a terminal; otherwise a
+    line tells every minute how far it is, so that the log of a job shows that it runs.
 
     total: in any unit (steps, prompts, seconds of a time budget); None if the end is not known. count: show
     "12/400" next to the bar, which makes sense for things that one counts.
@@ -105,12 +105,10 @@ def progress(description: str, total: float | None, *, count: bool = True) -> It
         TextColumn("{task.fields[fields_text]}", markup=False, style="cyan"),
         TimeRemainingColumn(elapsed_when_finished=True),
     ]
-    with (
-        Progress(*columns, console=console, disable=not console.is_terminal) as display,
-        ExitStack() as stack,
-    ):
+    watched = console.is_terminal
+    with Progress(*columns, console=console, disable=not watched) as display, ExitStack() as stack:
         bar = Bar(display, display.add_task(description, total=total, fields_text=""), count)
-        if not console.is_terminal:
+        if not watched:
             ended = Event()
             teller = Thread(target=_tell, args=(bar, ended), daemon=True)
             teller.start()
