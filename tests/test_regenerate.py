@@ -278,7 +278,7 @@ LONG = [*PROMPTS, conversation_from_row({"id": "t", "turns": ["one", "two"]})]
 def test_a_stretch_killed_after_a_save_continues_with_the_very_steps_of_the_run_that_was_not(
     target, tmp_path, monkeypatch
 ):
-    """What a step rounds depends on its rows, their slots and what those hold: so on the steps since a save."""
+    """Rounding depends on a step's rows, their slots and what those hold: on all steps since a save."""
     taken: list[Any] = []
     step, save = target.step, module.AnswerFile.save
 
@@ -323,9 +323,12 @@ def test_the_clock_decides_once_after_how_many_steps_a_stretch_is_saved(target, 
     monkeypatch.setattr(module, "SAVE_EVERY", 0.0)
     out, kept = tmp_path / "saved.jsonl", []
     save = module.AnswerFile.save
-    monkeypatch.setattr(
-        module.AnswerFile, "save", lambda self, *rest: (kept.append(rest[2]), save(self, *rest))
-    )
+
+    def saved(self: Any, *rest: Any) -> None:
+        kept.append(rest[2])
+        save(self, *rest)
+
+    monkeypatch.setattr(module.AnswerFile, "save", saved)
     monkeypatch.setattr(module, "READING", 0.9)  # saved at the first step that is no prompt's
     regenerate(target, LONG, out, max_new_tokens=6, max_rows=3)
     steps = last_mark(beside(out, "timings"), "steps")

@@ -79,7 +79,7 @@ class Bar:
         """How far it is, as text: "training: 12/400, 3%, loss 2.1, 5 min passed, about 160 min left"."""
         task = self._display.tasks[self._task]
         spent, done, total = task.elapsed or 0.0, task.completed, task.total
-        words = [f"{done:,.0f}" + (f"/{total:,.0f}" if total else "")] if self._count or not total else []
+        words = [f"{done:,.0f}" + (f"/{total:,.0f}" if total else "")] if self._count else []
         words += [f"{done / total:.0%}"] if total else []
         words += [f"{name} {shown(value)}" for name, value in self._fields.items()]
         words.append(f"{spent / 60:.0f} min passed")
@@ -130,8 +130,18 @@ class Tracker(NamedTuple):
     close: Callable[[], None]
 
 
-def import_tracker(module: str, package: str, extra: str | None) -> ModuleType:
+_MODULES: dict[TrackerName, tuple[str, str | None]] = {
+    "tensorboard": ("torch.utils.tensorboard", None),
+    "wandb": ("wandb", "trackers"),
+    "mlflow": ("mlflow", "trackers"),
+    "trackio": ("trackio", "trackers"),
+}
+"""Each tracker's module, and the extra of this package that installs it."""
+
+
+def import_tracker(package: TrackerName) -> ModuleType:
     """Import a tracker's module. Raises UserError with the command that installs it."""
+    module, extra = _MODULES[package]
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -144,9 +154,7 @@ def import_tracker(module: str, package: str, extra: str | None) -> ModuleType:
 
 
 def open_tensorboard(directory: Path, run: str, settings: Mapping[str, Any]) -> Tracker:
-    writer = import_tracker("torch.utils.tensorboard", "tensorboard", None).SummaryWriter(
-        log_dir=str(directory / "tensorboard")
-    )
+    writer = import_tracker("tensorboard").SummaryWriter(log_dir=str(directory / "tensorboard"))
     writer.add_text("recipe", "```json\n" + json.dumps(settings, indent=1, default=str) + "\n```")
 
     def log(values: Mapping[str, float], step: int) -> None:
@@ -157,14 +165,14 @@ def open_tensorboard(directory: Path, run: str, settings: Mapping[str, Any]) -> 
 
 
 def open_wandb(directory: Path, run: str, settings: Mapping[str, Any]) -> Tracker:
-    handle = import_tracker("wandb", "wandb", "trackers").init(
+    handle = import_tracker("wandb").init(
         project="deepspec", name=run, dir=str(directory), config=dict(settings)
     )
     return Tracker(lambda values, step: handle.log(dict(values), step=step), handle.finish)
 
 
 def open_mlflow(directory: Path, run: str, settings: Mapping[str, Any]) -> Tracker:
-    mlflow = import_tracker("mlflow", "mlflow", "trackers")
+    mlflow = import_tracker("mlflow")
     mlflow.set_experiment("deepspec")
     mlflow.start_run(run_name=run)
     mlflow.log_params(flatten(settings))
@@ -172,7 +180,7 @@ def open_mlflow(directory: Path, run: str, settings: Mapping[str, Any]) -> Track
 
 
 def open_trackio(directory: Path, run: str, settings: Mapping[str, Any]) -> Tracker:
-    trackio = import_tracker("trackio", "trackio", "trackers")
+    trackio = import_tracker("trackio")
     trackio.init(project="deepspec", name=run, config=dict(settings))
     return Tracker(lambda values, step: trackio.log(dict(values), step=step), trackio.finish)
 

@@ -21,6 +21,7 @@ from functools import partial
 from itertools import islice, takewhile
 from operator import length_hint
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deepspec.answers.dialogue import Dialogue
 from deepspec.answers.file import AnswerFile, Settings, Tally, each_once
@@ -30,10 +31,14 @@ from deepspec.data.template import template_conditions, template_date
 from deepspec.data.tokens import require_tokenizer
 from deepspec.decode.engine import Decoder, Request
 from deepspec.errors import DataError
+from deepspec.files import check_conditions
 from deepspec.log import Bar, note, progress
 from deepspec.maths.verify import Sampling
 from deepspec.pocket import prompts_path
-from deepspec.targets import Target
+from deepspec.targets import Target, TargetSpec
+
+if TYPE_CHECKING:
+    from deepspec.data.tokens import PreTrainedTokenizerBase
 
 WINDOW = 4096
 """Prompts in memory at a time, ordered by length among themselves. Of all others, only ids are kept."""
@@ -68,11 +73,8 @@ def regenerate(
     Raises TargetError without a tokenizer or chat template, DataError if `out` holds answers made under
     other conditions, and UserError if `out` cannot be written.
     """
-    sampling = sampling or Sampling(temperature=1.0)
-    tokenizer = require_tokenizer(target.tokenizer, target.spec.name)
-    template = template_conditions(tokenizer, thinking).template_hash
-    template_date(tokenizer)
-    now = Settings(target.spec.name, template, thinking, sampling, max_new_tokens, seed)
+    options = sampling or Sampling(temperature=1.0), max_new_tokens, seed
+    now = _settings(target.spec, target.tokenizer, thinking, *options)
     total = total or length_hint(conversations) or None
     tally, size = Tally(), FLIGHTS * max_rows
     fresh = each_once(conversations, tally)
@@ -82,6 +84,28 @@ def regenerate(
                 _answer(window[start : start + size], file, tally, bar, target, now, max_rows)
     tally.seconds = time.perf_counter() - tally.began
     return tally
+
+
+def check_settings(
+    spec: TargetSpec, out: Path, *, thinking: bool, sampling: Sampling, max_new_tokens: int, seed: int
+) -> None:
+    """Raise what `regenerate` would raise that can be known before the target's weights are loaded."""
+    now = _settings(spec, spec.tokenizer(), thinking, sampling, max_new_tokens, seed)
+    check_conditions(out, now.facts)
+
+
+def _settings(
+    spec: TargetSpec,
+    tokenizer: PreTrainedTokenizerBase | None,
+    thinking: bool,
+    sampling: Sampling,
+    max_new_tokens: int,
+    seed: int,
+) -> Settings:
+    tokenizer = require_tokenizer(tokenizer, spec.name)
+    template_date(tokenizer)
+    template = template_conditions(tokenizer, thinking).template_hash
+    return Settings(spec.name, template, thinking, sampling, max_new_tokens, seed)
 
 
 def _letters(conversation: Conversation) -> int:

@@ -20,6 +20,7 @@ from deepspec.cli.common import (
     whole_or_not,
 )
 from deepspec.errors import UserError
+from deepspec.files import check_writable
 
 
 def download(
@@ -75,6 +76,7 @@ def download(
         limit = (known.rows if known else None) or 0
     wanted = Wanted(names, column_map(columns or [], id_column), domain, config, split, copies or ())
     skipped = skipping(skip_bad)
+    check_writable(out)
     with whole_or_not():
         rows = open_source(wanted, skipped)
         done = run(rows, out, limit=limit, seed=seed, drop_repeats=drop_repeats, skipped=skipped)

@@ -18,6 +18,7 @@ from deepspec.cli.common import (
     skipping,
     whole_or_not,
 )
+from deepspec.files import check_writable
 
 
 def split(
@@ -42,6 +43,7 @@ def split(
     from deepspec.data.split import split as run
 
     skipped = skipping(skip_bad)
+    check_writable(out, folder=True)
     with whole_or_not():
         done = run(file, out, select=select, test=test, drop_repeats=drop_repeats, skipped=skipped)
     report_skipped(skipped)

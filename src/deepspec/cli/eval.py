@@ -83,7 +83,7 @@ def evaluate(
     samplings = [sampling_of(t, top_k, top_p) for t in temperature or [0.0]]
     check_writable(out)
     check_writable(report)
-    from deepspec.checkpoints.draft import load_draft
+    from deepspec.checkpoints.draft import check_draft, load_draft
     from deepspec.checkpoints.read import find_checkpoint, load_provenance
     from deepspec.conditions import Conditions, differences
     from deepspec.measure.evaluate import conditions_of, evaluate_at, load_prompts
@@ -94,8 +94,12 @@ def evaluate(
     folders = dict(zip(draft_labels(names), names, strict=True))
     # What can be refused is refused before the weights are loaded.
     for name in names:
-        find_checkpoint(name)
-    tasks = load_prompts(source, TargetSpec.from_pretrained(target), thinking=thinking, limit=limit)
+        check_draft(name, None)
+    spec = TargetSpec.from_pretrained(target)
+    for name in names:
+        check_draft(name, spec)
+    tasks = load_prompts(source, spec, thinking=thinking, limit=limit)
+    curves = {label: read_metrics(Path(name) / "metrics.jsonl") for label, name in folders.items()}
     model = load_target(target, dtype.value, device)
     drafts = {label: load_draft(name, model) for label, name in folders.items()}
     now = conditions_of(model, tasks, thinking)
@@ -117,7 +121,6 @@ def evaluate(
         out=out,
     )
     if report is not None:
-        curves = {label: read_metrics(Path(name) / "metrics.jsonl") for label, name in folders.items()}
         shown = {label: rows for label, rows in curves.items() if rows}
         note(f"report: {write_report(report, results, shown)}")
     if as_json:

@@ -39,8 +39,7 @@ def generate(
             f"{target} needs a draft", next_step="add --draft NAME, or --plain to decode without a draft"
         )
     sampling = sampling_of(temperature)
-    from deepspec.checkpoints.draft import load_draft
-    from deepspec.checkpoints.read import find_checkpoint
+    from deepspec.checkpoints.draft import check_draft, load_draft
     from deepspec.data.messages import Message
     from deepspec.data.tokens import prompt_ids, require_tokenizer
     from deepspec.decode.engine import Decoder, Request
@@ -50,8 +49,10 @@ def generate(
     # What can be refused is refused before the weights are loaded.
     draft = None if plain else draft
     if draft is not None:
-        find_checkpoint(draft)
+        check_draft(draft, None)
     spec = TargetSpec.from_pretrained(target)
+    if draft is not None:
+        check_draft(draft, spec)
     tokenizer = require_tokenizer(spec.tokenizer(), target)
     asked = [Message(role="user", content=prompt)]
     ids = prompt_ids(tokenizer, asked, thinking, vocab_size=spec.vocab_size)

@@ -196,15 +196,22 @@ class Decoder:
 
     def run(self, requests: Iterable[Request]) -> Iterator[Generation]:
         """Answers in the order in which they finish. A request is drawn from `requests` once a slot is free
-        for it. Raises UserError where `submit` does."""
-        requests = iter(requests)
-        while True:
-            free = self.max_rows - len(self.rows) - len(self.waiting)
-            for request in islice(requests, max(free, 0)):
-                self.submit(request)
-            if self.idle:
-                return
-            yield from (event.answer for event in self.step() if event.finished)
+        for it. Raises UserError where `submit` does; none of its requests is then left in the decoder."""
+        requests, ours = iter(requests), set[str]()
+        try:
+            while True:
+                free = self.max_rows - len(self.rows) - len(self.waiting)
+                for request in islice(requests, max(free, 0)):
+                    ours.add(self.submit(request))
+                if self.idle:
+                    return
+                for _, answer, finished in self.step():
+                    if finished:
+                        ours.discard(answer.key)
+                        yield answer
+        finally:
+            for key in ours & {*self.waiting, *(row.answer.key for row in self.rows)}:
+                self.cancel(key)
 
     def _start(self, request: Request) -> Event:
         """Prefill: the target reads the prompt and gives the first new token."""
