@@ -907,9 +907,7 @@ def test_exact_law_is_the_plain_one_under_the_published_rule(small: Target, mism
         assert math.isclose(right[tokens], chance, rel_tol=1e-9)
 
 
-def test_a_run_that_is_refused_in_the_middle_leaves_nothing_in_the_decoder(
-    targets: dict[str, Target],
-) -> None:
+def test_a_run_that_is_refused_leaves_nothing_in_the_decoder(targets: dict[str, Target]) -> None:
     """A key that came twice left the first request waiting, and its slot taken."""
     target = targets["llama"]
     decoder = Decoder(target, None, max_rows=2)

@@ -329,7 +329,7 @@ def test_the_clock_decides_once_after_how_many_steps_a_stretch_is_saved(target, 
         save(self, *rest)
 
     monkeypatch.setattr(module.AnswerFile, "save", saved)
-    monkeypatch.setattr(module, "READING", 0.9)  # saved at the first step that is no prompt's
+    monkeypatch.setattr(module, "REREADING", 0.9)  # a few steps after the prompts are read
     regenerate(target, LONG, out, max_new_tokens=6, max_rows=3)
     steps = last_mark(beside(out, "timings"), "steps")
     assert steps is not None and steps > 3 and set(kept) == {steps} and len(kept) > 1

@@ -46,9 +46,9 @@ PACKAGED_TOKENS, PACKAGED_ROWS = 224, 64
 """New tokens of an answer to a packaged prompt, and how many the pocket target decodes together."""
 FLIGHTS = 8
 """Prompts of a stretch for each row in flight: more waste less at its end, and lose more to a kill."""
-SAVE_EVERY, READING = 60.0, 0.05
-"""Seconds of decoding after which a stretch is saved, and the most of its time that reading prompts may take:
-where reading takes long, a save costs much, and they are rarer."""
+SAVE_EVERY, REREADING = 60.0, 0.1
+"""Seconds of decoding after which a stretch is saved, and the share of its time that reading its rows again
+may take: where that is slow, saves are rarer."""
 
 
 def regenerate(
@@ -177,20 +177,21 @@ def decoded(
         decoder = Decoder(target, None, max_rows=max(min(max_rows, len(requests)), 1))
         for request in filter(None, requests):
             decoder.submit(request)
-        done, reading, began = 0, 0.0, time.perf_counter()
+        done, read, reading, began = 0, 0, 0.0, time.perf_counter()
         while not decoder.idle:
-            before, in_flight = time.perf_counter(), len(decoder.rows)
+            before, line = time.perf_counter(), len(decoder.waiting)
             events = decoder.step()
             done += 1
-            reading += (time.perf_counter() - before) * (len(decoder.rows) > in_flight)
+            if len(decoder.waiting) < line:  # it read a prompt
+                read, reading = read + 1, reading + time.perf_counter() - before
             for _, answer, finished in events:
                 if finished:
                     dialogue, ids = asked[answer.key], [*asked[answer.key].begun, *answer.token_ids]
                     dialogue.answer(_text(target, ids), ids, answer.stopped, len(ids))
                     if dialogue.over:
                         yield dialogue
-            spent = time.perf_counter() - began
-            if done == steps or (steps is None and spent > max(SAVE_EVERY, reading / READING)):
+            least = max(SAVE_EVERY, len(decoder.rows) * reading / read / REREADING)
+            if done == steps or (steps is None and time.perf_counter() - began > least):
                 for key in [row.answer.key for row in decoder.rows]:
                     asked[key].begun += decoder.cancel(key).token_ids
                 steps = done
