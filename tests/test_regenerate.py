@@ -267,9 +267,9 @@ def test_real_decoding_killed_in_the_middle_of_a_stretch(target, tmp_path):
         assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def saving_after(steps: int | None, out: Path) -> None:
+def saving_after(steps: int, out: Path) -> None:
     with JsonlWriter(beside(out, "timings")) as timings:
-        timings.write({"steps": steps})
+        timings.write({"steps_of_24": steps})
 
 
 LONG = [*PROMPTS, conversation_from_row({"id": "t", "turns": ["one", "two"]})]
@@ -319,7 +319,7 @@ def test_a_stretch_killed_after_a_save_continues_with_the_very_steps_of_the_run_
 
 def test_the_clock_decides_once_after_how_many_steps_a_stretch_is_saved(target, tmp_path, monkeypatch):
     regenerate(target, LONG, tmp_path / "whole.jsonl", max_new_tokens=6, max_rows=3)
-    assert last_mark(beside(tmp_path / "whole.jsonl", "timings"), "steps") is None
+    assert last_mark(beside(tmp_path / "whole.jsonl", "timings"), "steps_of_24") is None
     monkeypatch.setattr(module, "SAVE_EVERY", 0.0)
     out, kept = tmp_path / "saved.jsonl", []
     save = module.AnswerFile.save
@@ -331,7 +331,7 @@ def test_the_clock_decides_once_after_how_many_steps_a_stretch_is_saved(target, 
     monkeypatch.setattr(module.AnswerFile, "save", saved)
     monkeypatch.setattr(module, "REREADING", 0.9)  # a few steps after the prompts are read
     regenerate(target, LONG, out, max_new_tokens=6, max_rows=3)
-    steps = last_mark(beside(out, "timings"), "steps")
+    steps = last_mark(beside(out, "timings"), "steps_of_24")
     assert steps is not None and steps > 3 and set(kept) == {steps} and len(kept) > 1
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 

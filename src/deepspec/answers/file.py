@@ -5,7 +5,7 @@ For `answers.jsonl` there are
 * `answers.jsonl`: one answered row per line; it only ever grows;
 * `answers.timings.jsonl`: seconds, rows and tokens of each group of rows, kept out of the rows so that these
   depend on nothing but the prompts; `bytes` is the size of `answers.jsonl` when the group was finished. In
-  process, a line may tell after how many `steps` a group under way is saved;
+  process, a line may tell after how many decoding steps a group under way is saved;
 * `answers.partial.jsonl`: in process, what a group under way had written when it was last saved;
 * `answers.failures.jsonl`: the rows that the latest run could not answer, each with its reason. Every run
   tries them again, so it begins without this file.
@@ -101,11 +101,12 @@ class AnswerFile(ResumableLog):
         self.tail: set[str] = set()
         self.steps: int | None = None
         """Decoding steps after which a group under way is saved; None until the clock has decided it."""
+        self._steps = f"steps_of_{group}"  # groups of another size take another time
         self._failures: JsonlWriter | None = None
         self._beside = ExitStack()
         try:
             self._times = self._beside.enter_context(JsonlWriter(beside(out, "timings")))
-            mark, self.steps = last_mark(self._times.path), last_mark(self._times.path, "steps")
+            mark, self.steps = last_mark(self._times.path), last_mark(self._times.path, self._steps)
             with progress("reading the answers so far", self.size, count=False) as bar:
                 for at, row in self.records():
                     (self.done if mark is None or at < mark else self.tail).add(str(row.get("id")))
@@ -146,7 +147,7 @@ class AnswerFile(ResumableLog):
         self.sync()
         if self.steps is None:
             self.steps = steps
-            self._times.write({"steps": steps})
+            self._times.write({self._steps: steps})
             self._times.sync()
         state = {"ids": [d.ids for d in dialogues], "begun": [d.begun for d in dialogues]}
         state["stopped"] = [d.stopped for d in dialogues]

@@ -142,16 +142,13 @@ def _answer(
         dialogue.begun = begun
     waiting = deque(dialogues)
     for _ in decoded(dialogues, target, now, max_rows, file.steps, partial(file.save, group, dialogues)):
-        bar.update(1, **tally.fields)
         while waiting and waiting[0].over:
-            _keep(waiting.popleft(), file, tally, now)
+            first = waiting.popleft()
+            if first.trouble is not None or first.conversation.id not in file.tail:
+                file.keep(first, now.facts, tally)
+        bar.update(1, **tally.fields)
     seconds = round(time.perf_counter() - began, 3)
     file.mark(rows=len(dialogues), tokens=sum(d.tokens for d in dialogues), seconds=seconds)
-
-
-def _keep(dialogue: Dialogue, file: AnswerFile, tally: Tally, now: Settings) -> None:
-    if dialogue.trouble is not None or dialogue.conversation.id not in file.tail:
-        file.keep(dialogue, now.facts, tally)
 
 
 def decoded(
