@@ -300,3 +300,12 @@ def test_command_through_servers(tmp_path, monkeypatch):
     assert "deepspec data inspect" in result.stdout
     each_once(out, 9)
     assert one.asked and two.asked
+
+
+def test_thinking_by_a_servers_own_template_is_said_to_be_unchecked(tmp_path, capsys):
+    with StandIn() as server:
+        for thinking in (False, True):
+            out = tmp_path / f"{thinking}.jsonl"
+            assert regenerate_served([server.url], prompts(2), out, thinking=thinking, policy=QUICK).new == 2
+            said = " ".join(capsys.readouterr().err.split())
+            assert ("whether it has a switch for thinking is not known here" in said) is thinking

@@ -23,7 +23,7 @@ from deepspec.data.template import template_conditions, template_date
 from deepspec.data.tokens import require_tokenizer
 from deepspec.errors import DataError, UserError
 from deepspec.http_client import API_KEY, Exhausted, Policy, Server, Servers, Unanswered
-from deepspec.log import Bar, progress
+from deepspec.log import Bar, progress, warn
 from deepspec.maths.verify import Sampling
 
 if TYPE_CHECKING:
@@ -71,6 +71,11 @@ def regenerate_served(
         template = template_conditions(tokenizer, thinking).template_hash
         template_date(tokenizer)
         vocab_size = target.vocab_size
+    elif thinking:
+        warn(
+            "the servers' own template is used: whether it has a switch for thinking is not known here; with "
+            "--target it is checked"
+        )
     total = total or length_hint(conversations) or None
     chosen = model
 
