@@ -177,9 +177,9 @@ def test_every_command_that_asks_refuses_and_regenerate_answers_the_others(
     before = sorted(tmp_path.iterdir())
     result = CliRunner().invoke(app, ["generate", "2+2?", "--target", str(path), "--plain"])
     assert result.exit_code == 2 and "leaves out message 1 (user)" in result.stderr
-    words = ["eval", "--target", str(path), "--draft", "pocket-dspark", "--prompts", str(prompts)]
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 2 and f"where: {prompts}:1 (id a)" in result.stderr
+    with pytest.raises(DataError, match=r"leaves out message 1 \(user\)") as caught:
+        load_prompts(prompts, TargetSpec.from_pretrained(str(path)))  # as eval does, before it loads weights
+    assert caught.value.where == f"{prompts}:1 (id a)"
     words = ["data", "regenerate", prompts, "--target", path, "--out", tmp_path / "none.jsonl"]
     result = CliRunner().invoke(app, [*map(str, words)])
     assert result.exit_code == 2 and "some take lists of parts only" in result.stderr
