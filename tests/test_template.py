@@ -23,7 +23,7 @@ from deepspec.features.batches import load_rows
 from deepspec.files import ResumableLog
 from deepspec.measure.evaluate import conditions_of, evaluate_drafts, load_prompts
 from deepspec.report.compare import REFUSED, condition_differences
-from deepspec.targets import Target
+from deepspec.targets import Target, TargetSpec
 from talking import save_talking_llama
 
 TURN = "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"

@@ -14,6 +14,8 @@ from deepspec.config import Recipe
 from deepspec.data.conversations import Conversation, content_hash, read_conversations
 from deepspec.data.template import template_conditions
 from deepspec.data.tokens import system_hash, tokenizer_hash
+from deepspec.files import count_lines
+from deepspec.log import progress
 from deepspec.targets import Target
 
 CARRIED = (*LABELS, "sampling")
@@ -35,9 +37,11 @@ def data_facts(source: Path, limit: int | None = None) -> dict[str, Any]:
             found = Conditions.read({key: carried[key] for key in CARRIED})
             shared = found if shared is None else shared.shared(found)
             targets.add(row.meta.get("target"))
+            bar.update(1)
             yield row
 
-    digest = content_hash(noting())
+    with progress("reading the answers", limit or count_lines(source)) as bar:
+        digest = content_hash(noting())
     record = {} if shared is None else shared.record()
     target = targets.pop() if len(targets) == 1 else SEVERAL
     return {"data_hash": digest, "data_rows": count, "data": {"target": target, **record}}
