@@ -939,3 +939,19 @@ def test_exact_law_is_the_plain_one_under_the_published_rule(small: Target, mism
     right = committed_law(small, committed, mismatched.logits.cpu())
     for tokens, chance in plain_law(small).items():
         assert math.isclose(right[tokens], chance, rel_tol=1e-9)
+
+
+def test_a_run_that_is_refused_leaves_nothing_in_the_decoder(targets: dict[str, Target]) -> None:
+    """A key that came twice left the first request waiting, and its slot taken."""
+    target = targets["llama"]
+    decoder = Decoder(target, None, max_rows=2)
+    twice = [Request([1, 2], 4, key="a"), Request([1, 2, 3], 4, key="a")]
+    with pytest.raises(UserError, match="a request with the key 'a' has not finished yet"):
+        list(decoder.run(twice))
+    assert decoder.idle
+    # One that somebody else submitted stays, and a run that is left early gives its slots back.
+    other = decoder.submit(Request([4, 5], 3, key="other"))
+    next(iter(run := decoder.run([Request([1, 2], 1, key="b"), Request([1, 2], 9, key="c")])))
+    run.close()
+    assert [row.answer.key for row in decoder.rows] + list(decoder.waiting) == [other]
+    assert [len(answer.token_ids) for answer in decoder.run([])] == [3]

@@ -48,13 +48,12 @@ def runs(conversation: Any, thinking: bool = False, template: str = HARMONY) -> 
 # -- text to ids -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("thinking", [True, False])
-def test_channel_before_a_plain_answer_is_the_targets(thinking: bool) -> None:
+def test_channel_before_a_plain_answer_is_the_targets() -> None:
     conversation = talk("Name a fruit.", "Pear.", "And a tree?", "An oak.")
     first = SYSTEM + user("Name a fruit.") + "<|start|>assistant"
     # History ends an answer otherwise than the target does, so each turn has a sequence of its own.
     second = f"{first}{FINAL}Pear.<|end|>{user('And a tree?')}<|start|>assistant"
-    assert runs(conversation, thinking) == [
+    assert runs(conversation) == [
         [(0, first), (1, f"{FINAL}Pear.<|return|>")],
         [(0, second), (1, f"{FINAL}An oak.<|return|>")],
     ]
@@ -118,7 +117,7 @@ def test_empty_think_block_is_not_the_targets_wherever_the_prompt_ends(thinking:
     tokenizer.chat_template = ALWAYS
     try:
         assert rendered(tokenizer, talk("q").messages, thinking, ask=True).endswith("assistant\n<think>\n")
-        (((_, prompt), answer),) = runs(talk("q", "hm\n</think>\n\nfour"), thinking, QWEN3)
+        (((_, prompt), answer),) = runs(talk("q", "hm\n</think>\n\nfour"), False, QWEN3)
     finally:
         tokenizer.chat_template = before
     assert prompt.endswith("<think>\n") and answer == (1, "hm\n</think>\n\nfour<|im_end|>")
@@ -208,7 +207,7 @@ def test_spaces_before_an_answer_are_kept_where_the_target_wrote_them(family: st
 class Spec:
     """What `regenerate_served` asks of a target."""
 
-    name = "harmony"
+    name, vocab_size = "harmony", None
 
     def tokenizer(self) -> Any:
         return TOKENIZER(HARMONY)

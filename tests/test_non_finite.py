@@ -20,6 +20,7 @@ import deepspec.train.loop as loop
 from conftest import prompts_of, tiny_draft
 from deepspec.answers.file import beside
 from deepspec.answers.in_process import regenerate
+from deepspec.checkpoints.draft import save_draft
 from deepspec.cli import app
 from deepspec.data.conversations import conversation_from_row
 from deepspec.data.tokens import Encoded
@@ -243,6 +244,8 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data, a recipe, and a target of which one weight is NaN."""
     folder = tmp_path_factory.mktemp("broken")
     path = save_talking_llama(folder / "target")
+    healthy = Target.from_pretrained(path)
+    save_draft(tiny_draft(healthy, "dspark"), folder / "draft", healthy, {})
     weights = load_file(path / "model.safetensors")
     weights["model.layers.2.mlp.down_proj.weight"][0, 0] = math.nan
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
@@ -265,15 +268,12 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_every_command_refuses_a_target_of_nan_with_one_message(broken, tmp_path, monkeypatch, command):
     monkeypatch.setenv("DEEPSPEC_CACHE", str(tmp_path / "speeds"))
-    draft = tmp_path / "draft"
-    draft.mkdir()
-    (draft / "config.json").write_text("{}")
-    words = command.format(t=broken / "target", f=broken, o=tmp_path, d=draft).split()
+    words = command.format(t=broken / "target", f=broken, o=tmp_path, d=broken / "draft").split()
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2, result.output
     said = " ".join(result.stderr.split())
     assert "gives infinities or NaN in its logits, from which nothing can be learnt or decoded" in said
-    left = {p.name for p in tmp_path.rglob("*") if p.is_file() and draft not in p.parents}
+    left = {p.name for p in tmp_path.rglob("*") if p.is_file()}
     assert left == ({"recipe.yaml", ".lock"} if words[0] == "train" else set())
 
 

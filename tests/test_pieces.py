@@ -6,6 +6,7 @@ write. `whole` below is the plain way: the template's text, tokenised once.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deepspec.data.conversations import Conversation, conversation_from_row
 from deepspec.data.inspect import pieces
+from deepspec.data.template import SWITCHES
 from deepspec.data.tokens import encode_turns, prompt_ids
 from deepspec.errors import DataError
 from templates import (
@@ -52,12 +54,20 @@ def whole(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 def rendered(tokenizer: PreTrainedTokenizerFast, messages: Any, thinking: bool, ask: bool = False) -> str:
     return tokenizer.apply_chat_template(
-        [*messages], tokenize=False, add_generation_prompt=ask, enable_thinking=thinking
+        [*messages], tokenize=False, add_generation_prompt=ask, **dict.fromkeys(SWITCHES, thinking)
     )
 
 
-def supervised(tokenizer: PreTrainedTokenizerFast, conversation: Conversation, thinking: bool = True) -> Any:
-    """The supervised tokens of each sequence."""
+def can_think(template: str) -> bool:
+    """Whether a template has a switch for thinking; without one, thinking on is refused."""
+    return re.search(r"(?<!\.)\b(enable_)?thinking\b", template) is not None
+
+
+def supervised(
+    tokenizer: PreTrainedTokenizerFast, conversation: Conversation, thinking: bool | None = None
+) -> Any:
+    """The supervised tokens of each sequence; thinking is on if the template can switch it."""
+    thinking = can_think(tokenizer.chat_template) if thinking is None else thinking
     return [
         tokenizer.convert_ids_to_tokens([i for i, on in zip(row.ids, row.loss_mask, strict=True) if on])
         for row in encode_turns(tokenizer, conversation, thinking)
@@ -95,7 +105,7 @@ TURNS = st.lists(st.tuples(TEXT.filter(str.strip), TEXT), min_size=1, max_size=3
 def test_any_conversation_is_tokenised_as_its_rendered_text_in_as_few_sequences_as_that_allows(
     family: str, template: str, turns: list[tuple[str, str]], thinking: bool
 ) -> None:
-    tokenizer = TOKENIZER(template, family)
+    tokenizer, thinking = TOKENIZER(template, family), thinking and can_think(template)
     conversation = talk(*(text for turn in turns for text in turn))
     rows = encode_turns(tokenizer, conversation, thinking)
     placed: list[list[int]] = []
@@ -145,8 +155,8 @@ def test_templates_of_other_families_give_one_sequence_of_the_rendered_text(
     names = ("</s>", "<|user|>", "<|assistant|>", "<|end|>")
     backend.add_special_tokens([AddedToken(name, rstrip=name != "</s>", special=True) for name in names])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, eos_token="</s>")
-    (row,) = encode_turns(tokenizer, PEAR, True)
-    text = rendered(tokenizer, PEAR.messages, True)
+    (row,) = encode_turns(tokenizer, PEAR, False)
+    text = rendered(tokenizer, PEAR.messages, False)
     assert row.ids == whole(tokenizer, text)
     (tokens,) = supervised(tokenizer, PEAR)
     assert (tokens.count(end), tokens[-1]) == (2, end)
@@ -189,7 +199,7 @@ def test_bos_of_the_template_is_the_only_one(template: str) -> None:
         single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, bos)]
     )
     assert tokenizer("q")["input_ids"][0] == bos
-    (row, *_) = encode_turns(tokenizer, talk("q", "four"), True)
+    (row, *_) = encode_turns(tokenizer, talk("q", "four"), can_think(template))
     assert row.ids[0] == bos and bos not in row.ids[1:]
 
 
@@ -209,6 +219,6 @@ def test_ids_next_to_text_stand_as_they_are(template: str) -> None:
 
 def test_pieces_shown_by_inspect_keep_their_first_space() -> None:
     tokenizer = TOKENIZER(LLAMA2, "metaspace first")
-    (row,) = encode_turns(tokenizer, PEAR, True)
+    (row,) = encode_turns(tokenizer, PEAR, False)
     shown = [piece.text for piece in pieces(tokenizer, row, 99) if piece.supervised and not piece.added]
     assert shown == [" Pear. ", " Pear, a pear. "]

@@ -82,10 +82,11 @@ def test_messages_go_to_chat_with_thinking_said_either_way():
     call = completion(Served("m", "sglang"), NOW, 5, messages, None, [{"type": "function"}])
     assert call.path == "/v1/chat/completions"
     assert call.body["messages"] == messages
-    assert call.body["chat_template_kwargs"] == {"enable_thinking": True}
+    names = ("enable_thinking", "thinking", "reasoning", "enable_reasoning")
+    assert call.body["chat_template_kwargs"] == dict.fromkeys(names, True)
     assert call.body["tools"] == [{"type": "function"}]
     call = completion(VLLM, OFF, 5, messages, None)
-    assert call.body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert call.body["chat_template_kwargs"] == dict.fromkeys(names, False)
     assert call.body["top_k"] == -1  # off, said so: 0 is an error to some, and left out it may not be off
     assert "tools" not in call.body
 
@@ -455,3 +456,12 @@ def test_command_through_servers(tmp_path, monkeypatch):
     assert "deepspec data inspect" in result.stdout
     each_once(out, 9)
     assert one.asked and two.asked
+
+
+def test_thinking_by_a_servers_own_template_is_said_to_be_unchecked(tmp_path, capsys):
+    with StandIn() as server:
+        for thinking in (False, True):
+            out = tmp_path / f"{thinking}.jsonl"
+            assert regenerate_served([server.url], prompts(2), out, thinking=thinking, policy=QUICK).new == 2
+            said = " ".join(capsys.readouterr().err.split())
+            assert ("whether it has a switch for thinking is not known here" in said) is thinking

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from deepspec.data.conversations import (
 )
 from deepspec.data.inspect import row_sequences
 from deepspec.data.messages import last_trained
-from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.spec import DraftSpec
 from deepspec.errors import DataError, UserError, nearest
 from deepspec.log import note, warn
@@ -35,7 +35,7 @@ from deepspec.pocket import packaged, prompts_path
 from deepspec.speeds import SAMPLES, here, kept_speeds, measure
 from deepspec.targets import TargetSpec
 from deepspec.this_machine import busy
-from deepspec.train.build import draft_spec
+from deepspec.train.build import sized_spec
 
 DEFAULT_MACHINE, ASSUMED_ROWS = "h100", 10_000
 POCKET_ANSWER = 60.0
@@ -75,17 +75,23 @@ def prepare(
     batch = batch or (PACKAGED_ROWS if packaged_rows else None)
     row = machine_row(recipe, machine)
     row = row._replace(share=share or row.share)
+    config, tokenizer, notes = target_facts(recipe.target)
+    describe(recipe, config)
+    there = data is not None or path.is_file()
+    count = partial(count_file, path, tokenizer, thinking=recipe.thinking)
     source: StepTime = FromRow(row)
     if row.name == "here":
+        # What can be refused is refused before a minute is spent on measuring.
+        if there:
+            count()
         speeds = measured(recipe, again, path, batch or USUAL_BATCH["process"])
         source, row = Measured(speeds), row._replace(watts=speeds.watts or row.watts)
         answer_tokens = answer_tokens or sum(speeds.answers) / len(speeds.answers)
     row = row if watts is None else row._replace(watts=watts)
-    config, tokenizer, notes = target_facts(recipe.target)
     published = published_counts()
     answer = answer_tokens or (POCKET_ANSWER if recipe.target == "pocket" else published.answers[0])
-    if data is not None or path.is_file():
-        counts = count_file(path, tokenizer, thinking=recipe.thinking, answer=answer)
+    if there:
+        counts = count(answer=answer)
     elif prompt_tokens is None and answer_tokens is None:
         counts = published
     else:
@@ -99,9 +105,7 @@ def prepare(
 
 def describe(recipe: Recipe, config: Mapping[str, Any]) -> tuple[DraftSpec, int]:
     """(the recipe's draft for a target of this config, its own parameters). Raises RecipeError."""
-    # A block draft's mask token is chosen from the target's vocabulary; it does not change any size.
-    mask = recipe.draft.mask_token_id or 0 if ALGORITHMS[recipe.algorithm].needs_mask else None
-    spec = draft_spec(recipe, dict(config), mask)
+    spec = sized_spec(recipe, dict(config))
     return spec, parameters(spec)[0]
 
 
@@ -138,13 +142,13 @@ def measured(recipe: Recipe, again: bool, prompts: Path, slots: int) -> Speeds:
     kept = None if again else kept_speeds(recipe.target)
     if kept is not None and speed_key(recipe) in kept.train:
         return kept
+    some = spread(list(islice(read_conversations(prompts), 4000)), SAMPLES[0])
     note("measuring this machine with this target; this takes about a minute")
     if (load := busy()) is not None:
         warn(
             f"the machine was busy in the last minute (load {load:.1f} on {os.cpu_count()} cores): if it "
             "still is, the measured times will be too long, and they are kept; --measure measures again"
         )
-    some = spread(list(islice(read_conversations(prompts), 4000)), SAMPLES[0])
     return measure(recipe, some, slots=slots, max_new_tokens=256)
 
 

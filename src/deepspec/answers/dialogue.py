@@ -59,6 +59,8 @@ class Dialogue:
     """Which answers ended at the budget, not by themselves, counted from 0."""
     tokens: int = 0
     """In all answers together."""
+    begun: list[int] = field(default_factory=list)
+    """The next answer's tokens so far, when decoding is interrupted to save them."""
     trouble: str | None = None
     """Why it cannot be answered."""
     broken: bool = False
@@ -78,15 +80,25 @@ class Dialogue:
     def answered(self) -> bool:
         return len(self.ids) == len(self.turns)
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is asked."""
+        return self.answered or self.trouble is not None
+
     def prompt(self) -> list[Message]:
         """The messages that the next answer follows."""
         return [*self.said, *self.turns[len(self.ids)]]
 
-    def prompt_ids(self, tokenizer: Any, thinking: bool) -> list[int]:
+    def prompt_ids(self, tokenizer: Any, thinking: bool, vocab_size: int | None) -> list[int]:
         """The prompt of the next answer by the target's template. Raises DataError if that refuses it."""
         conversation = self.conversation
         return prompt_ids(
-            tokenizer, self.prompt(), thinking, tools=tools_of(conversation), where=conversation.where
+            tokenizer,
+            self.prompt(),
+            thinking,
+            tools=tools_of(conversation),
+            where=conversation.where,
+            vocab_size=vocab_size,
         )
 
     def answer(self, text: str | Message, ids: list[int] | None, finished: bool, tokens: int) -> None:
@@ -97,6 +109,7 @@ class Dialogue:
         if not finished:
             self.cut.append(len(self.ids))
         self.ids.append(ids)
+        self.begun = []
         self.tokens += tokens
 
     def reply(
@@ -125,6 +138,16 @@ class Dialogue:
                 return
             message = tokenizer.decode(ids, skip_special_tokens=True)
         self.answer(message, ids, finished, tokens)
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to continue from here, as plain data; all ids must be known."""
+        return {name: getattr(self, name) for name in ("ids", "cut", "begun", "trouble", "broken")}
+
+    def restore(self, tokenizer: Any, thinking: bool, state: Mapping[str, Any]) -> None:
+        """Continue from the `state` of a dialogue of the same conversation."""
+        for number, ids in enumerate(state["ids"]):
+            self.reply(tokenizer, thinking, "", ids, number not in state["cut"], len(ids))
+        self.begun, self.trouble, self.broken = state["begun"], state["trouble"], state["broken"]
 
     def row(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """The answered row: messages, the target's own ids if all are known, and the conditions.

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from deepspec.answers.file import Settings
+from deepspec.data.template import SWITCHES
 from deepspec.errors import ServerError, nearest
 from deepspec.http_client import CHECK_TIMEOUT, Listed, NoList, Passing, Refused, Server, Servers, Unanswered
 from deepspec.log import warn
@@ -162,7 +163,7 @@ def completion(
     if prompt is not None:
         body |= {"prompt": list(prompt), "add_special_tokens": False}
         return Call("/v1/completions", body, read_completion)
-    body |= {"messages": list(messages), "chat_template_kwargs": {"enable_thinking": now.thinking}}
+    body |= {"messages": list(messages), "chat_template_kwargs": dict.fromkeys(SWITCHES, now.thinking)}
     body |= {"reasoning_format": "none"} if llama else {}
     body |= {"tools": tools} if tools else {}
     return Call("/v1/chat/completions", body, read_chat)

@@ -73,11 +73,21 @@ def load_draft(name_or_path: str | Path, target: Target) -> NeuralDraft:
     return draft
 
 
-def check_fit(spec: DraftSpec, target: Target, name: str) -> None:
+def check_draft(name_or_path: str | Path, target: TargetSpec | None) -> None:
+    """Raise what `load_draft` would raise that can be known without weights, before those of the target are
+    loaded. target: None if it is not known."""
+    path = read.find_checkpoint(name_or_path)
+    spec = read.load_spec(path, None if target is None else target.num_layers)
+    if target is not None:
+        check_fit(spec, target, str(name_or_path))
+
+
+def check_fit(spec: DraftSpec, target: Target | TargetSpec, name: str) -> None:
     """Raise MismatchError, with the figures of both sides, if a draft cannot belong to a target."""
-    if reasons := misfits(spec, target.spec, target.vocab_size):
+    known = target if isinstance(target, TargetSpec) else target.spec
+    if reasons := misfits(spec, known, target.vocab_size):
         raise MismatchError(
-            f"{name} does not fit {target.spec.name}: {'; '.join(reasons)}",
+            f"{name} does not fit {known.name}: {'; '.join(reasons)}",
             next_step="use the target that this draft was trained for, or train a draft for this one "
             "(`deepspec train`)",
         )

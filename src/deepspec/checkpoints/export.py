@@ -17,7 +17,7 @@ from deepspec.checkpoints.layouts import as_released
 from deepspec.checkpoints.servers import NATIVE, Facts, launch_commands, refuse, served_as
 from deepspec.drafts.spec import EAGLE3_NORMS, DraftSpec, write_config
 from deepspec.errors import UserError
-from deepspec.files import atomic_directory, write_json
+from deepspec.files import atomic_directory, check_writable, write_json
 from deepspec.pocket import packaged
 from deepspec.targets import Target
 
@@ -55,7 +55,7 @@ def export_draft(
     format to write; None keeps the stored one. Raises UserError with every reason why the server cannot run
     the draft, CheckpointError for a broken draft, MismatchError for a target that it does not belong to.
     """
-    _check_free(out)
+    check_free(out)
     path = read.find_checkpoint(name_or_path)
     depth = None if target is None else target.spec.num_layers
     spec = read.load_spec(path, depth)
@@ -91,14 +91,16 @@ def export_draft(
     return Exported(out, to, architecture, spec.proposals, config["dtype"], count, launch, notes)
 
 
-def _check_free(out: Path) -> None:
-    """Raise UserError unless `out` is free or holds an earlier export: it is replaced as a whole."""
+def check_free(out: Path) -> None:
+    """Raise UserError unless `out` can be written, and is free or holds an earlier export, which is replaced
+    as a whole."""
     if out.exists() and not (out.is_dir() and "exported_to" in read.load_provenance(out)):
         raise UserError(
             "the output folder holds something else, which an export would replace",
             where=str(out),
             next_step="give --out a new folder, or the folder of an earlier export",
         )
+    check_writable(out, folder=True)
 
 
 def _own(copies: dict[str, Tensor], target: Target) -> dict[str, Tensor]:

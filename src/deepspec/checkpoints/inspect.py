@@ -14,7 +14,8 @@ from typing import Any
 from deepspec.checkpoints import read
 from deepspec.checkpoints.draft import misfits
 from deepspec.checkpoints.layouts import layout_of
-from deepspec.data.tokens import template_hash, tokenizer_hash
+from deepspec.data.template import template_hash
+from deepspec.data.tokens import tokenizer_hash
 from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.spec import DraftSpec
 from deepspec.features.formats import NUMBER_BYTES

@@ -67,8 +67,9 @@ def cache(
             "several processes would all answer the packaged prompts",
             next_step="have them answered once with `deepspec data regenerate`, and give --answers",
         )
-    from deepspec.train.data import cache_features
+    from deepspec.train.data import cache_features, check_cache
 
+    check_cache(recipes, out, answers)
     plan, written = cache_features(
         recipes,
         out,

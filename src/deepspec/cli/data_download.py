@@ -19,6 +19,7 @@ from deepspec.cli.common import (
     skipping,
 )
 from deepspec.errors import UserError
+from deepspec.files import check_writable
 
 
 def download(
@@ -74,6 +75,7 @@ def download(
         limit = (known.rows if known else None) or 0
     wanted = Wanted(names, column_map(columns or [], id_column), domain, config, split, copies or ())
     skipped = skipping(skip_bad)
+    check_writable(out)
     rows, source = open_source(wanted, skipped), ", ".join(names)
     done = run(rows, out, source=source, limit=limit, seed=seed, drop_repeats=drop_repeats, skipped=skipped)
     report_skipped(skipped)

@@ -28,7 +28,7 @@ from deepspec.log import note, progress
 if TYPE_CHECKING:
     from deepspec.data.conversations import Conversation
     from deepspec.data.inspect import Piece
-    from deepspec.data.tokens import PreTrainedTokenizerBase
+    from deepspec.data.tokens import Encoded, PreTrainedTokenizerBase
 
 OPEN, CLOSE = "⟦", "⟧"
 """Brackets around supervised text if there is no colour."""
@@ -73,13 +73,16 @@ def inspect(
     """
     sources = [prompt_file(file, target) for file in files]
     from deepspec.data.conversations import read_conversations
-    from deepspec.data.inspect import find_row, inspect_rows
+    from deepspec.data.inspect import find_row, inspect_rows, row_sequences
     from deepspec.data.skipping import nothing_left
+    from deepspec.data.template import template_date
     from deepspec.data.tokens import require_tokenizer
     from deepspec.files import count_lines
     from deepspec.targets import TargetSpec
 
-    tokenizer = require_tokenizer(TargetSpec.from_pretrained(target).tokenizer(), target)
+    spec = TargetSpec.from_pretrained(target)
+    tokenizer = require_tokenizer(spec.tokenizer(), target)
+    template_date(tokenizer)
     skipped = skipping(skip_bad)
 
     def rows() -> Iterator[Conversation]:
@@ -87,10 +90,13 @@ def inspect(
         return islice(chain.from_iterable(every), limit)
 
     if row is not None:
-        _show(find_row(rows(), row), tokenizer, thinking, max_length, as_json=as_json)
+        sequences = row_sequences(tokenizer, chosen := find_row(rows(), row), thinking, spec.vocab_size)
+        _show(chosen, sequences, tokenizer, max_length, as_json=as_json)
         return
     with progress("inspecting", limit or sum(count_lines(s) or 0 for s in sources) or None) as bar:
-        found = inspect_rows(rows(), tokenizer, thinking=thinking, max_length=max_length, bar=bar)
+        found = inspect_rows(
+            rows(), tokenizer, thinking=thinking, max_length=max_length, bar=bar, vocab_size=spec.vocab_size
+        )
     report_skipped(skipped)
     if not found["rows"]:
         raise nothing_left(skipped, ", ".join(files))
@@ -99,9 +105,14 @@ def inspect(
     else:
         _print_totals(found)
         if not found["refused"]:
-            _show(next(rows()), tokenizer, thinking, max_length, short=SHORT)
+            first = next(rows())
+            sequences = row_sequences(tokenizer, first, thinking, spec.vocab_size)
+            _show(first, sequences, tokenizer, max_length, short=SHORT)
     if found["refused"]:
-        note(f"training would stop at the first of {found['refused']} rows that cannot be used")
+        if stops := found["refused"] - found["unembedded"]:
+            note(f"training would stop at the first of {stops} rows that cannot be used")
+        if left_out := found["unembedded"]:
+            note(f"training leaves out {left_out} rows: the target's embedding lacks tokens of theirs")
         raise typer.Exit(BAD_INPUT)
 
 
@@ -159,17 +170,16 @@ def _print_lengths(console: Console, name: str, lengths: dict[str, Any]) -> None
 
 def _show(
     row: Conversation,
+    sequences: list[Encoded],
     tokenizer: PreTrainedTokenizerBase,
-    thinking: bool,
     max_length: int,
     *,
     short: int | None = None,
     as_json: bool = False,
 ) -> None:
     """Print a row's sequences: in colour, with brackets if there is no colour, or as JSON."""
-    from deepspec.data.inspect import pieces, row_sequences
+    from deepspec.data.inspect import pieces
 
-    sequences = row_sequences(tokenizer, row, thinking)
     if as_json:
         parts = [
             vars(sequence) | {"pieces": [vars(piece) for piece in pieces(tokenizer, sequence, max_length)]}

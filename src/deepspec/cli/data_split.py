@@ -17,6 +17,7 @@ from deepspec.cli.common import (
     say_repeats,
     skipping,
 )
+from deepspec.files import check_writable
 
 
 def split(
@@ -43,6 +44,7 @@ def split(
     from deepspec.data.split import split as run
 
     skipped = skipping(skip_bad)
+    check_writable(out, folder=True)
     done = run(files, out, select=select, test=test, drop_repeats=drop_repeats, skipped=skipped)
     report_skipped(skipped)
     if as_json:

@@ -79,19 +79,25 @@ def evaluate(
     samplings = [sampling_of(t, top_k, top_p) for t in temperature or [0.0]]
     check_writable(out)
     check_writable(report)
-    from deepspec.checkpoints.draft import load_draft
+    from deepspec.checkpoints.draft import check_draft, load_draft
     from deepspec.checkpoints.read import find_checkpoint, load_provenance
     from deepspec.conditions import Conditions, differences
     from deepspec.measure.evaluate import conditions_of, evaluate_at, load_prompts
     from deepspec.report.page import write_report
     from deepspec.report.results import read_metrics
+    from deepspec.targets import TargetSpec
 
     folders = dict(zip(draft_labels(names), names, strict=True))
+    # What can be refused is refused before the weights are loaded.
     for name in names:
-        find_checkpoint(name)  # a mistyped name should not wait for the target to load
+        check_draft(name, None)
+    spec = TargetSpec.from_pretrained(target)
+    for name in names:
+        check_draft(name, spec)
+    tasks = load_prompts(source, spec, thinking=thinking, limit=limit)
+    curves = {label: read_metrics(Path(name) / "metrics.jsonl") for label, name in folders.items()}
     model = load_target(target, dtype.value, device)
     drafts = {label: load_draft(name, model) for label, name in folders.items()}
-    tasks = load_prompts(source, model, thinking=thinking, limit=limit)
     now = conditions_of(model, tasks, thinking)
     for label, name in folders.items():
         trained = Conditions.read(load_provenance(find_checkpoint(name)))
@@ -111,7 +117,6 @@ def evaluate(
         out=out,
     )
     if report is not None:
-        curves = {label: read_metrics(Path(name) / "metrics.jsonl") for label, name in folders.items()}
         shown = {label: rows for label, rows in curves.items() if rows}
         note(f"report: {write_report(report, results, shown)}")
     if as_json:

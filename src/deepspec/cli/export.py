@@ -34,13 +34,17 @@ def export(
     Example:
       deepspec export pocket-dspark --to llamacpp --out exported/pocket-dspark --target pocket
     """
-    from deepspec.checkpoints.read import find_checkpoint
-
-    find_checkpoint(draft)  # a mistyped name should not wait for the target to load
     import torch
 
-    from deepspec.checkpoints.export import export_draft
+    from deepspec.checkpoints.draft import check_draft
+    from deepspec.checkpoints.export import check_free, export_draft
+    from deepspec.targets import TargetSpec
 
+    # What can be refused is refused before the target's weights are loaded.
+    check_draft(draft, None)
+    check_free(out)
+    if target is not None:
+        check_draft(draft, TargetSpec.from_pretrained(target))
     found = export_draft(
         draft,
         str(to),

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from deepspec.cli.common import Json, print_json, print_results
+from deepspec.files import check_writable
 
 
 def quickstart(
@@ -25,6 +26,7 @@ def quickstart(
     Example:
       deepspec quickstart --fast
     """
+    check_writable(out, folder=True)
     from deepspec.demo import quickstart as run
 
     report, results = run(out, fast=fast)

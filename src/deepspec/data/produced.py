@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from deepspec.data.messages import Message, call_arguments
+from deepspec.data.messages import Message
+from deepspec.data.template import as_served, stand_in
 from deepspec.errors import DataError, TargetError
 
 if TYPE_CHECKING:
@@ -28,11 +29,6 @@ if TYPE_CHECKING:
 _STAND_IN = "DEEPSPEC-ANSWER-ENDS-HERE"
 # Texts after which an answer may be tokenised, none of which merges with every answer.
 _NEUTRAL = ("", "\n", ":", "0")
-
-
-def stand_in(number: int) -> str:
-    """A stand-in for text number n. None is part of another, and any change of case can be seen."""
-    return f"DeepSpec-text-{number}-here"
 
 
 def plain(text: str, thoughts: str = "") -> Message:
@@ -213,10 +209,10 @@ def marked(message: Message) -> tuple[Message, dict[str, str]]:
     twin = plain(mark(message["content"], "the text"), thoughts)
     if "tool_calls" in message:
         twin["tool_calls"] = []
-        for call in message["tool_calls"]:
-            name, arguments = call["function"]["name"], call_arguments(call["function"]["arguments"])
+        for call in as_served(message)["tool_calls"]:
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
             function = {"name": mark(name, CALL), "arguments": mark(arguments, ARGUMENT)}
-            twin["tool_calls"].append({**call, "function": function})  # type: ignore[typeddict-item]
+            twin["tool_calls"].append(call | {"function": function})
     return twin, marks
 
 

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from deepspec.data.conversations import (
     Conversation,
     answer_ids_by_turn,
@@ -21,8 +19,9 @@ from deepspec.data.conversations import (
     last_answer,
     tools_of,
 )
-from deepspec.data.messages import Message, call_arguments, is_trained
-from deepspec.data.produced import _STAND_IN, ARGUMENT, CALL, heard, marked, plain, produced, stand_in
+from deepspec.data.messages import Message, is_trained
+from deepspec.data.produced import ARGUMENT, CALL, heard, marked, produced
+from deepspec.data.template import Template
 from deepspec.errors import DataError, TargetError
 
 if TYPE_CHECKING:
@@ -40,6 +39,10 @@ class Encoded:
 
 class OverlongError(DataError):
     """No supervised token of a row lies within the requested length."""
+
+
+class UnembeddedError(DataError):
+    """A row holds a token id that the target's embedding has no row for."""
 
 
 def require_tokenizer(
@@ -62,15 +65,39 @@ def prompt_ids(
     *,
     tools: list[dict[str, Any]] | None = None,
     where: str | None = None,
+    vocab_size: int | None = None,
 ) -> list[int]:
     """The ids that the target is given before it answers ``messages``, offered ``tools``.
 
-    ``thinking`` always goes to the template as ``enable_thinking``, because templates disagree on its
-    default. Raises TargetError without a chat template, DataError (naming ``where``) if the template refuses
-    the messages.
+    ``thinking`` always goes to the template, on or off, because templates disagree on its default.
+    ``vocab_size``: of the target's embedding; None checks no id. Raises TargetError without a chat template,
+    or if it has no switch for thinking; DataError (naming ``where``) if the template refuses the messages or
+    leaves out a part; UnembeddedError for an id without an embedding.
     """
     chat = _Chat(tokenizer, thinking, tools, where)
-    return chat.ids(chat.write(messages, ask=True))
+    chat.check_seen(messages)
+    for i, message in enumerate(messages):
+        if "tool_calls" in message:
+            _check_calls(chat, messages[: i + 1])
+    ids = chat.ids(chat.write(messages, ask=True))
+    check_embedded(tokenizer, ids, vocab_size, where)
+    return ids
+
+
+def check_embedded(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], vocab_size: int | None, where: str | None
+) -> None:
+    """Raise UnembeddedError, naming ``where``, for an id past an embedding of ``vocab_size`` rows."""
+    outside = next((i for i in ids if vocab_size is not None and not 0 <= i < vocab_size), None)
+    if outside is not None:
+        token = tokenizer.added_tokens_decoder.get(outside)
+        raise UnembeddedError(
+            f"token {outside}{f' ({str(token)!r})' if token else ''} has no row in the target's embedding, "
+            f"which has {vocab_size}",
+            where=where,
+            next_step="remove the row, or its 'answer_ids' if they are another model's; a token that was "
+            "added to the tokenizer needs a target whose embedding was resized for it",
+        )
 
 
 def answer_message(
@@ -101,16 +128,19 @@ def encode_turns(
     conversation: Conversation,
     thinking: bool,
     max_length: int | None = None,
+    vocab_size: int | None = None,
 ) -> list[Encoded]:
     """The fewest sequences that supervise every trained turn exactly once, in order.
 
     The last one has the row's id; one for an earlier turn alone is called ``ID#TURN``, counted from 1 over
     all assistant turns. The first ``max_length`` tokens of each sequence are kept, and sequences without a
-    supervised token are dropped, as are messages after the last trained turn.
+    supervised token are dropped, as are messages after the last trained turn. ``vocab_size``: as for
+    ``prompt_ids``.
 
     Raises DataError, naming the row, if no turn is trained, if an answer is empty or contains the end-of-turn
-    token, or if the template refuses, leaves out or alters a part; OverlongError if no supervised token is
-    left after the cut; TargetError if the chat template is missing or loses answers.
+    token, or if the template refuses, leaves out or alters a part; UnembeddedError for an id without an
+    embedding; OverlongError if no supervised token is left after the cut; TargetError if the chat template is
+    missing, loses answers, or has no switch for thinking.
     """
     last = last_answer(conversation)
     messages, given = conversation.messages[: last + 1], answer_ids_by_turn(conversation)
@@ -136,8 +166,11 @@ def encode_turns(
                 next_step="have the target answer the prompt again, or remove the row",
             )
         turns[number] = (asked, answer)
-    _check_kept(chat, messages)
+    trained = [i for i, message in enumerate(messages) if is_trained(message)]
+    chat.check_seen(messages[:-1], trained)
     rows = _sequences(conversation.id, turns)
+    for row in rows:
+        check_embedded(tokenizer, row.ids, vocab_size, conversation.where)
     fitting = (replace(r, ids=r.ids[:max_length], loss_mask=r.loss_mask[:max_length]) for r in rows)
     kept = [row for row in fitting if any(row.loss_mask)]
     if not kept:
@@ -185,11 +218,6 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_specia
     return tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
 
 
-def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of the chat template's text. Raises TargetError if there is none."""
-    return hashlib.sha256(_template(tokenizer).encode("utf-8")).hexdigest()
-
-
 def system_hash(messages: Sequence[Message]) -> str | None:
     """SHA-256 (hex) of a conversation's system prompt; None without one."""
     if not messages or messages[0]["role"] != "system":
@@ -214,44 +242,9 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode("utf-8")).hexdigest()
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    if not tokenizer.chat_template:
-        raise TargetError(
-            "the target's tokenizer has no chat template",
-            where=str(getattr(tokenizer, "name_or_path", "")) or None,
-            next_step="use the chat (instruct) version of the model, or put a chat_template.jinja next to "
-            "its tokenizer files: a draft must be trained on prompts built as they will be served",
-        )
-    return tokenizer.get_chat_template()
-
-
 @dataclass(frozen=True)
-class _Chat:
-    """A chat template, and everything except the messages that a row's rendering depends on."""
-
-    tokenizer: PreTrainedTokenizerBase
-    thinking: bool
-    tools: list[dict[str, Any]] | None
-    where: str | None
-
-    def write(self, messages: Sequence[Message], *, ask: bool) -> str:
-        """The template's text for the messages, with the generation prompt at its end if ``ask``."""
-        _template(self.tokenizer)
-        try:
-            return self.tokenizer.apply_chat_template(
-                [_as_served(message) for message in messages],
-                tools=self.tools,
-                tokenize=False,
-                add_generation_prompt=ask,
-                enable_thinking=self.thinking,
-            )
-        except (TemplateError, TypeError) as error:
-            raise DataError(
-                f"the target's chat template refuses the messages: {error}",
-                where=self.where,
-                next_step="change the row to what the target accepts (some know no system or tool role), "
-                "or remove it",
-            ) from error
+class _Chat(Template):
+    """A template, and the tokens of what it writes."""
 
     def ids(self, text: str) -> list[int]:
         # The template has written all special tokens already.
@@ -267,19 +260,6 @@ class _Chat:
         return known - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
 
 
-def _as_served(message: Message) -> dict[str, Any]:
-    """A message as servers give it to the template: arguments as an object, thoughts under both names."""
-    served: dict[str, Any] = {key: value for key, value in message.items() if key != "weight"}
-    if "reasoning_content" in message:
-        served["thinking"] = message["reasoning_content"]  # gpt-oss's name for it
-    if "tool_calls" in message:
-        served["tool_calls"] = []
-        for call in message["tool_calls"]:
-            arguments = call_arguments(call["function"]["arguments"])
-            served["tool_calls"].append({**call, "function": {**call["function"], "arguments": arguments}})
-    return served
-
-
 def _check_calls(chat: _Chat, messages: Sequence[Message]) -> None:
     """Raise DataError if the template leaves out a tool call of the last message, or a part of it."""
     *before, message = messages
@@ -287,30 +267,4 @@ def _check_calls(chat: _Chat, messages: Sequence[Message]) -> None:
     written = chat.write([*before, twin], ask=False)
     for mark, what in marks.items():
         if what in (CALL, ARGUMENT) and mark not in written:
-            raise _left_out(chat, f"or changes {what} of message {len(messages)} (assistant)", "the row")
-
-
-def _check_kept(chat: _Chat, messages: Sequence[Message]) -> None:
-    """Raise DataError if the template leaves out the tools, or a message before the last."""
-    *before, _ = messages
-    # A turn with tool calls may lose its text to them; `produced` has checked it.
-    marks = {i: stand_in(i) for i, m in enumerate(before) if m["content"].strip() and "tool_calls" not in m}
-    twins = [Message(**{**m, "content": marks.get(i, m["content"])}) for i, m in enumerate(before)]
-    written = chat.write([*twins, plain(_STAND_IN)], ask=False)
-    for i, mark in marks.items():
-        if mark not in written:
-            raise _left_out(chat, f"message {i + 1} ({before[i]['role']})", "the message or the row")
-    for k, tool in enumerate(chat.tools or []):
-        function = tool.get("function", tool)
-        twin = {**function, "name": stand_in(k)}
-        offered = replace(chat, tools=[{**tool, "function": twin} if function is not tool else twin])
-        if stand_in(k) not in offered.write([*before, plain(_STAND_IN)], ask=False):
-            raise _left_out(chat, f"tool {k + 1}", "'tools' or the row")
-
-
-def _left_out(chat: _Chat, what: str, remove: str) -> DataError:
-    return DataError(
-        f"the target's chat template leaves out {what}",
-        where=chat.where,
-        next_step=f"remove {remove}: the target would never see this part",
-    )
+            raise chat.left_out(f"or changes {what} of message {len(messages)} (assistant)", "the row")

@@ -28,7 +28,8 @@ from deepspec.targets import Target
 class Request:
     """One sequence to continue, and how. Its tokens depend on nothing but this: not on its batch.
 
-    key: what the decoder calls it; empty means that the decoder finds a name.
+    key: what the decoder calls it; empty means that the decoder finds a name. drawn: how many random numbers
+    are used up; a request that continues a plain answer has used one for each of its tokens.
     """
 
     input_ids: Sequence[int]
@@ -37,6 +38,7 @@ class Request:
     key: str = ""
     sampling: Sampling = field(default_factory=Sampling)
     stop_token_ids: frozenset[int] = frozenset()
+    drawn: int = 0
 
 
 @dataclass(eq=False)
@@ -214,22 +216,33 @@ class Decoder:
 
     def run(self, requests: Iterable[Request]) -> Iterator[Generation]:
         """Answers in the order in which they finish. A request is drawn from `requests` once a slot is free
-        for it. Raises UserError where `submit` does, and NonFiniteError where `step` does; another call then
-        continues with the other rows."""
-        requests = iter(requests)
-        while True:
-            free = self.max_rows - len(self.rows) - len(self.waiting)
-            for request in islice(requests, max(free, 0)):
-                self.submit(request)
-            if self.idle:
-                return
-            yield from (event.answer for event in self.step() if event.finished)
+        for it. Raises UserError where `submit` does, and then leaves none of its requests in the decoder;
+        NonFiniteError where `step` does, and another call then continues with the other rows."""
+        requests, ours = iter(requests), set[str]()
+        try:
+            while True:
+                free = self.max_rows - len(self.rows) - len(self.waiting)
+                for request in islice(requests, max(free, 0)):
+                    ours.add(self.submit(request))
+                if self.idle:
+                    return
+                for _, answer, finished in self.step():
+                    if finished:
+                        ours.discard(answer.key)
+                        yield answer
+        except NonFiniteError:
+            ours.clear()
+            raise
+        finally:
+            for key in ours & {*self.waiting, *(row.answer.key for row in self.rows)}:
+                self.cancel(key)
 
     def _start(self, request: Request) -> Event:
         """Prefill: the target reads the prompt and gives the first new token."""
         taken = {row.slot for row in self.rows}
         slot = next(s for s in range(self.max_rows) if s not in taken)
         random = torch.Generator().manual_seed(request.seed)
+        torch.rand(request.drawn, generator=random)
         row = _Row(slot, request, random, time.perf_counter(), Generation(request.key))
         insort(self.rows, row, key=lambda r: r.slot)
         self.target.open(slot)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deepspec.data.conversations import read_conversations
 from deepspec.data.rows import Rows, distinct, pack
-from deepspec.data.tokens import Encoded, OverlongError, encode_turns, require_tokenizer
+from deepspec.data.tokens import Encoded, OverlongError, UnembeddedError, encode_turns, require_tokenizer
 from deepspec.errors import DataError, NonFiniteError
 from deepspec.features.order import batches_by_length
 from deepspec.files import count_lines
@@ -43,23 +43,26 @@ def load_rows(
     """Tokenise a file of answered conversations, or its first `limit`, with the target's own template.
 
     Every row gets an id of its own. Sequences with fewer than `min_supervised` supervised tokens are left
-    out; a warning counts those for which `max_length` is the reason. Raises DataError if a row is broken or
-    none is left, TargetError for a target without a tokenizer.
+    out; a warning counts those for which `max_length` is the reason, another one those with tokens that the
+    target has no embedding for. Raises DataError if a row is broken or none is left, TargetError for a target
+    without a tokenizer.
     """
     tokenizer = require_tokenizer(target.tokenizer, target.spec.name)
     if (fits := target.room(0, max_length)) < max_length:
         warn(f"rows are cut at {fits} tokens and not at {max_length}: {target.spec.name} reads no more")
         max_length = fits
-    overlong: list[OverlongError] = []
+    left_out: list[OverlongError | UnembeddedError] = []
 
     def encoded() -> Iterator[Encoded]:
         seen: Counter[str] = Counter()
         with progress("tokenising", limit or count_lines(path)) as bar:
             for conversation in islice(read_conversations(path, require_answer=True), limit):
                 try:
-                    found = encode_turns(tokenizer, conversation, thinking, max_length)
-                except OverlongError as error:
-                    overlong.append(error)
+                    found = encode_turns(
+                        tokenizer, conversation, thinking, max_length, target.spec.vocab_size
+                    )
+                except (OverlongError, UnembeddedError) as error:
+                    left_out.append(error)
                     found = []
                 for row in found:
                     if sum(row.loss_mask) >= min_supervised:
@@ -67,19 +70,20 @@ def load_rows(
                 bar.update(1)
 
     rows = pack(encoded())
-    if not rows and overlong:
-        raise overlong[0]
+    if not rows and left_out:
+        raise left_out[0]
     if not rows:
         raise DataError(
             f"no row has {min_supervised} supervised tokens or more",
             where=str(path),
             next_step="check that the rows hold answers, and that data.max_length leaves room for them",
         )
-    if overlong:
-        warn(
-            f"{len(overlong)} conversations are left out: their prompts alone take data.max_length, "
-            f"{max_length} tokens; the first is {overlong[0].where}"
-        )
+    for kind, why in (
+        (OverlongError, f"their prompts alone take data.max_length, {max_length} tokens"),
+        (UnembeddedError, "they hold tokens that have no row in the target's embedding"),
+    ):
+        if some := [error for error in left_out if isinstance(error, kind)]:
+            warn(f"{len(some)} conversations are left out: {why}; the first is {some[0].where}")
     return rows
 
 

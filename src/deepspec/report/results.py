@@ -21,6 +21,7 @@ CONDITION_NAMES = {
     "top_p": "top-p",
     "max_new_tokens": "token budget per prompt",
     "ignore_eos": "stop tokens ignored",
+    "date": "date in the prompts",
     "dtype": "number format",
     "threads": "CPU threads",
     "batch": "batch size",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 from transformers.utils import logging as hf_logging
 
 from deepspec.errors import NonFiniteError, TargetError
-from deepspec.log import note
+from deepspec.log import note, progress
 from deepspec.maths.slots import Ints, Ragged, Rows, causal_rows_mask
 from deepspec.pocket import packaged
 from deepspec.targets.anatomy import (
@@ -413,15 +413,16 @@ class _WatchedLogits(LogitsProcessor):
 
 @contextmanager
 def _bars(path: str) -> Iterator[None]:
-    """transformers' own progress bars, if there is a terminal and loading takes long: a download, or weights
-    that take seconds to read."""
+    """transformers' own progress bars if loading takes long (a download, or weights that take seconds to
+    read), or plain lines if there is no terminal."""
     weights = [f for kind in ("*.safetensors", "*.bin") for f in Path(path).glob(kind) if f.is_file()]
     long = not Path(path).is_dir() or sum(f.stat().st_size for f in weights) > LONG
     usual = hf_logging.is_progress_bar_enabled()
     if not (long and sys.stderr.isatty()):
         hf_logging.disable_progress_bar()
     try:
-        yield
+        with nullcontext() if sys.stderr.isatty() else progress(f"loading {path}", None, count=False):
+            yield
     finally:
         if usual:
             hf_logging.enable_progress_bar()

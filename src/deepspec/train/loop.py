@@ -28,7 +28,7 @@ from deepspec.measure.evaluate import held_out_tau, load_prompts
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target, TargetSpec
 from deepspec.train.build import build_draft, recipe_spec, vocabulary_facts
-from deepspec.train.data import check_before_loading, training_data
+from deepspec.train.data import check_before_loading, check_target, training_data
 from deepspec.train.facts import provenance
 from deepspec.train.optimizer import Optimizer
 from deepspec.train.run import Progress, Run, open_run
@@ -62,8 +62,12 @@ def train_draft(
     Raises UserError for unusable data, recipes or targets, and if another process trains in that folder.
     """
     check_before_loading(recipe, answers)
-    if target is None:
-        TargetSpec.from_pretrained(recipe.target)  # a mistyped name should not leave a folder behind
+    known = target or TargetSpec.from_pretrained(recipe.target)
+    if isinstance(known, TargetSpec):
+        check_target(recipe, known)
+    prompts = load_prompts(
+        prompts_path(recipe.data.select), known, thinking=recipe.thinking, limit=recipe.eval_prompts
+    )
     with open_run(Path(runs), recipe, fresh=fresh) as run:
         target = target or Target.from_pretrained(recipe.target)
         spec = recipe_spec(recipe, target)
@@ -72,9 +76,6 @@ def train_draft(
         carried, wanted = Conditions.read(data.about["data"]), Conditions.read(facts)
         for sentence in differences(f"{data.name} was answered", carried, "the recipe trains", wanted):
             run.warn(sentence)
-        prompts = load_prompts(
-            prompts_path(recipe.data.select), target, thinking=recipe.thinking, limit=recipe.eval_prompts
-        )
         held_out = partial(held_out_tau, target, prompts=prompts, max_new_tokens=recipe.eval_max_new_tokens)
         draft = build_draft(recipe, target, data.rows, spec)
         return train(run, draft, target, data.rows, data.source, facts, held_out)
