@@ -32,10 +32,12 @@ import torch
 
 import deepspec.features.cache_write as writing
 from deepspec.config import load_recipe
-from deepspec.cost import MACHINES, Inputs, make_plan, published_counts
+from deepspec.cost.dimensions import PUBLISHED_TARGETS
+from deepspec.cost.inputs import Inputs, published_counts
+from deepspec.cost.machines import MACHINES
+from deepspec.cost.plan import make_plan
 from deepspec.data.tokens import Encoded
 from deepspec.drafts import ALGORITHMS
-from deepspec.families import PUBLISHED_TARGETS
 from deepspec.features.batches import Source, batch_order, load_rows, online
 from deepspec.features.cache_read import cached, open_cache
 from deepspec.features.cache_write import Plan, plan_cache, write_cache

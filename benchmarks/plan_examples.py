@@ -12,7 +12,8 @@ from rich.console import Console
 
 from deepspec.cli.plan import needs_table, refusal, section_tables
 from deepspec.config import load_recipe
-from deepspec.cost import cheapest_change, make_plan
+from deepspec.cost.fit import cheapest_change
+from deepspec.cost.plan import make_plan
 from deepspec.planning import prepare
 
 PAGE = Path(__file__).parents[1] / "docs" / "plan.md"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from deepspec.answers.in_process import PACKAGED_ROWS, regenerate
 from deepspec.config import load_recipe
-from deepspec.cost import make_plan
+from deepspec.cost.plan import make_plan
 from deepspec.cost.step_time import Measured
 from deepspec.data.conversations import read_conversations
 from deepspec.planning import prepare

@@ -13,8 +13,8 @@ from typing import Any
 
 from deepspec.checkpoints.inspect import parameters
 from deepspec.config import load_recipe
+from deepspec.cost.dimensions import PUBLISHED_TARGETS as TARGETS
 from deepspec.cost.formulas import state_bytes_per_parameter
-from deepspec.families import PUBLISHED_TARGETS as TARGETS
 from deepspec.planning import describe
 from deepspec.recipe_files import recipe_names
 from deepspec.targets import TargetSpec

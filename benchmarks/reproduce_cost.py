@@ -9,9 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepspec.config import load_recipe
-from deepspec.cost import MACHINES, Inputs, Plan, make_plan, published_counts
+from deepspec.cost.dimensions import PUBLISHED_TARGETS
 from deepspec.cost.formulas import cache_bytes_per_token
-from deepspec.families import PUBLISHED_TARGETS
+from deepspec.cost.inputs import Inputs, published_counts
+from deepspec.cost.machines import MACHINES
+from deepspec.cost.plan import Plan, make_plan
 from deepspec.planning import describe
 from recipe_parameters import BEGIN, END
 

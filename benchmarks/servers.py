@@ -139,14 +139,6 @@ def convert(found: Engine, model: Path, out: Path, target: Path | None = None) -
     return out
 
 
-def servable(target: Path, folder: Path) -> Path:
-    """A copy of the pocket target whose config names its architecture, which converters go by."""
-    shutil.copytree(target, folder, dirs_exist_ok=True)
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    write_json(folder / "config.json", config | {"architectures": ["Qwen3ForCausalLM"]})
-    return folder
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -306,9 +298,9 @@ def rate(answers: Sequence[Answer]) -> float:
 
 
 def served_target(found: Engine, work: Path) -> tuple[Path, Path]:
-    """The pocket target as the converter takes it, and as GGUF."""
+    """The pocket target, and the same as GGUF."""
     work.mkdir(exist_ok=True)
-    model = servable(Path(packaged("pocket")), work / "target")
+    model = Path(packaged("pocket"))
     return model, convert(found, model, work / "target.gguf")
 
 

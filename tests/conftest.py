@@ -137,11 +137,13 @@ def target_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def targets(target_dirs: dict[str, Path]) -> dict[str, Target]:
-    """The tiny targets in float32. Shared by all tests: open a slot before using it."""
-    return {
-        name: Target.from_pretrained(path, dtype="float32", device=DEVICE)
-        for name, path in target_dirs.items()
-    }
+    """The tiny targets in float32. Shared by all tests: open a slot before using it.
+
+    They have no stop tokens: random weights write those of their generation configs by chance."""
+    found = {n: Target.from_pretrained(p, dtype="float32", device=DEVICE) for n, p in target_dirs.items()}
+    for target in found.values():
+        target.model.generation_config.eos_token_id = None
+    return found
 
 
 def tiny_draft(target: Target, algorithm: str, *, seed: int = 0, **facts: Any) -> NeuralDraft:

@@ -4,12 +4,16 @@ None is a copy: each is a short template that follows its family's rules, for th
 What is an assumption, rather than a rule that is published, says so.
 """
 
+# ruff: noqa: RUF001 (the bars of DeepSeek's tokens are wide ones)
+
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE, WordPiece
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
@@ -117,35 +121,187 @@ GEMMA4 = r"""
     {{- '' if enable_thinking else '<|channel>thought\n<channel|>' }}
 {%- endif %}"""
 
+# Llama-2's published rules: a turn is <s>[INST] question [/INST] answer </s>, markup in plain text, texts
+# stripped; the system prompt stands in the first question. All that follows [/INST] is the target's, its
+# space too.
+LLAMA2 = r"""
+{%- set system = messages[0].content if messages[0].role == 'system' else none %}
+{%- for m in (messages if system is none else messages[1:]) %}
+    {%- if m.role == 'user' %}{{- bos_token + '[INST] ' }}
+        {{- '<<SYS>>\n' + system + '\n<</SYS>>\n\n' if loop.first and system is not none else '' }}
+        {{- m.content | trim + ' [/INST]' }}
+    {%- elif m.role == 'assistant' %}{{- ' ' + m.content | trim + ' ' + eos_token }}
+    {%- else %}{{- raise_exception('only user and assistant roles are supported') }}
+    {%- endif %}
+{%- endfor %}"""
+
+# Mistral's published rules (v3): one <s>; [INST] and [/INST] are tokens; answers begin with a space; calls
+# are JSON after [TOOL_CALLS]. The system prompt, which goes into the last question, is left out here.
+MISTRAL = r"""
+{{- bos_token }}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}{{- '[INST] ' + m.content + '[/INST]' }}
+    {%- elif m.role == 'tool' %}
+        {{- '[TOOL_RESULTS] ' + ({'content': m.content} | tojson) + '[/TOOL_RESULTS]' }}
+    {%- elif m.tool_calls %}{{- '[TOOL_CALLS] [' }}
+        {%- for call in m.tool_calls %}
+            {{- {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}
+            {{- ', ' if not loop.last else ']' + eos_token }}
+        {%- endfor %}
+    {%- elif m.role == 'assistant' %}{{- ' ' + m.content + eos_token }}
+    {%- else %}{{- raise_exception('unknown role') }}
+    {%- endif %}
+{%- endfor %}"""
+
+# gpt-oss's published rules (harmony): messages with channels; the generation prompt is <|start|>assistant,
+# after which the target writes its channel; thoughts (`thinking`) are the analysis channel, which history
+# drops once there is a final answer; the last answer ends in <|return|>, earlier ones in <|end|>, calls in
+# <|call|>. Channel markup inside a text is refused. The system message is shortened, and has no date.
+HARMONY = r"""
+{{- '<|start|>system<|message|>You are a helper.\n\n# Valid channels: analysis, commentary, final.<|end|>' }}
+{%- set at = namespace(call='') %}
+{%- for m in messages %}
+    {%- if m.role == 'system' %}
+        {{- '<|start|>developer<|message|># Instructions\n\n' + m.content + '\n\n<|end|>' }}
+    {%- elif m.role == 'user' %}{{- '<|start|>user<|message|>' + m.content + '<|end|>' }}
+    {%- elif m.role == 'tool' %}
+        {{- '<|start|>functions.' + at.call + ' to=assistant<|channel|>commentary<|message|>' }}
+        {{- (m.content | tojson) + '<|end|>' }}
+    {%- else %}
+        {%- for text in (m.content, m.thinking or '') if '<|channel|>' in text %}
+            {{- raise_exception('You have passed a message containing <|channel|> tags.') }}
+        {%- endfor %}
+        {%- set later = namespace(final=false) %}
+        {%- for other in messages[loop.index:] if other.role == 'assistant' and not other.tool_calls %}
+            {%- set later.final = true %}
+        {%- endfor %}
+        {%- set last = loop.last and not add_generation_prompt %}
+        {%- if m.thinking and (last or m.tool_calls and not later.final) %}
+            {{- '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}
+        {%- endif %}
+        {%- if m.tool_calls %}
+            {%- set at.call = m.tool_calls[0].function.name %}
+            {{- '<|start|>assistant to=functions.' + at.call + '<|channel|>commentary json<|message|>' }}
+            {{- (m.tool_calls[0].function.arguments | tojson) + '<|call|>' }}
+        {%- else %}
+            {{- '<|start|>assistant<|channel|>final<|message|>' + m.content }}
+            {{- '<|return|>' if last else '<|end|>' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
+
+# DeepSeek-V3.1's published rules: no line ends; the switch is called `thinking`; the generation prompt opens
+# the thoughts, or closes them at once; history has a closed block before each answer, and no thoughts.
+DEEPSEEK = r"""
+{{- bos_token }}{{- messages[0].content if messages[0].role == 'system' else '' }}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}{{- '<｜User｜>' + m.content }}
+    {%- elif m.role == 'assistant' %}
+        {{- '<｜Assistant｜></think>' + m.content.split('</think>', 1)[-1] + eos_token }}
+    {%- elif m.role != 'system' %}{{- raise_exception('unknown role') }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<｜Assistant｜>' + ('<think>' if thinking else '</think>') }}
+{%- endif %}"""
+
+# ChatML with a thinking switch: history is written exactly as it was said.
+CHATML = r"""
+{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
+{%- endif %}"""
+
 SPECIAL = {
     QWEN3: ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    CHATML: ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    LLAMA2: ("<unk>", "</s>", "<s>"),
+    MISTRAL: (
+        *("<unk>", "</s>", "<s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+    ),
+    HARMONY: (
+        *("<|endoftext|>", "<|return|>", "<|startoftext|>", "<|start|>", "<|end|>", "<|message|>"),
+        *("<|channel|>", "<|constrain|>", "<|call|>"),
+    ),
+    DEEPSEEK: ("<｜▁pad▁｜>", "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>"),
     GEMMA4: (
         *("<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>", '<|"|>'),
         *("<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>"),
     ),
 }
-# Qwen3's markup has tokens of its own that are not special: decoding does not skip them.
-MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+# Qwen3's markup has tokens of its own that are not special: decoding does not skip them. So have
+# DeepSeek's roles.
+MARKUP = (
+    *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+    *("<｜User｜>", "<｜Assistant｜>"),
+)
+LEARNT = [
+    "user\n\nassistant\n\n\nthe answer the answer is is four",
+    " Pear Pear? An oak, a pear. ab ba  2 22",
+]
+TIKTOKEN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = r"\s*[\r\n]+|\s?\p{L}+|\p{N}|[^\s\p{L}\p{N}]+|\s+"
+FAMILIES = (
+    *("byte-level", "byte-level prefix space", "metaspace first", "metaspace always", "metaspace never"),
+    *("prepend", "wordpiece", "tiktoken"),
+)
+"""Ways to split text, each that of many published tokenizers. The middle four are SentencePiece's, converted:
+"prepend" is Llama-2's, which puts a space before every text between special tokens."""
 
 
-def tokenizer_for(template: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with merges, also of line ends: texts joined tokenise otherwise than apart."""
-    bpe = Tokenizer(BPE())
-    split = pre_tokenizers.Split(Regex(r"\s*[\r\n]+|\s?\p{L}+|\p{N}|[^\s\p{L}\p{N}]+|\s+"), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    bpe.decoder = decoders.ByteLevel()
+def backend_of(family: str) -> Tokenizer:
+    """A tokenizer of that family without special tokens. All but "wordpiece" give back every text."""
+    if family == "wordpiece":
+        pieces = sorted({c for text in LEARNT for c in text.strip()} | set(map(chr, range(33, 127))))
+        words = ["[UNK]", *pieces, *(f"##{c}" for c in pieces), "the", "answer", "is", "##ear", "user"]
+        found = Tokenizer(WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+        found.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        found.decoder = decoders.WordPiece(cleanup=False)
+        return found
+    found = Tokenizer(BPE(ignore_merges=family == "tiktoken"))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if family in ("byte-level", "byte-level prefix space", "tiktoken"):
+        split = pre_tokenizers.Split(Regex(TIKTOKEN if family == "tiktoken" else SPLITS), "isolated")
+        prefix = family == "byte-level prefix space"
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=prefix)
+        found.pre_tokenizer = byte_level if prefix else pre_tokenizers.Sequence([split, byte_level])
+        found.decoder = decoders.ByteLevel()
+    else:
+        scheme = family.removeprefix("metaspace ")
+        if scheme == "prepend":
+            spaces = normalizers.Replace(" ", "▁")
+            found.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
+        else:
+            found.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        strip = [] if scheme == "never" else [decoders.Strip(" ", 1, 0)]
+        plain = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        found.decoder = decoders.Sequence([*plain, *strip])
+        alphabet = ["▁", "\n", *map(chr, range(33, 127))]
     trainer = BpeTrainer(
-        vocab_size=300,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        vocab_size=400 if family == "tiktoken" else 320,
+        initial_alphabet=sorted(alphabet),
         min_frequency=1,
         show_progress=False,
     )
-    bpe.train_from_iterator(["user\n\nassistant\n\n\nthe answer the answer is is four"] * 3, trainer)
-    special = SPECIAL[template]
-    bpe.add_special_tokens(list(special))
-    bpe.add_tokens([AddedToken(t, special=False, normalized=False) for t in MARKUP])
-    options: dict[str, Any] = {"pad_token": special[0], "eos_token": special[1], "bos_token": special[2]}
-    if template is QWEN3:
-        options = {"pad_token": special[0], "eos_token": special[2]}
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=template, **options)
+    words = [word for text in LEARNT for word in re.findall(r"\s?\S+|\s+", text)]
+    found.train_from_iterator(LEARNT * 3 if found.pre_tokenizer else words * 3, trainer)
+    if len(alphabet) < 200:  # what has no piece of its own is spelt in bytes
+        state = json.loads(found.to_str())
+        vocabulary = state["model"]["vocab"]
+        vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+        state["model"]["byte_fallback"] = True
+        found = Tokenizer.from_str(json.dumps(state))
+    return found
+
+
+def tokenizer_for(template: str, family: str = "byte-level", **options: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer with merges, also of line ends (texts joined tokenise otherwise than apart), and the
+    template's special tokens."""
+    backend, special = backend_of(family), SPECIAL[template]
+    backend.add_special_tokens(list(special))
+    backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in MARKUP])
+    options = {"pad_token": special[0], "eos_token": special[1], "bos_token": special[2]} | options
+    if template in (QWEN3, CHATML):
+        options |= {"eos_token": special[2], "bos_token": None}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **options)

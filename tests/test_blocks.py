@@ -15,7 +15,6 @@ from deepspec.maths.blocks import (
     FeatureBatch,
     anchor_candidates,
     block_attention_mask,
-    label_offset,
     make_blocks,
     sample_anchors,
     unroll_ids,
@@ -151,11 +150,6 @@ def test_slot_j_predicts_its_own_token_in_the_older_layout_and_slot_0_nothing() 
     assert found.previous.tolist() == [[[12, 12, 13]]]
     assert found.teacher_index.tolist() == [[[1, 2, 3]]]
     assert found.valid.tolist() == [[[False, True, True]]]
-
-
-@pytest.mark.parametrize(("aligned", "offset"), [(True, 1), (False, 0)])
-def test_slot_zero_is_labelled_with_its_own_token_in_the_older_layout(aligned: bool, offset: int) -> None:
-    assert label_offset(aligned) == offset
 
 
 def test_labels_stop_counting_at_the_first_unsupervised_token_for_good() -> None:

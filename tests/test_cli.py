@@ -39,6 +39,8 @@ COMMANDS = (
     ["plan"],
     ["train"],
     ["eval"],
+    ["calibrate"],
+    ["verify"],
     ["compare"],
     ["report"],
     ["generate"],

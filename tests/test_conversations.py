@@ -94,6 +94,43 @@ def test_sharegpt_names_become_roles(tmp_path: Path) -> None:
     assert read_one(tmp_path, row).messages == ({"role": "system", "content": "be brief"}, USER, ANSWER)
 
 
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+@pytest.mark.parametrize(("role", "text"), [("role", "content"), ("from", "value")])
+def test_every_format_knows_the_same_names(tmp_path: Path, key: str, role: str, text: str) -> None:
+    for user in ("user", "human", "prompter"):
+        for assistant in ("assistant", "gpt", "chatgpt", "bard", "bing", "bot", "model"):
+            row = {key: [{role: user, text: "2+2?"}, {role: assistant, text: "4", "weight": 1}]}
+            assert conversation_from_row(row).messages == (USER, {**ANSWER, "weight": 1})
+    called = {"name": "add", "arguments": {"a": None}}
+    for name, answers in (("function_call", "observation"), ("tool_call", "tool"), ("tool_call", "ipython")):
+        for said in (json.dumps(called), json.dumps([called]), called, [called]):
+            row = {key: [{role: "human", text: "2+2?"}, {role: name, text: said}, {role: answers, text: "4"}]}
+            assert conversation_from_row(row).messages == (
+                USER,
+                {**ANSWER, "content": "", "tool_calls": [{"type": "function", "function": called}]},
+                {"role": "tool", "content": "4"},
+            )
+
+
+def test_names_of_two_formats_that_a_table_merged_are_told_apart_by_their_nulls() -> None:
+    one = {"from": "human", "value": "2+2?", "role": None, "content": None}
+    other = {"from": None, "value": None, "role": "assistant", "content": "4"}
+    assert conversation_from_row({"messages": [one, other]}).messages == (USER, ANSWER)
+    both = {"from": "human", "value": "2+2?", "role": "user", "content": "3+3?"}
+    with pytest.raises(DataError, match=r"message 1 \(user\): unknown key 'from'"):
+        conversation_from_row({"messages": [both]})
+
+
+def test_the_older_function_call_of_openai_is_a_tool_call() -> None:
+    call = {"name": "add", "arguments": '{"a": null}'}
+    asked = {"role": "assistant", "content": None, "function_call": call}
+    row = {"messages": [USER, asked, {"role": "function", "name": "add", "content": "4"}]}
+    assert conversation_from_row(row).messages[1:] == (
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "name": "add", "content": "4"},
+    )
+
+
 def test_turns_keep_follow_ups_out_of_the_messages_because_no_answer_stands_between(tmp_path: Path) -> None:
     got = read_one(tmp_path, {"turns": ["2+2?", "and 3+3?"]})
     assert (got.messages, got.meta) == ((USER,), {"follow_ups": ["and 3+3?"]})
@@ -198,7 +235,7 @@ BAD_ROWS: list[tuple[object, str]] = [
     ("[" * 100_000, "malformed JSON: "),
     ([USER], "expected a JSON object, found an array"),
     ("3", "expected a JSON object, found a number"),
-    ({}, "no 'messages' (nor 'conversations', 'turns', 'prompt', 'request'); found an empty object"),
+    ({}, "(nor 'conversations', 'turns', 'prompt', 'instruction', 'request'); found an empty object"),
     ({"mesages": [USER]}, "found 'mesages': did you mean 'messages'?"),
     ({"xyz": 1}, "found 'xyz'"),
     ({"messages": []}, "'messages' is empty, expected at least one message"),
@@ -240,7 +277,7 @@ BAD_ROWS: list[tuple[object, str]] = [
         {"messages": [{**USER, "weight": 1}]},
         "unknown key 'weight', a user message may have 'role', ",
     ),
-    ({"messages": [{**USER, "content": []}]}, "message 1 (user): 'content' is an empty list, expected text"),
+    ({"messages": [{**USER, "content": []}]}, "message 1 (user): the content is an empty list"),
     (
         {"messages": [{**USER, "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]},
         "part 2 of the content must have 'type': 'text' and a 'text', and nothing else",
@@ -264,8 +301,11 @@ BAD_ROWS: list[tuple[object, str]] = [
         {"messages": [{**USER, "tool_calls": calls()["tool_calls"]}]},
         "1 (user): unknown key 'tool_calls'",
     ),
-    ({"conversations": [{"from": "human"}]}, "message 1: no 'value'; found 'from'"),
-    ({"conversations": [{"from": "human", "value": "a", "weight": 1}]}, "message 1: unknown key 'weight'"),
+    ({"conversations": [{"from": "human"}]}, "message 1 (user): no 'value'; found 'from'"),
+    (
+        {"conversations": [{"from": "human", "value": "a", "weight": 1}]},
+        "message 1 (user): unknown key 'weight'",
+    ),
     (
         {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f"}]}]},
         "tool call 1: no 'function'; found 'name'",
@@ -289,6 +329,19 @@ BAD_ROWS: list[tuple[object, str]] = [
         {"messages": [USER, ANSWER], "answer_ids": [[1], None]},
         "has 2 entries, but there are 1 assistant turns",
     ),
+    ('{"prompt": "a", "meta": {"x": [1e999]}}', "malformed JSON: a number is too large"),
+    ('{"prompt": "a", "meta": {"x": -' + "9" * 250 + "e99}}", "malformed JSON: a number is too large"),
+    ({"messages": [USER, calls(arguments='{"a": 1e999}')]}, "'arguments' is not JSON: a number is too large"),
+    ({"conversations": [{"from": "human", "value": None}]}, "1 (user): 'value' must be a string, found null"),
+    (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "add(2)"}]},
+        "message 2 (assistant): the text of a function_call is not JSON",
+    ),
+    (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "tool_call", "value": '{"name": "f"}'}]},
+        "message 2 (assistant), tool call 1: no 'arguments'; found 'name'",
+    ),
+    ({"conversations": [USER, {"from": "gtp", "value": "4"}]}, "message 2: unknown role 'gtp', expected one"),
     (b'{"prompt": "caf\xe9"}', "not UTF-8: byte 0xe9 at byte 16 of the line"),
 ]
 
@@ -326,6 +379,20 @@ def test_a_file_of_another_kind_is_named_and_no_row_of_it_is_skipped(
     assert kind in message and f"where: {path}:1" in message
     with pytest.raises(DataError, match=re.escape(kind)):
         list(read_conversations(path, skipped=Skipped()))
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "parquet"])
+def test_a_table_in_place_of_a_jsonl_file_is_named_with_the_command_that_converts_it(
+    tmp_path: Path, ending: str
+) -> None:
+    path = tmp_path / f"rows.{ending}"
+    path.write_bytes(b"PAR1")
+    assert f"deepspec data download {path} --out {tmp_path / 'rows.jsonl'}" in error_of(path)
+
+
+def test_large_numbers_that_are_finite_are_read(tmp_path: Path) -> None:
+    meta = {"x": 1e308, "y": 10**300, "z": [-1e-320]}
+    assert read_one(tmp_path, {"prompt": "a", "meta": meta}).meta == meta
 
 
 def test_one_array_of_all_rows_is_told_how_to_become_lines(tmp_path: Path) -> None:

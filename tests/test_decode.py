@@ -597,6 +597,40 @@ def test_impossible_requests_are_refused_and_leave_the_others_alone(
         decoder.cancel("running")
 
 
+@pytest.mark.parametrize("limit", [19, 21, 24])
+@pytest.mark.parametrize("method", ["lookup", "dspark", "table"])
+def test_context_ends_a_sequence_without_a_token_read_past_it(
+    llama: Scene, monkeypatch: pytest.MonkeyPatch, method: str, limit: int
+) -> None:
+    """Proposals near the end were read past it: an error in mid-run where positions turn with the length, and
+    rows of one batch reach the end in different rounds."""
+    target = llama.target
+    draft = TableDraft(torch.zeros(64, 64), 4) if method == "table" else llama.draft(method)
+    monkeypatch.setattr(target, "_steady_length", limit)
+    prompts = llama.prompts[:3]
+    alone = [generate(target, draft, p, 50, temperature=1.0, seed=7).token_ids for p in prompts]
+    batch = generate(target, draft, prompts, 50, temperature=1.0, seed=[7] * 3)
+    assert [len(p) + len(g.token_ids) for p, g in zip(prompts, batch, strict=True)] == [limit] * 3
+    assert [g.token_ids for g in batch] == alone
+    assert all(n <= draft.max_proposals for g in batch for n in g.proposed)
+    greedy = generate(target, draft, prompts, 50)
+    for found, prompt, row in zip(greedy, prompts, llama.rows, strict=False):
+        assert [*prompt, *found.token_ids][: len(row)] == row[:limit]
+
+
+def test_prompt_that_fills_the_context_is_refused_before_it_is_read(
+    llama: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama.target, "_steady_length", 8)
+    decoder = Decoder(llama.target, None)
+    with pytest.raises(UserError, match=r"prompt long is 8 tokens, and .* reads at most 8") as caught:
+        decoder.submit(Request([5] * 8, 4, key="long"))
+    assert "a longer context" in str(caught.value)
+    decoder.submit(Request([5] * 6, 4, key="short"))
+    (found,) = [e.answer for e in drain(decoder) if e.finished]
+    assert (len(found.token_ids), found.stopped) == (2, False)
+
+
 def test_prompt_that_the_target_refuses_gives_its_slot_back(
     llama: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -905,3 +939,19 @@ def test_exact_law_is_the_plain_one_under_the_published_rule(small: Target, mism
     right = committed_law(small, committed, mismatched.logits.cpu())
     for tokens, chance in plain_law(small).items():
         assert math.isclose(right[tokens], chance, rel_tol=1e-9)
+
+
+def test_a_run_that_is_refused_leaves_nothing_in_the_decoder(targets: dict[str, Target]) -> None:
+    """A key that came twice left the first request waiting, and its slot taken."""
+    target = targets["llama"]
+    decoder = Decoder(target, None, max_rows=2)
+    twice = [Request([1, 2], 4, key="a"), Request([1, 2, 3], 4, key="a")]
+    with pytest.raises(UserError, match="a request with the key 'a' has not finished yet"):
+        list(decoder.run(twice))
+    assert decoder.idle
+    # One that somebody else submitted stays, and a run that is left early gives its slots back.
+    other = decoder.submit(Request([4, 5], 3, key="other"))
+    next(iter(run := decoder.run([Request([1, 2], 1, key="b"), Request([1, 2], 9, key="c")])))
+    run.close()
+    assert [row.answer.key for row in decoder.rows] + list(decoder.waiting) == [other]
+    assert [len(answer.token_ids) for answer in decoder.run([])] == [3]

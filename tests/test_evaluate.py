@@ -12,14 +12,15 @@ import torch
 
 from deepspec.decode.engine import Decoder, Request
 from deepspec.drafts.lookup import PromptLookup
+from deepspec.errors import DataError
 from deepspec.maths.verify import Sampling
 from deepspec.measure import evaluate as module
-from deepspec.measure.evaluate import evaluate_at, evaluate_drafts, fingerprint
+from deepspec.measure.evaluate import evaluate_at, evaluate_drafts, fingerprint, load_prompts
 from deepspec.measure.evaluate import partial_path as beside
 from deepspec.measure.rows import Prompt
 from deepspec.targets import Target
 from kills import killed_at, needs_fork
-from talking import save_talking_llama
+from talking import save_talking_llama, write_rows
 
 PROMPTS = [Prompt(f"p{i}", "ab"[i % 2], f"prompt {i}", (5, 6 + i, 7)) for i in range(3)]
 
@@ -47,6 +48,23 @@ def untimed(results: Any) -> Any:
 @pytest.fixture(scope="module")
 def undisturbed(target: Target) -> Any:
     return untimed(measured(target, None))
+
+
+def test_prompt_that_fills_the_context_is_refused_with_its_line_before_anything_runs(target, tmp_path):
+    path = write_rows(tmp_path / "prompts.jsonl", [("Hi", None), ("word " * 110, None)])
+    with pytest.raises(DataError, match=r"the prompt is 5.. tokens, and .* reads at most 512") as caught:
+        load_prompts(path, target)
+    assert caught.value.where == f"{path}:2 (id r1)"
+    assert [p.id for p in load_prompts(path, target, limit=1)] == ["r0"]
+
+
+def test_penalties_of_the_generation_config_do_not_touch_the_baseline(target, monkeypatch):
+    """It followed another law than plain decoding, and could be what speed-ups are measured against."""
+    own = target.model.generation_config
+    for key, value in {"repetition_penalty": 9.0, "num_beams": 3, "stop_strings": ["a"]}.items():
+        monkeypatch.setattr(own, key, value)
+    rows = {row["method"]: row for row in measured(target, None, baselines=True, max_new_tokens=8)["rows"]}
+    assert rows["transformers generate"]["lossless"] == {"identical": 3, "prompts": 3, "near_ties": 0}
 
 
 @needs_fork

@@ -28,7 +28,7 @@ from deepspec.drafts.base import NeuralDraft, Proposal
 from deepspec.drafts.spec import DraftSpec, LayerShape, RopeFacts
 from deepspec.errors import MismatchError, UserError
 from deepspec.maths.verify import Sampling
-from deepspec.targets import Target
+from deepspec.targets import Target, TargetSpec
 from golden_case import FOLDER
 from reference.served import expected_tensors
 
@@ -175,9 +175,53 @@ def test_facts_that_servers_read_under_two_names_are_written_under_both(saved: P
     config = config_of(tmp_path / "out")
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
     assert config["tie_word_embeddings"] is False
-    assert config["sample_from_anchor"] is config["dflash_config"]["sample_from_anchor"] is True
     for key in ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "markov_head_type"):
         assert config[key] == config["dflash_config"][key]
+
+
+@pytest.mark.parametrize("name", ["dflash", "dspark", "dspark-hidden-confidence"])
+@pytest.mark.parametrize("to", SERVERS)
+def test_alignment_lies_flat_and_other_facts_of_a_block_lie_flat_and_nested(
+    saved: Path, tmp_path: Path, to: str, name: str
+) -> None:
+    """vLLM refuses a nested `sample_from_anchor: true`; the others read the flat key, or fall back to it."""
+    export_draft(saved / name, to, tmp_path / "out")
+    config = config_of(tmp_path / "out")
+    assert config["sample_from_anchor"] is True
+    assert sorted(config["dflash_config"]) == [
+        *(
+            "block_size",
+            "causal",
+            "confidence_head_with_markov",
+            "enable_confidence_head",
+            "markov_head_type",
+        ),
+        *("markov_rank", "mask_token_id", "target_layer_ids"),
+    ]
+    assert {k for k, v in config["dflash_config"].items() if config.get(k) != v} == {"causal"}
+
+
+@pytest.mark.parametrize("names", [(), ("Qwen3Model",)])
+@pytest.mark.parametrize("to", [*SERVERS, NATIVE])
+def test_target_that_names_no_architecture_for_text_is_warned_about(
+    qwen: Target,
+    saved: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    to: str,
+    names: tuple[str, ...],
+) -> None:
+    """vLLM then starts a server of embeddings."""
+    found = export_draft(saved / "dspark", to, tmp_path / "out", target=qwen)
+    assert not any("architectures" in note for note in found.notes)
+    monkeypatch.setattr(qwen, "spec", replace(qwen.spec, architectures=names))
+    found = export_draft(saved / "dspark", to, tmp_path / "out", target=qwen)
+    said = [note for note in found.notes if 'set "architectures": ["Qwen3ForCausalLM"] in it' in note]
+    assert len(said) == (to != NATIVE)
+
+
+def test_packaged_target_names_its_architecture() -> None:
+    assert TargetSpec.from_pretrained("pocket").architectures == ("Qwen3ForCausalLM",)
 
 
 def test_older_alignment_is_dflash_to_the_servers(qwen: Target, tmp_path: Path) -> None:
@@ -189,7 +233,8 @@ def test_older_alignment_is_dflash_to_the_servers(qwen: Target, tmp_path: Path) 
         found = export_draft(tmp_path / "draft", to, tmp_path / to)
         config = config_of(tmp_path / to)
         assert config["architectures"] == ["DFlashDraftModel"]
-        assert config["sample_from_anchor"] is config["dflash_config"]["sample_from_anchor"] is False
+        assert config["sample_from_anchor"] is False
+        assert config["dflash_config"].keys() == {"block_size", "mask_token_id", "target_layer_ids", "causal"}
         assert "markov_rank" not in config
         assert (found.proposals, found.notes) == (4, [])
 

@@ -311,14 +311,14 @@ def test_drafted_tokens_are_the_targets_own(
     with finding(name, "eval"):
         target = load(name)
         prompts = prompts_of(target, [8, 3], seed=5)
-        plain = [g.token_ids for g in deepspec.generate(target, None, prompts, 5)]
+        plain = [g.token_ids for g in deepspec.generate(target, None, prompts, 5, ignore_eos=True)]
         for prompt, new in zip(prompts, plain, strict=True):
             with torch.no_grad():
                 logits = target.model(torch.tensor([[*prompt, *new]])).logits[0]
             assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == new
         for algorithm in TRAINED[name]:
             draft = load_draft(train(name, algorithm), target)
-            found = deepspec.generate(target, draft, prompts, 5)
+            found = deepspec.generate(target, draft, prompts, 5, ignore_eos=True)
             assert [g.token_ids for g in found] == plain, algorithm
             assert all(g.committed_per_round for g in found)
 

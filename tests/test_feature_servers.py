@@ -21,9 +21,9 @@ import deepspec.features.vllm as room
 import deepspec.train.loop as train_room
 from conftest import llama, prompts_of, save_tiny, tiny_draft
 from deepspec.cli import app
-from deepspec.config import Recipe
+from deepspec.config import Recipe, load_recipe, override
 from deepspec.data.tokens import Encoded
-from deepspec.errors import ServerError
+from deepspec.errors import RecipeError, ServerError
 from deepspec.features.batches import announced, batches_from, online
 from deepspec.features.vllm import VllmSource
 from deepspec.features.vllm_layers import server_layers, vllm_command
@@ -32,7 +32,6 @@ from deepspec.targets import Target
 from deepspec.train.loop import train_draft, train_step
 from deepspec.train.optimizer import Optimizer
 from feature_standin import FeatureStandIn
-from standin import no_certificates  # noqa: F401
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe
 
 DFLASH, DSPARK, EAGLE3 = ("context",), ("context", "labels"), ("unroll",)
@@ -229,6 +228,57 @@ def test_row_too_long_for_the_server_is_not_asked_for_again(targets, start):
     with pytest.raises(ServerError, match="longer than the context"):
         source(rows_of(target, [256]), 256)
     assert len(server.asked) == before + 1
+
+
+@pytest.mark.parametrize(
+    "told",
+    [None, [], "x", 7, {}, *({"hidden_states_path": path} for path in (None, 5, "", "/", ["a"], "/a\0b"))],
+)
+def test_an_answer_without_a_path_is_an_answer_without_features(targets, start, told):
+    server = start("llama", [1, 3, 4])
+    reply = server.reply
+    server.reply = lambda path, body: reply(path, body) | {"kv_transfer_params": told}
+    with pytest.raises(ServerError, match="answers without features"):
+        llama_source(server, targets["llama"])
+
+
+def test_a_path_that_no_file_can_have_is_named_at_once(targets, start):
+    server = start("llama", [1, 3, 4])
+    server.told_path = lambda path: path.with_name("a" * 5000)
+    began = time.monotonic()
+    with pytest.raises(ServerError, match=r"cannot be read here \(File name too long\)"):
+        llama_source(server, targets["llama"])
+    assert time.monotonic() - began < room.FILE_GRACE / 2
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda streams, ids: (streams[0, 0, 0], ids),
+        lambda streams, ids: (streams[:, 0], ids),
+        lambda streams, ids: (streams.int(), ids),
+        lambda streams, ids: (streams, 5),
+        lambda streams, ids: (streams, [[5.5]]),
+    ],
+    ids=["one number", "one layer", "integers", "no list of ids", "ids that are none"],
+)
+def test_tensors_of_another_shape_are_refused(targets, start, spoil):
+    server = start("llama", [1, 3, 4])
+    server.spoil = spoil
+    with pytest.raises(ServerError, match=r"not \[T, L, d\] of numbers|that are not the 24 asked for"):
+        llama_source(server, targets["llama"])
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_gateway_that_forbids_its_list_of_models_is_asked_for_the_target(targets, start, status):
+    target, server = targets["llama"], start("llama", [1, 3, 4])
+    head = f"HTTP/1.1 {status} no\r\nConnection: close\r\nContent-Length: 0\r\n\r\n".encode()
+    server.raw = lambda path, body: [head] if path == "/v1/models" else None
+    server.reply = lambda path, body, reply=server.reply: reply(path, body | {"model": "served-name"})
+    row = rows_of(target, [7])[0]
+    theirs = llama_source(server, target)([row], 7)
+    assert torch.equal(theirs.features, online(target, [0, 2])([row], 7).features)
+    assert {body["model"] for _, body in server.asked} == {target.spec.name}
 
 
 @pytest.mark.parametrize(
@@ -487,6 +537,31 @@ def test_a_run_from_a_server_is_the_run_from_online(talking_dir, start, tmp_path
     assert run_losses(tmp_path / "server") == pytest.approx(losses, rel=1e-4)
     # The probe, four steps of four rows (two in the shorter third batch), and no more than one batch ahead.
     assert 1 + 14 <= len(server.asked) <= 1 + 18
+
+
+def test_a_password_in_an_address_is_sent_and_not_written(talking_dir, start, tmp_path, capsys):
+    server = start(talking_dir, [1, 2, 3, 4])
+    write_data(tmp_path)
+    tree = recipe_tree(talking_dir, tmp_path, "dspark", max_steps=2) | {"trackers": ["tensorboard"]}
+    addresses = (
+        f"{server.url.replace('//', '//me:hush,hush@')}, {server.url.replace('//', '//localhush@')}/v1"
+    )
+    tree["data"] |= {"features": f"vllm:{addresses}", "max_length": 200}
+    recipe = Recipe.model_validate(tree)
+    train_draft(recipe, tmp_path / "runs")
+    assert {h["Authorization"] for h in server.headers} == {"Basic bWU6aHVzaCxodXNo"}  # me:hush,hush
+    written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert {"recipe.yaml", "metrics.jsonl", "deepspec.json"} <= {path.name for path in written}
+    for path in written:
+        assert b"hush" not in path.read_bytes(), path
+    said = capsys.readouterr()
+    assert "hush" not in said.out + said.err
+    kept = load_recipe(tmp_path / "runs" / recipe.name / "recipe.yaml")
+    assert kept.data.features == f"vllm:{server.url}, {server.url}/v1"
+    assert override(recipe, ["seed=3"]).data.features == recipe.data.features
+    with pytest.raises(RecipeError) as caught:
+        override(recipe, ["data.features=vlm:http://me:hush@x", "seed=hush"])
+    assert "me:hush" not in str(caught.value)
 
 
 def test_sglang_is_refused_with_what_to_use_instead(tmp_path):

@@ -321,3 +321,12 @@ def test_a_log_whose_header_is_broken_steps_aside(tmp_path, first):
     with ResumableLog(path, {"a": 1}, header=True) as log:
         assert [record for _, record in log.records()] == []
     assert (tmp_path / "eval.partial.old-1.jsonl").read_bytes().startswith(first)
+
+
+def test_half_a_surrogate_pair_is_written_as_its_escape(tmp_path):
+    """UTF-8 has none, and a server or a row may hold one anywhere: the whole run would end at that line."""
+    with JsonlWriter(tmp_path / "a.jsonl") as writer:
+        writer.write({"a": "\ud83d", "b": "😀"})
+    line = (tmp_path / "a.jsonl").read_bytes()
+    assert line == b'{"a": "\\ud83d", "b": "' + "😀".encode() + b'"}\n'
+    assert json.loads(line) == {"a": "\ud83d", "b": "😀"}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -16,9 +19,16 @@ from deepspec import http_client
 from deepspec.answers.requests import read_completion
 from deepspec.errors import ServerError
 from deepspec.http_client import Exhausted, Passing, Policy, Server, Servers, Unanswered
-from standin import PASSING, StandIn, no_certificates  # noqa: F401
+from standin import PASSING, Refusal, StandIn
 
 QUICK = Policy(timeout=0.15, attempts=3, first_rest=0.01, longest_rest=0.05, patience=20)
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests do not depend on the proxies and keys of whoever runs them."""
+    for name in [n for n in os.environ if n.lower().endswith("_proxy") or n.startswith(("SSL", "OPENAI"))]:
+        monkeypatch.delenv(name)
 
 
 def servers_at(*standins: StandIn | str, policy: Policy = QUICK, **more: Any) -> Servers:
@@ -246,7 +256,7 @@ def test_when_all_stay_down_the_run_is_given_up_after_the_patience(monkeypatch, 
     server = StandIn()
     server.kill()
     clock = FakeTime(monkeypatch)
-    (error,) = ask(servers_at(server, policy=Policy(patience=300)), "a")
+    (error,) = ask(servers_at(server, policy=Policy(patience=300, first_patience=300)), "a")
     assert 290 <= clock.now <= 300  # the next rest would have gone past it
     assert str(error).startswith(f"no server could be asked for {clock.now:.0f} s;")
     assert f"where: {server.url}" in str(error)
@@ -266,7 +276,7 @@ def test_a_server_that_only_ever_asks_for_patience_is_given_up_too(monkeypatch):
 def test_closing_ends_the_waiting():
     server = StandIn()
     server.kill()
-    servers = servers_at(server, policy=Policy(first_rest=60, longest_rest=60))
+    servers = servers_at(server, policy=Policy(first_rest=60, longest_rest=60, first_patience=100))
     threading.Timer(0.1, servers.close).start()
     (error,) = ask(servers, "a")
     assert type(error) is Unanswered
@@ -276,17 +286,48 @@ def test_closing_ends_the_waiting():
 
 
 @pytest.mark.parametrize(
-    ("given", "expected", "shown"),
+    ("given", "expected"),
     [
-        ("http://gpu1:8000", "http://gpu1:8000", "http://gpu1:8000"),
-        (" http://gpu1:8000/v1/", "http://gpu1:8000", "http://gpu1:8000"),
-        ("https://x.example/llm/v1", "https://x.example/llm", "https://x.example/llm"),
-        ("http://me:secret@gpu1:8000", "http://me:secret@gpu1:8000", "http://gpu1:8000"),
+        ("http://gpu1:8000", "http://gpu1:8000"),
+        (" http://gpu1:8000/v1/", "http://gpu1:8000"),
+        ("https://x.example/llm/v1", "https://x.example/llm"),
+        ("http://me:secret@gpu1:8000", "http://gpu1:8000"),
     ],
 )
-def test_addresses_lose_their_v1_and_messages_lose_the_password(given, expected, shown):
+def test_addresses_lose_their_v1_and_their_password(given, expected):
     (server,) = servers_at(given).servers
-    assert (server.url, server.name) == (expected, shown)
+    assert server.name == expected
+    assert "secret" not in repr(server)
+
+
+def test_a_user_and_password_are_sent_and_not_together_with_a_key(monkeypatch):
+    """The library would send the password in the place of the key, without a word."""
+    with StandIn() as server:
+        address = server.url.replace("//", "//me:pass%40word@")
+        assert ask(servers_at(address), "a") == ["echo a"]
+        assert server.headers[0]["Authorization"] == "Basic bWU6cGFzc0B3b3Jk"  # me:pass@word
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+        with pytest.raises(ServerError, match="has a user and password, and OPENAI_API_KEY holds an API key"):
+            servers_at(address)
+
+
+@pytest.mark.parametrize("secret", ["pass@word", "a\\b<c&d", "TOKEN"])
+def test_a_password_that_a_server_repeats_is_not_shown(secret):
+    login = quote(secret, safe="") if secret == "TOKEN" else f"me:{quote(secret, safe='')}"
+
+    class Parrot(StandIn):
+        def reply(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+            told = self.headers[-1]["Authorization"]
+            raise Refusal(
+                400, f"{told} is {secret} or {secret!r} or {quote(secret, safe='')} in http://{login}@x"
+            )
+
+    with Parrot() as server:
+        (error,) = ask(servers_at(server.url.replace("//", f"//{login}@")), "a")
+    said = str(error)
+    assert said.startswith("HTTP 400: Basic [password] is [password] or '[password]' or [password]")
+    for form in (secret, repr(secret)[1:-1], quote(secret, safe="")):
+        assert form not in said
 
 
 @pytest.mark.parametrize(
@@ -298,6 +339,11 @@ def test_addresses_lose_their_v1_and_messages_lose_the_password(given, expected,
         ("http://", "not a server's address"),
         ("http://[::1", "not a server's address"),
         ("http://x:1?api_key=secret", "servers have no settings"),
+        ("http://me:se?secret@x", "not a server's address"),
+        ("http://me:1?secret@x", "servers have no settings"),
+        ("http://me:secret", "not a server's address"),
+        ("http://x:99999", "not a server's address"),
+        ("http://a..x", "not a server's address"),
     ],
 )
 def test_what_is_not_an_address_is_refused_without_its_secrets(given, reason):
@@ -319,20 +365,133 @@ def test_a_wrong_key_ends_the_run_and_appears_nowhere(monkeypatch):
         assert "not-so-right" not in str(error)
 
 
-def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(monkeypatch):
+@pytest.mark.parametrize("key", ["sk-1\nsk-2", "sk-1 sk-2", "sk-\u00a01", "\ufeffsk-1", "sk-\u0435", "sk-\0"])
+def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(monkeypatch, key):
     """The HTTP library would show it in its own error."""
-    monkeypatch.setenv("MY_KEY", "sk-1\nsk-2")
+    monkeypatch.setattr(os, "environ", {"MY_KEY": key})
     with pytest.raises(ServerError, match="MY_KEY holds characters that no API key has") as caught:
         servers_at("http://x", api_key_env="MY_KEY")
     assert "sk-" not in str(caught.value)
 
 
+@pytest.mark.parametrize("given", ["sk-secret-1", "SECRET_THAT_IS_NOT_SET"])
+def test_a_key_given_in_the_place_of_its_variable_is_not_shown(given):
+    with pytest.raises(ServerError, match="does not name an environment variable that is set") as caught:
+        servers_at("http://x", api_key_env=given)
+    assert given not in str(caught.value)
+
+
+def test_a_server_that_asks_for_a_key_is_told_from_one_that_refuses_it():
+    with StandIn(key="right") as server:
+        (error,) = ask(servers_at(server), "a")
+        assert "the server asks for an API key (HTTP 401: wrong key: None)" in str(error)
+        (error,) = ask(servers_at(server.url.replace("//", "//me:you@")), "a")
+        assert "the server refuses the user and password (HTTP 401: wrong key: Basic [password])" in str(
+            error
+        )
+
+
+def test_one_question_that_is_forbidden_is_not_the_key(monkeypatch):
+    """A gateway may filter what is asked; 403 for all is another matter, and ends the run."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    with StandIn(lambda n: "403" if n == 1 else None) as server:
+        servers = servers_at(server)
+        assert ask(servers, "a") == ["echo a"]
+        (error,) = ask(servers, "b")
+        assert isinstance(error, Exhausted)
+        assert str(error) == "the server refuses the API key (HTTP 403: fault 403)"
+        assert ask(servers, "c") == ["echo c"]
+
+
+def test_a_server_that_never_answered_is_not_waited_for_as_long_as_one_that_did(monkeypatch):
+    server = StandIn()
+    server.kill()
+    clock = FakeTime(monkeypatch)
+    (error,) = ask(servers_at(server, policy=Policy()), "a")
+    assert 20 <= clock.now <= 30
+    assert "start the servers" in str(error)
+    with StandIn(lambda n: None if n < 1 else "503") as server:
+        clock = FakeTime(monkeypatch)
+        servers = servers_at(server, policy=Policy(attempts=1000))
+        assert ask(servers, "a") == ["echo a"]
+        server.kill()
+        (error,) = ask(servers, "b")
+        assert 590 <= clock.now <= 600
+
+
+def test_an_answer_that_never_ends_is_not_read_for_ever(monkeypatch):
+    monkeypatch.setattr(http_client, "LARGEST", 1000)
+    with StandIn(answer=lambda said: ("a" * 2000, None)) as server:
+        (error,) = ask(servers_at(server), "a")
+    assert str(error).startswith("after 3 attempts: the answer is longer than")
+
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"
+    with StandIn() as server:
+        servers = servers_at(server, policy=Policy(timeout=0.2, attempts=1))
+        assert ask(servers, "a") == ["echo a"]
+        # A byte whenever the client is about to lose its patience.
+        server.raw = lambda path, body: chain([head], (time.sleep(0.05) or b" " for _ in range(100)))
+        began = time.monotonic()
+        (error,) = ask(servers, "a")
+        assert time.monotonic() - began < 2
+    assert str(error) == "after 1 attempts: no whole answer within 0.2 s"
+
+
+@pytest.mark.parametrize(
+    ("no_proxy", "direct"),
+    [
+        ("*", True),
+        ("gpu1.lab", True),
+        ("lab", True),
+        (".lab", True),
+        ("*.lab", True),
+        ("other, gpu1.lab:8000", True),
+        ("http://gpu1.lab", True),
+        ("GPU1.LAB.", False),
+        ("gpu1.lab:80", False),
+        ("pu1.lab", False),
+        ("::1,[::1],fd00::/8,[fd00::]/8,fe80::1%eth0,[::1]:80,1.2.3.4/99,:,[,/,%", False),
+    ],
+)
+def test_hosts_of_no_proxy_are_found_as_curl_finds_them(monkeypatch, no_proxy, direct):
+    monkeypatch.setenv("NO_PROXY", no_proxy)
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.lab:3128")
+    (server,) = servers_at("http://gpu1.lab:8000").servers
+    assert server.way.proxy == (None if direct else "HTTP_PROXY")
+
+
+@pytest.mark.parametrize(
+    ("address", "no_proxy"),
+    [
+        ("http://10.1.2.3:8000", "10.0.0.0/8"),
+        ("http://[fd00::1]:8000", "::1,fd00::/8"),
+        ("http://[fd00::1]:8000", "[fd00::1]"),
+        ("http://[fd00::1]:8000", "[FD00:0::1]:8000"),
+        ("http://localhost:8000", ""),
+        ("http://api.localhost", ""),
+        ("http://127.1:8000", ""),
+        ("http://127.9.9.9:8000", "::1/128"),
+        ("http://[::1]:8000", ""),
+        ("http://[::ffff:127.0.0.1]:8000", ""),
+        ("http://0.0.0.0:8000", ""),
+    ],
+)
+def test_this_machine_and_listed_networks_are_reached_without_a_proxy(monkeypatch, address, no_proxy):
+    monkeypatch.setenv("NO_PROXY", no_proxy)
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1080/")
+    (server,) = servers_at(address).servers
+    assert server.way.proxy is None
+
+
 def test_proxies_of_the_environment_are_used_but_for_the_hosts_of_no_proxy(monkeypatch):
     with StandIn() as proxy:
-        monkeypatch.setenv("HTTP_PROXY", proxy.url)
-        assert isinstance(ask(servers_at("http://gpu1.invalid:8000"), "a")[0], ServerError)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        assert ask(servers_at(proxy), "a") == ["echo a"]
+        monkeypatch.setenv("HTTP_PROXY", proxy.url.replace("//", "//me:secret@"))
+        # The stand-in does not know the whole address that a proxy is asked for.
+        (error,) = ask(servers_at("http://gpu1.invalid:8000"), "a")
+        assert "/v1/models answers HTTP 404: no such route" in str(error)
+        monkeypatch.setenv("NO_PROXY", "gpu1.invalid")
+        (error,) = ask(servers_at("http://gpu1.invalid:8000", policy=Policy(first_patience=0)), "a")
+        assert "404" not in str(error)
 
 
 def test_what_is_not_an_openai_server_is_refused():

@@ -102,6 +102,27 @@ def test_totals_are_exact(file: Path) -> None:
     }
 
 
+def test_several_files_are_read_as_one(tmp_path: Path) -> None:
+    one, two = (
+        write(tmp_path / "a.jsonl", row("a", "q", "1")),
+        write(tmp_path / "b.jsonl", row("b", "q", "2")),
+    )
+    found = json.loads(good(one, two, "--json"))
+    assert (found["rows"], found["repeated_prompts"], found["file"]) == (2, 1, f"{one}, {two}")
+    assert json.loads(good(one, two, "--json", "--row", 2))["id"] == "b"
+
+
+def test_an_empty_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl")
+    for option in ([], ["--json"]):
+        result = call(path, *option)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "there are no rows: the source is empty" in result.stderr and str(path) in result.stderr
+    write(path, {"x": 1})
+    result = call(path, "--skip-bad")
+    assert result.exit_code == 2 and "no rows left: all 1 were bad" in result.stderr
+
+
 def test_cut_says_what_a_length_takes_away(file: Path) -> None:
     asked, four = length(PROMPT), length("4") + 1
     found = json.loads(good(file, "--json", "--limit", 1, "--max-length", asked + 1))

@@ -17,7 +17,8 @@ from deepspec.checkpoints import read
 from deepspec.checkpoints.draft import save_draft
 from deepspec.checkpoints.inspect import inspect_draft
 from deepspec.cli import app
-from deepspec.data.tokens import template_hash, tokenizer_hash
+from deepspec.data.template import template_hash
+from deepspec.data.tokens import tokenizer_hash
 from deepspec.errors import CheckpointError
 from deepspec.targets import Target, TargetSpec
 from talking import save_talking_llama

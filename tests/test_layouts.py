@@ -7,6 +7,9 @@ compared with naive loops over the same weights (`reference/drafts.py`).
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from conftest import tiny_draft
 from deepspec.checkpoints.draft import load_draft, save_draft
-from deepspec.checkpoints.layouts import as_released
-from deepspec.checkpoints.read import load_spec
+from deepspec.checkpoints.export import export_draft
+from deepspec.checkpoints.inspect import inspect_draft
+from deepspec.checkpoints.layouts import as_released, layout_of
+from deepspec.checkpoints.read import check_formats, load_spec
+from deepspec.checkpoints.servers import SERVERS
 from deepspec.decode.engine import generate
 from deepspec.drafts.base import NeuralDraft
 from deepspec.drafts.spec import SpecError, read_spec
-from deepspec.errors import CheckpointError, MismatchError
+from deepspec.errors import CheckpointError, MismatchError, UserError
 from deepspec.maths.verify import Sampling
 from deepspec.targets import Target
 from reference.drafts import naive_block_rows, naive_markov, naive_unroll
+from reference.served import expected_tensors
 
 V, K, H, MLP, N, G, D, R, DEPTH = 96, 40, 48, 64, 4, 2, 16, 8, 5
 """Vocabulary, kept ids, width, MLP, heads, key heads, head dim, Markov rank; depth of the `qwen3` target."""
@@ -305,6 +313,128 @@ def test_speculators_draft_that_would_be_computed_otherwise_is_refused(
         read_spec(as_released(config | change, DEPTH))
 
 
+# ── other layouts, exported ───────────────────────────────────────────────────────────────────────────
+
+LEFT_OVER = {"transformer_layer_config", "speculators_config", "speculators_model_type", "dflash_config"}
+LEFT_OVER |= {"aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids", "auto_map", "rope_scaling"}
+KINDS = ("eagle3", "dflash", "dspark", "older dflash")
+
+
+def foreign(kind: str, path: Path, positions: int | None = 40960, **changes: Any) -> Path:
+    """A draft of another layout, whose decoder config names so many positions."""
+    ids = {"eagle3": "eagle_aux_hidden_state_layer_ids"}.get(kind, "aux_hidden_state_layer_ids")
+    config = dict(OLDER) if kind == "older dflash" else speculators(kind, **{ids: [2, 3, 4]})
+    inner = config if kind == "older dflash" else config["transformer_layer_config"]
+    config |= (
+        {"dflash_config": {"target_layer_ids": [1, 2, 3], "mask_token_id": 7}} if inner is config else {}
+    )
+    inner |= {} if positions is None else {"max_position_embeddings": positions}
+    names = eagle_names() if kind == "eagle3" else block_names(markov_rows=V if kind == "dspark" else None)
+    return write(path, config | changes, random_tensors(names))
+
+
+def written(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((path / "config.json").read_text("utf-8"))
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draft_of_another_layout_is_exported_in_the_released_one(
+    qwen: Target, seen: tuple[Tensor, list[int]], tmp_path: Path, kind: str
+) -> None:
+    path = foreign(kind, tmp_path / "d", auto_map={"AutoModel": "theirs.Draft"})
+    export_draft(path, "deepspec", tmp_path / "out", target=qwen)
+    config = written(tmp_path / "out")
+    assert not LEFT_OVER & config.keys()
+    assert (layout_of(config), config["model_type"]) == ("released", "qwen3")
+    assert config["architectures"] == ["Qwen3Eagle3Model" if kind == "eagle3" else "Qwen3DSparkModel"]
+    assert (config["num_target_layers"], config["target_layer_ids"]) == (DEPTH, [1, 2, 3])
+    assert config["max_position_embeddings"] == 40960
+    assert config["rope_parameters"] == {"rope_theta": 10000.0, "rope_type": "default"}
+    heads = {"markov_rank": 8 if kind == "dspark" else 0, "enable_confidence_head": kind == "dspark"}
+    expected = {"block_size": 5, "mask_token_id": 7, **heads} if kind != "eagle3" else {"ttt_length": 4}
+    assert {key: config[key] for key in expected} == expected
+    only = {"markov_head_type", "confidence_head_with_markov"}
+    assert only & config.keys() == (only if kind == "dspark" else set())
+    ours, theirs = load_draft(tmp_path / "out", qwen), load_draft(path, qwen)
+    assert ours.spec == theirs.spec
+    assert propose(ours, *seen)[0] == propose(theirs, *seen)[0]
+    # Exported once more, nothing changes.
+    export_draft(tmp_path / "out", "deepspec", tmp_path / "again")
+    assert written(tmp_path / "again") == config
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_server_gets_the_positions_of_the_draft_or_else_of_its_target(
+    qwen: Target, tmp_path: Path, kind: str
+) -> None:
+    export_draft(foreign(kind, tmp_path / "own"), "vllm", tmp_path / "a")
+    assert written(tmp_path / "a")["max_position_embeddings"] == 40960
+    export_draft(tmp_path / "own", "vllm", tmp_path / "b", target=qwen)
+    assert written(tmp_path / "b")["max_position_embeddings"] == 40960
+    assert written(tmp_path / "b")["num_target_layers"] == DEPTH
+    path = foreign(kind, tmp_path / "none", None)
+    assert not any("positions" in n for n in export_draft(path, "vllm", tmp_path / "c", target=qwen).notes)
+    assert written(tmp_path / "c")["max_position_embeddings"] == 256
+    found = export_draft(path, "vllm", tmp_path / "d")
+    assert written(tmp_path / "d")["max_position_embeddings"] == 4096
+    assert any("does not say how many positions it has, so 4096 was written" in n for n in found.notes)
+
+
+def test_layers_that_depend_on_the_targets_depth_are_exported_with_the_target(
+    qwen: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = foreign("eagle3", tmp_path / "d", eagle_aux_hidden_state_layer_ids=None)
+    with pytest.raises(CheckpointError, match="depends on the target's depth: give the target"):
+        export_draft(path, "vllm", tmp_path / "out")
+    deeper = replace(qwen.spec, config={**qwen.spec.config, "num_hidden_layers": 9})
+    monkeypatch.setattr(qwen, "spec", deeper)
+    export_draft(path, "vllm", tmp_path / "out", target=qwen)
+    config = written(tmp_path / "out")
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 6]
+    assert config["num_target_layers"] == 9
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_norms_of_eagle3_reach_the_servers_that_have_them(tmp_path: Path, way: str) -> None:
+    """Written as if it had none, such a draft loaded and was hardly ever accepted."""
+    config = speculators("eagle3", eagle_aux_hidden_state_layer_ids=[2, 3, 4], **{way: True})
+    path = write(tmp_path / "d", config, random_tensors(eagle_names(norm_before_fc=way == "norm_before_fc")))
+    without = {"norm_before_residual": "sglang", "norm_output": "llamacpp"}.get(way)
+    for to in SERVERS:
+        if to == without:
+            with pytest.raises(UserError, match=way):
+                export_draft(path, to, tmp_path / to)
+            continue
+        export_draft(path, to, tmp_path / to)
+        config = written(tmp_path / to)
+        assert {name: config[name] for name in WAYS} == {name: name == way for name in WAYS}
+        tensors = load_file(tmp_path / to / "model.safetensors")
+        assert {k: tuple(t.shape) for k, t in tensors.items()} == expected_tensors(config)
+
+
+def test_draft_of_a_target_with_scaled_positions_is_written_with_their_whole_length(
+    qwen: Target, target_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    """YaRN: 64 positions, stretched four times. The draft's own positions are plain."""
+    folder = shutil.copytree(target_dirs["qwen3"], tmp_path / "yarn")
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    config = written(folder) | {"max_position_embeddings": 80, "rope_parameters": rope}
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    target = Target.from_pretrained(folder, dtype="float32", device="cpu")
+    draft = tiny_draft(target, "dspark", target_layer_ids=[1, 2, 3])
+    save_draft(draft, tmp_path / "draft", target, {})
+    assert written(tmp_path / "draft")["max_position_embeddings"] == 256
+    for options in ({}, {"target": target}):
+        export_draft(tmp_path / "draft", "vllm", tmp_path / "out", **options)
+        assert written(tmp_path / "out")["max_position_embeddings"] == 256
+    # Drafts saved before were given the unscaled length.
+    older = written(tmp_path / "draft") | {"max_position_embeddings": 80}
+    (tmp_path / "draft" / "config.json").write_text(json.dumps(older), "utf-8")
+    export_draft(tmp_path / "draft", "vllm", tmp_path / "out", target=target)
+    assert written(tmp_path / "out")["max_position_embeddings"] == 256
+
+
 # ── a reduced vocabulary ──────────────────────────────────────────────────────────────────────────────
 
 
@@ -381,6 +511,116 @@ def test_broken_map_of_a_reduced_vocabulary_is_refused(qwen: Target, tmp_path: P
         load_draft(path, qwen)
     names = {"no map": "missing: d2t", "no head": "missing: lm_head.weight"}
     assert names.get(spoil, "does not map the draft's vocabulary to distinct ids") in str(caught.value)
+
+
+def respelt(path: Path, **changes: Tensor) -> Path:
+    tensors = load_file(path / "model.safetensors") | changes
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("name", ["d2t", "t2d"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32"])
+def test_maps_cast_with_the_weights_are_refused(qwen: Target, tmp_path: Path, name: str, kind: str) -> None:
+    """Offsets above 256 are rounded in bfloat16: every proposal was another word, without an error."""
+    path, _ = reduced_draft("dspark", tmp_path / "d")
+    stored = load_file(path / "model.safetensors")[name]
+    respelt(path, **{name: stored.to(getattr(torch, kind))})
+    for use in (lambda: load_draft(path, qwen), lambda: inspect_draft(path)):
+        with pytest.raises(
+            CheckpointError, match=f"{name} is stored as .*, and it must be of whole"
+        ) as found:
+            use()
+        assert "d2t as int64, t2d as bool" in str(found.value)
+    with pytest.raises(CheckpointError, match=f"{name} is stored as"):
+        export_draft(path, "vllm", tmp_path / "out")
+
+
+@pytest.mark.parametrize("offsets", [torch.int32, torch.int16, torch.int8, torch.uint8])
+@pytest.mark.parametrize("members", [torch.uint8, torch.int32, torch.bool])
+def test_maps_in_another_format_of_whole_numbers_mean_the_same(
+    qwen: Target, tmp_path: Path, offsets: torch.dtype, members: torch.dtype
+) -> None:
+    path, kept = reduced_draft("eagle3", tmp_path / "d")
+    stored = load_file(path / "model.safetensors")
+    respelt(path, d2t=stored["d2t"].to(offsets), t2d=stored["t2d"].to(members))
+    assert torch.equal(load_draft(path, qwen).head.kept, kept)
+    export_draft(path, "deepspec", tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["d2t"], stored["d2t"]) and written["d2t"].dtype == torch.int64
+    assert torch.equal(written["t2d"], stored["t2d"]) and written["t2d"].dtype == torch.bool
+
+
+@pytest.mark.parametrize(("kind", "vocabulary", "fits"), [
+    ("I16", 32768, True), ("I16", 32769, False), ("int16", 151936, False), ("U16", 65536, True),
+    ("I32", 151936, True), ("int64", 151936, True), ("uint8", 257, False),
+    ("BF16", 96, False), ("BOOL", 96, False), ("F8_E4M3", 96, False),
+])  # fmt: skip
+def test_offsets_that_would_wrap_around_are_refused(
+    tmp_path: Path, kind: str, vocabulary: int, fits: bool
+) -> None:
+    spec = replace(load_spec(reduced_draft("dflash", tmp_path / "d")[0]), vocab_size=vocabulary)
+    with nullcontext() if fits else pytest.raises(CheckpointError, match=f"d2t is stored as {kind}"):
+        check_formats(tmp_path, spec, {"d2t": kind, "t2d": "BOOL"})
+
+
+@pytest.mark.parametrize("change", ["d2t one short", "t2d one short", "past the end", "below 0"])
+def test_maps_of_the_wrong_length_or_out_of_range_are_refused_by_every_reader(
+    qwen: Target, tmp_path: Path, change: str
+) -> None:
+    path, _ = reduced_draft("dspark", tmp_path / "d")
+    stored = load_file(path / "model.safetensors")
+    d2t = stored["d2t"].clone()
+    if change in ("past the end", "below 0"):
+        d2t[-1 if change == "past the end" else 0] = V if change == "past the end" else -1
+        del stored["t2d"]
+        save_file(stored | {"d2t": d2t}, path / "model.safetensors", metadata={"format": "pt"})
+        message = "does not map the draft's vocabulary to distinct ids"
+    else:
+        name = change.split()[0]
+        respelt(path, **{name: stored[name][:-1].clone()})
+        message = f"{name} has the shape"
+    for use in (lambda: load_draft(path, qwen), lambda: export_draft(path, "vllm", tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=message):
+            use()
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "dflash", "dspark"])
+@pytest.mark.parametrize("maps", ["both", "d2t", "t2d"])
+def test_maps_of_a_whole_vocabulary_that_map_each_id_to_itself_change_nothing(
+    qwen: Target, seen: tuple[Tensor, list[int]], tmp_path: Path, kind: str, maps: str
+) -> None:
+    path, _ = reduced_draft(kind, tmp_path / "d")
+    config = json.loads((path / "config.json").read_text("utf-8")) | {"draft_vocab_size": V}
+    names = eagle_names() if kind == "eagle3" else block_names(markov_rows=V if kind == "dspark" else None)
+    tensors = random_tensors(names)
+    identity = {"d2t": torch.zeros(V, dtype=torch.int64), "t2d": torch.ones(V, dtype=torch.bool)}
+    kept = identity if maps == "both" else {maps: identity[maps]}
+    want = propose(load_draft(write(tmp_path / "plain", config, tensors), qwen), *seen)
+    with_maps = write(tmp_path / "maps", config, tensors | kept)
+    draft = load_draft(with_maps, qwen)
+    assert draft.head.kept is None
+    assert propose(draft, *seen)[0] == want[0]
+    assert inspect_draft(with_maps)["draft_vocabulary"] == V
+    export_draft(with_maps, "deepspec", tmp_path / "out")
+    assert not {"d2t", "t2d"} & load_file(tmp_path / "out" / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize("spoil", ["ids", "reordered", "members"])
+def test_maps_of_a_whole_vocabulary_that_are_not_the_identity_are_refused(
+    qwen: Target, tmp_path: Path, spoil: str
+) -> None:
+    offsets, members = torch.zeros(V, dtype=torch.int64), torch.ones(V, dtype=torch.bool)
+    if spoil == "ids":
+        offsets = torch.arange(V)
+    elif spoil == "reordered":
+        offsets[0], offsets[1] = 1, -1
+    else:
+        members[5] = False
+    tensors = random_tensors(block_names()) | {"d2t": offsets, "t2d": members}
+    path = write(tmp_path / "d", speculators("dflash"), tensors)
+    with pytest.raises(CheckpointError, match="is not reduced, so each id must map to itself"):
+        load_draft(path, qwen)
 
 
 def test_spec_of_a_foreign_checkpoint_needs_no_target(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+import time
 import types
 
 import pytest
@@ -40,6 +41,40 @@ def test_no_bar_is_drawn_when_nobody_watches(monkeypatch):
     with progress("training", 3) as bar:
         for _ in range(3):
             bar.update(loss=1.0)
+    assert screen.getvalue() == ""
+
+
+def test_a_job_without_a_terminal_gets_plain_lines_even_while_a_step_lasts(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(log, "console", Console(file=screen, force_terminal=False))
+    monkeypatch.setattr(log, "LINE_EVERY", 0.02)
+    with progress("training [tiny]", 400) as bar:
+        bar.update(12, loss=2.125, **{"tokens/s": 1800.0})
+        time.sleep(0.15)  # one step: nothing is updated
+    told = screen.getvalue().splitlines()
+    said = "training [tiny]: 12/400, 3%, loss 2.125, tokens/s 1,800, 0 min passed"
+    assert told[0] == f"{said}, about 0 min left"
+    assert told[1] == said and len(told) >= 3
+    time.sleep(0.05)
+    assert screen.getvalue().splitlines() == told  # the lines end with the step
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "expected"),
+    [
+        (None, True, "reading rows: 30, 2 min passed"),
+        (120.0, False, "reading rows: 25%, 2 min passed, about 6 min left"),
+        (120.0, True, "reading rows: 30/120, 25%, 2 min passed, about 6 min left"),
+    ],
+)
+def test_a_plain_line_says_how_far_and_how_long(monkeypatch, total, count, expected):
+    screen = io.StringIO()
+    monkeypatch.setattr(log, "console", Console(file=screen, force_terminal=False))
+    with progress("reading rows", total, count=count) as bar:
+        bar.update(30)
+        task = bar._display.tasks[0]
+        task.start_time = task.get_time() - 120
+        assert bar.line() == expected
     assert screen.getvalue() == ""
 
 

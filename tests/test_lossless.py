@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from conftest import prompts_of, teach, tiny_draft
+from deepspec.cli import app
 from deepspec.decode import engine
 from deepspec.drafts.base import NeuralDraft
 from deepspec.maths.verify import Sampling, Verdict, draw, verify
@@ -114,3 +117,32 @@ def test_a_wrong_greedy_token_is_named(scene, monkeypatch) -> None:
     greedy = check_greedy(target, draft, prompts, 12, None, 4)
     assert greedy["different"] and not verdict_of(greedy, Law())["lossless"]
     assert f"the first in {greedy['different'][0]['id']!r}" in sentences(verdict_of(greedy, Law()))[0]
+
+
+# ── the commands ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_commands_on_the_packaged_draft(tmp_path) -> None:
+    out = tmp_path / "calibration.json"
+    words = ["calibrate", "pocket-dspark", "--limit", "9", "--max-new-tokens", "48", "--to", "sglang"]
+    result = CliRunner().invoke(app, [*words, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text("utf-8"))
+    table = json.loads((tmp_path / "calibration.sglang.json").read_text("utf-8"))
+    assert table["temperatures"] == report["temperatures"] and len(table["temperatures"]) == 7
+    assert table["num_samples"] == report["rounds"] >= 100
+    assert "by chance" in result.stdout
+    words = ["verify", "pocket-dspark", "--limit", "2", "--repeats", "1", "--max-new-tokens", "16"]
+    result = CliRunner().invoke(app, [*words, "--policy", "threshold:0.5"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.rstrip().endswith("lossless")
+    assert "greedy: 2 of 2 answers are plain decoding's token for token" in result.stdout
+
+
+def test_a_verdict_against_the_decoder_is_exit_code_1(monkeypatch) -> None:
+    monkeypatch.setattr(engine, "verify", accepts_always)
+    words = ["verify", "pocket-dspark", "--limit", "2", "--repeats", "1", "--max-new-tokens", "16", "--json"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert found["lossless"] is False and found["greedy"]["different"]

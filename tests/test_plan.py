@@ -34,11 +34,10 @@ from deepspec import speeds as profile
 from deepspec.checkpoints.read import draft_shapes
 from deepspec.cli import app
 from deepspec.config import KEPT_CHECKPOINTS, Recipe, load_recipe
-from deepspec.cost import MACHINES, Inputs, assumed_counts, cheapest_change, make_plan, published_counts
-from deepspec.cost.dimensions import draft_dimensions, target_dimensions
+from deepspec.cost.dimensions import PUBLISHED_TARGETS, draft_dimensions, target_dimensions
+from deepspec.cost.fit import cheapest_change
 from deepspec.cost.formulas import (
     activation_bytes,
-    cache_bytes,
     cache_bytes_per_token,
     draft_flops,
     draft_parameters,
@@ -48,16 +47,17 @@ from deepspec.cost.formulas import (
     slots_that_count,
     state_bytes_per_parameter,
 )
-from deepspec.cost.inputs import PUBLISHED_TOKENS
+from deepspec.cost.inputs import PUBLISHED_TOKENS, Inputs, assumed_counts, published_counts
+from deepspec.cost.machines import MACHINES
+from deepspec.cost.plan import make_plan
 from deepspec.cost.sizes import disk_figures, host_figures, memory_figures
 from deepspec.cost.step_time import Measured, Speeds, TrainSpeed, rounds_needed, speed_key
 from deepspec.data.tokens import Encoded
-from deepspec.decode.engine import Decoder, Request
+from deepspec.decode.engine import Request
 from deepspec.drafts import ALGORITHMS as DRAFTS
 from deepspec.drafts import LossSettings
 from deepspec.drafts.base import NeuralDraft
 from deepspec.drafts.spec import DraftSpec, new_spec
-from deepspec.families import PUBLISHED_TARGETS
 from deepspec.features.batches import load_rows, online
 from deepspec.features.cache_write import plan_cache
 from deepspec.maths.blocks import FeatureBatch
@@ -404,7 +404,7 @@ def test_planned_bytes_of_a_cache_are_those_that_writing_one_counts(targets: dic
     each = cache_bytes_per_token(
         target.spec.hidden_size, 3, store, features_share=features / tokens, last_share=hidden / tokens
     )
-    assert cache_bytes(tokens, each).value == pytest.approx(cache.payload, rel=1e-12)
+    assert tokens * each.value == pytest.approx(cache.payload, rel=1e-12)
 
 
 def test_single_change_that_fits_is_named_alone_and_really_plans():
@@ -419,7 +419,7 @@ def test_single_change_that_fits_is_named_alone_and_really_plans():
 
 def test_several_changes_are_named_where_no_single_one_is_enough_and_none_that_is_not_needed():
     plan = plan_of("eagle3/qwen3-4b", "rtx4090", "optim.micro_batch_size=8", disk=80e9, features="cache")
-    change = cheapest_change(plan.inputs, machines=False)
+    change = cheapest_change(plan.inputs)
     assert change is not None and all(n.fits for n in change.needs) and len(change.words) > 1
     assert "--store fp8" not in change.words
 
@@ -435,12 +435,13 @@ def test_answers_that_do_not_fit_at_once_are_written_fewer_at_a_time():
     assert change is not None and change.words == ("--batch 8",)
 
 
-def test_nothing_is_promised_where_nothing_helps():
+def test_nothing_is_promised_where_nothing_helps(monkeypatch):
     inputs = plan_of("dspark/qwen3-14b", "rtx3090").inputs
-    assert cheapest_change(inputs, machines=False) is None
     change = cheapest_change(inputs)
     # 30 GB of target and 37 GB of draft state, and a sequence's activations.
     assert change is not None and change.words == ("--machine h200",)
+    monkeypatch.setattr("deepspec.cost.fit.MACHINES", {})
+    assert cheapest_change(inputs) is None
 
 
 def test_epochs_and_steps_are_the_recipes():
@@ -710,20 +711,17 @@ def test_line_through_rounds_is_the_least_squares_one_unless_a_part_of_it_is_bel
     assert profile.line_through(rounds) == pytest.approx(line, abs=1e-12)
 
 
-def test_rounds_are_timed_from_a_drafts_place_without_the_prefills(llama_dir: Path, monkeypatch):
-    """A clock that ticks once at every look: rounds that prefills followed are left out."""
+def test_rounds_are_timed_apart_from_the_prefills(llama_dir: Path, monkeypatch):
+    """A clock that ticks once at every look."""
     target = Target.from_pretrained(llama_dir, dtype="float32", device="cpu")
     ticks = iter(range(1000))
     monkeypatch.setattr(profile, "_clock", lambda target: float(next(ticks)))
-    clock = profile._Clock(target)
     requests = [Request([5, 6, 7 + i], 6 + 2 * i, i, str(i), Sampling(1.0)) for i in range(3)]
-    decoder = Decoder(target, clock, max_rows=2)
-    assert sum(len(answer.token_ids) for answer in decoder.run(requests)) == 6 + 8 + 10
-    assert clock.prefills == [1.0] * 3
-    # Five rounds of two rows until the first answer ends; the round that the third prompt's prefill followed
-    # is not counted, nor the last of all, which no look follows.
-    assert [rows for rows, _ in clock.rounds] == [2] * 4 + [2] * 2 + [1] * 6
-    assert {seconds for _, seconds in clock.rounds} == {1.0}
+    answers, prefills, rounds = profile._timed(target, requests, slots=2)
+    assert {g.key: len(g.token_ids) for g in answers} == {"0": 6, "1": 8, "2": 10}
+    assert prefills == [1.0] * 3
+    # Two rows until the first answer ends, two again once the third prompt has its slot, and one at the end.
+    assert rounds == [(2, 1.0)] * 7 + [(1, 1.0)] * 7
 
 
 @pytest.mark.parametrize(("load", "warned"), [(0.4, False), (7.9, False), (8.0, True)])

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from deepspec.answers import in_process as module
 from deepspec.answers.dialogue import Dialogue, turns_of
-from deepspec.answers.file import beside
+from deepspec.answers.file import beside, last_mark
 from deepspec.answers.in_process import regenerate
 from deepspec.cli import app
 from deepspec.data.conversations import Conversation, conversation_from_row, read_conversations
@@ -265,6 +265,113 @@ def test_real_decoding_killed_in_the_middle_of_a_stretch(target, tmp_path):
         assert 0 < out.stat().st_size < (tmp_path / "whole.jsonl").stat().st_size
         work(out)
         assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def saving_after(steps: int, out: Path) -> None:
+    with JsonlWriter(beside(out, "timings")) as timings:
+        timings.write({"steps_of_24": steps})
+
+
+LONG = [*PROMPTS, conversation_from_row({"id": "t", "turns": ["one", "two"]})]
+
+
+def test_a_stretch_killed_after_a_save_continues_with_the_very_steps_of_the_run_that_was_not(
+    target, tmp_path, monkeypatch
+):
+    """Rounding depends on a step's rows, their slots and what those hold: on all steps since a save."""
+    taken: list[Any] = []
+    step, save = target.step, module.AnswerFile.save
+
+    def noted(slots: Any, tokens: Any, layers: Any = ()) -> Any:
+        taken.append((tuple(slots), [list(t) for t in tokens]))
+        return step(slots, tokens, layers)
+
+    def work(out: Path, kill_after: int = -1) -> list[int]:
+        saves: list[int] = []
+        taken.clear()
+
+        def saved(self: Any, *rest: Any) -> None:
+            save(self, *rest)
+            saves.append(len(taken))
+            if len(saves) == kill_after:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(module.AnswerFile, "save", saved)
+        regenerate(target, LONG, out, max_new_tokens=6, max_rows=3)
+        return saves
+
+    monkeypatch.setattr(target, "step", noted)
+    whole = tmp_path / "whole.jsonl"
+    saving_after(5, whole)
+    saves = work(whole)
+    undisturbed = list(taken)
+    assert len(saves) >= 4 and len(rows_of(whole)) == 6
+    assert not beside(whole, "partial").exists()
+    for number, at in enumerate(saves, start=1):
+        out = tmp_path / f"cut-{number}.jsonl"
+        saving_after(5, out)
+        with pytest.raises(KeyboardInterrupt):
+            work(out, kill_after=number)
+        work(out)
+        assert taken == undisturbed[at:]
+        assert out.read_bytes() == whole.read_bytes()
+
+
+def test_the_clock_decides_once_after_how_many_steps_a_stretch_is_saved(target, tmp_path, monkeypatch):
+    regenerate(target, LONG, tmp_path / "whole.jsonl", max_new_tokens=6, max_rows=3)
+    assert last_mark(beside(tmp_path / "whole.jsonl", "timings"), "steps_of_24") is None
+    monkeypatch.setattr(module, "SAVE_EVERY", 0.0)
+    out, kept = tmp_path / "saved.jsonl", []
+    save = module.AnswerFile.save
+
+    def saved(self: Any, *rest: Any) -> None:
+        kept.append(rest[2])
+        save(self, *rest)
+
+    monkeypatch.setattr(module.AnswerFile, "save", saved)
+    monkeypatch.setattr(module, "REREADING", 0.9)  # a few steps after the prompts are read
+    regenerate(target, LONG, out, max_new_tokens=6, max_rows=3)
+    steps = last_mark(beside(out, "timings"), "steps_of_24")
+    assert steps is not None and steps > 3 and set(kept) == {steps} and len(kept) > 1
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_what_was_saved_of_other_rows_or_under_other_conditions_is_not_used(target, tmp_path, monkeypatch):
+    out = tmp_path / "a.jsonl"
+    saving_after(4, out)
+    save = module.AnswerFile.save
+
+    def killed(self: Any, *rest: Any) -> None:
+        save(self, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.AnswerFile, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        regenerate(target, LONG, out, max_new_tokens=6, max_rows=3)
+    monkeypatch.setattr(module.AnswerFile, "save", save)
+    assert beside(out, "partial").exists() and not out.read_bytes()
+    other = [asked(c.id, said(u="Another text")) for c in LONG]
+    for rows, seed in ((other, 0), (LONG, 1)):
+        copy, fresh = tmp_path / f"copy-{seed}.jsonl", tmp_path / f"fresh-{seed}.jsonl"
+        for what in ("timings", "partial"):
+            shutil.copy(beside(out, what), beside(copy, what))
+        for file in (copy, fresh):
+            regenerate(target, rows, file, max_new_tokens=6, max_rows=3, seed=seed)
+        assert copy.read_bytes() == fresh.read_bytes()
+
+
+def test_answers_are_on_disk_before_their_stretch_is_whole(target, tmp_path, monkeypatch):
+    out, seen = tmp_path / "a.jsonl", []
+    decoded = module.decoded
+
+    def watched(*rest: Any) -> Iterator[Dialogue]:
+        for dialogue in decoded(*rest):
+            seen.append(len(rows_of(out)))
+            yield dialogue
+
+    monkeypatch.setattr(module, "decoded", watched)
+    regenerate(target, PROMPTS, out, max_new_tokens=3, max_rows=1)
+    assert seen == [0, 1, 2, 3, 4]
 
 
 def test_without_the_timings_nothing_is_answered_twice(target, tmp_path, stand_in):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import math
 import re
 from html.parser import HTMLParser
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from deepspec.report.charts import averaged, line_chart, ticks
-from deepspec.report.page import headline, results_table, styles_of, write_report
+from deepspec.report.page import results_table, styles_of, write_report
 
 HOSTILE = "</title></style><script>alert('x')</script><img src=x onerror=alert(1)> & \"q\" [red]{{ 7*7 }}"
 
@@ -111,6 +112,18 @@ def page_of(tmp_path):
     return build
 
 
+@pytest.fixture
+def told(page_of):
+    """The page's first sentence, and those that qualify it."""
+
+    def read(files: list[dict]) -> tuple[str, list[str]]:
+        (head,) = re.findall(r"<header>(.*)</header>", page_of(files).source, re.S)
+        (first,) = re.findall(r"<h1>(.*)</h1>", head, re.S)
+        return html.unescape(first), [html.unescape(text) for text in re.findall(r"<p>(.*)</p>", head)]
+
+    return read
+
+
 def printed(files: list[dict], width: int = 80) -> str:
     console = Console(width=width, record=True, color_system=None, file=None, quiet=False)
     with console.capture() as captured:
@@ -162,8 +175,8 @@ def test_text_that_utf8_cannot_carry_does_not_stop_the_page(page_of):
     assert "half a pair: ?." in page.text
 
 
-def test_headline_claims_identity_only_for_the_prompts_compared():
-    first, _ = headline([results(1.0), results(0.0)])
+def test_headline_claims_identity_only_for_the_prompts_compared(told):
+    first, _ = told([results(1.0), results(0.0)])
     claim = "DSpark makes this model 1.90× faster at temperature 0 without changing a token"
     assert first == f"{claim} on the 6 prompts checked."
 
@@ -177,20 +190,20 @@ def test_headline_claims_identity_only_for_the_prompts_compared():
         ({"lossless": None}, "not compared with plain"),
     ],
 )
-def test_headline_does_not_claim_losslessness_that_the_check_did_not_find(page_of, change, words):
+def test_headline_does_not_claim_losslessness_that_the_check_did_not_find(page_of, told, change, words):
     file = results()
     file["rows"][-1] |= change
-    first, support = headline([file])
+    first, support = told([file])
     assert "without changing" not in first
     assert any(words in sentence and sentence.startswith("DSpark") for sentence in support)
     assert "without changing" not in page_of([file]).text
 
 
-def test_headline_speaks_of_the_mean_of_domains_and_says_what_it_is_made_of():
+def test_headline_speaks_of_the_mean_of_domains_and_says_what_it_is_made_of(told):
     row, other = draft("d", "dspark", 3.0, 1.5), draft("e", "dflash", 3.0, 1.75)
     row["overall"]["speedup_mean_of_domains"] = {"value": 2.0, "low": 1.5, "high": 2.5}
     row["domains"]["math"]["speedup"]["value"] = 2.75
-    first, support = headline([results(rows=[row, other])])
+    first, support = told([results(rows=[row, other])])
     assert first.startswith("DSpark makes this model 2.00× faster")
     assert support[:2] == [
         "The 95% interval of that speed-up is [1.50, 2.50].",
@@ -199,16 +212,16 @@ def test_headline_speaks_of_the_mean_of_domains_and_says_what_it_is_made_of():
     assert "mean 2.00×" in printed([results(rows=[row])])
 
 
-def test_another_draft_that_changed_the_output_is_named_beside_the_headline():
+def test_another_draft_that_changed_the_output_is_named_beside_the_headline(told):
     file = results()
     file["rows"][1]["lossless"]["identical"] = 4
-    first, support = headline([file])
+    first, support = told([file])
     assert "without changing a token" in first
     assert "Eagle-3: NOT identical to plain greedy decoding: 4 of 6 prompts match." in support
 
 
-def test_headline_at_a_sampling_temperature_claims_no_identity():
-    first, support = headline([results(1.0)])
+def test_headline_at_a_sampling_temperature_claims_no_identity(told):
+    first, support = told([results(1.0)])
     assert first == "DSpark makes this model 1.90× faster at temperature 1."
     assert any("outputs at this temperature are random" in sentence for sentence in support)
 
@@ -222,15 +235,15 @@ def test_headline_at_a_sampling_temperature_claims_no_identity():
         (None, "DSpark commits 3.25 tokens per round"),
     ],
 )
-def test_headline_calls_faster_only_what_its_interval_supports(speedup, start):
+def test_headline_calls_faster_only_what_its_interval_supports(told, speedup, start):
     only = draft("d", "dspark", 3.25, 1.0)
     only["overall"]["speedup"] = speedup
-    assert headline([results(rows=[only])])[0].startswith(start)
+    assert told([results(rows=[only])])[0].startswith(start)
 
 
-def test_prompt_lookup_that_beats_the_draft_is_not_hidden():
+def test_prompt_lookup_that_beats_the_draft_is_not_hidden(told):
     lookup = {"method": "prompt-lookup", "kind": "lookup", "overall": summary(2.0, 2.5)}
-    _, support = headline([results(rows=[draft("d", "dspark", 3.0, 1.9), lookup])])
+    _, support = told([results(rows=[draft("d", "dspark", 3.0, 1.9), lookup])])
     assert "prompt-lookup needs no draft and was faster: 2.50×." in support
 
 

@@ -21,7 +21,7 @@ from deepspec.data.conversations import Conversation, content_hash, read_convers
 from deepspec.data.rows import Rows, distinct, frequent_ids, pack, supervised_counts
 from deepspec.data.tokens import Encoded
 from deepspec.errors import DataError
-from deepspec.features.batches import batches_from, load_rows, steps_per_epoch
+from deepspec.features.batches import batches_from, load_rows
 from deepspec.targets import Target
 from deepspec.train import facts as workflow
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe
@@ -30,6 +30,17 @@ from talking import recipe_tree, save_talking_llama, write_data, write_recipe
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
     return Target.from_pretrained(save_talking_llama(tmp_path_factory.mktemp("rows")), "float32", "cpu")
+
+
+def test_rows_are_cut_where_the_targets_context_ends(
+    target: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "long.jsonl"
+    messages = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "word " * 200}]
+    path.write_text(json.dumps({"messages": messages}) + "\n", "utf-8")
+    (row,) = load_rows(path, target, thinking=False, max_length=2048)
+    assert len(row.ids) == target.max_length == 512
+    assert "rows are cut at 512 tokens and not at 2048" in " ".join(capsys.readouterr().err.split())
 
 
 TOKENS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 1)), min_size=1, max_size=6)
@@ -82,7 +93,6 @@ def test_five_bytes_a_token() -> None:
 
 def test_batches_of_packed_rows_are_those_of_the_list() -> None:
     plain = [Encoded([1] * (3 + i % 7), [1] * (3 + i % 7), f"r{i}") for i in range(23)]
-    assert steps_per_epoch(plain, 4) == steps_per_epoch(pack(plain), 4) == 6
     one, other = batches_from(plain, 4, 3, 0), batches_from(pack(plain), 4, 3, 0)
     assert [next(one) for _ in range(9)] == [next(other) for _ in range(9)]
 

@@ -1,7 +1,8 @@
-"""A real engine: our drafts in llama-server, and answers through it.
+"""Real engines: our drafts in llama-server and in vLLM, and answers through the first.
 
-Run by `make test-servers`; what is compared, and how, is said in benchmarks/servers.py and
-benchmarks/regenerate_share.py.
+Run by `make test-servers`; what is compared, and how, is said in benchmarks/servers.py,
+benchmarks/vllm_server.py and benchmarks/regenerate_share.py. vLLM is run if $DEEPSPEC_VLLM, or the PATH,
+names one.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import regenerate_share
 import servers
+import vllm_server
 
 
 @pytest.mark.parametrize(
@@ -63,3 +66,36 @@ def test_answers_through_two_servers_of_which_one_dies_and_comes_back():
     assert found["after_restart"] > 0
     assert found["different"] == 0
     assert found["identical"] >= 0.9 * found["prompts"]
+
+
+# ── vLLM ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("accepted", "budget", "expected"),
+    [
+        ([2, 0, 7], 100, (3, 9)),
+        ([7, 7], 12, (2, 14)),  # a round past the budget counts whole
+        ([7, 2, 5], 12, (2, 9)),  # the budget is full: the request has ended
+        ([3], 1, (0, 0)),  # the token of the prefill was all
+        ([], 5, (0, 0)),
+    ],
+)
+def test_our_rounds_are_counted_as_vllm_counts_them(accepted, budget, expected):
+    assert vllm_server.counted(accepted, budget) == expected
+
+
+@pytest.mark.servers
+@pytest.mark.skipif(vllm_server.program() is None, reason="no vllm on the PATH, nor named by $DEEPSPEC_VLLM")
+@pytest.mark.parametrize("name", vllm_server.DRAFTS)
+def test_vllm_runs_the_command_that_export_prints_and_accepts_what_we_accept(name, tmp_path):
+    """It refused our DSpark drafts, and started a server of embeddings for the pocket target."""
+    slow = not torch.cuda.is_available() and "eagle3" not in name
+    found = vllm_server.compare(name, 2 if slow else 6, 24 if slow else 64, tmp_path)
+    assert found["texts"].get("different", 0) == 0
+    if not slow:
+        assert found["theirs"] == found["ours"]
+        return
+    # On the CPU vLLM 0.32 norms all layers with the first one's weights, so that fewer are accepted.
+    assert found["theirs"].rounds == pytest.approx(found["ours"].rounds, rel=0.15)
+    assert found["theirs"].accepted == pytest.approx(found["ours"].accepted, rel=0.15)

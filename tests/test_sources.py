@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -21,8 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepspec.data.conversations import Conversation, conversation_from_row, read_conversations
+from deepspec.data.csv_rows import csv_rows
 from deepspec.data.download import cut, download
-from deepspec.data.readers import file_rows
+from deepspec.data.readers import file_rows, hub_rows
 from deepspec.data.repeats import UniqueIds
 from deepspec.data.skipping import Skipped
 from deepspec.data.sources import Wanted, mapped, open_source
@@ -212,6 +214,120 @@ def test_bad_csv_rows_are_skipped_one_by_one(tmp_path: Path) -> None:
     assert [place.split(": ")[0] for place in skipped.places] == [f"{path}:{n}" for n in (3, 4)]
 
 
+HEAD = "question,answer\nfirst,1\n"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("broken", "lines"),
+    [
+        ('"Tell me: \\"why\\"\nSecond line of the same cell",Because.\n', "3 to 4"),
+        ('"a \\"b\\"\nplain line, with comma\nend",Because.\n', "3 to 5"),
+        ('"a \\"b\\"\nend","more \\"c\\"\nstuff"\n', "3 to 5"),
+        ('"He said "hi" to me\nand ""left"", twice","ok\nok"\n', "3 to 5"),
+        ('"Tell: \\", he, said\nsecond line",Because.\n', "3 to 4"),
+        ('"a"b\n\n",x\n', "3 to 5"),
+        ('"x"y,2\n', None),
+        ('"x"y,"2 ""3"", 4"\n', None),
+    ],
+)
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_no_row_is_made_from_the_tail_of_a_broken_one(
+    tmp_path: Path, broken: str, lines: str | None, end: str, delimiter: str
+) -> None:
+    last = 'second,"2\n2"\n"third ""3""",3\n'
+    path = tmp_path / ("rows.csv" if delimiter == "," else "rows.tsv")
+    path.write_bytes((HEAD + broken + last).replace("\n", end).replace(",", delimiter).encode())
+    skipped = Skipped()
+    rows = [row for _, row in file_rows(path, skipped)]
+    assert [list(row.values()) for row in rows] == [
+        ["first", "1"],
+        ["second", f"2{end}2"],
+        ['third "3"', "3"],
+    ]
+    assert skipped.count == 1 and skipped.places[0].startswith(f"{path}:3: ")
+    assert f"(lines {lines})" in skipped.places[0] if lines else "(lines" not in skipped.places[0]
+
+
+@pytest.mark.parametrize(
+    ("tail", "kept", "lines"),
+    [
+        ('"b,2\n', [], ""),
+        ('"b,2\nc,3\n', [], " (lines 3 to 4)"),  # as likely a cell that was cut as a row
+        ('"b,2\nc,3\nd,4\ne,5\n', ["c", "d", "e"], ""),
+        ('"b,2\nc,3\n\nd and e\nmore, and more,\n', [], " (lines 3 to 7)"),
+    ],
+)
+def test_a_quote_that_nothing_closes_takes_along_only_what_is_not_plainly_rows(
+    tmp_path: Path, tail: str, kept: list[str], lines: str
+) -> None:
+    path, skipped = tmp_path / "rows.csv", Skipped()
+    path.write_text(HEAD + tail)
+    assert [row["question"] for _, row in file_rows(path, skipped)] == ["first", *kept]
+    assert skipped.places == [f"{path}:3: malformed CSV: unexpected end of data{lines}"]
+
+
+@given(
+    st.lists(st.lists(st.text('a",\n\\ ', max_size=6), min_size=2, max_size=2), max_size=4),
+    st.text('a",\n\\ ', max_size=12),
+)
+def test_any_broken_text_ends_and_well_formed_rows_before_it_are_read(
+    rows: list[list[str]], tail: str
+) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([["q", "a"], *rows])
+    lines = [(f"f:{i}", line) for i, line in enumerate(io.StringIO(text.getvalue() + tail, newline="\n"), 1)]
+    got = [list(row.values()) for _, row in csv_rows(iter(lines), ",", Skipped())]
+    assert got[: len(rows)] == [[cell or None for cell in row] for row in rows]
+
+
+def test_the_keys_that_a_table_fills_with_null_were_never_there(tmp_path: Path) -> None:
+    def row(name: str, **arguments: Any) -> dict[str, Any]:
+        tool = {"name": name, "parameters": {"properties": {key: {"type": "string"} for key in arguments}}}
+        calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+        asked = [{"role": "user", "content": name}, {"role": "assistant", "content": "", "tool_calls": calls}]
+        return {"messages": asked, "tools": [{"type": "function", "function": tool}]}
+
+    rows = [row("weather", city="Bern"), row("add", a=2, b=[1, None], c={"d": "x"}), row("now")]
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    from_table = list(open_source(Wanted([str(path)], {})))
+    assert from_table == [conversation_from_row(row) for row in rows]
+
+
+def test_nulls_that_were_given_are_kept(tmp_path: Path) -> None:
+    arguments, path = {"city": "Bern", "unit": None}, tmp_path / "rows.parquet"
+    types = {
+        "text": pyarrow.string(),
+        "map": pyarrow.map_(pyarrow.string(), pyarrow.string()),
+        "json": pyarrow.json_(),
+    }
+    values = {"text": json.dumps(arguments), "map": list(arguments.items()), "json": json.dumps(arguments)}
+    for name, kind in types.items():
+        column = pyarrow.array([values[name]], kind.storage_type if name == "json" else kind)
+        if name == "json":
+            column = pyarrow.ExtensionArray.from_storage(kind, column)
+        call = pyarrow.StructArray.from_arrays([pyarrow.array(["f"]), column], ["name", "arguments"])
+        pyarrow.parquet.write_table(pyarrow.table({"call": call}), path)
+        ((_, row),) = file_rows(path)
+        assert row["call"]["arguments"] == (values["text"] if name == "text" else arguments)
+    empty = pyarrow.array([[], None], types["map"])
+    pyarrow.parquet.write_table(pyarrow.table({"m": empty}), path)
+    assert [row for _, row in file_rows(path)] == [{"m": {}}, {"m": None}]
+
+
+def test_the_hub_fills_no_keys_and_loses_no_null(tmp_path: Path) -> None:
+    folder = tmp_path / "OWNER" / "NAME"
+    folder.mkdir(parents=True)
+    rows = [{"x": [{"a": 1}, {"b": [None, {"c": 2}]}]}, {"x": [{"c": {"d": "e"}}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "train.parquet")
+    assert [row for _, row in hub_rows(str(folder))] == rows
+    (folder / "train.parquet").unlink()
+    rows = [{"x": [{"a": 1, "b": None}]}, {"x": [{"a": {"c": None}}]}]  # no struct holds both
+    jsonl(folder / "train.jsonl", *rows)
+    assert [row for _, row in hub_rows(str(folder))] == rows
+
+
 def test_parquet_is_read_in_batches_with_its_odd_values_as_text(tmp_path: Path) -> None:
     import datetime
 
@@ -303,7 +419,9 @@ def test_a_source_of_bad_rows_only_is_an_error_and_leaves_the_old_file(tmp_path:
     path = jsonl(tmp_path / "in.jsonl", {"question": "a"}, {"question": "b"})
     error = refused("download", path, "--out", out, "--skip-bad")
     assert "no rows left: all 2 were bad" in error and f"{path}:1" in error and "--map" in error
-    assert "the source has no rows" in refused("download", jsonl(tmp_path / "e.jsonl"), "--out", out)
+    assert "there are no rows: the source is empty" in refused(
+        "download", jsonl(tmp_path / "e.jsonl"), "--out", out
+    )
     assert questions(out) == ["old"]
 
 

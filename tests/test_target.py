@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
@@ -37,7 +38,9 @@ from transformers.utils import logging as hf_logging
 
 from conftest import DEVICE, FAMILIES, MODELS, SLIDING_WINDOW, prompts_of, save_tiny
 from deepspec.checkpoints.read import find_checkpoint
+from deepspec.decode.engine import generate
 from deepspec.errors import CheckpointError, TargetError
+from deepspec.families import context_length
 from deepspec.targets import Target, TargetSpec
 from sequences import CLOSE, Sequences, scripted
 
@@ -230,26 +233,56 @@ def test_a_failed_request_for_features_leaves_the_hooks_whole(target: Target) ->
 # ── loading ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_target_without_a_tokenizer_has_no_stop_tokens(target: Target) -> None:
-    """transformers invents an empty tokenizer for some families: its one token would end sentences."""
-    assert target.tokenizer is None
-    assert target.stop_token_ids == frozenset()
-
-
-def test_stop_tokens_are_the_tokenizers_and_the_generation_configs(
-    target_dirs: dict[str, Path], tmp_path: Path
-) -> None:
-    path = tmp_path / "with tokenizer"
-    shutil.copytree(target_dirs["llama"], path)
+def write_tokenizer(path: Path, eos: str | None) -> None:
     words = {"<eos>": 0, "<unk>": 1, "<turn>": 2, **{f"w{i}": i for i in range(3, 64)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, unk_token="<unk>").save_pretrained(
         path
     )
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}), "utf-8")
-    target = load(path)
-    assert target.tokenizer is not None
-    assert target.stop_token_ids == {0, 2, 5}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "generation", "model", "expected"),
+    [
+        ("<eos>", [2, 5], 7, {0, 2, 5}),
+        ("<turn>", [2, 5], 7, {2, 5}),
+        (None, [2, 5], 7, {2, 5}),  # a tokenizer that names no end
+        ("none", [2, 5], 7, {2, 5}),  # no tokenizer at all
+        ("none", 5, 7, {5}),
+        ("<eos>", None, None, {0}),
+        ("<eos>", "no file", None, {0}),
+        ("<eos>", "no file", 7, {0, 7}),
+        (None, "no file", [7, 8], {7, 8}),
+        (None, "no file", None, set()),
+        (None, None, 7, set()),
+    ],
+)
+def test_stop_tokens_are_the_tokenizers_and_the_generation_configs_each_by_itself(
+    target_dirs: dict[str, Path],
+    tmp_path: Path,
+    tokenizer: str | None,
+    generation: Any,
+    model: Any,
+    expected: set[int],
+) -> None:
+    path = tmp_path / "target"
+    shutil.copytree(target_dirs["llama"], path)
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    (path / "config.json").write_text(json.dumps(config | {"eos_token_id": model}), "utf-8")
+    if tokenizer != "none":
+        write_tokenizer(path, tokenizer)
+    if generation == "no file":
+        (path / "generation_config.json").unlink()
+    else:
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}), "utf-8")
+    assert load(path).stop_token_ids == expected
+
+
+def test_invented_tokenizer_ends_no_sentence(target_dirs: dict[str, Path]) -> None:
+    """transformers invents an empty tokenizer for some families; its one token is no end of anything."""
+    target = load(target_dirs["qwen3"])
+    assert target.tokenizer is None
+    assert target.stop_token_ids == frozenset()
 
 
 @pytest.mark.parametrize("name", ["nowhere/at/all/of/it", "nowhere", "some-org/some-model"])
@@ -428,3 +461,182 @@ def test_bars_are_for_those_who_wait_at_a_terminal(
     load(path)
     assert seen == [shown]
     assert hf_logging.is_progress_bar_enabled() == usual
+
+
+# ── the length of the context ─────────────────────────────────────────────────────────────────────────
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32768}
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "original_max_position_embeddings": 8192,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
+FACTORS = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"max_position_embeddings": 40960}, 40960),
+        ({}, None),
+        # YaRN: what was trained times the factor, whatever max_position_embeddings says.
+        ({"max_position_embeddings": 40960, "rope_scaling": YARN}, 131072),
+        ({"max_position_embeddings": 32768, "rope_parameters": YARN}, 131072),
+        ({"max_position_embeddings": 131072, "rope_parameters": YARN}, 131072),
+        ({"rope_parameters": YARN}, 131072),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "yarn", "factor": 2}}, 8192),
+        ({"max_position_embeddings": 40960, "rope_scaling": YARN, "rope_parameters": DEFAULT}, 131072),
+        ({"max_position_embeddings": 40960, "rope_scaling": None, "rope_parameters": YARN}, 131072),
+        ({"max_position_embeddings": 40960, "rope_scaling": {**YARN, "factor": None}}, 40960),
+        # The other kinds.
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, 8192),
+        ({"max_position_embeddings": 131072, "rope_parameters": LLAMA3}, 131072),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "original_max_position_embeddings": 4096,
+                "rope_scaling": {"type": "longrope", **FACTORS},
+            },
+            131072,
+        ),
+        ({"max_position_embeddings": 32768, "rope_scaling": {"type": "mrope", "mrope_section": [1]}}, 32768),
+        # Nested by kind of layer; Gemma-3 writes the extended length.
+        (
+            {
+                "max_position_embeddings": 8192,
+                "rope_parameters": {"full_attention": {**YARN, "original_max_position_embeddings": 8192}}
+                | {"sliding_attention": DEFAULT},
+            },
+            32768,
+        ),
+        (
+            {
+                "model_type": "gemma3_text",
+                "max_position_embeddings": 131072,
+                "rope_parameters": {"full_attention": LINEAR, "sliding_attention": DEFAULT},
+            },
+            131072,
+        ),
+    ],
+)
+def test_context_is_the_trained_length_times_the_factor_of_its_positions(
+    config: dict[str, Any], expected: int | None
+) -> None:
+    assert context_length(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("model_type", "whole", "expected"),
+    [
+        # As published: Gemma-3 leaves the length to its class, Qwen-VL's files have a text part or none.
+        ("gemma3", {"text_config": {"rope_scaling": {"type": "linear", "factor": 8.0}}}, 131072),
+        ("qwen2_5_vl", {"text_config": {"max_position_embeddings": 128000}}, 128000),
+        (
+            "qwen2_5_vl",
+            {
+                "text_config": {
+                    "max_position_embeddings": 32768,
+                    "rope_scaling": {**YARN, "mrope_section": [1, 1, 2]},
+                }
+            },
+            131072,
+        ),
+        ("llama", {"max_position_embeddings": 64, "rope_scaling": {"type": "linear", "factor": 2.0}}, 128),
+        ("qwen3", {"max_position_embeddings": 40960, "rope_scaling": YARN}, 131072),
+        (
+            "deepseek_v3",
+            {
+                "max_position_embeddings": 163840,
+                "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096},
+            },
+            163840,
+        ),
+    ],
+)
+def test_context_of_configs_as_they_are_published(
+    tmp_path: Path, model_type: str, whole: dict[str, Any], expected: int
+) -> None:
+    whole = {"model_type": model_type} | copy.deepcopy(whole)
+    part = whole.get("text_config", whole)
+    part |= {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    part |= {"head_dim": 16, "num_key_value_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(whole), "utf-8")
+    assert TargetSpec.from_pretrained(str(tmp_path)).context_length == expected
+    assert "context_length" not in TargetSpec.from_pretrained(str(tmp_path)).config
+
+
+def scaled(target_dirs: dict[str, Path], path: Path, rope: dict[str, Any], positions: int = 16) -> Target:
+    """The Llama target with other rotary positions."""
+    shutil.copytree(target_dirs["llama"], path)
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    config |= {"max_position_embeddings": positions, "rope_parameters": {"rope_theta": 1e4, **rope}}
+    (path / "config.json").write_text(json.dumps(config), "utf-8")
+    return load(path)
+
+
+def test_yarn_target_reads_past_its_unscaled_positions(target_dirs: dict[str, Path], tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    target = scaled(target_dirs, tmp_path / "t", rope)
+    assert target.max_length == 64
+    assert (target.room(60, 10), target.room(60, 2), target.room(64, 2)) == (4, 2, 0)
+    assert len(generate(target, None, [5] * 40, 12, ignore_eos=True).token_ids) == 12
+
+
+def test_positions_that_turn_with_the_length_limit_the_context(
+    target_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    """A server reads 32 tokens of this target; our cached keys would be wrong past 16."""
+    target = scaled(target_dirs, tmp_path / "t", {"rope_type": "dynamic", "factor": 2.0})
+    assert (target.spec.context_length, target.max_length) == (32, 16)
+
+
+# ── transformers' own generate ────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"repetition_penalty": 5.0, "no_repeat_ngram_size": 2},
+        {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True},
+        {"stop_strings": ["."]},
+        {"do_sample": True, "temperature": 9.0, "top_k": 3, "top_p": 0.2, "min_p": 0.3, "typical_p": 0.5},
+        {"bad_words_ids": [[i] for i in range(30)], "suppress_tokens": list(range(30, 50))},
+        {"min_length": 30, "min_new_tokens": 20, "max_length": 7, "forced_eos_token_id": 9},
+        {"guidance_scale": 3.0, "exponential_decay_length_penalty": [1, 5.0]},
+        {"prompt_lookup_num_tokens": 3, "sequence_bias": [[[4], 90.0]], "num_return_sequences": 1},
+        {"begin_suppress_tokens": list(range(40)), "renormalize_logits": True, "max_time": 1e-9},
+    ],
+    ids=lambda asked: next(iter(asked)),
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_baseline_follows_the_same_law_whatever_the_generation_config_asks_for(
+    target_dirs: dict[str, Path], tmp_path: Path, asked: dict[str, Any], temperature: float
+) -> None:
+    path = tmp_path / "target"
+    shutil.copytree(target_dirs["llama"], path)
+    prompt = [5, 6, 5, 6, 5]
+
+    def answer(facts: dict[str, Any]) -> list[int]:
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **facts}), "utf-8")
+        target = load(path)
+        before = target.model.generation_config
+        torch.manual_seed(3)
+        found = target.transformers_generate(prompt, 12, temperature, [63])
+        assert target.model.generation_config is before
+        if temperature == 0:
+            assert found == generate(target, None, prompt, 12, stop_token_ids=[63]).token_ids
+        return found
+
+    assert answer(asked) == answer({})
+
+
+def test_baseline_stops_where_the_context_ends(target_dirs: dict[str, Path], tmp_path: Path) -> None:
+    target = scaled(target_dirs, tmp_path / "t", {"rope_type": "default"})
+    found = target.transformers_generate([5] * 12, 9, 0.0, [])
+    assert len(found) == 4
+    assert found == generate(target, None, [5] * 12, 9, ignore_eos=True).token_ids

@@ -23,7 +23,7 @@ from deepspec.errors import DataError, UserError
 from deepspec.http_client import Passing, Policy, Unanswered
 from deepspec.maths.verify import Sampling
 from deepspec.targets import TargetSpec
-from standin import PASSING, StandIn, no_certificates  # noqa: F401
+from standin import PASSING, StandIn
 from talking import save_talking_llama
 
 QUICK = Policy(timeout=0.4, attempts=4, first_rest=0.01, longest_rest=0.05, patience=20)
@@ -82,10 +82,11 @@ def test_messages_go_to_chat_with_thinking_said_either_way():
     call = completion(Served("m", "sglang"), NOW, 5, messages, None, [{"type": "function"}])
     assert call.path == "/v1/chat/completions"
     assert call.body["messages"] == messages
-    assert call.body["chat_template_kwargs"] == {"enable_thinking": True}
+    names = ("enable_thinking", "thinking", "reasoning", "enable_reasoning")
+    assert call.body["chat_template_kwargs"] == dict.fromkeys(names, True)
     assert call.body["tools"] == [{"type": "function"}]
     call = completion(VLLM, OFF, 5, messages, None)
-    assert call.body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert call.body["chat_template_kwargs"] == dict.fromkeys(names, False)
     assert call.body["top_k"] == -1  # off, said so: 0 is an error to some, and left out it may not be off
     assert "tools" not in call.body
 
@@ -102,6 +103,31 @@ def test_answers_are_read_with_their_ids_and_how_they_ended():
 
 
 @pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "Pe"}, {"type": "text", "text": "ar."}], "Pear."),
+        (["Pe", {"text": "ar."}, {"type": "output_text", "text": ""}], "Pear."),
+        ("a \ud83d\ude00", "a 😀"),
+        ([{"type": "text", "text": "a \ud83d"}, {"type": "text", "text": "\ude00"}], "a 😀"),
+        ("\ufeffa", "\ufeffa"),
+        ([], ""),
+    ],
+)
+def test_the_parts_of_an_answer_are_joined(content, text):
+    choice = {"message": {"content": content}, "finish_reason": "stop"}
+    assert read_chat({"choices": [choice]}).text == text
+    if content:
+        assert read_completion({"choices": [{"text": content, "finish_reason": "stop"}]}).text == text
+        assert read_llama({"content": content, "tokens": [1], "stop_type": "eos"}).text == text
+
+
+@pytest.mark.parametrize("content", [5, {"text": 5}, [5], [{"type": "text", "text": 5}], [["a"]], True])
+def test_content_that_is_no_text_is_garbled(content):
+    with pytest.raises(Passing, match="garbled answer: no text"):
+        read_chat({"choices": [{"message": {"content": content}, "finish_reason": "stop"}]})
+
+
+@pytest.mark.parametrize(
     "found",
     [
         {},
@@ -109,7 +135,10 @@ def test_answers_are_read_with_their_ids_and_how_they_ended():
         {"choices": [None]},
         {"choices": [{"text": None, "finish_reason": "stop"}]},
         {"choices": [{"text": "a", "finish_reason": "abort"}]},
+        {"choices": [{"text": "a", "finish_reason": ["stop"]}]},
         {"choices": [{"text": "a", "finish_reason": "stop", "token_ids": ["a"]}]},
+        {"choices": [{"text": "a", "finish_reason": "stop", "token_ids": [True]}]},
+        {"choices": [{"text": "a", "finish_reason": "stop", "token_ids": [2**64]}]},
     ],
 )
 def test_what_is_no_answer_is_garbled_and_not_a_crash(found):
@@ -120,8 +149,11 @@ def test_what_is_no_answer_is_garbled_and_not_a_crash(found):
 def test_an_answer_that_the_server_took_apart_is_not_put_together_by_guess():
     message = {"content": "4", "reasoning_content": "2 and 2"}
     choice = {"message": message, "finish_reason": "stop"}
-    with pytest.raises(UserError, match="takes answers apart"):
+    with pytest.raises(Unanswered, match=r"takes answers apart \(reasoning_content next to the content\)"):
         read_chat({"choices": [choice]})
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "2 and 2"}]}, {"text": "4"}]
+    with pytest.raises(Unanswered, match=r"takes answers apart \(a part of type 'thinking'"):
+        read_chat({"choices": [choice | {"message": {"content": parts}}]})
     assert read_chat({"choices": [choice | {"token_ids": [1]}]}).ids == [1]  # the ids say it exactly
 
 
@@ -186,6 +218,131 @@ def test_rows_that_cannot_be_answered_are_listed_and_tried_again(tmp_path):
     each_once(out, 10)
     assert not beside(out, "failures").exists()
     server.kill()
+
+
+def answering(replies: dict[str, dict[str, Any]]) -> StandIn:
+    """A server whose choice for some questions has other keys."""
+
+    class Server(StandIn):
+        def reply(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+            good = super().reply(path, body)
+            good["choices"][0] |= replies.get(body["messages"][-1]["content"], {})
+            return good
+
+    return Server()
+
+
+def test_an_answer_that_is_no_text_or_taken_apart_is_that_rows_failure(tmp_path):
+    odd = {
+        "What is 1?": {"message": {"content": [{"type": "text", "text": "Pe"}, {"text": "ar."}]}},
+        "What is 2?": {"message": {"content": "a smile: \ud83d"}, "finish_reason": "length"},
+        "What is 3?": {"message": {"content": "\ude00"}, "token_ids": [5, 6]},
+        "What is 4?": {"message": {"content": None, "tool_calls": [{"id": "x"}]}},
+    }
+    out = tmp_path / "a.jsonl"
+    with answering(odd) as server:
+        tally = regenerate_served([server.url], prompts(6), out, policy=QUICK)
+        assert (tally.new, tally.failed) == (3, 3)
+        assert {row["id"]: row["messages"][-1]["content"] for row in rows_of(out)} == {
+            "r0": "echo What is 0?",
+            "r1": "Pear.",
+            "r5": "echo What is 5?",
+        }
+        reasons = {row["id"]: row["reason"] for row in rows_of(beside(out, "failures"))}
+        half = "the server's answer holds half of a surrogate pair, which is no text"
+        assert (reasons["r2"], reasons["r3"]) == (half, half)
+        assert reasons["r4"].startswith("the server takes answers apart (tool_calls next to the content)")
+        before = out.read_bytes()
+        odd.clear()
+        tally = regenerate_served([server.url], prompts(6), out, policy=QUICK)
+        assert (tally.new, tally.there, tally.failed) == (3, 3, 0)
+        assert out.read_bytes().startswith(before)
+        each_once(out, 6)
+
+
+def test_half_a_pair_in_the_text_does_not_matter_where_the_ids_say_what_was_written(target, tmp_path):
+    tokenizer = target.tokenizer()
+    split: Callable[[str], list[int]] = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    ids, out = [*split("fine"), tokenizer.eos_token_id], tmp_path / "a.jsonl"
+    with StandIn(answer=lambda said: ("\ud83d", ids), tokenize=split) as server:
+        regenerate_served([server.url], prompts(1), out, target=target, policy=QUICK)
+    assert rows_of(out)[0]["messages"][-1]["content"] == "fine"
+    assert rows_of(out)[0]["answer_ids"] == ids
+
+
+def test_a_question_that_is_no_json_is_that_rows_failure(tmp_path):
+    """JSON has no infinity, and the library that sends it raises."""
+    out, rows = tmp_path / "a.jsonl", prompts(3)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"maximum": float("inf")}}}
+    rows[1] = conversation_from_row({"id": "r1", "prompt": "What is 1?", "tools": [tool]})
+    with StandIn() as server:
+        tally = regenerate_served([server.url], rows, out, policy=QUICK)
+    assert (tally.new, tally.failed) == (2, 1)
+    assert "the question cannot be sent as JSON" in rows_of(beside(out, "failures"))[0]["reason"]
+
+
+def http(status: int, body: bytes = b"{}", *headers: str) -> list[bytes]:
+    """An answer over the wire."""
+    head = [f"HTTP/1.1 {status} x", "connection: close", *headers, f"content-length: {len(body)}", "", ""]
+    return ["\r\n".join(head).encode() + body]
+
+
+CLOSED = {
+    "401": http(401),
+    "403": http(403, b"<html>not for you</html>"),
+    "404": http(404),
+    "405": http(405),
+    "302": http(302, b"", "location: https://login.example/?token=secret"),
+    "500": http(500),
+    "html": http(200, b"<html>welcome</html>"),
+    "no tokens": http(200),
+    "garbled": http(200, b'{"tokens": [{"id": 1}]}'),
+    "nothing": [b""],
+}
+
+
+@pytest.mark.parametrize("closed", CLOSED)
+def test_a_gateway_that_forbids_tokenize_gives_a_warning(target, tmp_path, capsys, closed):
+    with StandIn(answer=lambda said: ("fine", [1, 2])) as server:
+        server.raw = lambda path, body: CLOSED[closed] if path == "/tokenize" else None
+        tally = regenerate_served(
+            [server.url], prompts(3), tmp_path / "a.jsonl", target=target, policy=QUICK, concurrency=1
+        )
+    assert tally.new == 3
+    said = capsys.readouterr().err
+    assert said.count("its tokenizer could not be compared with the target's (") == 1
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize("closed", ["401", "403", "404", "405"])
+def test_a_gateway_that_forbids_its_list_of_models_is_asked_for_the_one_given(tmp_path, capsys, closed):
+    out = tmp_path / "a.jsonl"
+    with StandIn() as server:
+        server.raw = lambda path, body: CLOSED[closed] if path == "/v1/models" else None
+        with pytest.raises(UserError, match="give --model NAME"):
+            regenerate_served([server.url], prompts(3), out, policy=QUICK)
+        assert regenerate_served([server.url], prompts(3), out, model="m", policy=QUICK).new == 3
+        assert [body["model"] for _, body in server.asked] == ["m"] * 3
+        assert capsys.readouterr().err.count("does not list its models") == 1
+    assert rows_of(out)[0]["engine"] == "unknown"
+
+
+def test_a_key_that_is_refused_ends_the_run_although_the_probes_were_forbidden(target, tmp_path):
+    with StandIn(key="right") as server:
+        with pytest.raises(UserError, match="the server asks for an API key"):
+            regenerate_served(
+                [server.url], prompts(9), tmp_path / "a.jsonl", model="m", target=target, policy=QUICK
+            )
+        assert not server.asked
+
+
+@pytest.mark.parametrize("length", ["256", 1.5, -1, 0, True, [], {}, None])
+def test_a_length_that_is_none_is_not_known(target, tmp_path, length):
+    with StandIn(answer=lambda said: ("fine", None)) as server:
+        listed = {"id": "m", "owned_by": None, "max_model_len": length}
+        server.models = lambda: {"data": [5, {"id": 5}, {"id": ""}, listed]}  # type: ignore[method-assign]
+        out = tmp_path / "a.jsonl"
+        assert regenerate_served([server.url], prompts(1), out, target=target, policy=QUICK).new == 1
 
 
 def test_a_setting_that_no_row_survives_ends_the_run_early(tmp_path):
@@ -299,3 +456,12 @@ def test_command_through_servers(tmp_path, monkeypatch):
     assert "deepspec data inspect" in result.stdout
     each_once(out, 9)
     assert one.asked and two.asked
+
+
+def test_thinking_by_a_servers_own_template_is_said_to_be_unchecked(tmp_path, capsys):
+    with StandIn() as server:
+        for thinking in (False, True):
+            out = tmp_path / f"{thinking}.jsonl"
+            assert regenerate_served([server.url], prompts(2), out, thinking=thinking, policy=QUICK).new == 2
+            said = " ".join(capsys.readouterr().err.split())
+            assert ("whether it has a switch for thinking is not known here" in said) is thinking

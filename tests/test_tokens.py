@@ -12,13 +12,13 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deepspec.data.conversations import Conversation
+from deepspec.data.produced import _STAND_IN
+from deepspec.data.template import template_hash
 from deepspec.data.tokens import (
-    _STAND_IN,
     Encoded,
     encode_turns,
     prompt_ids,
     require_tokenizer,
-    template_hash,
     tokenizer_hash,
 )
 from deepspec.errors import DataError, TargetError

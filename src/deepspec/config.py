@@ -17,10 +17,11 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.functional_serializers import PlainSerializer
 from pydantic_core import ErrorDetails
 
 from deepspec.drafts import ALGORITHMS, MARKOV_HEADS, LossSettings
-from deepspec.errors import RecipeError, nearest
+from deepspec.errors import RecipeError, nearest, without_logins
 from deepspec.files import write_text
 from deepspec.log import TrackerName
 from deepspec.maths.terms import TERMS
@@ -104,7 +105,8 @@ class DataConfig(Section):
 
     train: str = "pocket:train"
     select: str = "pocket:select"  # held-out prompts, only to choose the best checkpoint
-    features: str = "online"  # or cache:DIR, vllm:URL: where the target's features come from
+    # or cache:DIR, vllm:URL: where the target's features come from; written without a URL's user and password
+    features: Annotated[str, PlainSerializer(without_logins, when_used="json")] = "online"
     max_length: Count = 512  # tokens per sequence; longer sequences are cut
     min_supervised: Count = 2  # sequences with fewer supervised tokens are left out; an anchor needs two
 
@@ -316,7 +318,8 @@ def _resolved(tree: dict[str, Any], origins: dict[Keys, str], overrides: Sequenc
 
 
 def dump_recipe(recipe: Recipe, path: Path | str) -> None:
-    """Write the resolved recipe as YAML, whole or not at all; `load_recipe(path)` gives the same recipe."""
+    """Write the resolved recipe as YAML, whole or not at all; `load_recipe(path)` gives the same recipe,
+    without the passwords that its addresses hold."""
     write_text(
         Path(path), yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -13,17 +14,23 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
     return by_folded[close[0]] if close else None
 
 
+def without_logins(text: str) -> str:
+    """A text in which every address has lost its `user:password@`, to be shown or written."""
+    return re.sub(r"(\w+://)(?:(?!\w+://)\S)*@", r"\1", text)
+
+
 class UserError(Exception):
     """A problem that the user can put right: what is wrong, where, and what to do next.
 
-    `str()` gives one line for each part that is known. It is printed without a traceback.
+    `str()` gives one line for each part that is known, and shows no password of an address. It is printed
+    without a traceback.
     """
 
     def __init__(self, what: str, *, where: str | None = None, next_step: str | None = None) -> None:
-        super().__init__(what)
-        self.what = what
-        self.where = where
-        self.next_step = next_step
+        super().__init__(without_logins(what))
+        self.what = without_logins(what)
+        self.where = where and without_logins(where)
+        self.next_step = next_step and without_logins(next_step)
 
     def __str__(self) -> str:
         lines = [self.what]
@@ -56,3 +63,33 @@ class ServerError(UserError):
 
 class MismatchError(UserError):
     """A draft does not fit its target."""
+
+
+class NonFiniteError(TargetError):
+    """Infinities or NaN where numbers belong: nothing may be learnt, drawn or written from them.
+
+    who: the target, a draft, or a step of training. what: which of its numbers. rows: ids of those at fault.
+    """
+
+    OF_TARGET = (
+        "load the target in bfloat16 or float32 (float16 overflows in some models), or leave the row out; if "
+        "every row gives them, the weights are damaged: copy or download them again. A feature cache that "
+        "holds them has to be written again"
+    )
+    OF_DRAFT = (
+        "use an earlier checkpoint of the draft (in training: a lower optim.lr), or load the target in "
+        "bfloat16 or float32: a draft runs in its target's number format"
+    )
+    OF_STEP = (
+        "the checkpoints so far are unchanged: lower optim.lr, or leave the row out, and run the same "
+        "command again to continue from the newest"
+    )
+
+    def __init__(self, who: str, what: str, rows: Sequence[str] = (), next_step: str = OF_TARGET) -> None:
+        some = [f"row {row!r}" for row in rows[:8]] + ([f"{len(rows) - 8} more"] if len(rows) > 8 else [])
+        super().__init__(
+            f"{who} gives infinities or NaN in {what}, from which nothing can be learnt or decoded",
+            where=", ".join(some) or None,
+            next_step=next_step,
+        )
+        self.rows = tuple(rows)

@@ -6,6 +6,7 @@ The row of a target holds only what its draft must repeat. Nothing is imported.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
@@ -48,6 +49,10 @@ SOFTCAP = "final_logit_softcapping"
 MASKED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 # Kinds of rotary positions whose frequencies change, for all keys, once a sequence passes some length.
 LENGTH_DEPENDENT_ROPE = frozenset({"longrope", "dynamic"})
+# Kinds by which a target reads `factor` times the positions that it was first trained for. For other kinds
+# (llama3, longrope), and in Gemma-3, max_position_embeddings is the extended length already.
+SCALED_ROPE = frozenset({"linear", "dynamic", "yarn"})
+ALREADY_SCALED = frozenset({"gemma3", "gemma3_text"})
 
 
 class TargetFamily(NamedTuple):
@@ -96,14 +101,43 @@ def target_family(model_type: str) -> TargetFamily:
 
 def rope_facts(config: dict[str, Any], family: DraftFamily) -> dict[str, Any]:
     """The rope facts that a draft uses: theta, kind, partial factor, and any scaling fields."""
-    entry = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    entry = _rope(config)
     if family.rope_entry is not None:
         entry = entry.get(family.rope_entry) or {}
     elif isinstance(entry.get("full_attention"), dict):
         # The sliding layers of this target use other frequencies; a draft attends to everything.
         entry = entry["full_attention"]
     theta = entry.get("rope_theta") or config.get("rope_theta") or 10000.0
-    return {**entry, "rope_theta": float(theta), "rope_type": entry.get("rope_type") or "default"}
+    return {**entry, "rope_theta": float(theta), "rope_type": _rope_type(entry)}
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a model of this text config reads; None if the config gives no limit.
+
+    A scaled kind of rotary positions reads factor * original_max_position_embeddings, or factor *
+    max_position_embeddings if the original length is not given.
+    """
+    limit = config.get("max_position_embeddings")
+    rope = _rope(config)
+    entries = [rope, *(entry for entry in rope.values() if isinstance(entry, dict))]
+    scaled = [e for e in entries if _rope_type(e) in SCALED_ROPE and e.get("factor")]
+    if scaled and config.get("model_type") not in ALREADY_SCALED:
+        keys, whole = "original_max_position_embeddings", config
+        lengths = [(whole.get(keys) or e.get(keys) or limit or 0) * e["factor"] for e in scaled]
+        limit = int(max(lengths))
+    return limit or None
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The raw rope facts, flat or nested by kind of layer; an older key takes precedence in transformers."""
+    found: dict[str, Any] = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return found
+
+
+def _rope_type(entry: Mapping[str, Any]) -> str:
+    """The kind of rotary positions of one rope entry. M-RoPE is the default kind as far as text goes."""
+    kind = str(entry.get("rope_type") or entry.get("type") or "default")
+    return "default" if kind == "mrope" else kind
 
 
 def default_target_layers(depth: int) -> list[int]:
@@ -115,25 +149,3 @@ def default_target_layers(depth: int) -> list[int]:
         raise ValueError(f"a target of {depth} layer(s) has no inner layer to read features from")
     step = max(depth - 4, 0) / 4
     return sorted({min(int(1 + i * step + 0.5), depth - 2) for i in range(5)})
-
-
-def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) -> dict[str, Any]:
-    return {
-        "model_type": "qwen3",
-        "vocab_size": 151936,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "tie_word_embeddings": tied,
-    }
-
-
-PUBLISHED_TARGETS: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen3-4B": _qwen3(2560, 9728, 36, 32, True),
-    "Qwen/Qwen3-8B": _qwen3(4096, 12288, 36, 32, False),
-    "Qwen/Qwen3-14B": _qwen3(5120, 17408, 40, 40, False),
-}
-"""Dimensions of published targets, so that their recipes can be planned without a network."""

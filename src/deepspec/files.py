@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -47,6 +48,7 @@ UNWRITABLE = {
     errno.EISDIR: "name a file, not a folder",
     errno.ENOTDIR: "a folder on that path is a file: name another place",
     errno.EEXIST: "a folder on that path is a file: name another place",
+    errno.ENOENT: _ELSEWHERE,  # /proc and the like, where nothing can be made
 }
 """What the system may answer to a write, and what the user does next. Any other answer is a bug of ours."""
 
@@ -57,8 +59,9 @@ def is_disk_full(error: OSError) -> bool:
 
 
 def cannot_write(error: OSError, path: Path | None = None) -> UserError | None:
-    """The error to show for a write that the system refused; None if it is not one of `UNWRITABLE`."""
-    if error.errno not in UNWRITABLE:
+    """The error to show for a write that the system refused; None if it is not one of `UNWRITABLE`, or is a
+    missing file that was perhaps read (no path)."""
+    if error.errno not in UNWRITABLE or (path is None and error.errno == errno.ENOENT):
         return None
     place = path or error.filename or "a file"
     return UserError(f"cannot write {place}: {error.strerror}", next_step=UNWRITABLE[error.errno])
@@ -73,22 +76,28 @@ def writing(path: Path) -> Iterator[None]:
         raise cannot_write(error, path) or error from error
 
 
-def check_writable(path: Path | None) -> None:
-    """Raise UserError if a file could not be written, before the work whose result it will hold."""
+def check_writable(path: Path | None, *, folder: bool = False) -> None:
+    """Raise UserError if a file, or the files of a folder, could not be written, before the work whose result
+    they will hold."""
     if path is None:
         return
-    nearest = next(p for p in path.absolute().parents if p.exists())
-    if path.is_dir():
+    places = (path, *path.absolute().parents) if folder else path.absolute().parents
+    nearest = next(p for p in places if p.exists())
+    if path.is_dir() and not folder:
         why = "it is a folder"
     elif not nearest.is_dir():
         why = f"{nearest} is not a folder"
     elif not os.access(nearest, os.W_OK | os.X_OK):
         why = f"you may not write to {nearest}"
     else:
-        return
-    raise UserError(
-        f"{path} cannot be written: {why}", next_step="name a file in a folder that you may write to"
-    )
+        try:
+            # Some systems say that one may, and refuse: /proc, or a disk that is read-only or full.
+            tempfile.TemporaryFile(dir=nearest).close()
+            return
+        except OSError as error:
+            why = f"nothing can be written to {nearest} ({error.strerror})"
+    kind = "name a folder" if folder else "name a file in a folder"
+    raise UserError(f"{path} cannot be written: {why}", next_step=f"{kind} that you may write to")
 
 
 # ── whole files and directories ───────────────────────────────────────────────────────────────────────
@@ -312,7 +321,9 @@ class JsonlWriter:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one object as one line. Raises TypeError for a value that is not plain JSON data."""
-        line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        text = json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
+        # UTF-8 has no half of a surrogate pair, and replaced by its backslash escape it is the same in JSON.
+        line = text.encode(errors="backslashreplace") + b"\n"
         # One system call for text and newline together, so that another process never reads half of the pair.
         # The system may take only a part (a disk that fills up): the rest is then written, or raises, next.
         with writing(self.path):
@@ -354,12 +365,13 @@ class ResumableLog(JsonlWriter):
         with suppress(ValueError):
             first = json.loads(line)
         first, now = first if isinstance(first, dict) else {"header": None}, self.conditions
-        other = next((k for k in {**first, **now} if k not in first or first[k] != now.get(k)), None)
+        other = [k for k in {**first, **now} if k not in first or first[k] != now.get(k)]
         if line and other:
             aside = next(p for i in count(1) if not (p := path.with_suffix(f".old-{i}.jsonl")).exists())
             path.rename(aside)
             self.close()
-            warn(f"{aside} was begun with another '{other}'; {path.name} starts again without it")
+            names = ", ".join(f"'{key}'" for key in other)
+            warn(f"{aside} was begun with another {names}; {path.name} starts again without it")
             super().__init__(path, alone=True)
         if not self.size:
             self.write(self.conditions)
@@ -376,19 +388,35 @@ class ResumableLog(JsonlWriter):
                     record = json.loads(line)
                 except ValueError:
                     record = None
-                if wrong := self._wrong(record):
-                    todo = "write to another file, or delete this one to start again"
-                    raise DataError(f"this line {wrong}", where=f"{self.path}:{number}", next_step=todo)
+                if wrong := _wrong(record, {} if self._header else self.conditions):
+                    raise DataError(
+                        f"this line {wrong}", where=f"{self.path}:{number}", next_step=ANOTHER_FILE
+                    )
                 if number > 1 or not self._header:
                     yield at, record
                 at += len(line)
 
-    def _wrong(self, record: Any) -> str | None:
-        """Why a line cannot be used; None if it can."""
-        if not isinstance(record, dict):
-            return "is not a JSON object"
-        for key, now in () if self._header else self.conditions.items():
-            if record.get(key) != now:
-                was = f"was made with {key} {record[key]!r}" if key in record else f"has no '{key}'"
-                return f"{was}, but now it is {now!r}"
-        return None
+
+ANOTHER_FILE = "write to another file, or delete this one to start again"
+
+
+def check_conditions(path: Path, conditions: Mapping[str, Any]) -> None:
+    """Raise DataError if the first line of a file was made under other conditions than a `ResumableLog` of it
+    would be opened with. No file, or a torn line, is no reason."""
+    now = json.loads(json.dumps(plain(conditions)))
+    with suppress(OSError, ValueError):
+        with path.open("rb") as stream:
+            first = json.loads(stream.readline())
+        if wrong := _wrong(first, now):
+            raise DataError(f"this line {wrong}", where=f"{path}:1", next_step=ANOTHER_FILE)
+
+
+def _wrong(record: Any, conditions: Mapping[str, Any]) -> str | None:
+    """Why a line cannot be used; None if it can."""
+    if not isinstance(record, dict):
+        return "is not a JSON object"
+    for key, now in conditions.items():
+        if record.get(key) != now:
+            was = f"was made with {key} {record[key]!r}" if key in record else f"has no '{key}'"
+            return f"{was}, but now it is {now!r}"
+    return None

@@ -11,36 +11,37 @@ A question goes to the server with the fewest questions under way. What happens 
 A server that failed is left alone: as long as its Retry-After asks for, or else for `Policy.first_rest`
 seconds, doubling with each failure in a row up to `Policy.longest_rest`, less up to half by chance. Until it
 answers again it gets one question at a time, each after a check, because it may have come back as another
-server. If no server can be reached, or all are busy, for `Policy.patience` seconds, `ask` raises ServerError.
-
-Proxies are those of the environment (HTTP_PROXY, HTTPS_PROXY, NO_PROXY), as for curl. The API key comes from
-one environment variable and never appears in an error.
+server. If no server can be reached, or all are busy, for `Policy.patience` seconds (`Policy.first_patience`
+if none has ever answered), `ask` raises ServerError; what waiting does not change (a key, a certificate, a
+proxy, a name: `connections`) raises it at once.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import os
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import httpx
 from httpx_retries import Retry
 
-from deepspec.errors import ServerError
+from deepspec.connections import API_KEY, Connection, api_key, connect, hidden, lasting, proxy_refuses
+from deepspec.errors import ServerError, without_logins
 from deepspec.log import note, warn
 
 T = TypeVar("T")
 
-API_KEY = "OPENAI_API_KEY"
-"""The environment variable that holds the servers' key."""
 CHECK_TIMEOUT = 10.0
 """Seconds for an answer that costs the server nothing, such as the list of its models."""
 LONGEST_REST = 86_400.0
 """Seconds at most that a server is left alone, whatever its Retry-After asks for."""
+LARGEST = 1 << 28
+"""Bytes of an answer at most; a longer one is not read to its end."""
 TOLD_AFTER = 3
 """Failures in a row after which the user is told about a server."""
 
@@ -54,14 +55,19 @@ class Policy:
     first_rest: float = 0.5
     longest_rest: float = 8.0
     patience: float = 600.0
+    first_patience: float = 30.0
 
 
 class Unanswered(Exception):
     """A question that gets no answer; the message is the reason."""
 
 
+class Redirected(Unanswered):
+    """The server's answer is another address."""
+
+
 class Exhausted(Unanswered):
-    """Every attempt at a question failed."""
+    """Every attempt at a question failed, or a server that takes the key forbids it."""
 
 
 class Passing(Exception):
@@ -73,18 +79,42 @@ class Passing(Exception):
         self.after, self.costs = after, costs
 
 
+class Unreadable(Passing):
+    """An answer that is not a JSON object."""
+
+
+class Refused(ServerError):
+    """The server refuses the key, or this route to everybody."""
+
+
+class NoList(ServerError):
+    """The server has no list of its models."""
+
+
+class Listed(NamedTuple):
+    """A model in a server's list. engine: the server's name for itself; max_length: of a sequence in tokens,
+    if it tells."""
+
+    engine: str
+    max_length: int | None
+
+
 @dataclass(eq=False)
 class Server:
-    """One server. url: to send requests to; name: for messages, without user and password; facts: what the
-    check found, None before it; failures: in a row; rests_until: on the monotonic clock."""
+    """One server. facts: what the check found, None before it; useful: it has answered a question; failures:
+    in a row; rests_until: on the monotonic clock."""
 
-    url: str
-    name: str
+    way: Connection
     facts: Any = None
+    useful: bool = False
     under_way: int = 0
     asked: int = 0
     failures: int = 0
     rests_until: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.way.url
 
 
 class Servers:
@@ -104,21 +134,21 @@ class Servers:
         policy: Policy | None = None,
         api_key_env: str = API_KEY,
     ) -> None:
-        named = dict(map(_address, urls))
-        self.servers = [Server(url, name) for url, name in named.items()]
+        key = api_key(api_key_env)
+        ways: dict[str, Connection] = {}
+        for way in (connect(url, key, api_key_env) for url in urls):
+            ways.setdefault(way.url, way)
+        self.servers = [Server(way) for way in ways.values()]
         self.concurrency, self.policy = concurrency, policy or Policy()
-        self._check, self._key_env, self._key = check, api_key_env, _key_of(api_key_env)
+        self._check, self._key_env, self._has_key = check, api_key_env, bool(key)
         self._retry = Retry(
             status_forcelist=[408, 425, 429, *range(500, 600)],
             backoff_factor=self.policy.first_rest,
             max_backoff_wait=self.policy.longest_rest,
             backoff_jitter=0.5,
         )
-        self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-        )
         self._changed = threading.Condition()
+        self._heard = False  # a server has answered, or said that it is busy
         self._lost_since: float | None = None
         self._closed = False
 
@@ -138,7 +168,7 @@ class Servers:
             try:
                 if server.facts is None or server.failures:
                     server.facts = self._check(server)
-                checked = True
+                checked = self._heard = True
                 answer = question(server)
             except Passing as trouble:
                 costs = checked and trouble.costs
@@ -149,6 +179,11 @@ class Servers:
             except Unanswered:
                 self._answered(server)
                 raise
+            except Refused as error:
+                if not (checked and server.useful):
+                    raise
+                self._answered(server)  # it takes the key, and forbids this question
+                raise Exhausted(error.what) from error
             else:
                 self._answered(server)
                 return answer
@@ -163,43 +198,61 @@ class Servers:
     ) -> dict[str, Any]:
         """The JSON object with which a server answers one request: POST with a body, GET without.
 
-        Raises Passing, Unanswered, or ServerError for a key that is refused.
+        Raises Passing, Unanswered, Refused for a key, and ServerError for what waiting does not change.
         """
-        limit = min(timeout, self.policy.timeout)
+        way, limit = server.way, min(timeout, self.policy.timeout)
+        headers, end, content = {"Content-Type": "application/json"}, time.monotonic() + limit, bytearray()
         try:
-            response = self._client.request(
+            asked = None if body is None else json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise Unanswered(f"the question cannot be sent as JSON: {error}") from error
+        try:
+            with way.client.stream(
                 "GET" if body is None else "POST",
-                server.url + path,
-                json=body,
+                way.url + path,
+                content=asked,
+                headers=None if body is None else headers,
                 timeout=httpx.Timeout(limit, connect=min(10.0, limit), pool=None),
-            )
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
-            raise Passing(f"no connection ({self._words(error)})", costs=False) from error
-        except httpx.TimeoutException as error:
-            raise Passing(f"no answer within {limit:g} s") from error
+            ) as response:
+                for piece in response.iter_bytes():
+                    content += piece
+                    if len(content) > LARGEST:
+                        raise Passing(f"the answer is longer than {LARGEST >> 20} MiB")
+                    if time.monotonic() > end:
+                        raise Passing(f"no whole answer within {limit:g} s")
         except httpx.RequestError as error:
-            raise Passing(f"the answer broke off ({self._words(error)})") from error
-        self._check_status(server, response)
-        try:
-            found = response.json()
-        except ValueError:
-            found = None
+            raise self._trouble(server, error, limit) from error
+        text = content.decode(errors="replace")
+        self._check_status(server, response, text)
+        found = _parsed(content)
         if not isinstance(found, dict):
-            raise Passing(f"the answer is not a JSON object: {self._without_key(response.text)[:80]!r}")
+            raise Unreadable(f"the answer is not a JSON object: {hidden(text, way.secrets)[:80]!r}")
+        server.useful |= server.facts is not None  # more than the first check
         return found
 
-    def models(self, server: Server) -> dict[str, dict[str, Any]]:
-        """{name: entry} of the models that a server lists at /v1/models. Raises Passing and ServerError."""
+    def models(self, server: Server) -> dict[str, Listed]:
+        """The models that a server lists at /v1/models, by name.
+
+        Raises Passing, Refused, NoList, and ServerError for what is no server of this kind.
+        """
         try:
             found = self.send(server, "/v1/models", timeout=CHECK_TIMEOUT).get("data")
-        except Unanswered as error:
-            raise ServerError(
+        except (Unanswered, Unreadable) as error:
+            if isinstance(error, Unreadable) and server.facts is not None:
+                raise  # it was one before
+            final = isinstance(error, Redirected | Unreadable)
+            raise (ServerError if final else NoList)(
                 f"this is not an OpenAI-compatible server: /v1/models answers {error}",
                 where=server.name,
                 next_step="give the address that comes before /v1, such as http://127.0.0.1:8000",
             ) from error
         entries = [e for e in found if isinstance(e, dict)] if isinstance(found, list) else []
-        listed = {str(e["id"]): e for e in entries if "id" in e}
+        listed = {}
+        for entry in entries:
+            name, longest = entry.get("id"), entry.get("max_model_len")
+            if isinstance(name, str) and name:
+                known = type(longest) is int and longest > 0
+                listed[name] = Listed(str(entry.get("owned_by")), longest if known else None)
         if not listed:
             raise Passing("the server lists no model at /v1/models")
         return listed
@@ -247,7 +300,8 @@ class Servers:
             told = f"{server.name} failed {TOLD_AFTER} times in a row, the last time with: {trouble}"
             if all(s.failures for s in self.servers) and not costs:
                 self._lost_since = since = now if self._lost_since is None else self._lost_since
-                left = since + self.policy.patience - now
+                first = self.policy.patience if self._heard else self.policy.first_patience
+                left = since + min(self.policy.patience, first) - now
                 if rest > left:
                     raise ServerError(
                         f"no server could be asked for {now - since:.0f} s; the last failure: {trouble}",
@@ -261,68 +315,67 @@ class Servers:
 
     # ── what a server says ────────────────────────────────────────────────────────────────────────
 
-    def _check_status(self, server: Server, response: httpx.Response) -> None:
+    def _trouble(self, server: Server, error: httpx.RequestError, limit: float) -> Exception:
+        """What a request that failed means: Passing, or ServerError if waiting does not change it."""
+        way, words = server.way, _one_line(str(error), server.way) or type(error).__name__
+        if found := lasting(error, way, first=server.facts is None):
+            return found
+        if isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol):
+            return ServerError(f"no request can be sent: {words}", where=way.url)
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError):
+            via = f" through the proxy that {way.proxy} names" if way.proxy else ""
+            return Passing(f"no connection{via} ({words})", costs=False)
+        if isinstance(error, httpx.TimeoutException):
+            return Passing(f"no answer within {limit:g} s")
+        return Passing(f"the answer broke off ({words})")
+
+    def _check_status(self, server: Server, response: httpx.Response, body: str) -> None:
         """Raise what an answer other than 2xx means."""
-        status, text = response.status_code, f"HTTP {response.status_code}: {self._words(response)}"
+        status, way = response.status_code, server.way
+        text = f"HTTP {status}: {_one_line(_words(body), way) or _one_line(response.reason_phrase, way)}"
+        if status == 407 and way.proxy:
+            raise proxy_refuses(way, text)
         if status in (401, 403):
-            raise ServerError(
-                f"the server refuses the API key ({text})",
-                where=server.name,
-                next_step=f"put the right key in the environment variable {self._key_env}",
-            )
+            kind = "user and password" if way.login else "API key"
+            what = "refuses the" if way.login or self._has_key else "asks for an"
+            todo = f"put the right key in the environment variable {self._key_env}"
+            todo = "correct them in the server's address" if way.login else todo
+            todo += f", or list the server in NO_PROXY if {way.proxy} is to blame" if way.proxy else ""
+            raise Refused(f"the server {what} {kind} ({text})", where=server.name, next_step=todo)
         if self._retry.is_retryable_status_code(status):
             asks = response.headers.get("retry-after", "")
             try:
                 seconds = asks.replace(".", "", 1).isdigit()
                 after = float(asks) if seconds else self._retry.parse_retry_after(asks)
-            except ValueError:
+            except (ValueError, OverflowError):
                 after = 0.0
-            raise Passing(text, after=after, costs=not (status == 429 or (status == 503 and asks)))
-        if status >= 300:
+            busy = status == 429 or (status == 503 and bool(asks))
+            self._heard |= status in (429, 503)
+            raise Passing(text, after=after, costs=not busy)
+        if 300 <= status < 400:
+            where = re.split("[?#]", response.headers.get("location", ""))[0]
+            raise Redirected(f"HTTP {status}, a redirect to {_one_line(without_logins(where), way)!r}")
+        if not 200 <= status < 300:
             raise Unanswered(text)
 
-    def _words(self, said: httpx.Response | Exception) -> str:
-        """An error in the server's or the system's own words, on one line, without the key."""
-        text: Any = said
-        if isinstance(said, httpx.Response):
-            try:
-                text = said.json()
-                text = text.get("error", text)
-                text = text.get("message") or text.get("detail") or text
-            except (ValueError, AttributeError):
-                text = text if isinstance(text, str) else said.text or said.reason_phrase
-        return " ".join(self._without_key(str(text)).split())[:300] or type(said).__name__
 
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "[API key]") if self._key else text
-
-
-def _address(url: str) -> tuple[str, str]:
-    """(address without a trailing /v1, the same without user and password). Raises ServerError."""
-    bare = url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
-    shown = bare.partition("?")[0].rpartition("@")[2]
+def _parsed(text: str | bytearray) -> Any:
+    """What a text is as JSON; None if it is none."""
     try:
-        parsed = httpx.URL(bare)
-    except httpx.InvalidURL:
-        parsed = httpx.URL("")
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ServerError(
-            f"{shown!r} is not a server's address", next_step="give one such as http://127.0.0.1:8000"
-        )
-    if parsed.query or parsed.fragment:
-        raise ServerError(
-            f"the address {shown} has a part after '?' or '#', and servers have no settings",
-            next_step="give the address alone, such as http://127.0.0.1:8000",
-        )
-    return bare, str(parsed.copy_with(userinfo=b""))
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
-def _key_of(variable: str) -> str:
-    """The API key in an environment variable; empty if there is none. Raises ServerError."""
-    key = os.environ.get(variable, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise ServerError(
-            f"the environment variable {variable} holds characters that no API key has",
-            next_step=f"export {variable}=KEY again, without line breaks",
-        )
-    return key
+def _words(body: str) -> str:
+    """What a server says in an answer that is an error, in its own words."""
+    found = _parsed(body)
+    found = found.get("error", found) if isinstance(found, dict) else found
+    if isinstance(found, dict):
+        found = found.get("message") or found.get("detail") or body
+    return found if isinstance(found, str) else body
+
+
+def _one_line(text: str, way: Connection) -> str:
+    """Somebody else's text on one line, without secrets and what cannot be written."""
+    return " ".join(hidden(text, way.secrets).encode(errors="replace").decode().split())[:300]

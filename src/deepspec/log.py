@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -19,16 +20,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from deepspec.errors import UserError
+from deepspec.errors import UserError, without_logins
 
 console = Console(stderr=True, highlight=False)
+
+LINE_EVERY = 60.0
+"""Seconds between the lines that take a progress bar's place if nobody watches."""
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "none"]
 
 
 def note(text: str, *, style: str = "") -> None:
-    """Print one line as it is: brackets are not markup, and long paths do not wrap."""
-    console.print(Text(text, style=style), soft_wrap=True)
+    """Print one line as it is, but for passwords in addresses: brackets are not markup, and long paths do not
+    wrap."""
+    console.print(Text(without_logins(text), style=style), soft_wrap=True)
 
 
 def warn(text: str) -> None:
@@ -54,10 +59,12 @@ def shown(value: object) -> str:
 class Bar:
     """One progress bar, as handed out by `progress`. Fields keep their last value until updated."""
 
-    def __init__(self, display: Progress, task: TaskID) -> None:
+    def __init__(self, display: Progress, task: TaskID, count: bool) -> None:
         self._display = display
         self._task = task
+        self._count = count
         self._fields: dict[str, object] = {}
+        self._last = (0.0, 0.0)
 
     def update(self, advance: float = 1, *, completed: float | None = None, **fields: object) -> None:
         """Advance by `advance`, or to `completed` if it is given, and set fields to show next to the bar.
@@ -69,10 +76,25 @@ class Bar:
         step = advance if completed is None else None
         self._display.update(self._task, advance=step, completed=completed, fields_text=text)
 
+    def line(self) -> str:
+        """How far it is, as text: "training: 12/400, 3%, loss 2.1, 5 min passed, about 160 min left"."""
+        task = self._display.tasks[self._task]
+        spent, done, total = task.elapsed or 0.0, task.completed, task.total
+        words = [f"{done:,.0f}" + (f"/{total:,.0f}" if total else "")] if self._count else []
+        words += [f"{done / total:.0%}"] if total else []
+        words += [f"{name} {shown(value)}" for name, value in self._fields.items()]
+        words.append(f"{spent / 60:.0f} min passed")
+        if total and done > self._last[1]:
+            left = (total - done) / (done - self._last[1]) * (spent - self._last[0])
+            words.append(f"about {left / 60:.0f} min left")
+        self._last = (spent, done)
+        return f"{task.description}: {', '.join(words)}"
+
 
 @contextmanager
 def progress(description: str, total: float | None, *, count: bool = True) -> Iterator[Bar]:
-    """A bar with time left and text fields; it is drawn only if standard error is a terminal.
+    """A bar with time left and text fields. It is drawn only if standard error is a terminal; otherwise a
+    line tells every minute how far it is, so that the log of a job shows that it runs.
 
     total: in any unit (steps, prompts, seconds of a time budget); None if the end is not known. count: show
     "12/400" next to the bar, which makes sense for things that one counts.
@@ -84,8 +106,22 @@ def progress(description: str, total: float | None, *, count: bool = True) -> It
         TextColumn("{task.fields[fields_text]}", markup=False, style="cyan"),
         TimeRemainingColumn(elapsed_when_finished=True),
     ]
-    with Progress(*columns, console=console, disable=not console.is_terminal) as display:
-        yield Bar(display, display.add_task(description, total=total, fields_text=""))
+    watched = console.is_terminal
+    with Progress(*columns, console=console, disable=not watched) as display, ExitStack() as stack:
+        bar = Bar(display, display.add_task(description, total=total, fields_text=""), count)
+        if not watched:
+            ended = Event()
+            teller = Thread(target=_tell, args=(bar, ended), daemon=True)
+            teller.start()
+            stack.callback(teller.join)
+            stack.callback(ended.set)
+        yield bar
+
+
+def _tell(bar: Bar, ended: Event) -> None:
+    # A thread: a step may take longer than a line may be late.
+    while not ended.wait(LINE_EVERY):
+        note(bar.line())
 
 
 class Tracker(NamedTuple):
@@ -95,8 +131,18 @@ class Tracker(NamedTuple):
     close: Callable[[], None]
 
 
-def import_tracker(module: str, package: str, extra: str | None) -> ModuleType:
+_MODULES: dict[TrackerName, tuple[str, str | None]] = {
+    "tensorboard": ("torch.utils.tensorboard", None),
+    "wandb": ("wandb", "trackers"),
+    "mlflow": ("mlflow", "trackers"),
+    "trackio": ("trackio", "trackers"),
+}
+"""Each tracker's module, and the extra of this package that installs it."""
+
+
+def import_tracker(package: TrackerName) -> ModuleType:
     """Import a tracker's module. Raises UserError with the command that installs it."""
+    module, extra = _MODULES[package]
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -109,9 +155,7 @@ def import_tracker(module: str, package: str, extra: str | None) -> ModuleType:
 
 
 def open_tensorboard(directory: Path, run: str, settings: Mapping[str, Any]) -> Tracker:
-    writer = import_tracker("torch.utils.tensorboard", "tensorboard", None).SummaryWriter(
-        log_dir=str(directory / "tensorboard")
-    )
+    writer = import_tracker("tensorboard").SummaryWriter(log_dir=str(directory / "tensorboard"))
     writer.add_text("recipe", "```json\n" + json.dumps(settings, indent=1, default=str) + "\n```")
 
     def log(values: Mapping[str, float], step: int) -> None:
@@ -122,14 +166,14 @@ def open_tensorboard(directory: Path, run: str, settings: Mapping[str, Any]) -> 
 
 
 def open_wandb(directory: Path, run: str, settings: Mapping[str, Any]) -> Tracker:
-    handle = import_tracker("wandb", "wandb", "trackers").init(
+    handle = import_tracker("wandb").init(
         project="deepspec", name=run, dir=str(directory), config=dict(settings)
     )
     return Tracker(lambda values, step: handle.log(dict(values), step=step), handle.finish)
 
 
 def open_mlflow(directory: Path, run: str, settings: Mapping[str, Any]) -> Tracker:
-    mlflow = import_tracker("mlflow", "mlflow", "trackers")
+    mlflow = import_tracker("mlflow")
     mlflow.set_experiment("deepspec")
     mlflow.start_run(run_name=run)
     mlflow.log_params(flatten(settings))
@@ -137,7 +181,7 @@ def open_mlflow(directory: Path, run: str, settings: Mapping[str, Any]) -> Track
 
 
 def open_trackio(directory: Path, run: str, settings: Mapping[str, Any]) -> Tracker:
-    trackio = import_tracker("trackio", "trackio", "trackers")
+    trackio = import_tracker("trackio")
     trackio.init(project="deepspec", name=run, config=dict(settings))
     return Tracker(lambda values, step: trackio.log(dict(values), step=step), trackio.finish)
 

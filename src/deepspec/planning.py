@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,23 +15,27 @@ from typing import Any
 from deepspec.answers.in_process import PACKAGED_ROWS
 from deepspec.checkpoints.inspect import parameters
 from deepspec.config import Recipe, feature_source
-from deepspec.cost import MACHINES, Counts, Inputs, Machine, assumed_counts, published_counts
-from deepspec.cost.inputs import USUAL_BATCH
+from deepspec.cost.dimensions import PUBLISHED_TARGETS
+from deepspec.cost.inputs import USUAL_BATCH, Counts, Inputs, assumed_counts, published_counts
+from deepspec.cost.machines import MACHINES, Machine
 from deepspec.cost.step_time import FromRow, Measured, Speeds, StepTime, speed_key
-from deepspec.data.conversations import Conversation, conversation_from_row, read_conversations
-from deepspec.data.messages import is_trained
-from deepspec.data.tokens import encode_turns, prompt_ids
-from deepspec.drafts import ALGORITHMS
+from deepspec.data.conversations import (
+    Conversation,
+    conversation_from_row,
+    prompt_messages,
+    read_conversations,
+)
+from deepspec.data.inspect import row_sequences
+from deepspec.data.messages import last_trained
 from deepspec.drafts.spec import DraftSpec
 from deepspec.errors import DataError, UserError, nearest
-from deepspec.families import PUBLISHED_TARGETS
 from deepspec.log import note, warn
 from deepspec.measure.evaluate import spread
 from deepspec.pocket import packaged, prompts_path
 from deepspec.speeds import SAMPLES, here, kept_speeds, measure
 from deepspec.targets import TargetSpec
 from deepspec.this_machine import busy
-from deepspec.train.build import draft_spec
+from deepspec.train.build import sized_spec
 
 DEFAULT_MACHINE, ASSUMED_ROWS = "h100", 10_000
 POCKET_ANSWER = 60.0
@@ -70,17 +75,23 @@ def prepare(
     batch = batch or (PACKAGED_ROWS if packaged_rows else None)
     row = machine_row(recipe, machine)
     row = row._replace(share=share or row.share)
+    config, tokenizer, notes = target_facts(recipe.target)
+    describe(recipe, config)
+    there = data is not None or path.is_file()
+    count = partial(count_file, path, tokenizer, thinking=recipe.thinking)
     source: StepTime = FromRow(row)
     if row.name == "here":
+        # What can be refused is refused before a minute is spent on measuring.
+        if there:
+            count()
         speeds = measured(recipe, again, path, batch or USUAL_BATCH["process"])
         source, row = Measured(speeds), row._replace(watts=speeds.watts or row.watts)
         answer_tokens = answer_tokens or sum(speeds.answers) / len(speeds.answers)
     row = row if watts is None else row._replace(watts=watts)
-    config, tokenizer, notes = target_facts(recipe.target)
     published = published_counts()
     answer = answer_tokens or (POCKET_ANSWER if recipe.target == "pocket" else published.answers[0])
-    if data is not None or path.is_file():
-        counts = count_file(path, tokenizer, thinking=recipe.thinking, answer=answer)
+    if there:
+        counts = count(answer=answer)
     elif prompt_tokens is None and answer_tokens is None:
         counts = published
     else:
@@ -94,9 +105,7 @@ def prepare(
 
 def describe(recipe: Recipe, config: Mapping[str, Any]) -> tuple[DraftSpec, int]:
     """(the recipe's draft for a target of this config, its own parameters). Raises RecipeError."""
-    # A block draft's mask token is chosen from the target's vocabulary; it does not change any size.
-    mask = recipe.draft.mask_token_id or 0 if ALGORITHMS[recipe.algorithm].needs_mask else None
-    spec = draft_spec(recipe, dict(config), mask)
+    spec = sized_spec(recipe, dict(config))
     return spec, parameters(spec)[0]
 
 
@@ -133,13 +142,13 @@ def measured(recipe: Recipe, again: bool, prompts: Path, slots: int) -> Speeds:
     kept = None if again else kept_speeds(recipe.target)
     if kept is not None and speed_key(recipe) in kept.train:
         return kept
+    some = spread(list(islice(read_conversations(prompts), 4000)), SAMPLES[0])
     note("measuring this machine with this target; this takes about a minute")
     if (load := busy()) is not None:
         warn(
             f"the machine was busy in the last minute (load {load:.1f} on {os.cpu_count()} cores): if it "
             "still is, the measured times will be too long, and they are kept; --measure measures again"
         )
-    some = spread(list(islice(read_conversations(prompts), 4000)), SAMPLES[0])
     return measure(recipe, some, slots=slots, max_new_tokens=256)
 
 
@@ -196,13 +205,11 @@ def _spread_rows(path: Path) -> tuple[list[Conversation], float]:
 
 def _tokens(row: Conversation, tokenizer: Any, thinking: bool) -> tuple[float, float | None]:
     """(tokens of the prompt, of the answer or None without one)."""
-    last = next((i for i in range(len(row.messages))[::-1] if is_trained(row.messages[i])), None)
+    last = last_trained(row.messages)
     if tokenizer is None:
-        before = row.messages if last is None else row.messages[:last]
-        prompt = sum(len(m["content"]) for m in before) / CHARACTERS
+        prompt = sum(len(m["content"]) for m in prompt_messages(row)) / CHARACTERS
         return prompt, None if last is None else len(row.messages[last]["content"]) / CHARACTERS
-    if last is None:
-        return len(prompt_ids(tokenizer, row.messages, thinking, where=row.where)), None
-    rows = encode_turns(tokenizer, row, thinking)
-    supervised = sum(sum(r.loss_mask) for r in rows)
-    return sum(len(r.ids) for r in rows) - supervised, supervised
+    sequences = row_sequences(tokenizer, row, thinking)
+    supervised = sum(sum(sequence.loss_mask) for sequence in sequences)
+    prompt = sum(len(sequence.ids) for sequence in sequences) - supervised
+    return prompt, None if last is None else supervised

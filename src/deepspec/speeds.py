@@ -17,13 +17,13 @@ from pydantic import TypeAdapter
 
 from deepspec.answers.in_process import FLIGHTS
 from deepspec.config import HELD_OUT_ROWS, LOG_EVERY, Recipe
-from deepspec.cost.machines import Machine, host_memory, row_of_device
+from deepspec.cost.machines import MACHINES, Machine, host_memory
 from deepspec.cost.step_time import Speeds, TrainSpeed, speed_key
 from deepspec.data.conversations import Conversation, Message, prompt_messages
 from deepspec.data.identity import row_seed
 from deepspec.data.tokens import Encoded, encode_turns, prompt_ids
-from deepspec.decode.engine import Decoder, Generation, NoDraft, Request
-from deepspec.drafts.base import Draft, NeuralDraft, Proposal
+from deepspec.decode.engine import Decoder, Generation, Request
+from deepspec.drafts.base import Draft, NeuralDraft
 from deepspec.errors import DataError
 from deepspec.features.batches import batches_from, online
 from deepspec.features.cache_write import batch_rows, plan_cache, shard_tensors
@@ -50,11 +50,12 @@ READ_RECORD = TypeAdapter(Speeds).validate_json
 
 def here() -> Machine:
     """This machine as a row: its memory, and the peaks of its kind, which nothing needs once measured."""
-    known = memory = None
+    row, memory = Machine("here", 0.3e12, 0.3e12, 30e9, None, None, None), None
     if torch.cuda.is_available():
-        known = row_of_device(torch.cuda.get_device_name())
+        # "NVIDIA H100 80GB HBM3" is the row h100, "NVIDIA GeForce RTX 4090" the row rtx4090.
+        device = torch.cuda.get_device_name().lower().replace(" ", "").replace("geforce", "")
+        row = next((known for known in MACHINES.values() if known.memory and known.name in device), row)
         memory = float(torch.cuda.get_device_properties(0).total_memory)
-    row = known or Machine("here", 0.3e12, 0.3e12, 30e9, None, None, None)
     return row._replace(name="here", memory=memory, host=host_memory())
 
 
@@ -117,7 +118,7 @@ def _clock(target: Target) -> float:
 
 
 def _decode(
-    target: Target, draft: Draft | None, requests: Sequence[Request], slots: int
+    target: Target, draft: Draft, requests: Sequence[Request], slots: int
 ) -> tuple[list[Generation], float]:
     """(answers, seconds)."""
     decoder = Decoder(target, draft, max_rows=min(slots, len(requests)))
@@ -126,33 +127,26 @@ def _decode(
     return found, _clock(target) - began
 
 
-class _Clock(NoDraft):
-    """Watches plain decoding from a draft's place: what prefills and rounds take."""
-
-    def __init__(self, target: Target) -> None:
-        self.target = target
-        self.prefills: list[float] = []
-        self.rounds: list[tuple[int, float]] = []
-        """(rows in flight, seconds) of every round that no prefill followed."""
-        self._prefill_began: float | None = None
-        self._round: tuple[int, float] | None = None
-        """(rows in flight, when it began) of the last round, if no prefill followed it."""
-
-    def open(self, slot: int) -> None:
-        self._prefill_began, self._round = _clock(self.target), None
-
-    def observe(self, *args: Any, **named: Any) -> None:
-        if self._prefill_began is not None:
-            self.prefills.append(_clock(self.target) - self._prefill_began)
-            self._prefill_began = None
-
-    def propose(self, slots: Sequence[int], *args: Any, **named: Any) -> Proposal:
-        now = _clock(self.target)
-        if self._round is not None:
-            rows, began = self._round
-            self.rounds.append((rows, now - began))
-        self._round = len(slots), now
-        return super().propose(slots, *args, **named)
+def _timed(
+    target: Target, requests: Sequence[Request], slots: int
+) -> tuple[list[Generation], list[float], list[tuple[int, float]]]:
+    """Plain decoding: (answers, seconds of each prefill, rows in flight and seconds of each round)."""
+    decoder = Decoder(target, None, max_rows=min(slots, len(requests)))
+    for request in requests:
+        decoder.submit(request)
+    answers: list[Generation] = []
+    prefills: list[float] = []
+    rounds: list[tuple[int, float]] = []
+    while not decoder.idle:
+        rows, prefill = len(decoder.rows), decoder.waiting and len(decoder.rows) < decoder.max_rows
+        began = _clock(target)
+        answers += [event.answer for event in decoder.step() if event.finished]
+        spent = _clock(target) - began
+        if prefill:
+            prefills.append(spent)
+        else:
+            rounds.append((rows, spent))
+    return answers, prefills, rounds
 
 
 def line_through(rounds: Sequence[tuple[int, float]]) -> tuple[float, float]:
@@ -179,25 +173,23 @@ def _answers(
     asked = {c.id: c for c in prompts}
     ids = {c.id: prompt_ids(target.tokenizer, prompt_messages(c), False) for c in prompts}
     requests = [Request(ids[key], max_new_tokens, row_seed(0, key), key, Sampling(1.0)) for key in ids]
-    _decode(target, None, [replace(r, max_new_tokens=2) for r in requests[:2]], 2)  # warm-up
-    few = _Clock(target)
-    _decode(target, few, [replace(r, max_new_tokens=ROUNDS) for r in requests[:8]], slots)
-    prefill = float(np.mean(few.prefills))
-    spent = prefill + max_new_tokens * sum(s for _, s in few.rounds) / sum(r for r, _ in few.rounds)
+    _timed(target, [replace(r, max_new_tokens=2) for r in requests[:2]], 2)  # warm-up
+    _, first, few = _timed(target, [replace(r, max_new_tokens=ROUNDS) for r in requests[:8]], slots)
+    each_round = sum(seconds for _, seconds in few) / sum(rows for rows, _ in few)
+    spent = float(np.mean(first)) + max_new_tokens * each_round
     count = next((n for n in SAMPLES if n * spent < ANSWER_SECONDS), SAMPLES[-1])
     requests = [replace(r, stop_token_ids=target.stop_token_ids) for r in requests[:count]]
     requests.sort(key=lambda r: (len(r.input_ids), r.key))
-    clock = _Clock(target)
-    written, _ = _decode(target, clock, requests, slots)
+    written, prefills, rounds = _timed(target, requests, slots)
     lengths = {g.key: len(g.token_ids) for g in written}
     # Answers of a token or two have no round to be timed.
-    base, row = line_through(clock.rounds or few.rounds)
+    base, row = line_through(rounds or few)
     answered = [_answered(target, asked[g.key], g) for g in written]
     began = time.perf_counter()
     rows = [row for each in answered for row in encode_turns(target.tokenizer, each, False)]
     speeds = {
         "encode": (time.perf_counter() - began) / len(rows),
-        "prompt": float(np.mean(clock.prefills)),
+        "prompt": float(np.mean(prefills)),
         "round_base": base,
         "round_row": row,
         "answers": [lengths[r.key] for r in requests],
@@ -234,7 +226,7 @@ def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainS
     draft = build_draft(recipe, target, cut)
     optimizer = Optimizer(draft, recipe.optim)
     with tempfile.TemporaryDirectory() as folder:
-        open_trackers(recipe.trackers, Path(folder), recipe.name, recipe.model_dump()).close()
+        open_trackers(recipe.trackers, Path(folder), recipe.name, recipe.model_dump(mode="json")).close()
         setup = _clock(target) - began
         step, features = _steps(target, draft, optimizer, recipe, cut)
         began = _clock(target)

@@ -14,6 +14,8 @@ def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     width = 2 * d if eagle else d
     m = config["num_aux_hidden_states"] if eagle else len(config["target_layer_ids"])
     want: dict[str, tuple[int, ...]] = {"fc.weight": (d, m * d), "norm.weight": (d,)}
+    if config.get("norm_before_fc"):
+        want["input_norm.weight"] = (m * d,)
     if not eagle:
         want["hidden_norm.weight"] = (d,)
     for layer in range(config["num_hidden_layers"]):

@@ -291,6 +291,7 @@ def save_target(
 ) -> None:
     """Fill a Hugging Face model directory. Tensors are stored in bf16, at half the size; the config asks for
     float32 arithmetic."""
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(out)
     model.generation_config.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from deepspec.data.conversations import Conversation, Message, tools_of
-from deepspec.data.tokens import prompt_ids
-from deepspec.errors import DataError
+from deepspec.data.tokens import answer_message, prompt_ids
+from deepspec.errors import DataError, UserError
 
-OURS = ("answer_ids", "finished", "follow_ups")
+OURS = ("answer_ids", "finished", "cut_turns", "finish_reason", "stop_reason", "follow_ups")
 """Keys that tell how a row was answered; they are never taken over from the row that was asked."""
 
 
@@ -55,12 +55,16 @@ class Dialogue:
     said: list[Message] = field(default_factory=list)
     ids: list[list[int] | None] = field(default_factory=list)
     """Each answer's token ids, or None if only its text is known."""
-    finished: bool = True
-    """Every answer ended by itself, not at the budget."""
+    cut: list[int] = field(default_factory=list)
+    """Which answers ended at the budget, not by themselves, counted from 0."""
     tokens: int = 0
     """In all answers together."""
+    begun: list[int] = field(default_factory=list)
+    """The next answer's tokens so far, when decoding is interrupted to save them."""
     trouble: str | None = None
     """Why it cannot be answered."""
+    broken: bool = False
+    """The target gave infinities or NaN for it."""
     exhausted: bool = False
     """Every attempt to have it answered by a server failed."""
 
@@ -76,23 +80,74 @@ class Dialogue:
     def answered(self) -> bool:
         return len(self.ids) == len(self.turns)
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is asked."""
+        return self.answered or self.trouble is not None
+
     def prompt(self) -> list[Message]:
         """The messages that the next answer follows."""
         return [*self.said, *self.turns[len(self.ids)]]
 
-    def prompt_ids(self, tokenizer: Any, thinking: bool) -> list[int]:
+    def prompt_ids(self, tokenizer: Any, thinking: bool, vocab_size: int | None) -> list[int]:
         """The prompt of the next answer by the target's template. Raises DataError if that refuses it."""
         conversation = self.conversation
         return prompt_ids(
-            tokenizer, self.prompt(), thinking, tools=tools_of(conversation), where=conversation.where
+            tokenizer,
+            self.prompt(),
+            thinking,
+            tools=tools_of(conversation),
+            where=conversation.where,
+            vocab_size=vocab_size,
         )
 
-    def answer(self, text: str, ids: list[int] | None, finished: bool, tokens: int) -> None:
-        """Add the next answer: its text, its ids if known, whether it ended by itself, its length."""
-        self.said = [*self.prompt(), Message(role="assistant", content=text)]
+    def answer(self, text: str | Message, ids: list[int] | None, finished: bool, tokens: int) -> None:
+        """Add the next answer: its text or message, its ids if known, whether it ended by itself, its
+        length."""
+        message = Message(role="assistant", content=text) if isinstance(text, str) else text
+        self.said = [*self.prompt(), message]
+        if not finished:
+            self.cut.append(len(self.ids))
         self.ids.append(ids)
-        self.finished = self.finished and finished
+        self.begun = []
         self.tokens += tokens
+
+    def reply(
+        self, tokenizer: Any, thinking: bool, text: str, ids: list[int] | None, finished: bool, tokens: int
+    ) -> None:
+        """Add the next answer as `answer` does, as the message that the template will write into the history.
+
+        If the template cannot write it, the answer's ids will do for the last turn; otherwise this is
+        `trouble`.
+        """
+        conversation = self.conversation
+        message: str | Message
+        try:
+            message = answer_message(
+                tokenizer,
+                self.prompt(),
+                text if ids is None else ids,
+                thinking,
+                finished=finished,
+                tools=tools_of(conversation),
+                where=conversation.where,
+            )
+        except UserError as error:
+            if ids is None or len(self.ids) + 1 < len(self.turns):
+                self.trouble = error.what
+                return
+            message = tokenizer.decode(ids, skip_special_tokens=True)
+        self.answer(message, ids, finished, tokens)
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to continue from here, as plain data; all ids must be known."""
+        return {name: getattr(self, name) for name in ("ids", "cut", "begun", "trouble", "broken")}
+
+    def restore(self, tokenizer: Any, thinking: bool, state: Mapping[str, Any]) -> None:
+        """Continue from the `state` of a dialogue of the same conversation."""
+        for number, ids in enumerate(state["ids"]):
+            self.reply(tokenizer, thinking, "", ids, number not in state["cut"], len(ids))
+        self.begun, self.trouble, self.broken = state["begun"], state["trouble"], state["broken"]
 
     def row(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """The answered row: messages, the target's own ids if all are known, and the conditions.
@@ -110,6 +165,9 @@ class Dialogue:
         if None not in self.ids:
             every = [*[None] * len(foreign), *self.ids]
             row["answer_ids"] = every[0] if len(every) == 1 else every
-        row |= {"finished": self.finished, **facts}
+        row["finished"] = not self.cut
+        if self.cut and len(assistants) > 1:
+            row["cut_turns"] = [len(foreign) + turn + 1 for turn in self.cut]
+        row |= facts
         rest = {key: value for key, value in conversation.meta.items() if key not in (*OURS, *facts)}
         return row | ({"meta": rest} if rest else {})

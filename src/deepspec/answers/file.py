@@ -1,10 +1,12 @@
-"""The file of answers and the two files next to it.
+"""The file of answers and the files next to it.
 
 For `answers.jsonl` there are
 
 * `answers.jsonl`: one answered row per line; it only ever grows;
 * `answers.timings.jsonl`: seconds, rows and tokens of each group of rows, kept out of the rows so that these
-  depend on nothing but the prompts; `bytes` is the size of `answers.jsonl` when the group was finished;
+  depend on nothing but the prompts; `bytes` is the size of `answers.jsonl` when the group was finished. In
+  process, a line may tell after how many decoding steps a group under way is saved;
+* `answers.partial.jsonl`: in process, what a group under way had written when it was last saved;
 * `answers.failures.jsonl`: the rows that the latest run could not answer, each with its reason. Every run
   tries them again, so it begins without this file.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -23,7 +25,7 @@ from typing import Any
 from deepspec.answers.dialogue import Dialogue
 from deepspec.conditions import Conditions
 from deepspec.data.conversations import Conversation
-from deepspec.files import JsonlWriter, ResumableLog
+from deepspec.files import JsonlWriter, ResumableLog, write_text
 from deepspec.log import progress
 from deepspec.maths.verify import Sampling
 
@@ -58,6 +60,8 @@ class Tally:
     """Rows left out because an earlier row has the same id."""
     tokens: int = 0
     seconds: float = 0.0
+    broken: list[str] = field(default_factory=list)
+    """Ids of failed rows for which the target gave infinities or NaN."""
     began: float = field(default_factory=time.perf_counter, repr=False, compare=False)
 
     @property
@@ -97,11 +101,14 @@ class AnswerFile(ResumableLog):
         super().__init__(out, facts)  # this drops a torn last line before anything is read
         self.done: set[str] = set()
         self.tail: set[str] = set()
+        self.steps: int | None = None
+        """Decoding steps after which a group under way is saved; None until the clock has decided it."""
+        self._steps = f"steps_of_{group}"  # groups of another size take another time
         self._failures: JsonlWriter | None = None
         self._beside = ExitStack()
         try:
             self._times = self._beside.enter_context(JsonlWriter(beside(out, "timings")))
-            mark = last_mark(self._times.path)
+            mark, self.steps = last_mark(self._times.path), last_mark(self._times.path, self._steps)
             with progress("reading the answers so far", self.size, count=False) as bar:
                 for at, row in self.records():
                     (self.done if mark is None or at < mark else self.tail).add(str(row.get("id")))
@@ -134,18 +141,40 @@ class AnswerFile(ResumableLog):
         when = datetime.now(UTC).isoformat(timespec="seconds")
         self._times.write({"bytes": self.size, **figures, "time": when})
         self._times.sync()
+        beside(self.path, "partial").unlink(missing_ok=True)
+
+    def save(self, group: str, dialogues: Sequence[Dialogue], steps: int) -> None:
+        """Keep what the dialogues of a group under way have written, after `steps` of decoding. group: a hash
+        of its rows."""
+        self.sync()
+        if self.steps is None:
+            self.steps = steps
+            self._times.write({self._steps: steps})
+            self._times.sync()
+        kept = {"group": group, "facts": self.conditions, "states": [d.state() for d in dialogues]}
+        write_text(beside(self.path, "partial"), json.dumps(kept) + "\n")
+
+    def saved(self, group: str) -> list[dict[str, Any]]:
+        """The state of each dialogue of a group as `save` kept it; empty if another group, or none, was
+        saved."""
+        try:
+            kept = json.loads(beside(self.path, "partial").read_bytes())
+        except FileNotFoundError:
+            return []
+        return kept["states"] if (kept["group"], kept["facts"]) == (group, self.conditions) else []
 
     def close(self) -> None:
         super().close()
         self._beside.close()
 
 
-def last_mark(timings: Path) -> int | None:
-    """The size of the answers' file after its last finished group; None if no line tells it."""
+def last_mark(timings: Path, key: str = "bytes") -> int | None:
+    """What the last line with that key says; None if no line has it. `bytes`: the size of the answers' file
+    after its last finished group."""
     mark = None
     for line in timings.read_bytes().splitlines():
         try:
-            found = json.loads(line)["bytes"]
+            found = json.loads(line)[key]
         except (ValueError, TypeError, KeyError):
             continue
         mark = found if isinstance(found, int) else mark

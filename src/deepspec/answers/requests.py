@@ -16,13 +16,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from deepspec.answers.file import Settings
+from deepspec.data.template import SWITCHES
 from deepspec.errors import ServerError, nearest
-from deepspec.http_client import CHECK_TIMEOUT, Passing, Server, Servers, Unanswered
+from deepspec.http_client import CHECK_TIMEOUT, Listed, NoList, Passing, Refused, Server, Servers, Unanswered
+from deepspec.log import warn
 
 LLAMA_SERVER = "llamacpp"
 """What llama-server calls itself in /v1/models; vLLM and SGLang say `vllm` and `sglang`."""
 SEEDS = 2**31
 """Servers take seeds of 32 bits, some of them signed."""
+IDS = 2**31
+"""Token ids are below this; a tokenizer fails at larger numbers."""
 TOKENIZING = threading.Lock()
 """Held by the thread that uses a tokenizer: one of transformers may fail if two threads use it at once."""
 SPECIMEN = "Anna's 12 apples cost 3.50 each.\n\ndef total(n):\n    return n * 3.5  # naïve\n"
@@ -62,12 +66,22 @@ def check_model(
 
     asked_for: the user named the model, so that a llama-server with a single model may call it otherwise.
     With a tokenizer (the target's), the server must split a text as it does: ids mean nothing to another
-    model. Raises Passing, and ServerError for a server that is the wrong one.
+    model. A server that shows no list, or cannot be compared, gives a warning: a gateway may forbid these
+    routes and let questions through. Raises Passing, and ServerError for a server that is the wrong one.
     """
-    listed = servers.models(server)
+    first = server.facts is None
+    try:
+        listed = servers.models(server)
+    except (Refused, NoList) as error:
+        if model is None:
+            todo = f"{error.next_step}; if only /v1/models is closed, give --model NAME"
+            raise type(error)(error.what, where=error.where, next_step=todo) from error
+        if first:
+            warn(f"{server.name} does not list its models ({error.what}); it is asked for {model!r}")
+        listed = {model: Listed("unknown", None)}
     names = list(listed)
     name = model or names[0]
-    if asked_for and len(names) == 1 and listed[names[0]].get("owned_by") == LLAMA_SERVER:
+    if asked_for and len(names) == 1 and listed[names[0]].engine == LLAMA_SERVER:
         name = names[0]
     if name not in listed:
         raise ServerError(
@@ -77,28 +91,38 @@ def check_model(
             if asked_for
             else "give --model NAME",
         )
-    entry = listed[name]
-    if tokenizer is not None:
-        _check_tokens(servers, server, name, tokenizer)
-    return Served(name, str(entry.get("owned_by")), entry.get("max_model_len"))
+    trouble = _check_tokens(servers, server, name, tokenizer) if tokenizer is not None else None
+    if trouble and first:
+        warn(f"{server.name}: its tokenizer could not be compared with the target's ({trouble})")
+    return Served(name, *listed[name])
 
 
-def _check_tokens(servers: Servers, server: Server, model: str, tokenizer: Any) -> None:
-    """Raise ServerError if the server splits a text into other tokens than the target does."""
+def _check_tokens(servers: Servers, server: Server, model: str, tokenizer: Any) -> str | None:
+    """Raise ServerError if the server splits a text into other tokens than the target does.
+
+    Returns why that could not be found out, if so: many servers, and gateways, have no such route.
+    """
     body = {"model": model, "content": SPECIMEN, "prompt": SPECIMEN, "add_special": False}
     body["add_special_tokens"] = False
     try:
         theirs = _ids(servers.send(server, "/tokenize", body, CHECK_TIMEOUT).get("tokens"))
-    except Unanswered:
-        return  # a server without that route
+    except (Unanswered, Refused) as error:
+        return str(error.args[0])
+    except Passing as trouble:
+        if not trouble.costs:
+            raise  # no connection, or busy
+        return str(trouble)
+    if theirs is None:
+        return "/tokenize answers without tokens"
     with TOKENIZING:
         ours = list(tokenizer(SPECIMEN, add_special_tokens=False)["input_ids"])
-    if theirs is not None and theirs != ours:
+    if theirs != ours:
         raise ServerError(
             f"{model} splits text into other tokens than the target, so it is another model",
             where=server.name,
             next_step="give the --target that runs there, or leave --target out to use the server's template",
         )
+    return None
 
 
 def completion(
@@ -139,7 +163,7 @@ def completion(
     if prompt is not None:
         body |= {"prompt": list(prompt), "add_special_tokens": False}
         return Call("/v1/completions", body, read_completion)
-    body |= {"messages": list(messages), "chat_template_kwargs": {"enable_thinking": now.thinking}}
+    body |= {"messages": list(messages), "chat_template_kwargs": dict.fromkeys(SWITCHES, now.thinking)}
     body |= {"reasoning_format": "none"} if llama else {}
     body |= {"tools": tools} if tools else {}
     return Call("/v1/chat/completions", body, read_chat)
@@ -147,7 +171,7 @@ def completion(
 
 def read_llama(found: dict[str, Any]) -> Reply:
     """Read llama-server's own format."""
-    text, ids = _field(found, "content", str), _ids(_field(found, "tokens", list))
+    text, ids = _text(found.get("content")), _ids(_field(found, "tokens", list))
     kind = _field(found, "stop_type", str)
     if kind not in ("eos", "word", "limit"):
         raise Passing(f"garbled answer: stop_type is {kind!r}")
@@ -157,23 +181,46 @@ def read_llama(found: dict[str, Any]) -> Reply:
 def read_completion(found: dict[str, Any]) -> Reply:
     """Read an OpenAI completion."""
     choice = _choice(found)
-    return _reply(found, choice, _field(choice, "text", str))
+    return _reply(found, choice, _text(choice.get("text")))
 
 
 def read_chat(found: dict[str, Any]) -> Reply:
-    """Read an OpenAI chat completion. Raises ServerError if the server has taken the answer apart."""
+    """Read an OpenAI chat completion. Raises Unanswered if the server has taken the answer apart."""
     choice = _choice(found)
     message = _field(choice, "message", dict)
     whole = choice.get("token_ids") is not None
-    for part in ("reasoning_content", "reasoning", "tool_calls"):
-        if message.get(part) and not whole:
-            raise ServerError(
-                f"the server takes answers apart ({part} next to the content), so what the model wrote is "
-                "unknown",
-                next_step="give --target, whose template and token ids are then used, or start the server "
-                "without a reasoning parser and a tool-call parser",
-            )
-    return _reply(found, choice, message.get("content") or "")
+    content = message.get("content") or ""
+    parts = [name for name in ("reasoning_content", "reasoning", "tool_calls") if message.get(name)]
+    if isinstance(content, list):
+        kinds = [part.get("type", "text") for part in content if isinstance(part, dict)]
+        parts += [f"a part of type {kind!r}" for kind in kinds if kind not in ("text", "output_text")]
+        content = [part for part in content if not isinstance(part, dict) or "text" in part]
+    if parts and not whole:
+        raise Unanswered(
+            f"the server takes answers apart ({parts[0]} next to the content), so what the model wrote is "
+            "unknown: give --target, whose template and token ids are then used, or start the server without "
+            "a reasoning parser and a tool-call parser"
+        )
+    return _reply(found, choice, _text(content))
+
+
+def _text(value: Any) -> str:
+    """A text, or the parts of one, in which the halves of each surrogate pair are joined."""
+    parts = value if isinstance(value, list) else [value]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    found = [text for text in texts if isinstance(text, str)]
+    if len(found) < len(texts):
+        raise Passing("garbled answer: no text")
+    return "".join(found).encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+
+def no_answer(text: str, ids: list[int] | None) -> str | None:
+    """Why what a server gave is no answer to train on; None if it is one."""
+    if not ids and not text.strip():
+        return "the server gave an empty answer"
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        return "the server's answer holds half of a surrogate pair, which is no text"
+    return None
 
 
 def _field(found: Any, name: str, kind: type) -> Any:
@@ -196,13 +243,13 @@ def _reply(found: dict[str, Any], choice: dict[str, Any], text: str) -> Reply:
         raise Passing(f"garbled answer: finish_reason is {reason!r}")
     usage = found.get("usage")
     count = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    tokens = len(ids) if ids is not None else count if isinstance(count, int) else 0
+    tokens = len(ids) if ids is not None else count if type(count) is int and count > 0 else 0
     return Reply(text, ids, reason != "length", tokens)
 
 
 def _ids(value: Any) -> list[int] | None:
     if value is None:
         return None
-    if not isinstance(value, list) or any(type(token) is not int or token < 0 for token in value):
+    if not isinstance(value, list) or any(type(token) is not int or not 0 <= token < IDS for token in value):
         raise Passing("garbled answer: token ids are not a list of numbers")
     return value

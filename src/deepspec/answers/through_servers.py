@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from deepspec.answers.dialogue import Dialogue
 from deepspec.answers.file import AnswerFile, Settings, Tally, beside, each_once
-from deepspec.answers.requests import TOKENIZING, Reply, Served, check_model, completion
+from deepspec.answers.requests import TOKENIZING, Reply, Served, check_model, completion, no_answer
+from deepspec.connections import API_KEY
 from deepspec.data.conversations import Conversation, tools_of
 from deepspec.data.identity import row_seed
-from deepspec.data.tokens import require_tokenizer, template_hash
+from deepspec.data.template import template_conditions, template_date
+from deepspec.data.tokens import require_tokenizer
 from deepspec.errors import DataError, UserError
-from deepspec.http_client import API_KEY, Exhausted, Policy, Server, Servers, Unanswered
-from deepspec.log import Bar, progress
+from deepspec.http_client import Exhausted, Policy, Server, Servers, Unanswered
+from deepspec.log import Bar, progress, warn
 from deepspec.maths.verify import Sampling
 
 if TYPE_CHECKING:
@@ -64,9 +66,17 @@ def regenerate_served(
     Raises UserError if no server can be asked for `policy.patience` seconds, or if one is the wrong server;
     what was answered by then is kept. DataError if `out` holds answers made under other conditions.
     """
-    tokenizer = None
+    tokenizer = template = vocab_size = None
     if target is not None:
         tokenizer = require_tokenizer(target.tokenizer(), target.name, "leave --target out")
+        template = template_conditions(tokenizer, thinking).template_hash
+        template_date(tokenizer)
+        vocab_size = target.vocab_size
+    elif thinking:
+        warn(
+            "the servers' own template is used: whether it has a switch for thinking is not known here; with "
+            "--target it is checked"
+        )
     total = total or length_hint(conversations) or None
     chosen = model
 
@@ -78,7 +88,7 @@ def regenerate_served(
         chosen = servers.ask(lambda server: server).facts.model
         now = Settings(
             target.name if target is not None else str(chosen),
-            template_hash(tokenizer) if tokenizer is not None else None,
+            template,
             thinking,
             sampling or Sampling(temperature=1.0),
             max_new_tokens,
@@ -87,14 +97,14 @@ def regenerate_served(
         with AnswerFile(out, now.facts) as file, progress("regenerating answers", total) as bar:
             keeper = _Keeper(file, now, bar)
             wanted = keeper.wanted(conversations)
-            for dialogue, engine in _answered(wanted, servers, now, tokenizer):
+            for dialogue, engine in _answered(wanted, servers, now, tokenizer, vocab_size):
                 keeper.keep(dialogue, engine)
             keeper.mark()
     return keeper.tally
 
 
 def _answered(
-    wanted: Iterable[Conversation], servers: Servers, now: Settings, tokenizer: Any
+    wanted: Iterable[Conversation], servers: Servers, now: Settings, tokenizer: Any, vocab_size: int | None
 ) -> Iterator[tuple[Dialogue, str]]:
     """Every conversation, answered or not, with its server's name for itself, in order of arrival.
 
@@ -106,7 +116,7 @@ def _answered(
     def work() -> None:
         while (conversation := asked.get()) is not None:
             try:
-                found.put(_converse(conversation, servers, now, tokenizer))
+                found.put(_converse(conversation, servers, now, tokenizer, vocab_size))
             except BaseException as error:  # the thread that collects raises it again
                 found.put(error)
 
@@ -134,16 +144,16 @@ def _answered(
 
 
 def _converse(
-    conversation: Conversation, servers: Servers, now: Settings, tokenizer: Any
+    conversation: Conversation, servers: Servers, now: Settings, tokenizer: Any, vocab_size: int | None
 ) -> tuple[Dialogue, str]:
     """Answer a conversation turn by turn, or say in its dialogue why it cannot be answered."""
     dialogue, engine = Dialogue.begin(conversation), ""
     try:
-        while not dialogue.answered:
+        while not dialogue.answered and dialogue.trouble is None:
             said, prompt, tools = dialogue.prompt(), None, tools_of(conversation)
             if tokenizer is not None:
                 with TOKENIZING:
-                    prompt = dialogue.prompt_ids(tokenizer, now.thinking)
+                    prompt = dialogue.prompt_ids(tokenizer, now.thinking, vocab_size)
             seed = row_seed(now.seed, conversation.id, len(dialogue.ids))
 
             def question(
@@ -153,13 +163,14 @@ def _converse(
                 return call.read(servers.send(server, call.path, call.body)), server.facts.engine
 
             reply, engine = servers.ask(question)
-            text = reply.text
-            if tokenizer is not None and reply.ids is not None:
+            decoded = tokenizer is not None and reply.ids is not None  # then the text does not matter
+            if trouble := no_answer("" if decoded else reply.text, reply.ids):
+                raise Unanswered(trouble)
+            if tokenizer is None:
+                dialogue.answer(*reply)
+            else:
                 with TOKENIZING:
-                    text = tokenizer.decode(reply.ids, skip_special_tokens=True)
-            if not reply.ids and not text.strip():
-                raise Unanswered("the server gave an empty answer")
-            dialogue.answer(text, reply.ids, reply.finished, reply.tokens)
+                    dialogue.reply(tokenizer, now.thinking, *reply)
     except DataError as error:
         dialogue.trouble = error.what
     except Unanswered as error:

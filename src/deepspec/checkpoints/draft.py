@@ -20,7 +20,7 @@ from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.base import NeuralDraft
 from deepspec.drafts.layers import inverse_frequencies
 from deepspec.drafts.spec import DraftSpec, write_config
-from deepspec.errors import CheckpointError, MismatchError
+from deepspec.errors import MismatchError
 from deepspec.files import atomic_directory, write_json
 from deepspec.log import note, warn
 from deepspec.maths.head import Embedding, Head
@@ -73,11 +73,21 @@ def load_draft(name_or_path: str | Path, target: Target) -> NeuralDraft:
     return draft
 
 
-def check_fit(spec: DraftSpec, target: Target, name: str) -> None:
+def check_draft(name_or_path: str | Path, target: TargetSpec | None) -> None:
+    """Raise what `load_draft` would raise that can be known without weights, before those of the target are
+    loaded. target: None if it is not known."""
+    path = read.find_checkpoint(name_or_path)
+    spec = read.load_spec(path, None if target is None else target.num_layers)
+    if target is not None:
+        check_fit(spec, target, str(name_or_path))
+
+
+def check_fit(spec: DraftSpec, target: Target | TargetSpec, name: str) -> None:
     """Raise MismatchError, with the figures of both sides, if a draft cannot belong to a target."""
-    if reasons := misfits(spec, target.spec, target.vocab_size):
+    known = target if isinstance(target, TargetSpec) else target.spec
+    if reasons := misfits(spec, known, target.vocab_size):
         raise MismatchError(
-            f"{name} does not fit {target.spec.name}: {'; '.join(reasons)}",
+            f"{name} does not fit {known.name}: {'; '.join(reasons)}",
             next_step="use the target that this draft was trained for, or train a draft for this one "
             "(`deepspec train`)",
         )
@@ -112,7 +122,7 @@ def _embedding_and_head(
     """The embedding and head that a draft runs with. Copies that equal the target's are replaced by it."""
     embedding, head = target.embedding, target.head
     if spec.draft_vocab_size is not None:
-        kept = _kept(path, spec, copies)
+        kept = torch.arange(spec.draft_vocab_size) + copies[read.OFFSETS]
         bias = None if head.bias is None else head.bias[kept.to(head.bias.device)]
         weight = copies[read.HEAD].to(head.weight)
         head = Head(weight, bias, head.scale, head.softcap, kept.to(weight.device))
@@ -128,21 +138,6 @@ def _embedding_and_head(
     return embedding, head
 
 
-def _kept(path: Path, spec: DraftSpec, copies: Mapping[str, Tensor]) -> Tensor:
-    """[K] int64, the target id of every row of a reduced head. Raises CheckpointError."""
-    offsets, members = copies["d2t"], copies.get("t2d")
-    ids = torch.arange(len(offsets)) + offsets.long()
-    inside = bool(((ids >= 0) & (ids < spec.vocab_size)).all()) and len(ids.unique()) == len(ids)
-    if not inside or (members is not None and ids.sort().values.tolist() != members.nonzero()[:, 0].tolist()):
-        raise CheckpointError(
-            "d2t does not map the draft's vocabulary to distinct ids of the target"
-            + ("" if members is None else ", or not to the ones that t2d marks"),
-            where=str(path),
-            next_step="store offsets in d2t (target id = i + d2t[i]), not ids",
-        )
-    return ids
-
-
 def save_draft(
     draft: NeuralDraft,
     path: Path,
@@ -156,9 +151,11 @@ def save_draft(
 
     The target's embedding and head are not copied into it; if the draft has one of its own, it is stored
     together with its partner. `beside` may add files to the directory before it is renamed into place.
+    Raises CheckpointError for weights that are not finite.
     """
     weights = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in draft.state_dict().items()}
     weights |= _own_copies(draft, target)
+    read.check_finite(path, weights)
     config = write_config(draft.spec, target.spec.config)
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     facts = {**provenance, "sample_from_anchor": draft.spec.sample_from_anchor}
@@ -184,5 +181,6 @@ def _own_copies(draft: NeuralDraft, target: Target) -> dict[str, Tensor]:
     if head.kept is not None:
         kept = head.kept.cpu()
         members = torch.zeros(draft.spec.vocab_size, dtype=torch.bool)
-        copies |= {"d2t": kept - torch.arange(len(kept)), "t2d": members.index_fill_(0, kept, True)}
+        offsets = kept - torch.arange(len(kept))
+        copies |= {read.OFFSETS: offsets, read.MEMBERS: members.index_fill_(0, kept, True)}
     return copies

@@ -10,15 +10,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deepspec import families
 from deepspec.checkpoints import read
 from deepspec.checkpoints.draft import check_fit
+from deepspec.checkpoints.layouts import as_released
 from deepspec.checkpoints.servers import NATIVE, Facts, launch_commands, refuse, served_as
-from deepspec.drafts.spec import DraftSpec, write_config
+from deepspec.drafts.spec import EAGLE3_NORMS, DraftSpec, write_config
 from deepspec.errors import UserError
-from deepspec.files import atomic_directory, write_json
+from deepspec.files import atomic_directory, check_writable, write_json
 from deepspec.pocket import packaged
 from deepspec.targets import Target
 
+POSITIONS = 4096
+"""max_position_embeddings of a draft if neither its config nor a target says more."""
 SILENT_RANK = 8
 """Rank of an all-zero sequential head. Any rank would do; this one gives GPU kernels rows of 16 bytes."""
 
@@ -51,12 +55,15 @@ def export_draft(
     format to write; None keeps the stored one. Raises UserError with every reason why the server cannot run
     the draft, CheckpointError for a broken draft, MismatchError for a target that it does not belong to.
     """
-    _check_free(out)
+    check_free(out)
     path = read.find_checkpoint(name_or_path)
-    source, spec = read.load_config(path), read.load_spec(path)
+    depth = None if target is None else target.spec.num_layers
+    spec = read.load_spec(path, depth)
+    source = as_released(read.load_config(path), depth)
     tensors, copies = read.read_parts(path, spec)
     if target is not None:
         check_fit(spec, target, str(name_or_path))
+        spec = replace(spec, num_target_layers=depth)
         copies = _own(copies, target)
     notes: list[str] = []
     if to == NATIVE:
@@ -64,7 +71,8 @@ def export_draft(
     else:
         refuse(to, Facts(spec, bool(copies), target))
         spec, tensors, notes = complete(to, spec, tensors)
-        config = server_config(spec, int(source.get("max_position_embeddings") or 4096))
+        positions, more = _positions(source, target)
+        config, notes = server_config(spec, positions), notes + more + _doubts(target)
         if served_as(spec).method == "eagle3":
             # vLLM and llama.cpp read both names, older releases of SGLang only this one.
             tensors = {k.replace("layers.0.", "midlayer."): v for k, v in tensors.items()}
@@ -83,14 +91,16 @@ def export_draft(
     return Exported(out, to, architecture, spec.proposals, config["dtype"], count, launch, notes)
 
 
-def _check_free(out: Path) -> None:
-    """Raise UserError unless `out` is free or holds an earlier export: it is replaced as a whole."""
+def check_free(out: Path) -> None:
+    """Raise UserError unless `out` can be written, and is free or holds an earlier export, which is replaced
+    as a whole."""
     if out.exists() and not (out.is_dir() and "exported_to" in read.load_provenance(out)):
         raise UserError(
             "the output folder holds something else, which an export would replace",
             where=str(out),
             next_step="give --out a new folder, or the folder of an earlier export",
         )
+    check_writable(out, folder=True)
 
 
 def _own(copies: dict[str, Tensor], target: Target) -> dict[str, Tensor]:
@@ -98,6 +108,31 @@ def _own(copies: dict[str, Tensor], target: Target) -> dict[str, Tensor]:
     theirs = {read.EMBEDDING: target.embedding.weight, read.HEAD: target.head.weight}
     same = (k in theirs and torch.equal(copy.to(theirs[k]), theirs[k]) for k, copy in copies.items())
     return {} if all(same) else copies
+
+
+def _positions(source: dict[str, Any], target: Target | None) -> tuple[int, list[str]]:
+    """(max_position_embeddings of an exported draft, notes): the draft's own, or its target's."""
+    own = families.context_length(source)
+    # Drafts used to be saved with their target's length, without the factor of its rope scaling.
+    if target is not None and own in (None, target.spec.config.get("max_position_embeddings")):
+        own = target.spec.context_length or own
+    if own is not None:
+        return own, []
+    return POSITIONS, [
+        f"the draft does not say how many positions it has, so {POSITIONS} was written: add --target, or set "
+        "max_position_embeddings"
+    ]
+
+
+def _doubts(target: Target | None) -> list[str]:
+    """What may keep a server from running the target itself."""
+    names = () if target is None else target.spec.architectures
+    if target is None or any(not n.endswith("Model") or n.endswith("LMHeadModel") for n in names):
+        return []
+    return [
+        f"config.json of {target.spec.name} names no architecture with a head for text, so that vLLM would "
+        f'start a server of embeddings: set "architectures": ["{type(target.model).__name__}"] in it'
+    ]
 
 
 def complete(
@@ -152,7 +187,8 @@ def server_config(spec: DraftSpec, max_positions: int) -> dict[str, Any]:
         return config | {
             # null means the target's whole vocabulary and its head. SGLang fails if the key is missing.
             "draft_vocab_size": spec.draft_vocab_size,
-            "norm_before_residual": False,
+            # Always written: without the first, vLLM and the speculators package assume different things.
+            **{name: getattr(spec, name) for name in EAGLE3_NORMS},
             "num_aux_hidden_states": len(layers),
             # vLLM and llama.cpp number what enters a layer, SGLang numbers what leaves it.
             "eagle_aux_hidden_state_layer_ids": [k + 1 for k in layers],
@@ -162,8 +198,6 @@ def server_config(spec: DraftSpec, max_positions: int) -> dict[str, Any]:
         "block_size": spec.block,
         "mask_token_id": spec.mask_token_id,
         "target_layer_ids": layers,
-        # The wrong alignment gives an accepted length near 1 and no error.
-        "sample_from_anchor": spec.sample_from_anchor,
     }
     if served.method == "dspark":
         block |= {
@@ -174,6 +208,9 @@ def server_config(spec: DraftSpec, max_positions: int) -> dict[str, Any]:
         }
     return config | {
         "layer_types": ["full_attention"] * spec.num_layers,
+        # The wrong alignment gives an accepted length near 1 and no error. All servers read this key; in
+        # dflash_config, vLLM refuses it if it is true.
+        "sample_from_anchor": spec.sample_from_anchor,
         **block,
         "dflash_config": {**block, "causal": False},
     }

@@ -14,7 +14,8 @@ from typing import Any
 from deepspec.checkpoints import read
 from deepspec.checkpoints.draft import misfits
 from deepspec.checkpoints.layouts import layout_of
-from deepspec.data.tokens import template_hash, tokenizer_hash
+from deepspec.data.template import template_hash
+from deepspec.data.tokens import tokenizer_hash
 from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.spec import DraftSpec
 from deepspec.features.formats import NUMBER_BYTES
@@ -34,9 +35,9 @@ def inspect_draft(name_or_path: str | Path, target: TargetSpec | None = None) ->
     spec = read.load_spec(path, None if target is None else target.num_layers)
     stored = read_headers(path)
     read.check_names(path, spec, {name: shape for name, (shape, _) in stored.items()})
-    formats = {name: kind for name, (_, kind) in stored.items() if name not in (*read.SHARED, *read.MAPS)}
-    read.check_formats(path, formats)
-    stored_as = sorted(set(formats.values()))
+    formats = {name: kind for name, (_, kind) in stored.items()}
+    read.check_formats(path, spec, formats)
+    stored_as = sorted({formats[name] for name in formats.keys() - {*read.SHARED, *read.MAPS}})
     facts = read.load_provenance(path)
     dtype = (target and (target.config.get("dtype") or target.config.get("torch_dtype"))) or stored_as[0]
     size = NUMBER_BYTES.get(str(dtype), NUMBER_BYTES.get(stored_as[0], 4))

@@ -6,6 +6,7 @@ Reading is strict: every tensor that the config implies must be there in its sha
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ FILES = ("*.json", "*.safetensors")
 CHOICES = f"a run directory such as runs/NAME, or a built-in draft ({', '.join(DRAFTS)})"
 """What may be given for a draft, apart from a checkpoint directory."""
 EMBEDDING, HEAD = SHARED = ("embed_tokens.weight", "lm_head.weight")
-MAPS = ("d2t", "t2d")
+OFFSETS, MEMBERS = MAPS = ("d2t", "t2d")
 """Tensors of a reduced vocabulary: offsets [K] (row i is target id i + d2t[i]) and a membership mask [V]."""
 
 
@@ -103,11 +104,19 @@ def _read_object(file: Path, next_step: str) -> dict[str, Any]:
 
 def read_parts(path: Path, spec: DraftSpec) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(the draft's own tensors, the stored copies of the target's embedding and head with the maps of a
-    reduced vocabulary), as stored, checked against the spec. Raises CheckpointError."""
-    tensors = read_tensors(path)
-    copies = {name: tensors.pop(name) for name in (*SHARED, *MAPS) if name in tensors}
-    check_names(path, spec, {name: tuple(t.shape) for name, t in (tensors | copies).items()})
-    check_formats(path, {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()})
+    reduced vocabulary), checked against the spec: weights as stored, maps as int64 and bool. Raises
+    CheckpointError."""
+    stored = read_tensors(path)
+    check_names(path, spec, {name: tuple(t.shape) for name, t in stored.items()})
+    check_formats(path, spec, {name: str(t.dtype).removeprefix("torch.") for name, t in stored.items()})
+    maps = _maps(path, spec, {name: stored.pop(name) for name in MAPS if name in stored})
+    check_finite(path, stored)
+    copies = {name: stored.pop(name) for name in SHARED if name in stored}
+    return stored, copies | maps
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if a draft's weights hold infinities or NaN."""
     broken = next((name for name, t in tensors.items() if not t.isfinite().all()), None)
     if broken is not None:
         raise CheckpointError(
@@ -115,7 +124,27 @@ def read_parts(path: Path, spec: DraftSpec) -> tuple[dict[str, Tensor], dict[str
             where=str(path),
             next_step="use an earlier checkpoint, or copy or download this one again",
         )
-    return tensors, copies
+
+
+def _maps(path: Path, spec: DraftSpec, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The maps of a reduced vocabulary; none for a whole one, whose maps may only be the identity. Raises
+    CheckpointError for maps that do not lead to distinct ids of the target."""
+    whole = spec.draft_vocab_size is None
+    rows = torch.arange(spec.draft_vocab_size or spec.vocab_size)
+    ids = rows + stored[OFFSETS].long() if OFFSETS in stored else rows
+    fine = bool(((ids >= 0) & (ids < spec.vocab_size)).all()) and len(ids.unique()) == len(ids)
+    members = stored[MEMBERS].bool() if MEMBERS in stored else None
+    if members is not None:
+        fine = fine and ids.sort().values.tolist() == members.nonzero()[:, 0].tolist()
+    if not fine or (whole and not torch.equal(ids, rows)):
+        raise CheckpointError(
+            "d2t does not map the draft's vocabulary to distinct ids of the target"
+            + ("" if members is None else ", or not to the ones that t2d marks")
+            + (": the vocabulary is not reduced, so each id must map to itself" if whole else ""),
+            where=str(path),
+            next_step="store offsets in d2t (target id = i + d2t[i]), not ids",
+        )
+    return {} if whole else {OFFSETS: ids - rows} | ({} if members is None else {MEMBERS: members})
 
 
 def draft_shapes(spec: DraftSpec) -> dict[str, Shape]:
@@ -128,17 +157,22 @@ def draft_shapes(spec: DraftSpec) -> dict[str, Shape]:
 def copy_shapes(spec: DraftSpec) -> dict[str, Shape]:
     """Name and shape of the copies of embedding and head that a checkpoint may store, and of the maps of a
     reduced vocabulary."""
-    rows, width = spec.draft_vocab_size, spec.shape.hidden
-    pair: dict[str, Shape] = {EMBEDDING: (spec.vocab_size, width), HEAD: (rows or spec.vocab_size, width)}
-    return pair if rows is None else pair | {"d2t": (rows,), "t2d": (spec.vocab_size,)}
+    rows, width = spec.draft_vocab_size or spec.vocab_size, spec.shape.hidden
+    pair: dict[str, Shape] = {EMBEDDING: (spec.vocab_size, width), HEAD: (rows, width)}
+    return pair if spec.draft_vocab_size is None else pair | _map_shapes(spec)
+
+
+def _map_shapes(spec: DraftSpec) -> dict[str, Shape]:
+    return {OFFSETS: (spec.draft_vocab_size or spec.vocab_size,), MEMBERS: (spec.vocab_size,)}
 
 
 def check_names(path: Path, spec: DraftSpec, stored: Mapping[str, Shape]) -> None:
     """Raise CheckpointError if the stored tensors are not exactly the ones that the config describes."""
-    want, copies = draft_shapes(spec), copy_shapes(spec)
+    # Some trainers also store the maps of a whole vocabulary.
+    want, copies = draft_shapes(spec), copy_shapes(spec) | _map_shapes(spec)
     reduced = spec.draft_vocab_size is not None
     # A draft with a reduced vocabulary always has its own head, and the map to target ids.
-    required = want.keys() | ({HEAD, "d2t"} if reduced else set())
+    required = want.keys() | ({HEAD, OFFSETS} if reduced else set())
     missing, extra = sorted(required - stored.keys()), sorted(stored.keys() - want.keys() - copies.keys())
     if missing or extra:
         parts = [f"missing: {_some(missing)}"] * bool(missing) + [f"not known: {_some(extra)}"] * bool(extra)
@@ -165,16 +199,35 @@ def check_names(path: Path, spec: DraftSpec, stored: Mapping[str, Shape]) -> Non
             )
 
 
-def check_formats(path: Path, formats: Mapping[str, str]) -> None:
-    """Raise CheckpointError unless all weights are plain floating point: quantised weights that are cast
-    without their scales would load, and the draft would propose badly."""
-    odd = next((name for name, kind in formats.items() if kind not in PLAIN), None)
-    if odd is not None:
-        raise CheckpointError(
-            f"{odd} is stored as {formats[odd]}, but draft weights must be one of {', '.join(PLAIN[:4])}",
-            where=str(path),
-            next_step="use the checkpoint that was not quantised",
-        )
+def check_formats(path: Path, spec: DraftSpec, formats: Mapping[str, str]) -> None:
+    """Raise CheckpointError unless all weights are plain floating point and all maps whole numbers.
+
+    Quantised weights that are cast without their scales would load, and the draft would propose badly. Maps
+    that were cast along with the weights are rounded, so that most ids are others.
+    """
+    for name, kind in formats.items():
+        if name not in MAPS and kind not in PLAIN:
+            raise CheckpointError(
+                f"{name} is stored as {kind}, but draft weights must be one of {', '.join(PLAIN[:4])}",
+                where=str(path),
+                next_step="use the checkpoint that was not quantised",
+            )
+        if name in MAPS and _largest(kind) < (spec.vocab_size - 1 if name == OFFSETS else 1):
+            raise CheckpointError(
+                f"{name} is stored as {kind}, and it must be of whole numbers that reach every id of a "
+                f"vocabulary of {spec.vocab_size}",
+                where=str(path),
+                next_step="use the checkpoint as it was before it was cast: d2t as int64, t2d as bool",
+            )
+
+
+def _largest(kind: str) -> int:
+    """The largest number of a format of whole numbers, in either spelling (I64, int64); 0 of any other."""
+    found = re.fullmatch(r"(u?)(?:int|i)?(\d+)", kind.lower())
+    if found is None:
+        return int(kind.lower() == "bool")
+    bits = int(found[2])
+    return int(2 ** (bits if found[1] else bits - 1) - 1)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -163,6 +163,18 @@ LIMITS: tuple[Limit, ...] = (
         "llamacpp",
     ),
     Limit(
+        lambda f: f.spec.norm_before_residual,
+        "its residual is taken after a norm (norm_before_residual), which SGLang does not support",
+        "export with --to vllm or llamacpp",
+        "sglang",
+    ),
+    Limit(
+        lambda f: f.spec.norm_output,
+        "its hidden state is fed back after a norm (norm_output), which llama.cpp does not support",
+        "export with --to vllm or sglang",
+        "llamacpp",
+    ),
+    Limit(
         lambda f: f.spec.markov_rank > 0 and f.spec.markov_head != "vanilla",
         "its sequential head is gated or rnn, and the server supports only vanilla",
         "export with --to sglang, or train with draft.markov_head=vanilla",

@@ -37,17 +37,24 @@ from deepspec.errors import UserError
 from deepspec.files import cannot_write, is_disk_full
 from deepspec.log import note, show_error
 
+_RUN = "answers, checkpoints and metrics so far are kept; the same command continues from there"
+_PARTS = "the shards and answers finished so far are kept; the same command continues with the rest"
+_WHOLE = "nothing was written, and earlier files are unchanged"
 KEPT = {
-    "quickstart": "answers, checkpoints and metrics so far are kept; the same command continues from there",
-    "train": "answers, checkpoints and metrics so far are kept; the same command continues from there",
+    "quickstart": _RUN,
+    "train": _RUN,
     "eval": "with --out, the prompts measured so far are kept; the same command continues from there",
     "calibrate": "the prompts answered so far are kept; the same command continues from there",
-    "data": "the shards and answers finished so far are kept; the same command continues with the rest",
+    "regenerate": _PARTS,
+    "cache": _PARTS,
+    "download": _WHOLE,
+    "split": _WHOLE,
 }
+"""What Ctrl-C leaves of a command's work."""
 
 
 class Commands(TyperGroup):
-    """The root group. It turns the errors of all commands into messages and exit codes."""
+    """A group of commands. It turns their errors into messages and exit codes."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -99,7 +106,10 @@ app.command("inspect")(inspect.inspect)
 app.command("export")(export.export)
 
 data_app = typer.Typer(
-    help="Prepare the conversations that a draft is trained on.", no_args_is_help=True, **SETTINGS
+    cls=Commands,
+    help="Prepare the conversations that a draft is trained on.",
+    no_args_is_help=True,
+    **SETTINGS,
 )
 data_app.command("download")(data_download.download)
 data_app.command("split")(data_split.split)

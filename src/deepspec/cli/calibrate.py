@@ -38,25 +38,23 @@ def calibrate(
     draft: DraftName,
     target: TargetName = "pocket",
     prompts: Annotated[
-        str | None, typer.Option("--prompts", help="A JSONL file that the draft was not trained on.")
+        str | None, typer.Option(help="A JSONL file that the draft was not trained on.")
     ] = None,
-    limit: Annotated[
-        int, typer.Option("--limit", min=0, help="Number of prompts, domains in turns. 0: all.")
-    ] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="Number of prompts, domains in turns. 0: all.")] = 0,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0, help="Of the target and the draft; 0 is greedy.")
+        float, typer.Option(min=0, help="Of the target and the draft; 0 is greedy.")
     ] = 1.0,
     max_new_tokens: MaxNew = 128,
     thinking: Thinking = False,
     seed: Seed = 0,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts decoded together.")] = 8,
-    dtype: Annotated[Dtype, typer.Option("--dtype")] = Dtype.auto,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     out: Annotated[
-        Path | None, typer.Option("--out", help=f"The report; {CALIBRATION} in the draft's own folder.")
+        Path | None, typer.Option(help=f"The report; {CALIBRATION} in the draft's own folder.")
     ] = None,
     to: Annotated[
-        Server | None, typer.Option("--to", help="Also write the temperatures as this server reads them.")
+        Server | None, typer.Option(help="Also write the temperatures as this server reads them.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -72,12 +70,13 @@ def calibrate(
     """
     source = prompt_file(prompts, target)
     sampling = sampling_of(temperature)
-    from deepspec.checkpoints.draft import load_draft
+    from deepspec.checkpoints.draft import check_draft, load_draft
     from deepspec.checkpoints.read import find_checkpoint
     from deepspec.files import write_json
     from deepspec.measure.calibrate import calibrate as measured
     from deepspec.measure.calibrate import sglang_table
     from deepspec.measure.evaluate import load_prompts
+    from deepspec.targets import TargetSpec
 
     folder = find_checkpoint(draft)
     if out is None and (draft in DRAFTS or not Path(draft).exists()):
@@ -87,8 +86,10 @@ def calibrate(
         )
     path = out or folder / CALIBRATION
     check_writable(path)
+    spec = TargetSpec.from_pretrained(target)
+    check_draft(draft, spec)
+    tasks = load_prompts(source, spec, thinking=thinking, limit=limit)
     model = load_target(target, dtype.value, device)
-    tasks = load_prompts(source, model, thinking=thinking, limit=limit)
     report = measured(
         model,
         load_draft(draft, model),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,19 +34,15 @@ SETTINGS: dict[str, Any] = {
 DraftName = Annotated[
     str, typer.Argument(metavar="DRAFT", help="A built-in name, checkpoint or run folder, or a Hub id.")
 ]
-TargetName = Annotated[str, typer.Option("--target", help="The model: pocket, a directory, or a Hub id.")]
+TargetName = Annotated[str, typer.Option(help="The model: pocket, a directory, or a Hub id.")]
 Thinking = Annotated[bool, typer.Option("--thinking", help="Turn on the target's thinking mode.")]
-TopK = Annotated[
-    int, typer.Option("--top-k", min=0, help="Sample from the K likeliest tokens only; 0: from all.")
-]
-TopP = Annotated[
-    float, typer.Option("--top-p", help="Sample from the likeliest tokens of this total probability.")
-]
-MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most new tokens per prompt.")]
+TopK = Annotated[int, typer.Option(min=0, help="Sample from the K likeliest tokens only; 0: from all.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")]
+MaxNew = Annotated[int, typer.Option(min=1, help="Most new tokens per prompt.")]
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Leave out rows that cannot be used, and count them.")
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all random numbers.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON on standard output.")]
 DropRepeats = Annotated[bool, typer.Option("--drop-repeats", help="Keep only the first row of each prompt.")]
 
@@ -125,16 +120,6 @@ def table_of(*heads: str) -> Table:
     for i, head in enumerate(heads):
         table.add_column(Text(head), justify="right" if i else "left", overflow="fold")
     return table
-
-
-@contextmanager
-def whole_or_not() -> Iterator[None]:
-    """Report that nothing was kept after Ctrl-C; the other commands of `data` keep what was finished."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        note("interrupted: nothing was written, and earlier files are unchanged", style="yellow")
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def say_repeats(repeats: int, dropped: bool) -> None:

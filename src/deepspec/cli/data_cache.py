@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from deepspec.cli.common import Json, load_target, print_json
-from deepspec.errors import UserError
+from deepspec.errors import UserError, without_logins
 from deepspec.log import note
 
 
@@ -67,8 +67,9 @@ def cache(
             "several processes would all answer the packaged prompts",
             next_step="have them answered once with `deepspec data regenerate`, and give --answers",
         )
-    from deepspec.train.data import cache_features
+    from deepspec.train.data import cache_features, check_cache
 
+    check_cache(recipes, out, answers)
     plan, written = cache_features(
         recipes,
         out,
@@ -101,7 +102,7 @@ def cache(
             f"{facts['bytes_per_token']:,.0f} bytes per token"
         )
         train = ["deepspec", "train", names[0], *overrides, *(["--answers", str(answers)] if answers else [])]
-        typer.echo(f"next: {shlex.join([*train, f'data.features=cache:{out}'])}")
+        typer.echo(without_logins(f"next: {shlex.join([*train, f'data.features=cache:{out}'])}"))
     else:
         note(f"{out}: this process's shards are written; other processes are still writing", style="yellow")
 

@@ -17,9 +17,9 @@ from deepspec.cli.common import (
     report_skipped,
     say_repeats,
     skipping,
-    whole_or_not,
 )
 from deepspec.errors import UserError
+from deepspec.files import check_writable
 
 
 def download(
@@ -75,9 +75,9 @@ def download(
         limit = (known.rows if known else None) or 0
     wanted = Wanted(names, column_map(columns or [], id_column), domain, config, split, copies or ())
     skipped = skipping(skip_bad)
-    with whole_or_not():
-        rows = open_source(wanted, skipped)
-        done = run(rows, out, limit=limit, seed=seed, drop_repeats=drop_repeats, skipped=skipped)
+    check_writable(out)
+    rows, source = open_source(wanted, skipped), ", ".join(names)
+    done = run(rows, out, source=source, limit=limit, seed=seed, drop_repeats=drop_repeats, skipped=skipped)
     report_skipped(skipped)
     if as_json:
         asked = {"out": str(out), "limit": limit, "seed": seed}

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from deepspec.cli.common import Json, print_json
+from deepspec.errors import without_logins
 from deepspec.log import note
 
 
@@ -48,7 +49,7 @@ def features_server(
     longest, folder = settings.data.max_length, str(storage or STORAGE)
     command = vllm_command(packaged(settings.target), streams, longest, folder)
     words = ["deepspec", "train", recipe, *(overrides or []), "data.features=vllm:http://localhost:8000"]
-    train = shlex.join(words)
+    train = without_logins(shlex.join(words))
     if as_json:
         print_json({"command": command, "layers": list(layers), "streams": streams, "train": train})
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,7 +28,7 @@ from deepspec.log import note, progress
 if TYPE_CHECKING:
     from deepspec.data.conversations import Conversation
     from deepspec.data.inspect import Piece
-    from deepspec.data.tokens import PreTrainedTokenizerBase
+    from deepspec.data.tokens import Encoded, PreTrainedTokenizerBase
 
 OPEN, CLOSE = "⟦", "⟧"
 """Brackets around supervised text if there is no colour."""
@@ -47,7 +47,9 @@ BAR = 40
 
 
 def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="JSONL file, or pocket:train.")],
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="JSONL files, or pocket:train, read as one.")
+    ],
     target: TargetName = "pocket",
     row: Annotated[
         str | None, typer.Option(metavar="ID|N", help="Show one whole row, by id or number.")
@@ -60,7 +62,7 @@ def inspect(
     skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
-    """Show which tokens a draft would be trained on, and the totals of a file.
+    """Show which tokens a draft would be trained on, and the totals of the files.
 
     Reads the target's tokenizer and chat template, not its weights. Exit code 2 means that training would
     refuse a row.
@@ -69,33 +71,48 @@ def inspect(
     Example:
       deepspec data inspect pocket:test --row 1
     """
-    source = prompt_file(file, target)
+    sources = [prompt_file(file, target) for file in files]
     from deepspec.data.conversations import read_conversations
-    from deepspec.data.inspect import find_row, inspect_rows
+    from deepspec.data.inspect import find_row, inspect_rows, row_sequences
+    from deepspec.data.skipping import nothing_left
+    from deepspec.data.template import template_date
     from deepspec.data.tokens import require_tokenizer
     from deepspec.files import count_lines
     from deepspec.targets import TargetSpec
 
-    tokenizer = require_tokenizer(TargetSpec.from_pretrained(target).tokenizer(), target)
+    spec = TargetSpec.from_pretrained(target)
+    tokenizer = require_tokenizer(spec.tokenizer(), target)
+    template_date(tokenizer)
     skipped = skipping(skip_bad)
 
     def rows() -> Iterator[Conversation]:
-        return islice(read_conversations(source, skipped=skipped), limit)
+        every = (read_conversations(source, skipped=skipped) for source in sources)
+        return islice(chain.from_iterable(every), limit)
 
     if row is not None:
-        _show(find_row(rows(), row), tokenizer, thinking, max_length, as_json=as_json)
+        sequences = row_sequences(tokenizer, chosen := find_row(rows(), row), thinking, spec.vocab_size)
+        _show(chosen, sequences, tokenizer, max_length, as_json=as_json)
         return
-    with progress("inspecting", limit or count_lines(source)) as bar:
-        found = inspect_rows(rows(), tokenizer, thinking=thinking, max_length=max_length, bar=bar)
+    with progress("inspecting", limit or sum(count_lines(s) or 0 for s in sources) or None) as bar:
+        found = inspect_rows(
+            rows(), tokenizer, thinking=thinking, max_length=max_length, bar=bar, vocab_size=spec.vocab_size
+        )
     report_skipped(skipped)
+    if not found["rows"]:
+        raise nothing_left(skipped, ", ".join(files))
     if as_json:
-        print_json({"file": file, "target": target, **found, "skipped": skipped.as_json()})
+        print_json({"file": ", ".join(files), "target": target, **found, "skipped": skipped.as_json()})
     else:
         _print_totals(found)
-        if found["rows"] and not found["refused"]:
-            _show(next(rows()), tokenizer, thinking, max_length, short=SHORT)
+        if not found["refused"]:
+            first = next(rows())
+            sequences = row_sequences(tokenizer, first, thinking, spec.vocab_size)
+            _show(first, sequences, tokenizer, max_length, short=SHORT)
     if found["refused"]:
-        note(f"training would stop at the first of {found['refused']} rows that cannot be used")
+        if stops := found["refused"] - found["unembedded"]:
+            note(f"training would stop at the first of {stops} rows that cannot be used")
+        if left_out := found["unembedded"]:
+            note(f"training leaves out {left_out} rows: the target's embedding lacks tokens of theirs")
         raise typer.Exit(BAD_INPUT)
 
 
@@ -153,17 +170,16 @@ def _print_lengths(console: Console, name: str, lengths: dict[str, Any]) -> None
 
 def _show(
     row: Conversation,
+    sequences: list[Encoded],
     tokenizer: PreTrainedTokenizerBase,
-    thinking: bool,
     max_length: int,
     *,
     short: int | None = None,
     as_json: bool = False,
 ) -> None:
     """Print a row's sequences: in colour, with brackets if there is no colour, or as JSON."""
-    from deepspec.data.inspect import pieces, row_sequences
+    from deepspec.data.inspect import pieces
 
-    sequences = row_sequences(tokenizer, row, thinking)
     if as_json:
         parts = [
             vars(sequence) | {"pieces": [vars(piece) for piece in pieces(tokenizer, sequence, max_length)]}

@@ -25,6 +25,7 @@ from deepspec.cli.common import (
     skipping,
 )
 from deepspec.errors import UserError
+from deepspec.files import check_writable
 
 if TYPE_CHECKING:
     from deepspec.answers.file import Tally
@@ -90,6 +91,7 @@ def regenerate(
             f"{stray} has no effect {'with' if server else 'without'} --server",
             next_step="prompts asked at once are --concurrency with servers, and --rows in process",
         )
+    check_writable(out)
     source, sampling = prompt_file(prompts, target or "pocket"), sampling_of(temperature, top_k, top_p)
     from deepspec.data.conversations import read_conversations
     from deepspec.files import count_lines
@@ -125,9 +127,12 @@ def regenerate(
             **settings,
         )
     else:
-        from deepspec.answers.in_process import regenerate
+        from deepspec.answers.in_process import check_settings, regenerate
+        from deepspec.targets import TargetSpec
 
         target = target or "pocket"
+        options = {key: value for key, value in settings.items() if key != "total"}
+        check_settings(TargetSpec.from_pretrained(target), out, **options)
         tally = regenerate(load_target(target), asked, out, max_rows=rows or 16, **settings)
     report_skipped(skipped)
     _report(tally, out, target or "TARGET", thinking)

@@ -16,13 +16,14 @@ from deepspec.cli.common import (
     report_skipped,
     say_repeats,
     skipping,
-    whole_or_not,
 )
+from deepspec.files import check_writable
 
 
 def split(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="JSONL file of conversations.")
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", exists=True, dir_okay=False, help="JSONL files of conversations."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for train.jsonl, select.jsonl and test.jsonl.")],
     select: Annotated[float, typer.Option(help="Share of rows to choose the best checkpoint with.")] = 0.01,
@@ -38,12 +39,13 @@ def split(
     \b
     Example:
       deepspec data split prompts.jsonl --out prompts
+      deepspec data split shards/*.jsonl --out prompts
     """
     from deepspec.data.split import split as run
 
     skipped = skipping(skip_bad)
-    with whole_or_not():
-        done = run(file, out, select=select, test=test, drop_repeats=drop_repeats, skipped=skipped)
+    check_writable(out, folder=True)
+    done = run(files, out, select=select, test=test, drop_repeats=drop_repeats, skipped=skipped)
     report_skipped(skipped)
     if as_json:
         print_json({"out": str(out), **vars(done), "skipped": skipped.as_json()})

@@ -33,16 +33,12 @@ def evaluate(
     target: TargetName = "pocket",
     draft: Annotated[
         list[str] | None,
-        typer.Option("--draft", help="A built-in name, a run's or checkpoint's folder; may be repeated."),
+        typer.Option(help="A built-in name, a run's or checkpoint's folder; may be repeated."),
     ] = None,
-    prompts: Annotated[
-        str | None, typer.Option("--prompts", help="A JSONL file, pocket:test or pocket:select.")
-    ] = None,
-    limit: Annotated[
-        int, typer.Option("--limit", min=0, help="Number of prompts, domains in turns. 0: all.")
-    ] = 12,
+    prompts: Annotated[str | None, typer.Option(help="A JSONL file, pocket:test or pocket:select.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Number of prompts, domains in turns. 0: all.")] = 12,
     temperature: Annotated[
-        list[float] | None, typer.Option("--temperature", min=0, help="0 is greedy; may be repeated.")
+        list[float] | None, typer.Option(min=0, help="0 is greedy; may be repeated.")
     ] = None,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -52,17 +48,17 @@ def evaluate(
         bool, typer.Option("--ignore-eos", help="Generate the whole budget, past stop tokens.")
     ] = False,
     seed: Seed = 0,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts decoded together.")] = 1,
-    dtype: Annotated[Dtype, typer.Option("--dtype")] = Dtype.auto,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 1,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     no_baselines: Annotated[
         bool, typer.Option("--no-baselines", help="Leave out transformers' generate and prompt lookup.")
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Results file; several temperatures add -t<temperature> to its name."),
+        typer.Option(help="Results file; several temperatures add -t<temperature> to its name."),
     ] = None,
-    report: Annotated[Path | None, typer.Option("--report", help="Also write an HTML report.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write an HTML report.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure drafts next to plain decoding: accepted length, speed, and whether the output changed.
@@ -83,19 +79,25 @@ def evaluate(
     samplings = [sampling_of(t, top_k, top_p) for t in temperature or [0.0]]
     check_writable(out)
     check_writable(report)
-    from deepspec.checkpoints.draft import load_draft
+    from deepspec.checkpoints.draft import check_draft, load_draft
     from deepspec.checkpoints.read import find_checkpoint, load_provenance
     from deepspec.conditions import Conditions, differences
     from deepspec.measure.evaluate import conditions_of, evaluate_at, load_prompts
     from deepspec.report.page import write_report
     from deepspec.report.results import read_metrics
+    from deepspec.targets import TargetSpec
 
     folders = dict(zip(draft_labels(names), names, strict=True))
+    # What can be refused is refused before the weights are loaded.
     for name in names:
-        find_checkpoint(name)  # a mistyped name should not wait for the target to load
+        check_draft(name, None)
+    spec = TargetSpec.from_pretrained(target)
+    for name in names:
+        check_draft(name, spec)
+    tasks = load_prompts(source, spec, thinking=thinking, limit=limit)
+    curves = {label: read_metrics(Path(name) / "metrics.jsonl") for label, name in folders.items()}
     model = load_target(target, dtype.value, device)
     drafts = {label: load_draft(name, model) for label, name in folders.items()}
-    tasks = load_prompts(source, model, thinking=thinking, limit=limit)
     now = conditions_of(model, tasks, thinking)
     for label, name in folders.items():
         trained = Conditions.read(load_provenance(find_checkpoint(name)))
@@ -115,7 +117,6 @@ def evaluate(
         out=out,
     )
     if report is not None:
-        curves = {label: read_metrics(Path(name) / "metrics.jsonl") for label, name in folders.items()}
         shown = {label: rows for label, rows in curves.items() if rows}
         note(f"report: {write_report(report, results, shown)}")
     if as_json:

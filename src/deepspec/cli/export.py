@@ -17,13 +17,13 @@ Server = StrEnum("Server", {name: name for name in (*SERVERS, NATIVE)})  # type:
 
 def export(
     draft: DraftName,
-    to: Annotated[Server, typer.Option("--to", help="The server that will load the draft.")],
-    out: Annotated[Path, typer.Option("--out", help="A new folder, or the folder of an earlier export.")],
+    to: Annotated[Server, typer.Option(help="The server that will load the draft.")],
+    out: Annotated[Path, typer.Option(help="A new folder, or the folder of an earlier export.")],
     target: Annotated[
         str | None,
-        typer.Option("--target", help="Check the draft against this target, and leave out equal copies."),
+        typer.Option(help="Check the draft against this target, and leave out equal copies."),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Number format; auto: as stored.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="Number format; auto: as stored.")] = Dtype.auto,
     as_json: Json = False,
 ) -> None:
     """Write a draft for vLLM, SGLang or llama.cpp.
@@ -34,13 +34,17 @@ def export(
     Example:
       deepspec export pocket-dspark --to llamacpp --out exported/pocket-dspark --target pocket
     """
-    from deepspec.checkpoints.read import find_checkpoint
-
-    find_checkpoint(draft)  # a mistyped name should not wait for the target to load
     import torch
 
-    from deepspec.checkpoints.export import export_draft
+    from deepspec.checkpoints.draft import check_draft
+    from deepspec.checkpoints.export import check_free, export_draft
+    from deepspec.targets import TargetSpec
 
+    # What can be refused is refused before the target's weights are loaded.
+    check_draft(draft, None)
+    check_free(out)
+    if target is not None:
+        check_draft(draft, TargetSpec.from_pretrained(target))
     found = export_draft(
         draft,
         str(to),

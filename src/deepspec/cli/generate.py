@@ -39,15 +39,25 @@ def generate(
             f"{target} needs a draft", next_step="add --draft NAME, or --plain to decode without a draft"
         )
     sampling = sampling_of(temperature)
-    from deepspec.checkpoints.draft import load_draft
+    from deepspec.checkpoints.draft import check_draft, load_draft
+    from deepspec.data.messages import Message
     from deepspec.data.tokens import prompt_ids, require_tokenizer
     from deepspec.decode.engine import Decoder, Request
     from deepspec.decode.text import TextStream
+    from deepspec.targets import TargetSpec
 
+    # What can be refused is refused before the weights are loaded.
+    draft = None if plain else draft
+    if draft is not None:
+        check_draft(draft, None)
+    spec = TargetSpec.from_pretrained(target)
+    if draft is not None:
+        check_draft(draft, spec)
+    tokenizer = require_tokenizer(spec.tokenizer(), target)
+    asked = [Message(role="user", content=prompt)]
+    ids = prompt_ids(tokenizer, asked, thinking, vocab_size=spec.vocab_size)
     model = load_target(target)
-    tokenizer = require_tokenizer(model.tokenizer, target)
-    chosen = None if plain or draft is None else load_draft(draft, model)
-    ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}], thinking)
+    chosen = None if draft is None else load_draft(draft, model)
     decoder, console, text = Decoder(model, chosen), stdout(), TextStream(tokenizer)
     decoder.submit(Request(ids, max_new_tokens, seed, "", sampling, model.stop_token_ids))
     while not decoder.idle:

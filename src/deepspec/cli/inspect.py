@@ -13,9 +13,7 @@ from deepspec.log import warn
 
 def inspect(
     draft: DraftName,
-    target: Annotated[
-        str | None, typer.Option("--target", help="Also check whether the draft fits this target.")
-    ] = None,
+    target: Annotated[str | None, typer.Option(help="Also check whether the draft fits this target.")] = None,
     as_json: Json = False,
 ) -> None:
     """Describe a draft checkpoint.

@@ -16,8 +16,9 @@ from deepspec.errors import UserError
 from deepspec.log import note
 
 if TYPE_CHECKING:
-    from deepspec.cost import Change, Plan
+    from deepspec.cost.fit import Change
     from deepspec.cost.formulas import Figure
+    from deepspec.cost.plan import Plan
     from deepspec.cost.sizes import Need
 
 
@@ -27,25 +28,21 @@ def plan(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as data.max_length=2048.")
     ] = None,
     machine: Annotated[
-        str | None, typer.Option("--machine", help="A machine such as h100, or `here`, which is measured.")
+        str | None, typer.Option(help="A machine such as h100, or `here`, which is measured.")
     ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure this machine again.")] = False,
-    watts: Annotated[float | None, typer.Option("--watts", min=0, help="Power at full load.")] = None,
+    watts: Annotated[float | None, typer.Option(min=0, help="Power at full load.")] = None,
     share: Annotated[
         float | None,
-        typer.Option("--share", min=0.01, max=1, help="Share of the machine's peak that is reached."),
+        typer.Option(min=0.01, max=1, help="Share of the machine's peak that is reached."),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", exists=True, dir_okay=False, help="Answers or prompts instead of data.train."),
+        typer.Option(exists=True, dir_okay=False, help="Answers or prompts instead of data.train."),
     ] = None,
-    rows: Annotated[int | None, typer.Option("--rows", min=1, help="Number of training rows.")] = None,
-    prompt_tokens: Annotated[
-        float | None, typer.Option("--prompt-tokens", min=1, help="Mean length of a prompt.")
-    ] = None,
-    answer_tokens: Annotated[
-        float | None, typer.Option("--answer-tokens", min=1, help="Mean length of an answer.")
-    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Number of training rows.")] = None,
+    prompt_tokens: Annotated[float | None, typer.Option(min=1, help="Mean length of a prompt.")] = None,
+    answer_tokens: Annotated[float | None, typer.Option(min=1, help="Mean length of an answer.")] = None,
     features: Annotated[
         Literal["online", "cache"] | None,
         typer.Option("--features", help="Where the features come from; by default as the recipe says."),
@@ -62,7 +59,7 @@ def plan(
     ] = "process",
     batch: Annotated[
         int | None,
-        typer.Option("--batch", min=1, help="Answers decoded together; 16, or 256 by a server."),
+        typer.Option(min=1, help="Answers decoded together; 16, or 256 by a server."),
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show every formula with its numbers.")] = False,
     as_json: Json = False,
@@ -76,7 +73,8 @@ def plan(
       deepspec plan dspark/qwen3-4b --machine rtx4090 --explain
     """
     from deepspec.config import load_recipe
-    from deepspec.cost import cheapest_change, make_plan
+    from deepspec.cost.fit import cheapest_change
+    from deepspec.cost.plan import make_plan
     from deepspec.planning import prepare
 
     inputs, source = prepare(

@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from deepspec.cli.common import Json, print_json, print_results
+from deepspec.files import check_writable
 
 
 def quickstart(
     fast: Annotated[
         bool, typer.Option("--fast", help="Run all of it on little data, in about three minutes.")
     ] = False,
-    out: Annotated[Path, typer.Option("--out", help="Folder for runs, results and the report.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for runs, results and the report.")] = Path(
         "runs/quickstart"
     ),
     as_json: Json = False,
@@ -25,6 +26,7 @@ def quickstart(
     Example:
       deepspec quickstart --fast
     """
+    check_writable(out, folder=True)
     from deepspec.demo import quickstart as run
 
     report, results = run(out, fast=fast)

@@ -16,9 +16,9 @@ def report(
     files: Annotated[list[Path], typer.Argument(metavar="RESULTS.json", help="Written by deepspec eval.")],
     metrics: Annotated[
         list[str] | None,
-        typer.Option("--metrics", metavar="NAME=FILE", help="A draft's metrics.jsonl; may be repeated."),
+        typer.Option(metavar="NAME=FILE", help="A draft's metrics.jsonl; may be repeated."),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="The page's file.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="The page's file.")] = Path("report.html"),
 ) -> None:
     """Results files as one HTML page that opens from disk.
 

@@ -20,14 +20,10 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as optim.lr=1e-3.")
     ] = None,
-    runs: Annotated[
-        Path, typer.Option("--runs", help="Folder in which the run's own folder is made.")
-    ] = Path("runs"),
+    runs: Annotated[Path, typer.Option(help="Folder in which the run's own folder is made.")] = Path("runs"),
     answers: Annotated[
         Path | None,
-        typer.Option(
-            "--answers", exists=True, dir_okay=False, help="Use this file, not the recipe's data.train."
-        ),
+        typer.Option(exists=True, dir_okay=False, help="Use this file, not the recipe's data.train."),
     ] = None,
     start_from: Annotated[
         str | None,

@@ -30,28 +30,24 @@ from deepspec.errors import UserError
 def verify(
     draft: DraftName,
     target: TargetName = "pocket",
-    prompts: Annotated[
-        str | None, typer.Option("--prompts", help="A JSONL file, pocket:test or pocket:select.")
-    ] = None,
-    limit: Annotated[
-        int, typer.Option("--limit", min=0, help="Number of prompts, domains in turns. 0: all.")
-    ] = 12,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, help="Of the sampled answers.")] = 1.0,
+    prompts: Annotated[str | None, typer.Option(help="A JSONL file, pocket:test or pocket:select.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Number of prompts, domains in turns. 0: all.")] = 12,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the sampled answers.")] = 1.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     repeats: Annotated[
-        int, typer.Option("--repeats", min=1, help="Sampled answers per prompt: more notice less.")
+        int, typer.Option(min=1, help="Sampled answers per prompt; more of them notice smaller errors.")
     ] = 4,
     max_new_tokens: MaxNew = 64,
     policy: Annotated[
         str,
-        typer.Option("--policy", help="Proposals verified: all, none, fixed:K or threshold:C."),
+        typer.Option(help="Proposals verified: all, none, fixed:K or threshold:C."),
     ] = "all",
     thinking: Thinking = False,
     seed: Seed = 0,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts decoded together.")] = 8,
-    dtype: Annotated[Dtype, typer.Option("--dtype")] = Dtype.auto,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Test on your own target and draft that the draft changes no token and no probability.
@@ -71,20 +67,22 @@ def verify(
             "temperature 0 has one answer to a prompt, which is compared anyway",
             next_step="give --temperature above 0 for the sampled answers",
         )
-    from deepspec.checkpoints.draft import load_draft
-    from deepspec.checkpoints.read import find_checkpoint
+    from deepspec.checkpoints.draft import check_draft, load_draft
     from deepspec.measure.evaluate import load_prompts
     from deepspec.measure.lossless import check_greedy, check_law, sentences, verdict_of
     from deepspec.schedule.policies import policy_of
+    from deepspec.targets import TargetSpec
 
     try:
         chosen = policy_of(policy)
     except ValueError as error:
         raise UserError(str(error)) from error
-    find_checkpoint(draft)
+    check_draft(draft, None)
+    spec = TargetSpec.from_pretrained(target)
+    check_draft(draft, spec)
+    tasks = load_prompts(source, spec, thinking=thinking, limit=limit)
     model = load_target(target, dtype.value, device)
     loaded = load_draft(draft, model)
-    tasks = load_prompts(source, model, thinking=thinking, limit=limit)
     greedy = check_greedy(model, loaded, tasks, max_new_tokens, chosen, batch)
     law = check_law(model, loaded, tasks, sampling, max_new_tokens, chosen, batch, repeats=repeats, seed=seed)
     found = verdict_of(greedy, law)

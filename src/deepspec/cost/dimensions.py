@@ -15,12 +15,20 @@ left of its own parameters).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from deepspec.cost.formulas import body_weights, target_parameters
 from deepspec.drafts import ALGORITHMS
 from deepspec.drafts.spec import DraftSpec
 from deepspec.features.formats import NUMBER_BYTES
+
+PUBLISHED_TARGETS: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("published_targets.yaml").read_text(encoding="utf-8")
+)
+"""Text configs by Hub id."""
 
 
 def target_dimensions(config: Mapping[str, Any]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deepspec.config import override
 from deepspec.cost.inputs import Inputs
@@ -17,7 +17,7 @@ class Step(NamedTuple):
     """A word of the command, such as `--store fp8` or `num_anchors=64`, and what one pays for it."""
 
     key: str
-    value: str
+    value: Any
     cost: str
 
     @property
@@ -37,7 +37,7 @@ def ladder(inputs: Inputs) -> list[Step]:
     """Steps that need less on the same machine, cheapest first: what costs precision on disk, what costs
     time, what costs the draft something."""
     fewer_rows = [max(int(inputs.counts.rows / share), 1) for share in (2, 4, 10)]
-    choices: list[tuple[str, Sequence[object], str]] = [
+    choices: list[tuple[str, Sequence[Any], str]] = [
         ("--store", ["fp8"], "some precision of the features"),
         ("--features", ["online"], "the target's forward pass in every epoch"),
         ("--batch", [8, 4, 2, 1], "fewer answers written at a time"),
@@ -49,40 +49,35 @@ def ladder(inputs: Inputs) -> list[Step]:
         ("draft.num_layers", [3, 2, 1], "a smaller draft"),
         ("--rows", fewer_rows, "fewer rows to learn from"),
     ]
-    return [Step(key, str(value), cost) for key, values, cost in choices for value in values]
+    return [Step(key, value, cost) for key, values, cost in choices for value in values]
 
 
 def applied(inputs: Inputs, step: Step) -> Inputs:
     """The inputs after a step. Raises RecipeError if the recipe does not allow it."""
-    key, value = step.key, step.value
-    if key == "--machine":
-        return replace(inputs, machine=MACHINES[value])
-    if key == "--rows":
-        return replace(inputs, counts=inputs.counts.of(int(value)))
-    if key == "--batch":
-        return replace(inputs, batch=int(value))
-    if key == "--store":
-        return replace(inputs, store=value)
-    if key == "--features":
-        return replace(inputs, features=value)
+    if step.key == "--machine":
+        return replace(inputs, machine=MACHINES[step.value])
+    if step.key == "--rows":
+        return replace(inputs, counts=inputs.counts.of(step.value))
+    if step.key.startswith("--"):  # the other options are fields of the inputs
+        return replace(inputs, **{step.key[2:]: step.value})
     return replace(inputs, recipe=override(inputs.recipe, [step.word]))
 
 
-def cheapest_change(inputs: Inputs, machines: bool = True) -> Change | None:
+def cheapest_change(inputs: Inputs) -> Change | None:
     """The first step that makes everything fit; if no single one does, several, none of them needless.
 
-    machines: whether another machine may be named if no change of the rest is enough. None if nothing here
-    would do.
+    Another machine is named only if no change of the rest is enough. None if nothing here would do.
     """
     own = ladder(inputs)
     others = [Step("--machine", row.name, "another machine") for row in MACHINES.values() if row.memory]
-    for steps in [own, others, own + others] if machines else [own]:
+    for steps in (own, others, own + others):
         single = next(([step] for step in steps if _over(inputs, [step]) == 0), None)
         taken = single or _several(inputs, steps)
         if _over(inputs, taken) == 0:
             costs = dict.fromkeys(step.cost for step in taken)
-            words = tuple(step.word for step in _last_of_each_key(taken))
-            return Change(words, "; ".join(costs), _needs(inputs, taken))
+            # A later, smaller value takes the place of an earlier one.
+            words = {step.key: step.word for step in taken}
+            return Change(tuple(words.values()), "; ".join(costs), _needs(inputs, taken))
     return None
 
 
@@ -98,13 +93,8 @@ def _several(inputs: Inputs, steps: Sequence[Step]) -> list[Step]:
     return taken
 
 
-def _last_of_each_key(taken: Sequence[Step]) -> list[Step]:
-    """A later, smaller value takes the place of an earlier one."""
-    return list({step.key: step for step in taken}.values())
-
-
 def _needs(inputs: Inputs, taken: Sequence[Step]) -> tuple[Need, ...]:
-    for step in _last_of_each_key(taken):
+    for step in taken:
         inputs = applied(inputs, step)
     return needs_of(inputs)
 

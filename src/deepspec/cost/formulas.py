@@ -100,11 +100,6 @@ def cache_bytes_per_token(
     )
 
 
-def cache_bytes(tokens: float, each: Figure) -> Figure:
-    """Bytes of a feature cache of so many tokens; each: `cache_bytes_per_token`."""
-    return figure("bytes", "tokens * bytes_per_token", tokens=tokens, bytes_per_token=each)
-
-
 def moment_bytes(states: str) -> float:
     """Bytes of AdamW's two moments of a parameter: float32, or 8 bits with a float32 scale for every 256."""
     return 2 * 4 if states == "float32" else 2 * (1 + 4 / 256)

@@ -59,12 +59,6 @@ MACHINES = {
 """By name; accelerators from the smallest to the largest. Their hosts' memory is an assumption."""
 
 
-def row_of_device(device: str) -> Machine | None:
-    """The row of an accelerator that calls itself `device`, such as "NVIDIA H100 80GB HBM3", or None."""
-    plain = device.lower().replace(" ", "").replace("geforce", "")
-    return next((row for name, row in MACHINES.items() if row.memory is not None and name in plain), None)
-
-
 def host_memory() -> float | None:
     """Bytes of memory of this machine, or of the container that we run in; None if it does not say."""
     found = []

@@ -40,7 +40,7 @@ def disk_figures(inputs: Inputs) -> dict[str, Figure]:
     hidden, layers = int(names["hidden"]), int(names["feature_layers"])
     for store in STORED_BYTES:
         each = formulas.cache_bytes_per_token(hidden, layers, store, last_share=share)
-        found[f"cache in {store}"] = formulas.cache_bytes(names["tokens"], each)
+        found[f"cache in {store}"] = figure("bytes", "tokens * bytes_per_token", names, bytes_per_token=each)
     # One more is written before the oldest goes; the best one has no optimiser.
     formula = "own * (kept * (draft_width + master + moments) + draft_width)"
     kept, moments = KEPT_CHECKPOINTS + 1, formulas.moment_bytes(recipe.optim.states)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deepspec.data.formats import parsed_row
+from deepspec.data.formats import ended, parsed_row
 from deepspec.data.identity import prompt_hash
-from deepspec.data.messages import Message, check_order, last_trained
+from deepspec.data.messages import Message, last_trained
 from deepspec.data.readers import jsonl_rows
 from deepspec.data.schema import META, checked, names_of
 from deepspec.data.skipping import Skipped, refuse
@@ -64,7 +64,6 @@ def read_conversations(
 def conversation_from_row(row: object, where: str | None = None) -> Conversation:
     """Check one parsed row, in any of the formats. Raises DataError naming ``where``."""
     fields, messages = parsed_row(row, where)
-    check_order(messages, where)
     identity, domain = fields.pop("id", None), fields.pop("domain", None)
     meta = fields.pop("meta", None) or {}
     if twice := fields.keys() & meta.keys():
@@ -162,6 +161,19 @@ def answer_ids_by_turn(conversation: Conversation) -> list[list[int] | None]:
             next_step="give one entry for each assistant turn, null where its ids are not known",
         )
     return given
+
+
+def cut_turns(conversation: Conversation) -> Collection[int]:
+    """Numbers of the assistant turns, counted from 1, whose answer did not end by itself.
+
+    ``finished: false`` without ``cut_turns`` does not tell which of the answers it means, so it means all. A
+    server's reason (``finish_reason``, ``stop_reason``) is that of the last answer.
+    """
+    turns = sum(message["role"] == "assistant" for message in conversation.messages)
+    if str(conversation.meta.get("finished")).lower() == "false":  # a CSV file's is text
+        given = conversation.meta.get("cut_turns")
+        return given if isinstance(given, list) else range(1, turns + 1)
+    return [] if ended(conversation.meta) else [turns]
 
 
 def tools_of(conversation: Conversation) -> list[dict[str, Any]] | None:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from deepspec.data.conversations import Conversation, write_conversations
 from deepspec.data.repeats import UniqueIds
-from deepspec.data.skipping import Skipped
-from deepspec.errors import DataError
+from deepspec.data.skipping import Skipped, nothing_left
 from deepspec.log import progress
 
 BAR_ROWS = 256
@@ -32,6 +31,7 @@ def download(
     rows: Iterable[Conversation],
     out: Path,
     *,
+    source: str | None = None,
     limit: int = 0,
     seed: int = 0,
     drop_repeats: bool = False,
@@ -39,6 +39,7 @@ def download(
 ) -> Downloaded:
     """Write conversations to `out`, all of them or none; `limit` > 0 cuts them (`cut`).
 
+    `source` names where they come from, for an error.
     A repeated prompt is kept under an id of its own, or dropped (`drop_repeats`). Raises DataError for an id
     that comes twice, and if no row is left.
     """
@@ -60,7 +61,7 @@ def download(
                 done.answered += row.messages[-1]["role"] == "assistant"
                 yield row
             if not done.read:
-                raise nothing_left(skipped)
+                raise nothing_left(skipped, source)
 
         done.rows = write_conversations(out, outgoing())
     done.repeats = unique.repeats
@@ -80,13 +81,3 @@ def cut(rows: Iterable[Conversation], limit: int, seed: int) -> list[Conversatio
         (heapq.heappushpop if full else heapq.heappush)(kept, (-key, -number, row))
     kept.sort(key=lambda entry: entry[:2] if full else entry[1], reverse=True)
     return [row for _, _, row in kept]
-
-
-def nothing_left(skipped: Skipped | None) -> DataError:
-    """The error for a source without a single usable row."""
-    if not skipped or not skipped.count:
-        return DataError("the source has no rows")
-    return DataError(
-        f"no rows left: all {skipped.count} were bad; the first: {skipped.places[0]}",
-        next_step="say which column is which with --map (docs/data.md)",
-    )

@@ -10,12 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deepspec.data.messages import Message
+from deepspec.data.catalogue import DATASETS
+from deepspec.data.messages import Message, check_order
+from deepspec.data.prompt_columns import ALPACA, ASKED, SYSTEM, is_empty, read_columns, refuse_unsaid
 from deepspec.data.readers import EXAMPLE, one_object_a_line
 from deepspec.data.schema import ROWS, checked, kind_of, names_of
 from deepspec.errors import DataError, nearest
 
 _ID_KEYS = ("id", "custom_id", "request_id")
+WITH_INPUT = DATASETS["alpaca"].variant[1]
+"""How Alpaca's two columns become one prompt."""
+_ENDS = ("stop", "eos", "eos_token", "end_turn", "tool_calls", "tool_use", "function_call")
 _WHOLE = "log a streamed answer as the one whole response that its parts add up to"
 
 
@@ -30,16 +35,21 @@ def parsed_row(row: object, where: str | None) -> tuple[dict[str, Any], tuple[Me
             where=where,
             next_step=one_object_a_line(isinstance(row, list)),
         )
-    name = next((name for name in ROWS if row.get(name) is not None), None)
-    if name is None and (key := next((k for k in ("request", "body") if isinstance(row.get(k), dict)), None)):
-        row, name = _from_log(row, key, where), "messages"
+    name, log = next((name for name in ROWS if row.get(name) is not None), None), None
+    if name in (None, "instruction"):
+        key = next((k for k in ("request", "body") if isinstance(row.get(k), dict)), None)
+        if key is not None:
+            log, row, name = row, _from_log(row, key, where), "messages"
     if name is None:
         raise _no_messages(row, where)
     fields = checked(ROWS[name], row, where)
     value = fields.pop(name)
-    if name == "prompt":
-        answer = fields.pop("response", None)
+    if name in ("prompt", "instruction"):
+        answer = fields.pop("output", None) if name == "instruction" else None
+        if name == "instruction" and not is_empty(fields.get("input")):
+            value = WITH_INPUT.format(instruction=value, input=fields.pop("input"))
         messages = [Message(role="user", content=value)]
+        answer = fields.pop("response", None) if answer is None else answer
         if answer is not None:
             messages.append(Message(role="assistant", content=answer))
     elif name == "turns":
@@ -49,7 +59,13 @@ def parsed_row(row: object, where: str | None) -> tuple[dict[str, Any], tuple[Me
             fields["follow_ups"] = value[1:]
     else:
         messages = value
-    return fields, tuple(messages)
+    check_order(messages, where)
+    whole = read_columns(fields, tuple(messages), where)
+    if name == "instruction":
+        refuse_unsaid(fields, ALPACA, whole, where)
+    if log is not None:  # columns beside the request
+        refuse_unsaid(log, (*SYSTEM, "functions", "documents"), whole, where)
+    return fields, whole
 
 
 def _no_messages(row: Mapping[str, Any], where: str | None) -> DataError:
@@ -58,8 +74,7 @@ def _no_messages(row: Mapping[str, Any], where: str | None) -> DataError:
         return DataError(f"'{null}' is null", where=where, next_step=f"expected: {EXAMPLE}")
     close = next((f"'{key}': did you mean '{near}'?" for key in row if (near := nearest(key, names))), None)
     return DataError(
-        "no 'messages' (nor 'conversations', 'turns', 'prompt', 'request'); found "
-        f"{close or names_of(row) or 'an empty object'}",
+        f"no 'messages' (nor {names_of(names[1:])}); found {close or names_of(row) or 'an empty object'}",
         where=where,
         next_step=f"expected: {EXAMPLE}",
     )
@@ -77,10 +92,15 @@ def _from_log(row: Mapping[str, Any], key: str, where: str | None) -> dict[str, 
     if response is not None and not isinstance(response, Mapping):
         raise DataError("'response' must be an object with 'choices'", where=where, next_step=_WHOLE)
     response = _unwrapped(response or {}, "choices")
-    answer, reason = _answer(row, response, where)
-    meta: dict[str, Any] = {"request": {k: v for k, v in request.items() if k not in ("messages", "tools")}}
+    answer, whole = _answer(row, response, where)
+    asked = {k: request[k] for k in ASKED if not is_empty(request.get(k))}
+    kept = {k: v for k, v in request.items() if k not in ("messages", "tools", *asked)}
+    meta: dict[str, Any] = {"request": kept}
     if answer is not None:
-        meta["finished"] = reason != "length"
+        meta["finished"] = whole
+        earlier = sum(isinstance(m, Mapping) and m.get("role") == "assistant" for m in request["messages"])
+        if earlier and not whole:
+            meta["cut_turns"] = [earlier + 1]
     if rest := {k: v for k, v in response.items() if k != "choices" and v is not None}:
         meta["response"] = rest
     known = (*_ID_KEYS, key, "response", "domain", "meta")
@@ -92,7 +112,7 @@ def _from_log(row: Mapping[str, Any], key: str, where: str | None) -> dict[str, 
         "domain": row.get("domain"),
         "messages": request["messages"] if answer is None else [*request["messages"], answer],
         "meta": meta if given is None else {**meta, **given} if isinstance(given, Mapping) else given,
-        **({"tools": request["tools"]} if request.get("tools") else {}),
+        **asked,
     }
 
 
@@ -103,12 +123,13 @@ def _unwrapped(value: Mapping[str, Any], wanted: str) -> Mapping[str, Any]:
 
 def _answer(
     row: Mapping[str, Any], response: Mapping[str, Any], where: str | None
-) -> tuple[dict[str, Any] | None, str | None]:
-    """The first choice's message and why it ended; None if the request failed or the answer is empty."""
+) -> tuple[dict[str, Any] | None, bool]:
+    """The first choice's message, and whether it ended by itself; no message if the request failed or the
+    answer is empty."""
     outer = row.get("response") or {}
     failed = any(part.get("error") for part in (row, outer, response)) or outer.get("status_code", 200) != 200
     if not response or failed:
-        return None, None
+        return None, False
     choices = response.get("choices")
     first = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(first, Mapping) or not isinstance(first.get("message"), Mapping):
@@ -117,4 +138,18 @@ def _answer(
     if "reasoning" in message:  # the name that newer servers give to reasoning_content
         message.setdefault("reasoning_content", message.pop("reasoning"))
     empty = not (message.get("content") or message.get("tool_calls"))
-    return (None if empty else message), first.get("finish_reason")
+    return (None if empty else message), ended(first)
+
+
+def ended(facts: Mapping[str, Any]) -> bool:
+    """Whether an answer about which a server told these facts ended by itself.
+
+    It did not if a budget, a filter or a stop string cut it, or if no reason is given where one belongs: the
+    target may not have written an end of turn there.
+    """
+    reason = facts.get("finish_reason", "stop")
+    if str(reason).lower() not in _ENDS:
+        return False
+    # vLLM and SGLang name the stop string or the stop token's id here; others write their reason.
+    details = (facts.get("stop_reason"), facts.get("matched_stop"))
+    return all(text.lower() in _ENDS for text in details if isinstance(text, str))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from deepspec.data.conversations import Conversation, prompt_id, prompt_messages, tools_of
 from deepspec.data.messages import last_trained
-from deepspec.data.tokens import Encoded, encode_turns, prompt_ids
+from deepspec.data.tokens import Encoded, UnembeddedError, continued, encode_turns, prompt_ids
 from deepspec.errors import DataError
 from deepspec.log import Bar
 
@@ -32,6 +32,7 @@ def inspect_rows(
     thinking: bool,
     max_length: int,
     bar: Bar,
+    vocab_size: int | None = None,
 ) -> dict[str, Any]:
     """Totals of the rows as plain JSON data, in rows and tokens of this tokenizer.
 
@@ -41,12 +42,13 @@ def inspect_rows(
     ``repeated_prompts``: rows whose normalised prompt came before; ``repeated_ids`` likewise. ``other_mode``:
     rows answered with another thinking mode, by their own account. ``follow_ups``: rows with questions that
     are not asked yet. ``empty``: rows with a blank question or answer. ``refused``: rows at which training
-    would stop; the first are in ``problems``. Errors of reading the rows are raised.
+    would stop, and the ``unembedded`` ones, with tokens that an embedding of ``vocab_size`` rows lacks, which
+    it leaves out; the first are in ``problems``. Errors of reading the rows are raised.
     """
     total: Counter[str] = Counter(dict.fromkeys(_COUNTS, 0))
     domains: dict[str, Counter[str]] = {}
     cut = Counter(sequences=0, tokens=0, supervised_tokens=0, without_answer=0)
-    flags = Counter(answered=0, refused=0, empty=0, other_mode=0, follow_ups=0)
+    flags = Counter(answered=0, refused=0, unembedded=0, empty=0, other_mode=0, follow_ups=0)
     lengths, prompt_lengths = array("i"), array("i")
     problems: list[dict[str, str | None]] = []
     prompts_seen: set[int] = set()
@@ -61,9 +63,10 @@ def inspect_rows(
         flags["empty"] += any(not m["content"].strip() and "tool_calls" not in m for m in messages)
         answered, sequences = last_trained(messages) is not None, []
         try:
-            sequences = row_sequences(tokenizer, conversation, thinking)
+            sequences = row_sequences(tokenizer, conversation, thinking, vocab_size)
         except DataError as error:
             flags["refused"] += 1
+            flags["unembedded"] += isinstance(error, UnembeddedError)
             if len(problems) < PROBLEMS_SHOWN:
                 problems.append({"where": error.where, "what": error.what, "next": error.next_step})
         flags["answered"] += answered and bool(sequences)
@@ -157,22 +160,34 @@ def find_row(rows: Iterable[Conversation], wanted: str) -> Conversation:
 
 
 def row_sequences(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, thinking: bool
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
+    thinking: bool,
+    vocab_size: int | None = None,
 ) -> list[Encoded]:
     """The uncut training sequences of a row, or the prompt of an unanswered one. Raises DataError."""
     if last_trained(conversation.messages) is not None:
-        return encode_turns(tokenizer, conversation, thinking)
-    asked = prompt_messages(conversation)
-    ids = prompt_ids(tokenizer, asked, thinking, tools=tools_of(conversation), where=conversation.where)
+        return encode_turns(tokenizer, conversation, thinking, vocab_size=vocab_size)
+    ids = prompt_ids(
+        tokenizer,
+        prompt_messages(conversation),
+        thinking,
+        tools=tools_of(conversation),
+        where=conversation.where,
+        vocab_size=vocab_size,
+    )
     return [Encoded(ids, [0] * len(ids), conversation.id)]
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, row: Encoded, max_length: int) -> list[Piece]:
-    """A sequence as decoded pieces. Each is decoded alone: a character split between two shows as �."""
+    """A sequence as decoded pieces. Each is decoded by itself: a character split between two shows as �."""
     added = tokenizer.added_tokens_decoder  # matched whole before text is split
 
     def flags(i: int) -> tuple[bool, bool, bool]:
         return bool(row.loss_mask[i]), row.ids[i] in added, i < max_length
 
-    runs = groupby(range(len(row.ids)), flags)
-    return [Piece(tokenizer.decode([row.ids[i] for i in run]), *facts) for facts, run in runs]
+    found: list[Piece] = []
+    for facts, run in groupby(range(len(row.ids)), flags):
+        ids = [row.ids[i] for i in run]
+        found.append(Piece(continued(tokenizer, ids) if found else tokenizer.decode(ids), *facts))
+    return found

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Required
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, WrapValidator, with_config
-from pydantic_core import from_json
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
+from deepspec.data.readers import json_of
 from deepspec.errors import DataError, nearest
 
 KEYS = {
@@ -29,18 +29,64 @@ MAY_FOLLOW: dict[str | None, tuple[str, ...]] = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+CALLS = ("function_call", "tool_call")
+"""Names for an assistant whose text is the JSON text of its tool calls."""
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "bot", "model", *CALLS), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response", "ipython"), "tool"),
+}
+"""Every name of a role, in whichever format, and the role that it means."""
+SHAREGPT = {"role": "from", "content": "value"}
+CALL = 'expected {"type": "function", "function": {"name": "…", "arguments": {…}}}'
 _STRICT = with_config(ConfigDict(extra="forbid"))
 # The functions below raise ValueError(what is wrong, what to do next).
 
 
-def known_role(role: str, roles: Sequence[str] = tuple(KEYS)) -> str:
-    if role in roles:
-        return role
-    near = nearest(role, roles)
+def known_role(role: str) -> str:
+    if role in ROLES:
+        return ROLES[role]
+    near = nearest(role, ROLES)
     raise ValueError(
-        f"unknown role {role!r}, expected one of {', '.join(roles)}", near and f"did you mean '{near}'?"
+        f"unknown role {role!r}, expected one of {', '.join(KEYS)}", near and f"did you mean '{near}'?"
     )
+
+
+def in_our_names(item: Any) -> Any:
+    """A message of any format under the names of `Message`, its tool calls included.
+
+    The empty fields that servers log and tables add ("refusal": null, "annotations": []) are left out.
+    """
+    if not isinstance(item, dict):
+        return item
+    if item.keys() != SHAREGPT.keys():
+        for ours, theirs in SHAREGPT.items():
+            if theirs in item and item.get(ours) is None:
+                item = {ours: item[theirs], **{k: v for k, v in item.items() if k not in (ours, theirs)}}
+        item = {k: v for k, v in item.items() if k in SHAREGPT or v not in (None, "", [], {})}
+    if item.get("role") in CALLS:
+        item = {**item, "tool_calls": _calls_of(item.get("content")), "content": None}
+    if "function_call" in item and "tool_calls" not in item:  # the older name, for a single call
+        item["tool_calls"] = _calls_of(item.pop("function_call"))
+    if item.get("content") is None and "tool_calls" in item:
+        item["content"] = ""
+    thoughts = item.get("thinking")  # gpt-oss's name for them
+    if thoughts and item.setdefault("reasoning_content", thoughts) == thoughts:
+        del item["thinking"]
+    return item
+
+
+def _calls_of(given: Any) -> list[Any]:
+    """Tool calls from {"name": …, "arguments": …}, a list of such objects, or the JSON text of either."""
+    try:
+        found = json_of(given) if isinstance(given, str) else given
+    except ValueError as error:
+        raise ValueError(f"the text of a {CALLS[0]} is not JSON: {error}", CALL) from error
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) for call in calls):
+        raise ValueError(f"a {CALLS[0]} must be an object, or the JSON text of one", CALL)
+    return [call if "function" in call else {"type": "function", "function": call} for call in calls]
 
 
 def joined_parts(content: Any) -> Any:
@@ -56,7 +102,7 @@ def joined_parts(content: Any) -> Any:
         if not isinstance(part["text"], str):
             raise ValueError(f"the text of part {k} of the content must be a string")
     if not content:
-        raise ValueError("'content' is an empty list, expected text")
+        raise ValueError("the content is an empty list, expected text")
     return "".join(part["text"] for part in content)
 
 
@@ -65,7 +111,7 @@ def call_arguments(given: object) -> dict[str, Any]:
     found = given
     if isinstance(given, str):
         try:
-            found = from_json(given or "{}", allow_inf_nan=False)
+            found = json_of(given or "{}")
         except ValueError as error:
             raise ValueError(f"'arguments' is not JSON: {error}") from error
     if not isinstance(found, dict):

@@ -9,12 +9,13 @@ from __future__ import annotations
 import csv
 import importlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic_core import from_json
 
+from deepspec.data.csv_rows import csv_rows
 from deepspec.data.skipping import Skipped, refuse
 from deepspec.errors import DataError, UserError
 
@@ -36,20 +37,27 @@ _OTHER_KINDS = {  # first bytes -> what the file is, and how to convert it
 }
 
 
-def file_rows(path: Path, skipped: Skipped | None = None, columns: Sequence[str] = ()) -> Iterator[Row]:
+def file_rows(
+    path: Path, skipped: Skipped | None = None, columns: Sequence[str] = (), also: Iterable[str] = ()
+) -> Iterator[Row]:
     """A file's rows, read by the ending of its name: .csv, .tsv, .parquet, and anything else as JSONL.
 
-    `columns`: the columns of a Parquet file to read, by default all. Raises DataError with the place of a bad
-    row, or counts it in `skipped`.
+    `columns`: the columns of a Parquet file to read, by default all; `also`: those to read too if the file
+    has them. Raises DataError with the place of a bad row, or counts it in `skipped`.
     """
     ending = path.suffix.lower()
     if ending in DELIMITERS:
-        return _csv_rows(path, DELIMITERS[ending], skipped)
-    return _parquet_rows(path, columns) if ending == ".parquet" else jsonl_rows(path, skipped)
+        csv.field_size_limit(MAX_LINE)
+        # Without `skipped`: a line that is not text cannot be left out of the middle of a row.
+        return csv_rows(_lines(path), DELIMITERS[ending], skipped)
+    return _parquet_rows(path, columns, also) if ending == ".parquet" else jsonl_rows(path, skipped)
 
 
 def jsonl_rows(path: Path, skipped: Skipped | None = None) -> Iterator[Row]:
     """The parsed JSON of every line that is not blank. Raises DataError as `file_rows` does."""
+    if path.suffix.lower() in (*DELIMITERS, ".parquet"):
+        step = f"convert it first: deepspec data download {path} --out {path.with_suffix('.jsonl')}"
+        raise DataError("a table is given where a JSONL file is expected", where=str(path), next_step=step)
     for where, text in _lines(path, skipped):
         if text and not text.isspace():
             try:
@@ -60,10 +68,26 @@ def jsonl_rows(path: Path, skipped: Skipped | None = None) -> Iterator[Row]:
             yield where, row
 
 
+def json_of(text: str) -> Any:
+    """The data of JSON text. Raises ValueError, also for a number that would become infinite."""
+    value = from_json(text, allow_inf_nan=False)
+    if not _finite(value):
+        raise ValueError("a number is too large")
+    return value
+
+
+def _finite(value: Any) -> bool:
+    if not isinstance(value, dict | list):
+        return not isinstance(value, float) or math.isfinite(value)
+    items = value.values() if isinstance(value, dict) else value
+    # Thousands of token ids need no look at each.
+    return {float, dict, list}.isdisjoint(map(type, items)) or all(map(_finite, items))
+
+
 def parse_json(text: str, where: str, cell: str | None = None) -> Any:
     """The data of a line of JSON, or of a `cell` of that name. Raises DataError."""
     try:
-        return from_json(text, allow_inf_nan=False)
+        return json_of(text)
     except ValueError as error:
         what = f"'{cell}' is malformed JSON" if cell else "malformed JSON"
         step = one_object_a_line(text.startswith("["))
@@ -137,48 +161,17 @@ def _text(raw: bytes, where: str) -> str:
         ) from error
 
 
-def _csv_rows(path: Path, delimiter: str, skipped: Skipped | None) -> Iterator[Row]:
-    """Rows by column name, an empty cell as None. A row may span lines; its place is its first line."""
-    csv.field_size_limit(MAX_LINE)
-    # Without `skipped`: a line that is not text cannot be left out of the middle of a row.
-    reader = csv.reader((text for _, text in _lines(path)), delimiter=delimiter, strict=True)
-    heads: list[str] = []
-    while True:
-        where = f"{path}:{reader.line_num + 1}"
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            step = (
-                "put cells that hold quotes, delimiters or line ends in quotes, and double the quotes inside"
-            )
-            malformed = DataError(f"malformed CSV: {error}", where=where, next_step=step)
-            refuse(malformed, skipped if heads else None)
-            continue
-        if cells is None:
-            return
-        if not cells:  # a blank line
-            continue
-        if not heads:
-            if twice := {head for head in cells if cells.count(head) > 1}:
-                raise DataError(f"two columns are named {min(twice)!r}", where=where, next_step="rename one")
-            heads = cells
-        elif len(cells) != len(heads):
-            what = f"{len(cells)} cells, but the first row names {len(heads)} columns"
-            refuse(DataError(what, where=where), skipped)
-        else:
-            yield where, {head: cell or None for head, cell in zip(heads, cells, strict=True)}
-
-
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def _parquet_rows(path: Path, columns: Sequence[str], also: Iterable[str]) -> Iterator[Row]:
     parquet = _import("pyarrow.parquet")
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            chosen = _chosen(columns, file.schema_arrow.names)
+            schema = file.schema_arrow
+            chosen = _chosen(columns, also, schema.names)
             batches = file.iter_batches(batch_size=BATCH, columns=chosen)
             rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
-                yield f"{path} row {number}", _plain(row)
+                yield f"{path} row {number}", _table_row(row, schema)
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         after = f" after row {number}" if number else ""
         raise DataError(
@@ -193,11 +186,13 @@ def hub_rows(
     *,
     files: Sequence[str] = (),
     columns: Sequence[str] = (),
+    also: Iterable[str] = (),
 ) -> Iterator[Row]:
     """Rows of a data set on the Hub, or of a local copy of its repository, streamed: nothing is kept on disk.
 
     `files`: JSONL files of the repository to read instead of a config and a split. `columns`: the columns to
-    read, by default all. Raises DataError if the data set or the network cannot be reached.
+    read, by default all; `also`: those to read too if the set has them. Raises DataError if the data set or
+    the network cannot be reached.
     """
     datasets = _import("datasets")
     datasets.disable_progress_bars()
@@ -209,10 +204,12 @@ def hub_rows(
             data = datasets.load_dataset("json", data_files=urls, split="train", streaming=True)
         else:
             data = datasets.load_dataset(repo, config, split=split, streaming=True)
-        if chosen := _chosen(columns, data.column_names or ()):
+        if chosen := _chosen(columns, also, data.column_names or ()):
             data = data.select_columns(chosen)
+        features = getattr(data, "features", None)
+        schema = features.arrow_schema if features else None
         for number, row in enumerate(data, start=1):
-            yield f"{repo} ({place}) row {number}", _plain(row)
+            yield f"{repo} ({place}) row {number}", _table_row(row, schema, decoded=True)
     except Exception as error:  # the network, the Hub and the file formats raise a dozen unrelated classes
         after = f" after {number} rows" if number else ""
         raise DataError(
@@ -231,18 +228,40 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _chosen(columns: Sequence[str], there: Sequence[str]) -> list[str] | None:
+def _chosen(columns: Sequence[str], also: Iterable[str], there: Sequence[str]) -> list[str] | None:
     """The columns to read. None, for all of them, if one is missing too: the map's error then lists them."""
     heads = dict.fromkeys(name if name in there else name.split(".")[0] for name in columns)
-    return list(heads) if heads and all(head in there for head in heads) else None
+    if not heads or not all(head in there for head in heads):
+        return None
+    return [*heads, *(name for name in also if name in there and name not in heads)]
 
 
-def _plain(value: Any) -> Any:
-    """A table's value as JSON data: numbers that JSON lacks become None; dates and the like become text."""
+def _table_row(row: Mapping[str, Any], schema: Any, decoded: bool = False) -> dict[str, Any]:
+    """The row of a table with that Arrow schema (None if unknown) as JSON data. `decoded`: so is its JSON."""
+    types = _types(schema)
+    return {name: _plain(value, types.get(name), decoded) for name, value in row.items()}
+
+
+def _types(kind: Any) -> dict[str, Any]:
+    """The types in a schema or a struct, by name; none for another type."""
+    return {field.name: field.type for field in kind} if hasattr(kind, "get_field_index") else {}
+
+
+def _plain(value: Any, kind: Any, decoded: bool) -> Any:
+    """A value of that Arrow type as JSON data: numbers that JSON lacks become None; dates and so on, text.
+
+    A struct has the keys of all rows, with null for each that this row lacked, so its nulls are left out. A
+    map and JSON have the keys of this row alone, and their nulls are kept.
+    """
+    if getattr(kind, "extension_name", None) == "arrow.json":
+        return value if decoded or value is None else json_of(value)
+    if hasattr(kind, "item_type") and value is not None:
+        return {str(key): _plain(item, kind.item_type, decoded) for key, item in dict(value).items()}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        types, there = _types(kind), {key: item for key, item in value.items() if item is not None}
+        return {str(key): _plain(item, types.get(key), decoded) for key, item in there.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, getattr(kind, "value_type", None), decoded) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, bytes):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,11 +51,8 @@ def pack(rows: Iterable[Encoded]) -> Rows:
         mask.extend(row.loss_mask)
         offsets.append(len(ids))
         names.append(row.id)
-    return Rows(_tensor(ids, torch.int32), _tensor(mask, torch.uint8), _tensor(offsets, torch.int64), names)
-
-
-def _tensor(values: array, dtype: torch.dtype) -> Tensor:
-    return torch.frombuffer(values, dtype=dtype) if values else torch.zeros(0, dtype=dtype)
+    tokens, masks, starts = (torch.from_numpy(np.asarray(flat)) for flat in (ids, mask, offsets))
+    return Rows(tokens, masks, starts, names)
 
 
 def distinct(name: str, seen: Counter[str]) -> str:

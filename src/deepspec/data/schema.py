@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Annotated, Any, Required
 
 from pydantic import (
@@ -17,24 +16,13 @@ from pydantic import (
 )
 from typing_extensions import TypedDict
 
-from deepspec.data.messages import KEYS, SHAREGPT_ROLES, Message, joined_parts, known_role
+from deepspec.data.messages import CALL, KEYS, ROLES, SHAREGPT, Message, in_our_names, joined_parts
+from deepspec.data.readers import json_of
 from deepspec.errors import DataError
 
 _OPEN = with_config(ConfigDict(extra="allow"))
 _NonEmpty = Field(min_length=1)
 _Id = Annotated[int, Field(strict=True, ge=0)]
-
-
-def _tidy(item: Any) -> Any:
-    """A message without the empty fields that servers log ("refusal": null, "annotations": [])."""
-    if not isinstance(item, dict):
-        return item
-    if len(item) > 2 or "tool_calls" in item:
-        kept = ("role", "content", "from", "value")
-        item = {k: v for k, v in item.items() if k in kept or v not in (None, "", [], {})}
-        if item.get("content") is None and "tool_calls" in item:
-            item["content"] = ""
-    return {**item, "role": "system"} if item.get("role") == "developer" else item
 
 
 def _only_its_keys(message: Message) -> Message:
@@ -45,15 +33,22 @@ def _only_its_keys(message: Message) -> Message:
     return message
 
 
-@with_config(ConfigDict(extra="forbid"))
-class _ShareGPT(TypedDict):
-    role: Annotated[
-        str,
-        AfterValidator(partial(known_role, roles=tuple(SHAREGPT_ROLES))),
-        AfterValidator(SHAREGPT_ROLES.__getitem__),
-        Field(validation_alias="from"),
-    ]
-    content: Annotated[str, BeforeValidator(joined_parts), Field(validation_alias="value")]
+_Messages = Annotated[
+    list[Annotated[Message, BeforeValidator(in_our_names), AfterValidator(_only_its_keys)]], _NonEmpty
+]
+
+
+def _from_text(value: Any) -> Any:
+    """A list that a table holds as JSON text, or the items of which it holds so."""
+    if isinstance(value, str):
+        return _from_text(json_of(value)) if value.strip() else None
+    return [json_of(v) if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+
+_Tools = Annotated[list[Annotated[dict[str, Any], _NonEmpty]] | None, BeforeValidator(_from_text)]
+
+
+_Text = Annotated[str | None, BeforeValidator(joined_parts)]
 
 
 @_OPEN
@@ -61,16 +56,20 @@ class _Row(TypedDict, total=False):
     id: str | None
     domain: str | None
     meta: dict[str, Any] | None
+    system: _Text
+    system_prompt: _Text
+    system_message: _Text
+    system_instruction: _Text
+    tools: _Tools
+    functions: _Tools
 
 
 class _MessagesRow(_Row):
-    messages: Annotated[
-        list[Annotated[Message, BeforeValidator(_tidy), AfterValidator(_only_its_keys)]], _NonEmpty
-    ]
+    messages: _Messages
 
 
 class _ShareGPTRow(_Row):
-    conversations: Annotated[list[Annotated[_ShareGPT, BeforeValidator(_tidy)]], _NonEmpty]
+    conversations: _Messages
 
 
 class _TurnsRow(_Row):
@@ -82,10 +81,17 @@ class _PromptRow(_Row, total=False):
     response: str | None
 
 
+class _InstructionRow(_Row, total=False):
+    instruction: Required[str]
+    input: str | None
+    output: str | None
+    response: str | None
+
+
 @_OPEN
 class _Meta(TypedDict, total=False):
     answer_ids: list[_Id] | list[list[_Id] | None] | None
-    tools: list[Annotated[dict[str, Any], _NonEmpty]] | None
+    tools: _Tools
 
 
 ROWS: dict[str, TypeAdapter[Any]] = {
@@ -93,6 +99,7 @@ ROWS: dict[str, TypeAdapter[Any]] = {
     "conversations": TypeAdapter(_ShareGPTRow),
     "turns": TypeAdapter(_TurnsRow),
     "prompt": TypeAdapter(_PromptRow),
+    "instruction": TypeAdapter(_InstructionRow),
 }
 """The formats of a row, by the key that tells them apart; the first that is present counts."""
 META = TypeAdapter(_Meta)
@@ -101,7 +108,7 @@ _UNKNOWN = (
     "remove the key, or move what the model read or wrote into a known one (thoughts into "
     "'reasoning_content', or into the text as '<think>…</think>')"
 )
-_CALL = 'expected {"type": "function", "function": {"name": "…", "arguments": {…}}}'
+_NO_PROMPT = "if it is no system prompt, move it into 'meta'"
 _META_ERRORS = {
     "answer_ids": (
         "'answer_ids' must be a list of non-negative integers, or one such list or null for each turn",
@@ -110,6 +117,10 @@ _META_ERRORS = {
     "tools": (
         "'tools' must be a list of JSON schemas, one object for each tool",
         'for example [{"type": "function", "function": {"name": "…", "parameters": {…}}}]',
+    ),
+    "functions": (
+        "'functions' must be a list of JSON schemas, one object for each function",
+        'for example [{"name": "…", "parameters": {…}}]; move anything else into \'meta\'',
     ),
 }
 _EXPECTED = {"string_type": "a string", "list_type": "a list", "dict_type": "an object"}
@@ -130,21 +141,28 @@ def _explained(row: Any, error: Any) -> tuple[str, str | None]:
     kind, found, loc = error["type"], error["input"], error["loc"]
     if loc[0] in _META_ERRORS:
         return _META_ERRORS[loc[0]]
-    at, value, key = "", row, ""  # "message 2 (assistant), tool call 1: "
+    at, value, key, holder = "", row, "", row  # "message 2 (assistant), tool call 1: "
     for step in loc:
-        value = value[step] if isinstance(step, int) or (isinstance(value, dict) and step in value) else None
+        holder = value
+        inside = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
+        value = value[step] if step in inside else None
         if isinstance(step, int):
-            role = value.get("role") if isinstance(value, dict) else None
-            role = f" ({role})" if role in tuple(KEYS) else ""
-            at += f"{', ' if at else ''}{_ITEMS[key]} {step + 1}{role}"
+            named = (value.get("role") or value.get("from")) if isinstance(value, dict) else None
+            role = ROLES.get(named) if isinstance(named, str) else None
+            at += f"{', ' if at else ''}{_ITEMS[key]} {step + 1}{f' ({role})' if role else ''}"
             key = ""
         else:
             key = step
-    expected = _CALL if "tool call" in at else None
+    if isinstance(holder, dict):
+        found = holder if kind == "missing" else found
+        key = SHAREGPT.get(key, key) if holder.keys() & set(SHAREGPT.values()) else key
+    expected = CALL if "tool call" in at else _NO_PROMPT if key.startswith("system") else None
     subject = f"{at}: '{key}'" if at and key else at or f"'{key}'"
     at += ": " if at else ""
     if kind == "value_error":
         what, *steps = error["ctx"]["error"].args
+        if not at:
+            return f"'{key}': {what}", expected
         return f"{at}{what}", steps[0] if steps else expected
     if kind == "missing":
         return f"{at}no '{key}'; found {names_of(found)}", expected

@@ -55,3 +55,18 @@ def refuse(error: DataError, skipped: Skipped | None) -> None:
     if skipped is None:
         raise error
     skipped.add(error)
+
+
+def nothing_left(skipped: Skipped | None, source: str | None) -> DataError:
+    """The error for a source without a single usable row."""
+    if not skipped or not skipped.count:
+        return DataError(
+            "there are no rows: the source is empty",
+            where=source,
+            next_step="check that this is the source that you meant, and that it was written to its end",
+        )
+    return DataError(
+        f"no rows left: all {skipped.count} were bad; the first: {skipped.places[0]}",
+        where=source,
+        next_step="say which column is which: deepspec data download FILE --map prompt=COLUMN (docs/data.md)",
+    )

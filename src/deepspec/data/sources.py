@@ -10,11 +10,16 @@ from typing import Any
 
 from deepspec.data.catalogue import DATASETS, NamedDataset, worded
 from deepspec.data.conversations import Conversation, conversation_from_row
+from deepspec.data.prompt_columns import ALPACA, PROMPT_COLUMNS, is_empty
 from deepspec.data.readers import DELIMITERS, Row, file_rows, hub_rows, parse_json
 from deepspec.data.skipping import Skipped, refuse
 from deepspec.errors import DataError, UserError, nearest
+from deepspec.log import warn
 
-FIELDS = ("messages", "conversations", "turns", "prompt", "response", "request", "body", "id", "domain")
+FIELDS = (
+    *("messages", "conversations", "turns", "prompt", "response", "instruction", "input", "output"),
+    *("request", "body", "system", "tools", "functions", "id", "domain"),
+)
 """The fields that a column map may fill."""
 
 _FILE_ENDINGS = (*DELIMITERS, ".parquet", ".jsonl", ".ndjson", ".json")
@@ -61,8 +66,21 @@ def open_source(wanted: Wanted, skipped: Skipped | None = None) -> Iterator[Conv
             "--from is only for the local files of a set known by name",
             next_step=f"the names are {', '.join(DATASETS)}",
         )
-    rows = _other_rows(wanted, skipped)
-    return _conversations(rows, lambda row, at: mapped(row, wanted.columns, at), wanted.domain, skipped)
+    left_out = _unmapped(wanted.columns)
+
+    def make(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        for name in [name for name in left_out if not is_empty(row.get(name))]:
+            left_out.remove(name)  # one warning is enough
+            warn(f"--map leaves out the column '{name}', which may be part of the prompt: map a field to it")
+        return mapped(row, wanted.columns, where)
+
+    return _conversations(_other_rows(wanted, skipped), make, wanted.domain, skipped)
+
+
+def _unmapped(columns: Mapping[str, str]) -> list[str]:
+    """Columns of the prompt that a map leaves out. Beside whole conversations some are common metadata."""
+    metadata = () if columns.keys() & {"prompt", "instruction"} else ALPACA
+    return [name for name in PROMPT_COLUMNS if columns and name not in (*columns.values(), *metadata)]
 
 
 def mapped(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
@@ -121,7 +139,7 @@ def _copy_rows(copy: Path, source: NamedDataset, skipped: Skipped | None) -> Ite
 
 
 def _other_rows(wanted: Wanted, skipped: Skipped | None) -> Iterator[Row]:
-    names, columns = wanted.names, list(wanted.columns.values())
+    names, columns, also = wanted.names, list(wanted.columns.values()), _unmapped(wanted.columns)
     # A pipe, such as a shell's <(zcat log.gz), is not a regular file but can be read too.
     files = [
         path
@@ -133,9 +151,9 @@ def _other_rows(wanted: Wanted, skipped: Skipped | None) -> Iterator[Row]:
             raise UserError("--config and --split are for data sets of the Hub, not for files")
         if missing := next((file for file in files if not file.exists()), None):
             raise DataError("no such file", where=str(missing))
-        return (row for file in files for row in file_rows(file, skipped, columns))
+        return (row for file in files for row in file_rows(file, skipped, columns, also))
     if len(names) == 1 and (Path(names[0]).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", names[0])):
-        return hub_rows(names[0], wanted.config, wanted.split or "train", columns=columns)
+        return hub_rows(names[0], wanted.config, wanted.split or "train", columns=columns, also=also)
     wrong = next(name for name in names if Path(name) not in files)
     near = nearest(wrong, DATASETS)
     raise UserError(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from deepspec.data.conversations import Conversation, line_of, opening_question, read_conversations
-from deepspec.data.download import BAR_ROWS, nothing_left
+from deepspec.data.download import BAR_ROWS
 from deepspec.data.identity import holdout_bucket
 from deepspec.data.repeats import UniqueIds
-from deepspec.data.skipping import Skipped
+from deepspec.data.skipping import Skipped, nothing_left
 from deepspec.errors import DataError
 from deepspec.files import atomic_file
 from deepspec.log import progress, warn
@@ -33,7 +35,7 @@ def set_of(conversation: Conversation, select: float, test: float) -> str:
 
 
 def split(
-    path: Path,
+    paths: Sequence[Path],
     out: Path,
     *,
     select: float = 0.01,
@@ -41,31 +43,32 @@ def split(
     drop_repeats: bool = False,
     skipped: Skipped | None = None,
 ) -> Split:
-    """Write `out`/train.jsonl, select.jsonl and test.jsonl, all or none of them; a share of 0 makes no file.
+    """Divide the files' rows among `out`/train.jsonl, select.jsonl and test.jsonl, all written or none.
 
-    Rows keep their order. A repeated prompt stays in its prompt's set, under an id of its own, or is dropped
-    (`drop_repeats`). Raises DataError for impossible shares, a bad row, an id that comes twice, or a file
-    that would be overwritten by mistake.
+    A share of 0 makes no file. Rows keep their order. A repeated prompt stays in its prompt's set, under an
+    id of its own, or is dropped (`drop_repeats`). Raises DataError for impossible shares, a bad row, an id
+    that comes twice, or a file that would be overwritten by mistake.
     """
     files = {name: out / f"{name}.jsonl" for name in _wanted(select, test, out)}
-    if path.resolve() in [file.resolve() for file in files.values()]:
+    written = [file.resolve() for file in files.values()]
+    if own := next((path for path in paths if path.resolve() in written), None):
         raise DataError(
-            "the split would overwrite the file that it reads", where=str(path), next_step="another --out"
+            "the split would overwrite a file that it reads", where=str(own), next_step="give another --out"
         )
     done = Split(dict.fromkeys(files, 0))
     unique = UniqueIds(drop_repeats=drop_repeats)
     with ExitStack() as stack:
         streams = {name: stack.enter_context(atomic_file(file)) for name, file in files.items()}
         bar = stack.enter_context(progress("splitting rows", None))
-        rows = unique.rows(read_conversations(path, skipped=skipped), skipped)
-        for number, row in enumerate(rows, start=1):
+        rows = chain.from_iterable(read_conversations(path, skipped=skipped) for path in paths)
+        for number, row in enumerate(unique.rows(rows, skipped), start=1):
             name = set_of(row, select, test)
             streams[name].write(line_of(row))
             done.rows[name] += 1
             if number % BAR_ROWS == 0:
                 bar.update(BAR_ROWS, **done.rows)
         if not any(done.rows.values()):
-            raise nothing_left(skipped)
+            raise nothing_left(skipped, ", ".join(map(str, paths)))
     done.repeats = unique.repeats
     for name, count in done.rows.items():
         if not count:

@@ -12,10 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
-from deepspec.data.conversations import Conversation, answer_ids_by_turn, last_answer, tools_of
-from deepspec.data.messages import Message, call_arguments, is_trained
+from deepspec.data.conversations import (
+    Conversation,
+    answer_ids_by_turn,
+    cut_turns,
+    last_answer,
+    tools_of,
+)
+from deepspec.data.messages import Message, is_trained
+from deepspec.data.produced import ARGUMENT, CALL, heard, marked, produced
+from deepspec.data.template import Template
 from deepspec.errors import DataError, TargetError
 
 if TYPE_CHECKING:
@@ -33,6 +39,10 @@ class Encoded:
 
 class OverlongError(DataError):
     """No supervised token of a row lies within the requested length."""
+
+
+class UnembeddedError(DataError):
+    """A row holds a token id that the target's embedding has no row for."""
 
 
 def require_tokenizer(
@@ -55,15 +65,62 @@ def prompt_ids(
     *,
     tools: list[dict[str, Any]] | None = None,
     where: str | None = None,
+    vocab_size: int | None = None,
 ) -> list[int]:
     """The ids that the target is given before it answers ``messages``, offered ``tools``.
 
-    ``thinking`` always goes to the template as ``enable_thinking``, because templates disagree on its
-    default. Raises TargetError without a chat template, DataError (naming ``where``) if the template refuses
-    the messages.
+    ``thinking`` always goes to the template, on or off, because templates disagree on its default.
+    ``vocab_size``: of the target's embedding; None checks no id. Raises TargetError without a chat template,
+    or if it has no switch for thinking; DataError (naming ``where``) if the template refuses the messages or
+    leaves out a part; UnembeddedError for an id without an embedding.
     """
     chat = _Chat(tokenizer, thinking, tools, where)
-    return chat.ids(chat.write(messages, ask=True))
+    chat.check_seen(messages)
+    for i, message in enumerate(messages):
+        if "tool_calls" in message:
+            _check_calls(chat, messages[: i + 1])
+    ids = chat.ids(chat.write(messages, ask=True))
+    check_embedded(tokenizer, ids, vocab_size, where)
+    return ids
+
+
+def check_embedded(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], vocab_size: int | None, where: str | None
+) -> None:
+    """Raise UnembeddedError, naming ``where``, for an id past an embedding of ``vocab_size`` rows."""
+    outside = next((i for i in ids if vocab_size is not None and not 0 <= i < vocab_size), None)
+    if outside is not None:
+        token = tokenizer.added_tokens_decoder.get(outside)
+        raise UnembeddedError(
+            f"token {outside}{f' ({str(token)!r})' if token else ''} has no row in the target's embedding, "
+            f"which has {vocab_size}",
+            where=where,
+            next_step="remove the row, or its 'answer_ids' if they are another model's; a token that was "
+            "added to the tokenizer needs a target whose embedding was resized for it",
+        )
+
+
+def answer_message(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    answer: Sequence[int] | str,
+    thinking: bool,
+    *,
+    finished: bool,
+    tools: list[dict[str, Any]] | None = None,
+    where: str | None = None,
+) -> Message:
+    """The message that stands for an answer to ``messages`` in the prompts of later questions.
+
+    ``answer``: its ids, with the end of turn if it has ``finished``, or its text if no ids are known.
+    Raises DataError if the answer lacks the form in which the template writes answers.
+    """
+    chat = _Chat(tokenizer, thinking, tools, where)
+    if isinstance(answer, str):
+        return heard(chat, messages, answer, answer, finished)
+    said = answer[:-1] if finished and answer and answer[-1] in chat.special() else answer
+    raw, bare = (continued(tokenizer, said, skip_special=skip) for skip in (False, True))
+    return heard(chat, messages, raw, bare, finished)
 
 
 def encode_turns(
@@ -71,19 +128,23 @@ def encode_turns(
     conversation: Conversation,
     thinking: bool,
     max_length: int | None = None,
+    vocab_size: int | None = None,
 ) -> list[Encoded]:
     """The fewest sequences that supervise every trained turn exactly once, in order.
 
     The last one has the row's id; one for an earlier turn alone is called ``ID#TURN``, counted from 1 over
     all assistant turns. The first ``max_length`` tokens of each sequence are kept, and sequences without a
-    supervised token are dropped, as are messages after the last trained turn.
+    supervised token are dropped, as are messages after the last trained turn. ``vocab_size``: as for
+    ``prompt_ids``.
 
     Raises DataError, naming the row, if no turn is trained, if an answer is empty or contains the end-of-turn
-    token, or if the template refuses, leaves out or alters a part; OverlongError if no supervised token is
-    left after the cut; TargetError if the chat template is missing or loses answers.
+    token, or if the template refuses, leaves out or alters a part; UnembeddedError for an id without an
+    embedding; OverlongError if no supervised token is left after the cut; TargetError if the chat template is
+    missing, loses answers, or has no switch for thinking.
     """
     last = last_answer(conversation)
     messages, given = conversation.messages[: last + 1], answer_ids_by_turn(conversation)
+    cut = cut_turns(conversation)
     chat = _Chat(tokenizer, thinking, tools_of(conversation), conversation.where)
     turns: dict[int, tuple[list[int], list[int]]] = {}
     assistants = (i for i, message in enumerate(messages) if message["role"] == "assistant")
@@ -94,18 +155,24 @@ def encode_turns(
             continue
         known = given[number - 1]
         prompt = chat.write(messages[:index], ask=True)
-        answer = _answer(chat, messages[: index + 1], prompt) if known is None else known
+        asked = chat.ids(prompt)
+        answer = known
+        if answer is None:
+            answer = produced(chat, messages[: index + 1], prompt, asked, number in cut)
         if not answer:
             raise DataError(
                 f"all-zero loss mask: empty answer in message {index + 1}, there is nothing to supervise",
                 where=conversation.where,
                 next_step="have the target answer the prompt again, or remove the row",
             )
-        turns[number] = (chat.ids(prompt), answer)
-    _check_kept(chat, messages)
+        turns[number] = (asked, answer)
+    trained = [i for i, message in enumerate(messages) if is_trained(message)]
+    chat.check_seen(messages[:-1], trained)
     rows = _sequences(conversation.id, turns)
-    cut = (replace(r, ids=r.ids[:max_length], loss_mask=r.loss_mask[:max_length]) for r in rows)
-    kept = [row for row in cut if any(row.loss_mask)]
+    for row in rows:
+        check_embedded(tokenizer, row.ids, vocab_size, conversation.where)
+    fitting = (replace(r, ids=r.ids[:max_length], loss_mask=r.loss_mask[:max_length]) for r in rows)
+    kept = [row for row in fitting if any(row.loss_mask)]
     if not kept:
         shortest = min(row.loss_mask.index(1) for row in rows)
         raise OverlongError(
@@ -139,9 +206,16 @@ def _sequences(name: str, turns: Mapping[int, tuple[list[int], list[int]]]) -> l
     return found[::-1]
 
 
-def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of the chat template's text. Raises TargetError if there is none."""
-    return hashlib.sha256(_template(tokenizer).encode("utf-8")).hexdigest()
+def continued(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special: bool = False) -> str:
+    """The text of ids that follow others. Decoded alone, many tokenizers' ids lose their first space."""
+    before = tokenizer(":", add_special_tokens=False)["input_ids"]
+    start = _decoded(tokenizer, before, skip_special)
+    whole = _decoded(tokenizer, [*before, *ids], skip_special)
+    return whole.removeprefix(start) if whole.startswith(start) else _decoded(tokenizer, ids, skip_special)
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special: bool) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
 
 
 def system_hash(messages: Sequence[Message]) -> str | None:
@@ -168,219 +242,29 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode("utf-8")).hexdigest()
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    if not tokenizer.chat_template:
-        raise TargetError(
-            "the target's tokenizer has no chat template",
-            where=str(getattr(tokenizer, "name_or_path", "")) or None,
-            next_step="use the chat (instruct) version of the model, or put a chat_template.jinja next to "
-            "its tokenizer files: a draft must be trained on prompts built as they will be served",
-        )
-    return tokenizer.get_chat_template()
-
-
-# Rendered instead of an answer, to see what the template writes around it. It has no white space that a
-# template would strip, and no markup that a template would interpret.
-_STAND_IN = "DEEPSPEC-ANSWER-ENDS-HERE"
-
-
-def _stand_in(number: int) -> str:
-    """A stand-in for text number n. None is part of another, and any change of case can be seen."""
-    return f"DeepSpec-text-{number}-here"
-
-
 @dataclass(frozen=True)
-class _Chat:
-    """A chat template, and everything except the messages that a row's rendering depends on."""
-
-    tokenizer: PreTrainedTokenizerBase
-    thinking: bool
-    tools: list[dict[str, Any]] | None
-    where: str | None
-
-    def write(self, messages: Sequence[Message], *, ask: bool) -> str:
-        """The template's text for the messages, with the generation prompt at its end if ``ask``."""
-        _template(self.tokenizer)
-        try:
-            return self.tokenizer.apply_chat_template(
-                [_as_served(message) for message in messages],
-                tools=self.tools,
-                tokenize=False,
-                add_generation_prompt=ask,
-                enable_thinking=self.thinking,
-            )
-        except (TemplateError, TypeError) as error:
-            raise DataError(
-                f"the target's chat template refuses the messages: {error}",
-                where=self.where,
-                next_step="change the row to what the target accepts (some know no system or tool role), "
-                "or remove it",
-            ) from error
+class _Chat(Template):
+    """A template, and the tokens of what it writes."""
 
     def ids(self, text: str) -> list[int]:
         # The template has written all special tokens already.
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
+    def text(self, ids: Sequence[int]) -> str:
+        return _decoded(self.tokenizer, ids, False)
+
     def special(self) -> set[int]:
-        added = self.tokenizer.added_tokens_decoder
-        return {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-
-
-def _as_served(message: Message) -> dict[str, Any]:
-    """A message as servers give it to the template: arguments as an object, not as its JSON text."""
-    served: dict[str, Any] = {key: value for key, value in message.items() if key != "weight"}
-    if "tool_calls" in message:
-        served["tool_calls"] = []
-        for call in message["tool_calls"]:
-            arguments = call_arguments(call["function"]["arguments"])
-            served["tool_calls"].append({**call, "function": {**call["function"], "arguments": arguments}})
-    return served
-
-
-def _answer(chat: _Chat, messages: Sequence[Message], prompt: str) -> list[int]:
-    """Ids of the last message with its end of turn; ``prompt`` is the generation prompt before it."""
-    *before, message = messages
-    if not message["content"] and "tool_calls" not in message:
-        return []
-    head, found, tail = chat.write([*before, _plain(_STAND_IN)], ask=False).rpartition(_STAND_IN)
-    if not found:
-        raise TargetError(
-            "the target's chat template does not write the assistant's text unchanged",
-            where=chat.where,
-            next_step="check the template: no answer can be placed in its prompt",
-        )
-    special, after = chat.special(), chat.ids(tail)
-    first = next((i for i, token in enumerate(after) if token in special), None)
-    end = [] if first is None else after[: first + 1]
-    if "tool_calls" not in message and "reasoning_content" not in message:
-        body = chat.ids(message["content"])
-    else:
-        text = _rendered(chat, messages, prompt, head)
-        body = chat.ids(text.removesuffix(tail))
-        if not text.endswith(tail):
-            stop = next((i for i in reversed(range(len(body))) if body[i] in special), None)
-            if stop is None or "tool_calls" not in message:
-                raise _altered(chat, messages, "does not end the turn as it ends a plain answer")
-            body, end = body[:stop], body[stop : stop + 1]
-    if end and end[-1] in body:
-        raise DataError(
-            f"the answer contains the end-of-turn token {chat.tokenizer.decode(end[-1:])!r}, at which the "
-            "target would have stopped",
-            where=chat.where,
-            next_step="cut the answer's text before this token, which is added automatically",
-        )
-    return body + end
-
-
-def _plain(text: str) -> Message:
-    return Message(role="assistant", content=text)
-
-
-def _rendered(chat: _Chat, messages: Sequence[Message], prompt: str, head: str) -> str:
-    """What the template writes for the last message, from where the target began to the end of the text.
-
-    ``prompt``: the generation prompt; ``head``: what the template writes before a plain answer. One may be
-    longer than the other by an empty think block, which the target did not write. A turn without thoughts
-    begins where a plain answer does; a turn with thoughts begins where the generation prompt ends.
-    """
-    *before, message = messages
-    # Stand-ins show whether every part is written, and in the order in which the target produces them.
-    twin, marks = _marked(message)
-    written = chat.write([*before, twin], ask=False)
-    if lost := [what for mark, what in marks.items() if mark not in written]:
-        raise _altered(chat, messages, f"leaves out or changes {lost[0]}")
-    places = [written.index(mark) for mark, what in marks.items() if what != _ARGUMENT]
-    if places != sorted(places):
-        raise _altered(chat, messages, "does not write thoughts, text and tool calls in that order")
-
-    whole = chat.write(messages, ask=False)
-    start = prompt if "reasoning_content" in message else head
-    if not whole.startswith(start) or not (head.startswith(prompt) or prompt.startswith(head)):
-        if "reasoning_content" in message and not chat.thinking:
-            raise DataError(
-                f"message {len(messages)} (assistant) has thoughts, but thinking is off",
-                where=chat.where,
-                next_step="switch thinking on, or remove 'reasoning_content'",
-            )
-        raise _altered(chat, messages, "begins the turn differently from the generation prompt")
-    text = whole[len(start) :]
-    # The real texts show whether they are changed. Outer white space may be: servers differ there too.
-    for given in (message.get("reasoning_content", ""), message["content"]):
-        if given.strip() not in text:
-            raise _altered(chat, messages, f"alters {given.strip()[:40]!r}")
-    return text
-
-
-_CALL, _ARGUMENT = "a tool call", "an argument of a tool call"
-
-
-def _marked(message: Message) -> tuple[Message, dict[str, str]]:
-    """The message with stand-ins for its texts, names and arguments, and {stand-in: what it stands for}."""
-    marks: dict[str, str] = {}
-
-    def mark(value: Any, what: str) -> Any:
-        if isinstance(value, dict):
-            return {key: mark(item, what) for key, item in value.items()}
-        if isinstance(value, list):
-            return [mark(item, what) for item in value]
-        if value == "":
-            return value
-        marks[name := _stand_in(len(marks))] = what
-        return name
-
-    thoughts = mark(message.get("reasoning_content", ""), "'reasoning_content'")
-    twin = _plain(mark(message["content"], "the text"))
-    if thoughts:
-        twin["reasoning_content"] = thoughts
-    if "tool_calls" in message:
-        twin["tool_calls"] = []
-        for call in _as_served(message)["tool_calls"]:
-            name, arguments = call["function"]["name"], call["function"]["arguments"]
-            function = {"name": mark(name, _CALL), "arguments": mark(arguments, _ARGUMENT)}
-            twin["tool_calls"].append(call | {"function": function})
-    return twin, marks
+        """Tokens that the target writes as markup; the one for unknown text is none."""
+        added, tokenizer = self.tokenizer.added_tokens_decoder, self.tokenizer
+        known = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        return known - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
 
 
 def _check_calls(chat: _Chat, messages: Sequence[Message]) -> None:
     """Raise DataError if the template leaves out a tool call of the last message, or a part of it."""
     *before, message = messages
-    twin, marks = _marked(message)
+    twin, marks = marked(message)
     written = chat.write([*before, twin], ask=False)
     for mark, what in marks.items():
-        if what in (_CALL, _ARGUMENT) and mark not in written:
-            raise _left_out(chat, f"or changes {what} of message {len(messages)} (assistant)", "the row")
-
-
-def _check_kept(chat: _Chat, messages: Sequence[Message]) -> None:
-    """Raise DataError if the template leaves out the tools, or a message before the last."""
-    *before, _ = messages
-    # A turn with tool calls may lose its text to them; `_rendered` has checked it.
-    marks = {i: _stand_in(i) for i, m in enumerate(before) if m["content"].strip() and "tool_calls" not in m}
-    twins = [Message(**{**m, "content": marks.get(i, m["content"])}) for i, m in enumerate(before)]
-    written = chat.write([*twins, _plain(_STAND_IN)], ask=False)
-    for i, mark in marks.items():
-        if mark not in written:
-            raise _left_out(chat, f"message {i + 1} ({before[i]['role']})", "the message or the row")
-    for k, tool in enumerate(chat.tools or []):
-        function = tool.get("function", tool)
-        twin = {**function, "name": _stand_in(k)}
-        offered = replace(chat, tools=[{**tool, "function": twin} if function is not tool else twin])
-        if _stand_in(k) not in offered.write([*before, _plain(_STAND_IN)], ask=False):
-            raise _left_out(chat, f"tool {k + 1}", "'tools' or the row")
-
-
-def _left_out(chat: _Chat, what: str, remove: str) -> DataError:
-    return DataError(
-        f"the target's chat template leaves out {what}",
-        where=chat.where,
-        next_step=f"remove {remove}: the target would never see this part",
-    )
-
-
-def _altered(chat: _Chat, messages: Sequence[Message], how: str) -> DataError:
-    return DataError(
-        f"message {len(messages)} (assistant): the target's chat template {how}, so it is unknown "
-        "which tokens the target produced",
-        where=chat.where,
-        next_step="give the turn's tokens as 'answer_ids', or all that the target wrote as plain 'content'",
-    )
+        if what in (CALL, ARGUMENT) and mark not in written:
+            raise chat.left_out(f"or changes {what} of message {len(messages)} (assistant)", "the row")

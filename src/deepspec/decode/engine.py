@@ -11,15 +11,16 @@ from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
-from typing import NamedTuple, overload
+from typing import NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor
 
+from deepspec.decode.settle import LOGITS, Fault, first_layer, settle
 from deepspec.drafts.base import Draft, NeuralDraft, Proposal
-from deepspec.errors import UserError
+from deepspec.errors import NonFiniteError, UserError
 from deepspec.maths.slots import Ints, Ragged
-from deepspec.maths.verify import Sampling, Samplings, Verdict, draw, verify, warp
+from deepspec.maths.verify import Sampling, Samplings, Verdict, defined, draw, verify, warp
 from deepspec.schedule.policies import Policy
 from deepspec.targets import Target
 
@@ -28,7 +29,8 @@ from deepspec.targets import Target
 class Request:
     """One sequence to continue, and how. Its tokens depend on nothing but this: not on its batch.
 
-    key: what the decoder calls it; empty means that the decoder finds a name.
+    key: what the decoder calls it; empty means that the decoder finds a name. drawn: how many random numbers
+    are used up; a request that continues a plain answer has used one for each of its tokens.
     """
 
     input_ids: Sequence[int]
@@ -37,6 +39,7 @@ class Request:
     key: str = ""
     sampling: Sampling = field(default_factory=Sampling)
     stop_token_ids: frozenset[int] = frozenset()
+    drawn: int = 0
 
 
 @dataclass(eq=False)
@@ -130,6 +133,10 @@ class Decoder:
     Requests wait for a slot in the order in which they were submitted; a row that finishes or is cancelled
     leaves its slot to the next.
 
+    A step raises NonFiniteError if the target or the draft gives infinities or NaN for some rows. These rows,
+    which the error names by their keys, are dropped with nothing committed; the others are as they would have
+    been without them, and the next `step` hands out what this one gave them.
+
     policy: how many of a round's proposals are verified; None verifies all. temperatures: [γ], what the
     draft's confidence logits are divided by before the policy sees them (`deepspec calibrate`).
     """
@@ -153,17 +160,20 @@ class Decoder:
         self.rows: list[Row] = []
         """In the order of their slots: a step over neighbouring slots copies no keys and values."""
         self._names = (f"#{n}" for n in count())
+        self._held: list[Event] = []
+        """Events of a step that raised, for the next one to hand out."""
 
     @property
     def idle(self) -> bool:
         """Whether nothing is waiting or in flight, so that a step would do nothing."""
-        return not self.waiting and not self.rows
+        return not (self.waiting or self.rows or self._held)
 
     def submit(self, request: Request) -> str:
-        """Put a request in line; its key.
+        """Put a request in line; its key. Its budget is cut to what the target's context leaves after the
+        prompt.
 
-        Raises UserError for an empty prompt, tokens outside the vocabulary, a budget below one token, or the
-        key of a request that has not finished.
+        Raises UserError for an empty prompt or one that fills the context, tokens outside the vocabulary, a
+        budget below one token, or the key of a request that has not finished.
         """
         request = replace(request, key=request.key or next(self._names))
         key, size = request.key, self.target.vocab_size
@@ -177,12 +187,19 @@ class Decoder:
             )
         if request.max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
+        budget = self.target.room(len(request.input_ids), request.max_new_tokens)
+        if budget < 1:
+            raise UserError(
+                f"prompt {key} is {len(request.input_ids)} tokens, and {self.target.spec.name} reads at most "
+                f"{self.target.max_length}, of which one must be new",
+                next_step="shorten the prompt, or use a target with a longer context",
+            )
         if key in self.waiting or any(row.answer.key == key for row in self.rows):
             raise UserError(
                 f"a request with the key {key!r} has not finished yet",
                 next_step="give each request its own key",
             )
-        self.waiting[key] = request
+        self.waiting[key] = replace(request, max_new_tokens=budget)
         return key
 
     def cancel(self, key: str) -> Generation:
@@ -202,40 +219,62 @@ class Decoder:
 
     def step(self) -> list[Event]:
         """One pass of the target: the first waiting request's prompt if a slot is free, which gives its first
-        token; otherwise a round over all rows in flight. Empty if the decoder is idle."""
+        token; otherwise a round over all rows in flight. Empty if the decoder is idle.
+
+        Raises NonFiniteError."""
+        if self._held:
+            held, self._held = self._held, []
+            return held
         if self.waiting and len(self.rows) < self.max_rows:
             return [self._start(self.waiting.pop(next(iter(self.waiting))))]
         return self._round() if self.rows else []
 
     def run(self, requests: Iterable[Request]) -> Iterator[Generation]:
         """Answers in the order in which they finish. A request is drawn from `requests` once a slot is free
-        for it. Raises UserError where `submit` does."""
-        requests = iter(requests)
-        while True:
-            free = self.max_rows - len(self.rows) - len(self.waiting)
-            for request in islice(requests, max(free, 0)):
-                self.submit(request)
-            if self.idle:
-                return
-            yield from (event.answer for event in self.step() if event.finished)
+        for it. Raises UserError where `submit` does, and then leaves none of its requests in the decoder;
+        NonFiniteError where `step` does, and another call then continues with the other rows."""
+        requests, ours = iter(requests), set[str]()
+        try:
+            while True:
+                free = self.max_rows - len(self.rows) - len(self.waiting)
+                for request in islice(requests, max(free, 0)):
+                    ours.add(self.submit(request))
+                if self.idle:
+                    return
+                for _, answer, finished in self.step():
+                    if finished:
+                        ours.discard(answer.key)
+                        yield answer
+        except NonFiniteError:
+            ours.clear()
+            raise
+        finally:
+            for key in ours & {*self.waiting, *(row.answer.key for row in self.rows)}:
+                self.cancel(key)
 
     def _start(self, request: Request) -> Event:
         """Prefill: the target reads the prompt and gives the first new token."""
         taken = {row.slot for row in self.rows}
         slot = next(s for s in range(self.max_rows) if s not in taken)
         random = torch.Generator().manual_seed(request.seed)
+        torch.rand(request.drawn, generator=random)
         row = Row(slot, request, random, time.perf_counter(), Generation(request.key))
         insort(self.rows, row, key=lambda r: r.slot)
         self.target.open(slot)
         self.draft.open(slot)
         try:
             prompt = list(request.input_ids)
-            output = self.target.step([slot], [prompt], self.draft.feature_layers)
-            p = warp(self.target.logits(output.last_hidden[0, -1:]), request.sampling)
-            row.anchor = int(draw(p.cpu(), torch.rand(1, generator=random)))
+            layers = self.draft.feature_layers
+            output = self.target.step([slot], [prompt], layers)
+            p = warp(self.target.logits(output.last_hidden[0, -1:]), request.sampling).cpu()
+            part = None if output.features is None else first_layer(output.features, layers)
+            if part or not bool(defined(p)):
+                self._refuse([(row, Fault(True, part or LOGITS))])
+            row.anchor = int(draw(p, torch.rand(1, generator=random)))
             self.draft.observe([slot], output.features, [prompt], [[*prompt[1:], row.anchor]])
         except BaseException:
-            self._close(row)
+            if row in self.rows:
+                self._close(row)
             raise
         return self._event(row, row.commit([row.anchor], drafted=0))
 
@@ -248,39 +287,47 @@ class Decoder:
         uniforms = torch.stack([torch.rand(2 * gamma + 1, generator=r.random) for r in rows])
         uniforms = uniforms.to(target.device)
         proposal = draft.propose(slots, anchors, samplings, uniforms[:, :gamma])
-        lengths = self._lengths(proposal)
-        proposed = [t[:n] for t, n in zip(proposal.tokens.tolist(), lengths, strict=True)]
         before = [target.length(s) for s in slots]
+        # After the anchor, the target's context may have room for fewer than γ proposals.
+        wanted = zip(before, self._lengths(proposal), strict=True)
+        counts = [max(target.room(held + 1, n), 0) for held, n in wanted]
+        width = max(counts)
+        proposed = [row[:n] for row, n in zip(proposal.tokens.tolist(), counts, strict=True)]
         output = target.step(
             slots, [[a, *p] for a, p in zip(anchors, proposed, strict=True)], draft.feature_layers
         )
         p = warp(target.logits(output.last_hidden), samplings)
-        widest = max(lengths)
-        q = proposal.q[:, :widest].to(p.device) if widest else p[:, :0]
-        # A row's random numbers are those of its positions, however many of them are verified.
-        decided = torch.cat([uniforms[:, gamma : gamma + widest], uniforms[:, 2 * gamma :]], dim=1)
-        counts = torch.tensor(lengths, device=p.device)
-        verdict = self._decide(rows, p, q, proposal.tokens[:, :widest].to(p.device), counts, decided)
-        verdicts = zip(verdict.accepted.tolist(), verdict.next_token.tolist(), strict=True)
-        new = [[*proposed[i][:accepted], token] for i, (accepted, token) in enumerate(verdicts)]
+        q = proposal.q[:, :width].to(p.device) if width else p[:, :0]
+        lengths = torch.tensor(counts, device=p.device)
+        deciding = torch.cat([uniforms[:, gamma : gamma + width], uniforms[:, -1:]], dim=1)
+        verifying = proposal.tokens[:, :width].to(p.device)
+        verdict = self._decide(rows, p, q, verifying, lengths, deciding)
+        settled = settle(verdict, p, q, proposal, output.features, draft.feature_layers)
+        decided = zip(settled.accepted, settled.next_token, strict=True)
+        new = [[*proposed[i][:accepted], token] for i, (accepted, token) in enumerate(decided)]
         # The caches keep the anchor and what was accepted; the new token is the next anchor.
         observed = [[anchor, *tokens[:-1]] for anchor, tokens in zip(anchors, new, strict=True)]
         for slot, length, tokens in zip(slots, before, observed, strict=True):
             target.rollback(slot, length + len(tokens))
-        features = output.features
+        features = settled.features
         if features is not None:
             features = features[:, : max(map(len, observed))]
         draft.observe(slots, features, observed, new)
         events = []
         for i, (row, tokens) in enumerate(zip(rows, new, strict=True)):
+            if i in settled.faults:
+                continue
             row.anchor, answer = tokens[-1], row.answer
             kept = row.commit(tokens, drafted=len(tokens) - 1)
-            answer.proposed.append(lengths[i])
+            answer.proposed.append(counts[i])
             answer.accepted.append(len(tokens) - 1)
             answer.kept.append(len(kept))
             if proposal.confidence is not None:
-                answer.confidence.append(proposal.confidence[i].tolist())
+                answer.confidence.append(proposal.confidence[i, : counts[i]].tolist())
             events.append(self._event(row, kept))
+        if settled.faults:
+            self._held = events
+            self._refuse([(rows[i], fault) for i, fault in settled.faults.items()])
         return events
 
     def _decide(
@@ -290,13 +337,21 @@ class Decoder:
         return verify(p, q, tokens, lengths, uniforms)
 
     def _lengths(self, proposal: Proposal) -> list[int]:
-        """How many proposals of each row are verified."""
+        """How many proposals of each row the policy verifies."""
         rows, block = proposal.tokens.shape
         if self.policy is None or not block:
             return [block] * rows
         logits = torch.zeros(rows, block) if proposal.confidence is None else proposal.confidence.cpu()
         confidences = (logits.double() / self.temperatures).sigmoid().numpy()
         return [int(n) for n in self.policy.lengths(confidences)]
+
+    def _refuse(self, broken: Sequence[tuple[Row, Fault]]) -> NoReturn:
+        """Drop rows that rest on infinities or NaN, and raise NonFiniteError for the first one's reason."""
+        keys = [self._close(row, wipe=True).key for row, _ in broken]
+        of_target, part = broken[0][1]
+        if of_target:
+            raise NonFiniteError(self.target.spec.name, part, keys)
+        raise NonFiniteError(f"the draft {self.draft.name}", part, keys, NonFiniteError.OF_DRAFT)
 
     def _event(self, row: Row, tokens: list[int]) -> Event:
         """What a row's step gave; the row is closed if that was its last."""
@@ -310,9 +365,9 @@ class Decoder:
             self._close(row)
         return Event(tokens, answer, finished)
 
-    def _close(self, row: Row) -> Generation:
+    def _close(self, row: Row, *, wipe: bool = False) -> Generation:
         self.rows.remove(row)
-        self.target.free(row.slot)
+        (self.target.wipe if wipe else self.target.free)(row.slot)
         self.draft.free(row.slot)
         row.answer.seconds = time.perf_counter() - row.began
         return row.answer

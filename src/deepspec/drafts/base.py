@@ -17,7 +17,7 @@ from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import FeatureBatch
 from deepspec.maths.head import Embedding, Head
 from deepspec.maths.slots import Ints, Ragged, Rows
-from deepspec.maths.verify import Sampling, Samplings, draw, one_hot, warp
+from deepspec.maths.verify import Sampling, Samplings, draw, most_probable, warp
 
 
 class LossSums(NamedTuple):
@@ -154,8 +154,7 @@ def choose(logits: Tensor, samplings: Samplings, uniforms: Tensor) -> tuple[Tens
     were drawn from.
     """
     if samplings.greedy if isinstance(samplings, Sampling) else all(s.greedy for s in samplings):
-        tokens = logits.argmax(-1)
-        return tokens, one_hot(tokens, logits.shape[-1])
+        return most_probable(logits)
     q = warp(logits, samplings)
     return draw(q, uniforms), q
 

@@ -15,6 +15,13 @@ from deepspec.drafts import ALGORITHMS, MARKOV_HEADS, algorithm_of
 
 # Variants of Eagle-3 that other trainers use and the published drafts do not; an absent key means no.
 EAGLE3_NORMS = ("norm_before_fc", "norm_before_residual", "norm_output")
+# Keys of some kinds of drafts or of other layouts: what `write_config` starts from may not bring them in.
+OWN_KEYS = {
+    *EAGLE3_NORMS,
+    *("draft_vocab_size", "draft_num_hidden_layers", "ttt_length", "step_loss_decay"),
+    *("block_size", "mask_token_id", "sample_from_anchor", "markov_rank", "markov_head_type"),
+    *("enable_confidence_head", "confidence_head_with_markov", "dflash_config", "auto_map"),
+}
 
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -280,7 +287,7 @@ def new_spec(
 
 def write_config(spec: DraftSpec, target_config: dict[str, Any]) -> dict[str, Any]:
     """A config.json in the released layout: the target's text config with the draft's keys on top."""
-    config = copy.deepcopy(target_config)
+    config = {k: copy.deepcopy(v) for k, v in target_config.items() if k not in OWN_KEYS}
     row, shape = ALGORITHMS[spec.algorithm], spec.shape
     config.update(
         architectures=[row.architectures[spec.family]],
@@ -298,14 +305,17 @@ def write_config(spec: DraftSpec, target_config: dict[str, Any]) -> dict[str, An
         tie_word_embeddings=False,
     )
     if spec.family == "qwen3":
+        # The target's scaled positions become plain ones, of the length that they reached.
+        if (reached := families.context_length(target_config)) is not None:
+            config["max_position_embeddings"] = reached
         config.update(
             head_dim=shape.head_dim,
             num_key_value_heads=shape.kv_heads,
             hidden_act=shape.activation,
             rope_parameters={"rope_theta": shape.rope.theta, "rope_type": shape.rope.kind},
         )
-        config.pop("rope_scaling", None)
-        config.pop("rope_theta", None)
+        for key in ("rope_scaling", "rope_theta", "original_max_position_embeddings"):
+            config.pop(key, None)
     if spec.draft_vocab_size is not None:
         config["draft_vocab_size"] = spec.draft_vocab_size
     if not row.parallel:

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from deepspec.data.conversations import read_conversations
 from deepspec.data.rows import Rows, distinct, pack
-from deepspec.data.tokens import Encoded, OverlongError, encode_turns, require_tokenizer
-from deepspec.errors import DataError
+from deepspec.data.tokens import Encoded, OverlongError, UnembeddedError, encode_turns, require_tokenizer
+from deepspec.errors import DataError, NonFiniteError
 from deepspec.features.order import batches_by_length
 from deepspec.files import count_lines
 from deepspec.log import progress, warn
-from deepspec.maths.blocks import FeatureBatch
+from deepspec.maths.blocks import FeatureBatch, Reads
+from deepspec.maths.finite import finite_layers, largest_of
 from deepspec.targets import Target
 
 Source = Callable[[Sequence[Encoded], int], FeatureBatch]
@@ -42,20 +43,26 @@ def load_rows(
     """Tokenise a file of answered conversations, or its first `limit`, with the target's own template.
 
     Every row gets an id of its own. Sequences with fewer than `min_supervised` supervised tokens are left
-    out; a warning counts those for which `max_length` is the reason. Raises DataError if a row is broken or
-    none is left, TargetError for a target without a tokenizer.
+    out; a warning counts those for which `max_length` is the reason, another one those with tokens that the
+    target has no embedding for. Raises DataError if a row is broken or none is left, TargetError for a target
+    without a tokenizer.
     """
     tokenizer = require_tokenizer(target.tokenizer, target.spec.name)
-    overlong: list[OverlongError] = []
+    if (fits := target.room(0, max_length)) < max_length:
+        warn(f"rows are cut at {fits} tokens and not at {max_length}: {target.spec.name} reads no more")
+        max_length = fits
+    left_out: list[OverlongError | UnembeddedError] = []
 
     def encoded() -> Iterator[Encoded]:
         seen: Counter[str] = Counter()
         with progress("tokenising", limit or count_lines(path)) as bar:
             for conversation in islice(read_conversations(path, require_answer=True), limit):
                 try:
-                    found = encode_turns(tokenizer, conversation, thinking, max_length)
-                except OverlongError as error:
-                    overlong.append(error)
+                    found = encode_turns(
+                        tokenizer, conversation, thinking, max_length, target.spec.vocab_size
+                    )
+                except (OverlongError, UnembeddedError) as error:
+                    left_out.append(error)
                     found = []
                 for row in found:
                     if sum(row.loss_mask) >= min_supervised:
@@ -63,19 +70,20 @@ def load_rows(
                 bar.update(1)
 
     rows = pack(encoded())
-    if not rows and overlong:
-        raise overlong[0]
+    if not rows and left_out:
+        raise left_out[0]
     if not rows:
         raise DataError(
             f"no row has {min_supervised} supervised tokens or more",
             where=str(path),
             next_step="check that the rows hold answers, and that data.max_length leaves room for them",
         )
-    if overlong:
-        warn(
-            f"{len(overlong)} conversations are left out: their prompts alone take data.max_length, "
-            f"{max_length} tokens; the first is {overlong[0].where}"
-        )
+    for kind, why in (
+        (OverlongError, f"their prompts alone take data.max_length, {max_length} tokens"),
+        (UnembeddedError, "they hold tokens that have no row in the target's embedding"),
+    ):
+        if some := [error for error in left_out if isinstance(error, kind)]:
+            warn(f"{len(some)} conversations are left out: {why}; the first is {some[0].where}")
     return rows
 
 
@@ -95,7 +103,7 @@ def batches_from(
 ) -> Iterator[tuple[int, list[Encoded]]]:
     """(epoch, rows) of batch `first` and all after it, forever."""
     lengths = pack(rows).offsets.diff().tolist()
-    epoch, skip = divmod(first, steps_per_epoch(rows, batch_size))
+    epoch, skip = divmod(first, math.ceil(len(rows) / batch_size))
     while True:
         for picked in batch_order(lengths, batch_size, seed, epoch)[skip:]:
             yield epoch, [rows[i] for i in picked]
@@ -121,10 +129,6 @@ def announced(
         close()
 
 
-def steps_per_epoch(rows: Sequence[Encoded], batch_size: int) -> int:
-    return math.ceil(len(rows) / batch_size)
-
-
 def online(target: Target, layers: Sequence[int]) -> Source:
     """Features computed in the step, by the frozen target, in one forward pass over the rows."""
 
@@ -135,6 +139,26 @@ def online(target: Target, layers: Sequence[int]) -> Source:
         return batch_of(rows, tokens, output.features, output.last_hidden)
 
     return read
+
+
+def check_finite(batch: FeatureBatch, layers: Sequence[int], who: str, reads: Reads | None = None) -> None:
+    """Raise NonFiniteError, with layer and rows, if the target's outputs in a batch are not finite: anywhere,
+    since NaN reaches a loss through a mask too, or (`reads`) where they are stored.
+
+    who: gives the features."""
+    names = [f"layer {layer}" for layer in layers]
+    sound = finite_layers(batch.features, len(layers))
+    if reads is not None:
+        sound |= ~reads.features[..., None]
+    if batch.last_hidden is not None:
+        hidden = largest_of(batch.last_hidden).isfinite()
+        sound = torch.cat([sound, (hidden if reads is None else hidden | ~reads.hidden)[..., None]], dim=-1)
+        names.append("its last hidden states")
+    bad = ~sound.all(1)  # [B, layers and the last hidden states]
+    if bool(bad.any()):
+        first = int(bad.any(0).nonzero()[0])
+        rows = [name for name, wrong in zip(batch.row_ids, bad[:, first].tolist(), strict=True) if wrong]
+        raise NonFiniteError(who, names[first], rows)
 
 
 def batch_of(

@@ -21,7 +21,7 @@ from torch import Tensor
 from deepspec.data.rows import Rows
 from deepspec.data.tokens import Encoded
 from deepspec.errors import DataError
-from deepspec.features.batches import Source, batch_of, online, padded
+from deepspec.features.batches import Source, batch_of, check_finite, online, padded
 from deepspec.features.cache_write import FORMAT, INDEX, RowCounts, differences, stored_positions
 from deepspec.features.quantise import Stored, dequantise
 from deepspec.maths.blocks import FeatureBatch, with_last_hidden
@@ -213,18 +213,18 @@ def _misfits(
 
 def _check_numbers(cache: Cache, target: Target, layers: Sequence[int], source: Source, remedy: str) -> None:
     """Raise DataError if the shortest stored row has other features now: the target's weights may have
-    changed under the same name and config."""
+    changed under the same name and config. Raise NonFiniteError if either has infinities or NaN."""
     held = [(p, name) for name, p in cache.places if p.features.start < p.features.stop]
     if not held:
         return
     place, row_id = min(held, key=lambda p: (p[0].tokens.stop - p[0].tokens.start, p[1]))
     row = Encoded(*_tokens(cache, place), row_id)
     count, d = place.features.stop - place.features.start, cache.facts["hidden_size"]
-    stored, now = (
-        read([row], len(row.ids)).features[0, :count].split(d, -1)
-        for read in (source, online(target, layers))
-    )
-    for layer, a, b in zip(layers, stored, now, strict=True):
+    stored, now = (read([row], len(row.ids)) for read in (source, online(target, layers)))
+    check_finite(stored, layers, f"cache:{cache.path}")
+    check_finite(now, layers, target.spec.name)
+    pairs = zip(*(batch.features[0, :count].split(d, -1) for batch in (stored, now)), strict=True)
+    for layer, (a, b) in zip(layers, pairs, strict=True):
         distance = float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-20))
         if not distance < FAR:
             why = (

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from deepspec.data.rows import pack
 from deepspec.data.tokens import Encoded
-from deepspec.errors import DataError, TargetError, UserError
-from deepspec.features.batches import Source, online, padded
+from deepspec.errors import DataError, UserError
+from deepspec.features.batches import Source, check_finite, online, padded
 from deepspec.features.formats import TOKEN_BYTES, vector_bytes
-from deepspec.features.quantise import largest_of, quantise
+from deepspec.features.quantise import quantise
 from deepspec.files import LOCK, atomic_file, claimed, write_json, writing
 from deepspec.log import note, progress
 from deepspec.maths.blocks import READ_RULES, FeatureBatch, Reads
@@ -184,7 +184,7 @@ def write_cache(
     """Write the shards of this rank that are missing and, if that makes the cache whole, its index.
 
     verify: hash the shards that are there, and write damaged ones again. Raises DataError if `out` holds
-    another cache, UserError if the disk is or will be full, TargetError for features that are not finite.
+    another cache, UserError if the disk is or will be full, NonFiniteError for features that are not finite.
     Whatever stops it, the same call continues with the shards that are missing.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -247,33 +247,15 @@ def shard_tensors(rows: Sequence[Encoded], source: Source, facts: Mapping[str, A
 
 def _stored_vectors(batch: FeatureBatch, facts: Mapping[str, Any]) -> dict[str, tuple[Tensor, list[int]]]:
     """features [N, m, d] and hidden [N, d] of the batch's stored positions, row after row, and how many of
-    them are each row's. Raises TargetError where one of them is not finite."""
+    them are each row's. Raises NonFiniteError."""
     reads = stored_positions(batch.loss_mask, batch.lengths, facts["reads"])
     assert batch.last_hidden is not None
     layers = batch.features[reads.features].unflatten(-1, (-1, facts["hidden_size"]))
-    found = {
+    check_finite(batch, facts["layers"], facts["target"], reads)
+    return {
         "features": (layers, reads.features.sum(1).tolist()),
         "hidden": (batch.last_hidden[reads.hidden], reads.hidden.sum(1).tolist()),
     }
-    for vectors, counts in found.values():
-        finite = largest_of(vectors).isfinite()
-        if not bool(finite.all()):
-            at, *layer = (~finite).nonzero()[0].tolist()
-            row = next(r for r in range(len(counts)) if at < sum(counts[: r + 1]))
-            where = f"layer {facts['layers'][layer[0]]}" if layer else "its last hidden states"
-            raise TargetError(
-                f"{facts['target']} gives infinities or NaN in {where}, from which nothing can be learnt",
-                where=f"row {batch.row_ids[row]!r}",
-                next_step="load the target in bfloat16 or float32 (float16 overflows in some models), or "
-                "leave the row out",
-            )
-    return found
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _whole(plan: Plan, out: Path, shard: int, *, verify: bool = False) -> dict[str, Any] | None:
@@ -293,7 +275,7 @@ def _whole(plan: Plan, out: Path, shard: int, *, verify: bool = False) -> dict[s
     if not path.exists() or path.stat().st_size != sidecar["bytes"]:
         note(f"{path}: missing or cut off; writing it again")
         return None
-    if verify and file_hash(path) != sidecar["sha256"]:
+    if verify and hashlib.sha256(path.read_bytes()).hexdigest() != sidecar["sha256"]:
         note(f"{path}: its checksum is wrong; writing it again")
         return None
     return sidecar

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepspec.maths.finite import largest_of
+
 FORMATS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 E4M3_MAX, INT8_MAX = 448.0, 127.0
 SMALLEST = 2.0**-126
@@ -44,14 +46,6 @@ def quantise(vectors: Tensor, form: str) -> Stored:
     exponent = exponent + (mantissa > E4M3_MAX / 512).to(exponent.dtype) - 9
     scales = torch.ldexp(torch.ones_like(largest), exponent).clamp(min=SMALLEST)
     return Stored(x.div_(scales[..., None]).to(torch.float8_e4m3fn), scales)
-
-
-def largest_of(vectors: Tensor) -> Tensor:
-    """[...] max|x| of vectors [..., d]; not finite exactly where one of a vector's elements is not.
-
-    Two reductions: on a CPU they take a tenth of the time of abs, isfinite or a norm.
-    """
-    return torch.maximum(vectors.amax(-1), -vectors.amin(-1))
 
 
 def dequantise(stored: Stored, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,9 @@ Written from the released source of vLLM 0.33.0, and not verified on a real serv
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -25,7 +27,7 @@ from deepspec.data.tokens import Encoded
 from deepspec.errors import ServerError
 from deepspec.features.batches import batch_of, padded
 from deepspec.features.vllm_layers import NOTED, Probe, server_layers, vllm_command
-from deepspec.http_client import Passing, Policy, Server, Servers, Unanswered
+from deepspec.http_client import Listed, NoList, Passing, Policy, Refused, Server, Servers, Unanswered
 from deepspec.log import note, warn
 from deepspec.maths.blocks import FeatureBatch, with_last_hidden
 from deepspec.pocket import packaged
@@ -66,7 +68,9 @@ class VllmSource:
         self.command = vllm_command(packaged(target.spec.name), self.wanted, max_length)
         self.probe = Probe(target)
         policy = policy or Policy(timeout=TIMEOUT)
-        self.servers = Servers(urls.split(","), self._check, concurrency=IN_FLIGHT, policy=policy)
+        self.servers = Servers(
+            re.split(r",\s*(?=https?://)", urls), self._check, concurrency=IN_FLIGHT, policy=policy
+        )
         for server in self.servers.servers:
             try:
                 server.facts = self._check(server)
@@ -136,8 +140,11 @@ class VllmSource:
 
     def _check(self, server: Server) -> tuple[str, tuple[int, ...]]:
         """The server's name for its model, and which of its outputs are the wanted layers."""
-        model, entry = next(iter(self.servers.models(server).items()))
-        longest = entry.get("max_model_len")
+        try:
+            model, listed = next(iter(self.servers.models(server).items()))
+        except (Refused, NoList):  # a gateway may forbid the list only; the probe tells
+            model, listed = packaged(self.target.spec.name), Listed("vllm", None)
+        longest = listed.max_length
         if longest is not None and self.max_length is not None and longest <= self.max_length:
             raise self._wrong(
                 server,
@@ -164,24 +171,25 @@ class VllmSource:
         """
         body = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0}
         reply = self.servers.send(server, "/v1/completions", {**body, "return_token_ids": True})
-        path = (reply.get("kv_transfer_params") or {}).get("hidden_states_path")
-        if path is None:
+        given = reply.get("kv_transfer_params")
+        path = given.get("hidden_states_path") if isinstance(given, dict) else None
+        if not isinstance(path, str) or not Path(path).name or "\0" in path:
             raise self._wrong(
                 server, "the server answers without features: its hidden-states connector is not switched on"
             )
         tensors = self._load_when_written(server, Path(path))
         if not {"hidden_states", "token_ids"} <= tensors.keys():
             raise self._wrong(server, f"the server wrote {path} with {sorted(tensors)}")
-        theirs, states = tensors["token_ids"].tolist(), tensors["hidden_states"]
+        theirs, states = tensors["token_ids"].flatten().tolist(), tensors["hidden_states"]
+        if states.dim() != 3 or not states.is_floating_point() or not bool(states.isfinite().all()):
+            raise self._wrong(
+                server, f"the server gave {states.dtype} of {list(states.shape)}, not [T, L, d] of numbers"
+            )
         if theirs != list(ids) or len(states) != len(ids):
             raise self._wrong(
                 server,
                 f"the server gave {len(states)} positions of features, and {len(theirs)} token ids that are "
                 f"not the {len(ids)} asked for; with prefix caching that is known to happen",
-            )
-        if states.dim() != 3 or not states.is_floating_point() or not bool(states.isfinite().all()):
-            raise self._wrong(
-                server, f"the server gave {states.dtype} of {list(states.shape)}, not [T, L, d] of numbers"
             )
         return states
 
@@ -210,7 +218,7 @@ class VllmSource:
                     ) from error
             try:
                 tensors = load(file.read_bytes())
-            except (OSError, SafetensorError) as error:
+            except (OSError, SafetensorError, KeyError) as error:  # KeyError: a number format unknown here
                 # The writer let go without having written: most likely a full disk, which readers empty.
                 raise Passing(f"the server did not finish {file} (is its storage full?): {error}") from error
         finally:
@@ -233,10 +241,10 @@ class VllmSource:
             try:
                 return os.open(lock, os.O_RDONLY)
             except OSError as error:
-                if file.parent.is_dir() and time.monotonic() < end:
+                if error.errno == errno.ENOENT and file.parent.is_dir() and time.monotonic() < end:
                     time.sleep(0.02)
                     continue
-                if file.exists() and not lock.exists():
+                if os.path.exists(file) and not os.path.exists(lock):  # Path.exists raises for some names
                     what = f"the server writes {file} without a lock, so it is unknown when it is whole"
                     raise self._wrong(server, what) from error
                 raise ServerError(

@@ -6,9 +6,10 @@ proposed   tokens the draft put forward (0…γ; a schedule may cut a round shor
 accepted   tokens of these that verification accepted, before any cut at the budget or a stop token
 kept       tokens the round added to the output, replacement or bonus included, after that cut
 
-A figure for which nothing was counted is None, never NaN.
+A figure for which nothing was counted is None, never NaN. Lists that do not describe the same rounds raise
+ValueError.
 
-Letters: P prompts, n resamples.
+P prompts, n resamples.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 Rounds = Sequence[Sequence[int]]
 Ratio = tuple[Sequence[float], Sequence[float]]
 """Numerators [P] and denominators [P]."""
+RESAMPLES = 2000
 
 
 class Interval(NamedTuple):
@@ -44,8 +46,6 @@ def survival(accepted: Rounds, proposed: Rounds, block: int) -> list[float | Non
     Only rounds that proposed at least k tokens are counted. If confidence cuts the lengths, those rounds are
     the promising ones: the figure is then a rate of what was tried, and need neither fall with k nor equal
     the product of the conditional rates.
-
-    Raises ValueError if the two lists do not describe the same rounds.
     """
     rounds = list(_pairs(accepted, proposed, block))
     return [
@@ -59,8 +59,6 @@ def conditional(accepted: Rounds, proposed: Rounds, block: int) -> list[float | 
 
     Position k is reached in a round that proposed at least k tokens and accepted the k-1 before it. A round
     cut below k has not reached k, even when everything it proposed was accepted.
-
-    Raises ValueError if the two lists do not describe the same rounds.
     """
     rounds = list(_pairs(accepted, proposed, block))
     return [
@@ -73,15 +71,13 @@ def verify_rate(accepted: Rounds, proposed: Rounds) -> float | None:
     """Σ committed / Σ (proposed + 1): the share of the verified positions that became output.
 
     Committed is accepted + 1, as verified: the cut at the budget or a stop token is not counted here.
-
-    Raises ValueError if the two lists do not describe the same rounds.
     """
     rounds = list(_pairs(accepted, proposed))
     return _share(sum(a + 1 for a, _ in rounds), sum(length + 1 for _, length in rounds))
 
 
 def bootstrap_ratio(
-    numerators: Sequence[float], denominators: Sequence[float], seed: int, samples: int = 2000
+    numerators: Sequence[float], denominators: Sequence[float], seed: int, samples: int = RESAMPLES
 ) -> Interval | None:
     """Σ numerators / Σ denominators with its 95% percentile bootstrap interval over P prompts.
 
@@ -93,29 +89,25 @@ def bootstrap_ratio(
     return None if sums is None else _interval(sums[0] / sums[1])
 
 
-def paired_bootstrap_difference(
-    first: Ratio, second: Ratio, seed: int, samples: int = 2000
-) -> Interval | None:
+def paired_bootstrap_difference(first: Ratio, second: Ratio, seed: int) -> Interval | None:
     """First ratio minus second, on the same P prompts.
 
     Both methods see the same resampled prompts, so that what they share (hard and easy prompts) cancels.
     Otherwise as `bootstrap_ratio`.
     """
-    sums = _resampled(*first, *second, seed=seed, samples=samples)
+    sums = _resampled(*first, *second, seed=seed)
     return None if sums is None else _interval(sums[0] / sums[1] - sums[2] / sums[3])
 
 
-def paired_bootstrap_ratio(first: Ratio, second: Ratio, seed: int, samples: int = 2000) -> Interval | None:
+def paired_bootstrap_ratio(first: Ratio, second: Ratio, seed: int) -> Interval | None:
     """First ratio divided by second, a speed-up for example; otherwise as `paired_bootstrap_difference`.
 
     The result is also None if the second ratio is zero.
     """
-    return mean_ratio_over_groups([(first, second)], seed, samples)
+    return mean_ratio_over_groups([(first, second)], seed)
 
 
-def mean_ratio_over_groups(
-    groups: Sequence[tuple[Ratio, Ratio]], seed: int, samples: int = 2000
-) -> Interval | None:
+def mean_ratio_over_groups(groups: Sequence[tuple[Ratio, Ratio]], seed: int) -> Interval | None:
     """Mean over groups (such as domains) of each group's paired ratio, prompts resampled within their group.
 
     Each group is (first, second) as `paired_bootstrap_ratio` takes them. Every group weighs the same,
@@ -123,7 +115,7 @@ def mean_ratio_over_groups(
     """
     ratios = []
     for index, (first, second) in enumerate(groups):
-        sums = _resampled(*first, *second, seed=seed + index, samples=samples)
+        sums = _resampled(*first, *second, seed=seed + index)
         if sums is None:
             return None
         ratios.append((sums[0] / sums[1]) / (sums[2] / sums[3]))
@@ -162,7 +154,7 @@ def _pairs(accepted: Rounds, proposed: Rounds, block: int | None = None) -> Iter
             yield count, length
 
 
-def _resampled(*columns: Sequence[float], seed: int, samples: int) -> Tensor | None:
+def _resampled(*columns: Sequence[float], seed: int, samples: int = RESAMPLES) -> Tensor | None:
     """Column sums [columns, 1 + n] in float64: the sample itself first, then n resamples of its prompts.
 
     None without prompts. Raises ValueError where the columns differ in length.

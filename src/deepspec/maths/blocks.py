@@ -91,11 +91,6 @@ def sample_anchors(
     return ordered.masked_fill(~kept, 0), kept
 
 
-def label_offset(sample_from_anchor: bool) -> int:
-    """Slot j predicts the token at anchor + j + offset (method.md 3, Alignment)."""
-    return 1 if sample_from_anchor else 0
-
-
 def make_blocks(
     input_ids: Tensor,
     loss_mask: Tensor,
@@ -111,9 +106,9 @@ def make_blocks(
     an unbroken supervised prefix of the block (method.md 3)."""
     rows, length = input_ids.shape
     slots = torch.arange(block, device=input_ids.device)
-    offset = label_offset(sample_from_anchor)
     positions = anchors[..., None] + slots
-    label_index = positions + offset
+    # Slot j predicts the token at anchor + j + 1; in the older layout, its own (method.md 3, Alignment).
+    label_index = positions + 1 if sample_from_anchor else positions
     inside = label_index < length
     # A dummy's labels all point at position 0.
     index = label_index.clamp(max=length - 1).masked_fill(~kept[..., None], 0)

@@ -162,34 +162,20 @@ class _Teacher(NamedTuple):
 
 def _check(task: _Task) -> None:
     """Refuse inputs that do not fit together: only a mistake in a draft's own code can make them."""
-    head, labels, teacher = task.head, task.labels, task.teacher_head
-    rows = len(task.hidden)
-
-    def fits(values: Tensor, shape: tuple[int, ...], name: str) -> None:
-        assert values.shape == shape, f"{name} must be {shape}, not {tuple(values.shape)}"
-
-    fits(task.hidden, (rows, head.weight.shape[1]), "hidden")
-    for term, weight in task.weights.items():
-        assert term in TERMS, f"unknown loss term {term!r}; there are {', '.join(TERMS)}"
-        fits(weight, (rows,), f"weights of {term!r}")
-    assert labels is not None or "ce" not in task.weights, "the term 'ce' needs labels"
-    if labels is not None:
-        fits(labels, (rows,), "labels")
-    if task.z is not None and task.w2 is not None:
-        fits(task.w2, (head.vocab_size, task.z.shape[-1]), "the Markov bias's w2")
-        fits(task.z, (rows, task.w2.shape[1]), "the Markov bias's z")
-    if task.teacher_hidden is None or teacher is None:
-        assert task.teacher_hidden is None and teacher is None, "teacher_hidden and teacher_head go together"
-        needy = sorted({"soft_ce", "l1"} & task.weights.keys())
-        assert not needy, f"the terms {needy} need teacher_hidden and teacher_head"
-        assert labels is not None, "there is nothing to compare with: neither labels nor a teacher"
-        return
-    fits(task.teacher_hidden, (rows, teacher.weight.shape[1]), "teacher_hidden")
-    assert teacher.kept is None, "the teacher's head must cover the whole vocabulary"
-    assert head.kept is not None or head.vocab_size == teacher.vocab_size, (
-        f"vocabularies differ: draft {head.vocab_size}, teacher {teacher.vocab_size}; a reduced draft "
-        "vocabulary must name its kept ids"
-    )
+    head, teacher, terms = task.head, task.teacher_head, task.weights
+    per_row = [task.hidden, *terms.values(), task.labels, task.teacher_hidden, task.z]
+    counts = [len(values) for values in per_row if values is not None]
+    assert len(set(counts)) == 1, f"hidden, weights, labels, teacher and z have {counts} rows"
+    needy = [term for term in terms if TERMS[term]]
+    assert (task.teacher_hidden is None) == (teacher is None), "teacher_hidden and teacher_head go together"
+    assert teacher or not needy, f"the terms {needy} need teacher_hidden and teacher_head"
+    assert task.labels is not None or (teacher and "ce" not in terms), "labels are needed"
+    if teacher is not None:
+        assert teacher.kept is None, "the teacher's head must cover the whole vocabulary"
+        assert head.kept is not None or head.vocab_size == teacher.vocab_size, (
+            f"vocabularies differ: draft {head.vocab_size}, teacher {teacher.vocab_size}; a reduced draft "
+            "vocabulary must name its kept ids"
+        )
 
 
 def _prepare(task: _Task) -> _Task:
@@ -271,8 +257,10 @@ def _chunk_terms(task: _Task, rows: slice, space: _Workspace, result: _Result) -
         found[term] += log_total
     if teacher is not None and result.accept is not None:
         found["l1"], accept = _overlap(draft, teacher, spare)
-        # A row without weight may hold NaN, which must not reach a sum later.
-        result.accept[rows] = accept.nan_to_num(nan=0.0).clamp(0.0, 1.0)
+        if task.dead is not None:
+            # A row without weight may hold NaN, which must not reach a sum later. Any other NaN must be seen.
+            accept = torch.where(task.dead[rows], accept.nan_to_num(nan=0.0), accept)
+        result.accept[rows] = accept.clamp(0.0, 1.0)
     for term, weight in task.weights.items():
         part = weight[rows]
         result.terms[term][rows] = torch.where(part == 0, torch.zeros_like(part), part * found[term])

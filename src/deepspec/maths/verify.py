@@ -67,7 +67,9 @@ def warp(logits: Tensor, samplings: Samplings) -> Tensor:
     more probable than it (after top-k, renormalised) hold less than `top_p`. So the most probable token
     always stays, and no row depends on the others or on their samplings.
 
-    Raises ValueError unless there is one sampling per row.
+    Logits without a finite maximum (one is NaN or +inf, or all are -inf) have no distribution: the first
+    of their probabilities is NaN, whatever the others are. Raises ValueError unless there is one sampling per
+    row.
     """
     if isinstance(samplings, Sampling):
         samplings = [samplings]
@@ -78,11 +80,25 @@ def warp(logits: Tensor, samplings: Samplings) -> Tensor:
     drawn = [row for row, sampling in enumerate(samplings) if not sampling.greedy]
     if len(drawn) == len(samplings):
         return _warped(logits, samplings)
-    probabilities = one_hot(logits.argmax(-1), logits.shape[-1])
+    probabilities = most_probable(logits)[1]
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
         probabilities[rows] = _warped(logits[rows], [samplings[row] for row in drawn])
     return probabilities
+
+
+def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The first maximum [...] of logits [..., V], and the float32 distribution [..., V] with all mass on it,
+    whose first value is NaN if that maximum is not finite."""
+    largest, tokens = logits.max(-1)  # the first of equal ones
+    probabilities = one_hot(tokens, logits.shape[-1])
+    probabilities.select(-1, 0).add_(largest, alpha=0.0)
+    return tokens, probabilities
+
+
+def defined(probabilities: Tensor) -> Tensor:
+    """[...] bool: whether `warp` found a distribution [..., V]. Its first value tells."""
+    return ~probabilities[..., 0].isnan()
 
 
 def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
@@ -126,7 +142,7 @@ def _warped(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
         ordered = probabilities.sort(-1, descending=True).values
     above = ordered.cumsum(-1, dtype=_wide(ordered)) - ordered
     mass = column(masses, above.dtype)
-    last = (above < mass).sum(-1, keepdim=True) - 1
+    last = (above < mass).sum(-1, keepdim=True).clamp_min(1) - 1  # no place is below the mass if all are NaN
     lowest = ordered.gather(-1, last).masked_fill(mass == 1, 0.0)
     # Softmax again instead of dividing by a sum, whose rounding may depend on how many rows there are.
     return scores.masked_fill(probabilities < lowest, -math.inf).softmax(-1)

@@ -168,7 +168,7 @@ def rounds_of(answers: Sequence[Generation], prompts: Sequence[Prompt], block: i
     for number_, answer in enumerate(answers):
         length = 1  # the first new token comes from the prefill
         for confidence, count, kept in zip(answer.confidence, answer.accepted, answer.kept, strict=True):
-            if kept:
+            if kept and len(confidence) == block:  # not cut where the target's context ends
                 logits.append(confidence)
                 accepted.append(count)
                 prompt.append(number_)

@@ -21,7 +21,8 @@ from deepspec.conditions import SEVERAL, Conditions
 from deepspec.config import HELD_OUT_ROWS
 from deepspec.data.conversations import Conversation, prompt_messages, read_conversations, tools_of
 from deepspec.data.identity import row_seed
-from deepspec.data.tokens import prompt_ids, require_tokenizer, system_hash, template_hash
+from deepspec.data.template import template_conditions, template_date
+from deepspec.data.tokens import prompt_ids, require_tokenizer, system_hash
 from deepspec.decode.engine import Decoder, Generation, Request
 from deepspec.drafts.base import Draft
 from deepspec.drafts.lookup import PromptLookup
@@ -32,7 +33,7 @@ from deepspec.maths import acceptance
 from deepspec.maths.verify import Sampling
 from deepspec.measure.rows import Answering, Measurement, Method, Prompt, rounds_of, rows_of
 from deepspec.report.results import FORMAT
-from deepspec.targets import Target
+from deepspec.targets import Target, TargetSpec
 from deepspec.this_machine import read_joules, this_machine
 
 WARM_UP_TOKENS = 16
@@ -54,14 +55,19 @@ CONVENTIONS = {
 
 
 def load_prompts(
-    path: str | Path, target: Target, *, thinking: bool = False, limit: int | None = None
+    path: str | Path, target: Target | TargetSpec, *, thinking: bool = False, limit: int | None = None
 ) -> list[Prompt]:
     """Prompts of a JSONL file in the target's template. limit: take so many, the domains in turns.
 
-    Raises DataError for a broken or empty file and for an id that comes twice (its prompt would count
-    twice), TargetError for a target without a tokenizer.
+    Raises DataError for a broken or empty file, for an id that comes twice (its prompt would count twice),
+    and for a prompt of which the target would not see all; TargetError for a target without a tokenizer.
     """
-    tokenizer = require_tokenizer(target.tokenizer, target.spec.name)
+    spec = target if isinstance(target, TargetSpec) else target.spec
+    if isinstance(target, TargetSpec):
+        known, most = target.tokenizer(), target.context_length
+    else:
+        known, most = target.tokenizer, target.max_length
+    tokenizer = require_tokenizer(known, spec.name)
     rows = list(read_conversations(path))
     if not rows:
         raise DataError("no prompts", where=str(path))
@@ -76,7 +82,20 @@ def load_prompts(
     found = []
     for c in spread(rows, limit):
         text = c.messages[-1]["content"] if c.messages else ""
-        ids = prompt_ids(tokenizer, prompt_messages(c), thinking, tools=tools_of(c), where=c.where)
+        ids = prompt_ids(
+            tokenizer,
+            prompt_messages(c),
+            thinking,
+            tools=tools_of(c),
+            where=c.where,
+            vocab_size=spec.vocab_size,
+        )
+        if most is not None and len(ids) >= most:
+            raise DataError(
+                f"the prompt is {len(ids)} tokens, and {spec.name} reads at most {most}",
+                where=c.where,
+                next_step="remove the row, or use a target with a longer context",
+            )
         found.append(Prompt(c.id, c.domain or "all", text, tuple(ids), system_hash(c.messages)))
     return found
 
@@ -84,8 +103,10 @@ def load_prompts(
 def conditions_of(target: Target, prompts: Sequence[Prompt], thinking: bool) -> Conditions:
     """The conditions under which prompts are answered, apart from the sampling."""
     systems = {p.system for p in prompts}
-    template = None if target.tokenizer is None else template_hash(target.tokenizer)
-    return Conditions(thinking, template, systems.pop() if len(systems) == 1 else SEVERAL)
+    system = systems.pop() if len(systems) == 1 else SEVERAL
+    if target.tokenizer is None:
+        return Conditions(thinking, None, system)
+    return replace(template_conditions(target.tokenizer, thinking), system_prompt=system)
 
 
 def spread(rows: Sequence[Conversation], limit: int | None) -> list[Conversation]:
@@ -130,11 +151,13 @@ def evaluate_drafts(
     sampling = sampling or Sampling()
     stops = frozenset() if ignore_eos else target.stop_token_ids
     methods = _methods(target, drafts, sampling, stops, seed, batch, baselines)
+    date = None if target.tokenizer is None else template_date(target.tokenizer)
     conditions = {
         "target": target.spec.name,
         "target_hash": target.spec.config_hash,
         **conditions_of(target, prompts, thinking).record(),
         **asdict(sampling),
+        **({} if date is None else {"date": date}),
         "prompts_hash": _short_hash([p.ids for p in prompts]),
         "prompts": len(prompts),
         "max_new_tokens": max_new_tokens,
@@ -183,12 +206,9 @@ def _methods(
     def ours(draft: Draft | None) -> Answering:
         def answer(group: Sequence[Prompt], budget: int) -> list[Generation]:
             decoder = Decoder(target, draft, max_rows=len(group))
-            seeds = [row_seed(seed, p.id) for p in group]
-            requests = [
-                Request(p.ids, budget, seeds[i], str(i), sampling, stops) for i, p in enumerate(group)
-            ]
+            requests = [Request(p.ids, budget, row_seed(seed, p.id), p.id, sampling, stops) for p in group]
             found = {g.key: g for g in decoder.run(requests)}
-            return [replace(found[str(i)], key=p.id) for i, p in enumerate(group)]
+            return [found[p.id] for p in group]
 
         return answer
 

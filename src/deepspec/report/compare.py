@@ -20,6 +20,7 @@ REFUSED = (
     "temperature",
     "top_k",
     "top_p",
+    "date",
     "prompts_hash",
     "max_new_tokens",
     "ignore_eos",

@@ -7,7 +7,6 @@ string.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,89 +24,22 @@ from deepspec.report.results import (
     Result,
     Row,
     condition_labels,
-    conditions_table,
-    drafts_of,
+    condition_name,
     estimate,
     is_greedy,
     is_number,
     lossless_finding,
-    lossless_sentence,
     number,
     rows_of,
     sampling_label,
-    value_of,
 )
 
-REPEATS_WORTH_A_WARNING = 0.2
 KINDS = {
     "plain": "plain decoding",
     "generate": "transformers' generate",
     "lookup": "n-gram prompt lookup",
     "draft": "draft",
 }
-
-
-def headline(results: Sequence[Result]) -> tuple[str, list[str]]:
-    """The page's first sentence and the sentences that qualify it, all computed from the results.
-
-    It is about the fastest draft at temperature 0 or, if there is no such run, in the first results file.
-    With several domains the mean of their speed-ups decides, so that each counts the same. "Without changing
-    a token" appears only if every compared prompt of that draft was identical.
-    """
-    result = next((each for each in results if is_greedy(each.get("conditions") or {})), None)
-    result = result or next(iter(results), None)
-    if result is None or not drafts_of(result):
-        return "No draft has been evaluated yet.", []
-    conditions = result.get("conditions") or {}
-    best = max(drafts_of(result), key=lambda row: speed_of(row)[0] or 0.0)
-    names = {method: style.label for method, style in styles_of(results).items()}
-    name, where = names[best.get("method", "")], "at " + sampling_label(conditions)
-    state, _ = lossless_finding(best, conditions)
-    prompts = (best.get("lossless") or {}).get("prompts")
-    tail = f" without changing a token on the {prompts} prompts checked" if state == "identical" else ""
-    value, speed = speed_of(best)
-    interval = estimate(speed)[1]
-    low, high = (speed[end] if is_number(speed.get(end)) else value for end in ("low", "high"))
-    certainty = f"The 95% interval of that speed-up is {interval}." if interval else "It carries no interval."
-    support = [certainty, *domains_sentence(best)] if value is not None else []
-    if value is None or low is None or high is None:
-        tau = estimate((best.get("overall") or {}).get("tau"))[0]
-        first = f"{name} commits {tau} tokens per round {where}; its speed was not compared{tail}."
-    elif low > 1:
-        first = f"{name} makes this model {number(value)}× faster {where}{tail}."
-    elif high >= 1:
-        first = f"No draft is clearly faster than plain {where}: {name} has {number(value)}×{tail}."
-    else:
-        first = f"No draft makes this model faster {where}: the best, {name}, has {number(value)}×{tail}."
-    if state != "identical":
-        support.append(lossless_sentence(best, conditions, name))
-    for row in rows_of(result):
-        other = names[row.get("method", "")]
-        if row is not best and lossless_finding(row, conditions)[0] in ("near-ties", "different"):
-            support.append(lossless_sentence(row, conditions, other))
-        if row.get("kind") == "lookup" and (speed_of(row)[0] or 0.0) > (value or math.inf):
-            support.append(f"{other} needs no draft and was faster: {number(speed_of(row)[0])}×.")
-    return first, support
-
-
-def speed_of(row: Row) -> tuple[float | None, Mapping[str, Any]]:
-    """The speed-up that the headline names, and its estimate: the mean of domains, else the pooled one."""
-    name = "speedup_mean_of_domains" if mean_over_domains(row) else "speedup"
-    return value_of(row, name), (row.get("overall") or {}).get(name) or {}
-
-
-def mean_over_domains(row: Row) -> bool:
-    return len(row.get("domains") or {}) > 1 and value_of(row, "speedup_mean_of_domains") is not None
-
-
-def domains_sentence(row: Row) -> list[str]:
-    """What a mean of domains is made of; empty if the headline names the pooled speed-up."""
-    if not mean_over_domains(row):
-        return []
-    domains = row["domains"]
-    each = ", ".join(f"{name} {estimate(part.get('speedup'), '×')[0]}" for name, part in domains.items())
-    pooled, interval = estimate(row["overall"].get("speedup"), "×")
-    return [f"It is the mean of {len(domains)} domains: {each}. All tokens pooled: {pooled} {interval}."]
 
 
 def styles(algorithm_of: Mapping[str, str]) -> dict[str, Style]:
@@ -143,35 +75,51 @@ def detail_of(row: Row) -> str:
 
 
 def cells(row: Row, result: Result) -> dict[str, Any]:
-    """One row of the table as text, shared by the page and the terminal."""
-    overall = row.get("overall") or {}
+    """One row of the table as text, shared by the page and the terminal.
+
+    value, low, high: the speed-up that the page's first sentences quote, and the ends of its interval. It is
+    the mean of domains if there are several, so that each counts the same.
+    """
+    overall, by_domain = row.get("overall") or {}, row.get("domains") or {}
     tau, tau_interval = estimate(overall.get("tau"))
     speedup, speedup_interval = estimate(overall.get("speedup"), "×")
     if row.get("baseline") and speedup == MISSING:
         speedup = "baseline"
+    mean = overall.get("speedup_mean_of_domains") if len(by_domain) > 1 else None
+    of_domains = estimate(mean)[0] != MISSING
+    quoted = (mean if of_domains else overall.get("speedup")) or {}
+    speed, speed_interval = estimate(quoted, "×")
+    value = 0.0 if speed == MISSING else quoted["value"]
+    low, high = (quoted[end] if is_number(quoted.get(end)) else value for end in ("low", "high"))
     state, lossless = lossless_finding(row, result.get("conditions") or {})
-    domains = {k: estimate((each or {}).get("tau"))[0] for k, each in (row.get("domains") or {}).items()}
+    check = row.get("lossless") or {}
+    domains = {name: estimate((each or {}).get("tau"))[0] for name, each in by_domain.items()}
     return {
         "method": row.get("method", MISSING),
+        "kind": row.get("kind"),
         "detail": detail_of(row),
         "tau": tau,
         "tau_interval": tau_interval,
         "domains": [(name, text) for name, text in domains.items() if text != MISSING],
         "speedup": speedup,
         "speedup_interval": speedup_interval,
-        "mean": f"{number(speed_of(row)[0])}×" if mean_over_domains(row) else "",
+        "mean": speed if of_domains else "",
+        "speed": speed,
+        "speed_interval": speed_interval,
+        "value": value,
+        "low": low,
+        "high": high,
+        "speeds": [(name, estimate((each or {}).get("speedup"), "×")[0]) for name, each in by_domain.items()],
         "tokens_per_s": number(overall.get("tokens_per_s"), 1),
         "distinct": number(overall.get("distinct_4")),
         "repeated": number(overall.get("repeated_8")),
+        "repeats": overall.get("repeated_8") or 0.0,
         "joules": number(overall.get("joules_per_token")),
         "lossless": lossless,
         "state": state,
+        "identical": check.get("identical") or 0,
+        "prompts": check.get("prompts") or 0,
     }
-
-
-def energy_missing(results: Sequence[Result]) -> bool:
-    rows = [row for result in results for row in rows_of(result)]
-    return any(not is_number((row.get("overall") or {}).get("joules_per_token")) for row in rows)
 
 
 def conventions_of(results: Sequence[Result]) -> list[tuple[str, str]]:
@@ -193,11 +141,12 @@ def results_table(results: Sequence[Result]) -> Table:
     for head in (*ranges, "tok/s", "distinct-4\nrepeated-8", "J/token"):
         table.add_column(Text(head), justify="right", no_wrap=True)
     table.add_column(Text("lossless"), overflow="fold", min_width=8)
+    energy_missing = False
     for label, result in zip(condition_labels(results), results, strict=True):
         table.add_row(Text(label, style="bold"))
-        rows = rows_of(result)
-        for row in rows:
-            cell = cells(row, result)
+        rows = [cells(row, result) for row in rows_of(result)]
+        energy_missing |= any(cell["joules"] == MISSING for cell in rows)
+        for cell in rows:
             texts = (
                 f"{cell['method']}\n{cell['detail']}",
                 f"{cell['tau']}\n{cell['tau_interval'].strip('[]').replace(', ', '–')}",
@@ -209,11 +158,11 @@ def results_table(results: Sequence[Result]) -> Table:
                 cell["joules"],
                 cell["lossless"].replace(" identical", "").replace(", ", "\n"),
             )
-            table.add_row(*(Text(text.strip()) for text in texts), end_section=row is rows[-1])
+            table.add_row(*(Text(text.strip()) for text in texts), end_section=cell is rows[-1])
     notes = [f"{name}: {sentence}" for name, sentence in conventions_of(results)]
     notes += ["low–high: 95% interval."]
     notes += ["lossless: prompts answered exactly as by plain greedy decoding / prompts compared."]
-    notes += [f"J/token {MISSING}: not measurable here."] if energy_missing(results) else []
+    notes += [f"J/token {MISSING}: not measurable here."] if energy_missing else []
     table.caption = Text("\n".join(notes))
     return table
 
@@ -262,7 +211,8 @@ def sample_groups(result: Result, looks: Mapping[str, Style]) -> list[dict[str, 
 def condition_section(result: Result, label: str, looks: Mapping[str, Style]) -> dict[str, Any]:
     """Everything the page shows for one results file."""
     conditions = result.get("conditions") or {}
-    rows, drafts = rows_of(result), drafts_of(result)
+    rows = rows_of(result)
+    drafts = [row for row in rows if row.get("kind") == "draft"]
 
     def look(row: Row) -> Style:
         return looks[row.get("method", "")]
@@ -285,10 +235,9 @@ def condition_section(result: Result, label: str, looks: Mapping[str, Style]) ->
         line_chart("Conditional acceptance", position, "share", by_position("conditional"), (0, 1), True),
         line_chart("Survival", position, "share", by_position("survival"), (0, 1), True),
     ]
-    repeats = [(look(row).label, (row.get("overall") or {}).get("repeated_8") or 0) for row in rows]
-    checked = [row for row in rows if row.get("kind") in ("draft", "lookup") or row.get("lossless")]
     return {
         "label": label,
+        "sampling": sampling_label(conditions),
         "greedy": is_greedy(conditions),
         "rule": conditions.get("acceptance_rule") or "not recorded",
         "rows": [{**cells(row, result), "style": look(row)} for row in rows],
@@ -298,12 +247,6 @@ def condition_section(result: Result, label: str, looks: Mapping[str, Style]) ->
             (style, measure, [number(y) for _, y in line])
             for measure in ("conditional", "survival")
             for style, line in by_position(measure)
-        ],
-        "drafts": [look(row) for row in drafts],
-        "loops": [(name, f"{share:.0%}") for name, share in repeats if share > REPEATS_WORTH_A_WARNING],
-        "verified": [
-            (lossless_finding(row, conditions)[0], lossless_sentence(row, conditions, look(row).label))
-            for row in checked
         ],
         "samples": sample_groups(result, looks),
     }
@@ -324,26 +267,30 @@ def write_report(
     training = {name: list(rows) for name, rows in (training or {}).items()}
     looks = styles_of(results, training)
     labels = condition_labels(results)
-    sentence, support = headline(results)
-    targets = dict.fromkeys(str((each.get("conditions") or {}).get("target", "")) for each in results)
+    sections = [condition_section(*pair, looks) for pair in zip(results, labels, strict=True)]
+    # The first sentences are about the fastest draft at temperature 0, or in the first file if there is none.
+    first = next((each for each in sections if each["greedy"]), sections[0] if sections else {"rows": []})
+    drafts = [row for row in first["rows"] if row["kind"] == "draft"]
+    recorded = [each.get("conditions") or {} for each in results]
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("report.html.j2").render(
         title=title,
-        headline=sentence,
-        support=support,
+        first=first,
+        best=max(drafts, key=lambda row: row["value"], default=None),
         notes=list(notes),
-        targets=list(targets),
+        targets=list(dict.fromkeys(str(each.get("target", "")) for each in recorded)),
         created=list(dict.fromkeys(str(each["created"]) for each in results if each.get("created"))),
-        sections=[condition_section(*pair, looks) for pair in zip(results, labels, strict=True)],
-        energy_missing=energy_missing(results),
+        sections=sections,
+        energy_missing=any(row["joules"] == MISSING for section in sections for row in section["rows"]),
         training=training_charts(training, looks),
         trained=[looks[name] for name in training],
         conventions=conventions_of(results),
         labels=labels,
-        conditions=conditions_table(results),
+        conditions={key: condition_name(key) for each in recorded for key in each},
+        recorded=recorded,
         **FRAME,
     )
     path = Path(path)

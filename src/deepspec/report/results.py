@@ -21,6 +21,7 @@ CONDITION_NAMES = {
     "top_p": "top-p",
     "max_new_tokens": "token budget per prompt",
     "ignore_eos": "stop tokens ignored",
+    "date": "date in the prompts",
     "dtype": "number format",
     "threads": "CPU threads",
     "batch": "batch size",
@@ -75,19 +76,9 @@ def estimate(value: Mapping[str, Any] | None, suffix: str = "") -> tuple[str, st
     return number(value["value"]) + suffix, interval
 
 
-def value_of(row: Row, name: str) -> float | None:
-    """The overall estimate `name` ("speedup", "tau") of a row, or None."""
-    found = (row.get("overall") or {}).get(name) or {}
-    return found["value"] if is_number(found.get("value")) else None
-
-
 def rows_of(result: Result) -> list[Row]:
     """The rows of a results file, one per method."""
     return list(result.get("rows") or [])
-
-
-def drafts_of(result: Result) -> list[Row]:
-    return [row for row in rows_of(result) if row.get("kind") == "draft"]
 
 
 def is_greedy(conditions: Mapping[str, Any]) -> bool:
@@ -143,38 +134,5 @@ def lossless_finding(row: Row, conditions: Mapping[str, Any]) -> tuple[str, str]
     return ("near-ties" if identical + ties >= prompts else "different"), text
 
 
-def lossless_sentence(row: Row, conditions: Mapping[str, Any], name: str) -> str:
-    """What the check established about this row, as a sentence."""
-    state, _ = lossless_finding(row, conditions)
-    check = row.get("lossless") or {}
-    identical, prompts = check.get("identical") or 0, check.get("prompts") or 0
-    words = {
-        "identical": f"identical to plain greedy decoding, token for token, on all {prompts} prompts.",
-        "near-ties": f"identical on {identical} of {prompts} prompts. On the other {prompts - identical} the "
-        "outputs part where the target's two best tokens tie within rounding; that is an explanation, not a "
-        "proof that nothing changed.",
-        "different": f"NOT identical to plain greedy decoding: {identical} of {prompts} prompts match.",
-        "sampled": "not compared token for token, because outputs at this temperature are random.",
-    }
-    return f"{name}: {words.get(state, 'not compared with plain decoding in this run.')}"
-
-
 def condition_name(key: str) -> str:
     return CONDITION_NAMES.get(key, key.replace("_", " "))
-
-
-def shown_condition(value: Any) -> str:
-    """A condition's value for people: yes and no for switches, words for what is absent."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "not recorded" if value is None else str(value)
-
-
-def conditions_table(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
-    """(name, one value per results file) for every condition that any file records."""
-    recorded = [result.get("conditions") or {} for result in results]
-    names = {key: condition_name(key) for each in recorded for key in each}
-    return [
-        (name[:1].upper() + name[1:], [shown_condition(each.get(key)) for each in recorded])
-        for key, name in names.items()
-    ]

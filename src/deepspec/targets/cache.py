@@ -23,6 +23,11 @@ class SlotCache(Cache):
         for layer in self.layers:
             layer.rows = rows
 
+    def wipe(self, slot: int) -> None:
+        """Zero a slot's keys and values."""
+        for layer in self.layers:
+            layer.store.wipe(slot)
+
 
 class _SlotLayer(CacheLayerMixin):
     """One layer over a `SlotStore`; `rows` is set before each step."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from deepspec.errors import TargetError
-from deepspec.log import note
+from deepspec.errors import NonFiniteError, TargetError
+from deepspec.log import note, progress
 from deepspec.maths.slots import Ints, Ragged, Rows, causal_rows_mask
 from deepspec.pocket import packaged
 from deepspec.targets.anatomy import (
@@ -146,7 +146,8 @@ class Target:
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """Raise TargetError unless `head` of the last hidden state is the model's own logits (two tokens)."""
+        """Raise TargetError unless `head` of the last hidden state is the model's own logits (two tokens);
+        NonFiniteError if these are infinite or NaN."""
         last_hidden: list[Tensor] = []
         self._hook(())
         watch = self.decoder.register_forward_hook(lambda m, i, o: last_hidden.append(o.last_hidden_state))
@@ -156,6 +157,8 @@ class Target:
             theirs = self.model(input_ids=ids, use_cache=False).logits.to(self.device).float()
         finally:
             watch.remove()
+        if not theirs.amax(-1).isfinite().all():
+            raise NonFiniteError(self.spec.name, "its logits")
         ours = self.logits(last_hidden[0].to(self.device)).float()
         if ours.shape != theirs.shape or (ours - theirs).abs().max() > 0.02 * theirs.abs().max():
             raise TargetError(
@@ -167,17 +170,21 @@ class Target:
 
     @property
     def max_length(self) -> int | None:
-        """Tokens that a sequence may hold according to the config; None if it gives no limit."""
-        limits = [self.spec.config.get("max_position_embeddings"), self._steady_length]
-        return min((int(n) for n in limits if n), default=None)
+        """Tokens that a sequence may hold: the context length, or what of it has steady rotary frequencies;
+        None if the config gives no limit."""
+        return min((n for n in (self.spec.context_length, self._steady_length) if n), default=None)
+
+    def room(self, held: int, wanted: int) -> int:
+        """How many of `wanted` new tokens fit after `held` ones; none fit if it is below 1."""
+        return wanted if self.max_length is None else min(wanted, self.max_length - held)
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
-        """End-of-sequence ids of the generation config and the tokenizer; empty without either."""
+        """End-of-sequence ids of the tokenizer and of the generation config, which transformers derives from
+        the model's config if it has no file of its own; each counts whatever the other says."""
         found: set[int] = set()
-        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            found.add(int(self.tokenizer.eos_token_id))
-            ids = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        for source in (self.tokenizer, getattr(self.model, "generation_config", None)):
+            ids = getattr(source, "eos_token_id", None)
             found.update([ids] if isinstance(ids, int) else ids or [])
         return frozenset(found)
 
@@ -224,6 +231,11 @@ class Target:
     def free(self, slot: int) -> None:
         del self._tokens[slot]
 
+    def wipe(self, slot: int) -> None:
+        """Free a slot and zero its keys and values: NaN would reach its next sequence through every mask."""
+        self.free(slot)
+        self._cache.wipe(slot)
+
     @torch.inference_mode()
     def step(self, slots: Ints, tokens: Ragged, layers: Ints = ()) -> StepOutput:
         """Append each row's new tokens (any number, not the same) to its slot, in one forward pass.
@@ -240,11 +252,15 @@ class Target:
         """The new tokens alone, over the keys and values of the slots."""
         rows = Rows(tuple(slots), tuple(self.length(s) for s in slots), max(map(len, tokens)))
         self._hook(tuple(layers))
-        self._check_length(rows.end)
+        self._check_length(max(s + len(new) for s, new in zip(rows.starts, tokens, strict=True)))
+        positions = rows.positions(self.device)
+        if self._steady_length is not None:
+            # Padding may lie past the end, where one position would turn the frequencies of all.
+            positions = positions.clamp(max=self._steady_length - 1)
         self._cache.step(rows)
         output = self.decoder(
             input_ids=_padded(tokens).to(self.device),
-            position_ids=rows.positions(self.device),
+            position_ids=positions,
             attention_mask=self._mask(rows),
             past_key_values=self._cache,
             use_cache=True,
@@ -275,14 +291,15 @@ class Target:
     ) -> list[int]:
         """New tokens by transformers' own `generate`: the baseline that users already have.
 
-        Greedy at temperature 0; above it, sampling without top-k or top-p from torch's global generator.
+        Greedy at temperature 0; above it, sampling without top-k or top-p from torch's global generator. What
+        else the model's generation config asks for (penalties, beams, stop strings, …) is left out: plain
+        decoding does not do it, and both must follow the same law.
         """
         ids = torch.tensor([list(input_ids)], device=self.device)
+        watch = _WatchedLogits()
         self._hook(())
-        output = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
+        chosen = GenerationConfig(
+            max_new_tokens=self.room(len(input_ids), max_new_tokens),
             do_sample=temperature > 0,
             temperature=temperature if temperature > 0 else None,
             top_k=0 if temperature > 0 else None,
@@ -290,6 +307,17 @@ class Target:
             eos_token_id=list(stops) or None,
             pad_token_id=0,
         )
+        # `generate` fills what its config leaves open from the model's own one.
+        own, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        mask = torch.ones_like(ids)
+        try:
+            output = self.model.generate(
+                ids, attention_mask=mask, generation_config=chosen, logits_processor=[watch]
+            )
+        finally:
+            self.model.generation_config = own
+        if watch.broken:
+            raise NonFiniteError(self.spec.name, "its logits")
         return [int(t) for t in output[0, ids.shape[1] :]]
 
     def _mask(self, rows: Rows) -> Tensor | dict[str, Tensor] | None:
@@ -368,20 +396,33 @@ class Target:
         return StepOutput(last_hidden, torch.cat(parts, dim=-1))
 
 
+class _WatchedLogits(LogitsProcessor):
+    """Notes whether `generate` met logits without a finite maximum, and has it choose from zeros instead:
+    sampling from NaN is an error of its own, which ends a GPU's process."""
+
+    broken: Tensor | bool = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        bad = ~scores.amax(-1, keepdim=True).isfinite()
+        self.broken = bad.any() | self.broken
+        return scores.masked_fill(bad, 0.0)
+
+
 # ── loading ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextmanager
 def _bars(path: str) -> Iterator[None]:
-    """transformers' own progress bars, if there is a terminal and loading takes long: a download, or weights
-    that take seconds to read."""
+    """transformers' own progress bars if loading takes long (a download, or weights that take seconds to
+    read), or plain lines if there is no terminal."""
     weights = [f for kind in ("*.safetensors", "*.bin") for f in Path(path).glob(kind) if f.is_file()]
     long = not Path(path).is_dir() or sum(f.stat().st_size for f in weights) > LONG
     usual = hf_logging.is_progress_bar_enabled()
     if not (long and sys.stderr.isatty()):
         hf_logging.disable_progress_bar()
     try:
-        yield
+        with nullcontext() if sys.stderr.isatty() else progress(f"loading {path}", None, count=False):
+            yield
     finally:
         if usual:
             hf_logging.enable_progress_bar()

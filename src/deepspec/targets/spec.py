@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,24 @@ FACTS = (
     "head_dim",
     "final_logit_softcapping",
 )
+# The keys that decide the context length; their defaults are not facts of a draft.
+CONTEXT = ("model_type", "max_position_embeddings", "original_max_position_embeddings", "rope_parameters")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What is known about a target without its weights. config: the raw JSON of its text part."""
+    """What is known about a target without its weights. config: the raw JSON of its text part.
+
+    positions: what its class and file say together about the length of the context. architectures: the class
+    names by which servers choose how to run the model.
+    """
 
     name: str
     config: dict[str, Any]
     quantised: bool = False
+    positions: Mapping[str, Any] = field(default_factory=dict)
+    architectures: tuple[str, ...] = ()
 
     @classmethod
     def from_pretrained(cls, name_or_path: str) -> TargetSpec:
@@ -66,7 +75,9 @@ class TargetSpec:
                 next_step="use a Hugging Face decoder; of a composite model, save only the text part",
             )
         quantised = bool(raw.get("quantization_config") or text.get("quantization_config"))
-        return cls(name_or_path, facts, quantised)
+        whole = loaded.get_text_config(decoder=True)
+        positions = {key: getattr(whole, key, None) for key in CONTEXT}
+        return cls(name_or_path, facts, quantised, positions, tuple(raw.get("architectures") or ()))
 
     @property
     def model_type(self) -> str:
@@ -87,6 +98,11 @@ class TargetSpec:
     @property
     def vocab_size(self) -> int:
         return int(self.config["vocab_size"])
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that it reads; None if neither its config nor its class gives a limit."""
+        return families.context_length({**self.positions, **self.config})
 
     @property
     def softcap(self) -> float | None:

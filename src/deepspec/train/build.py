@@ -112,6 +112,12 @@ def draft_spec(recipe: Recipe, target_config: dict[str, Any], mask_token_id: int
         ) from error
 
 
+def sized_spec(recipe: Recipe, target_config: dict[str, Any]) -> DraftSpec:
+    """As `draft_spec`, before the target is loaded: a mask token chosen later changes no size."""
+    needs_mask = ALGORITHMS[recipe.algorithm].needs_mask
+    return draft_spec(recipe, target_config, recipe.draft.mask_token_id or 0 if needs_mask else None)
+
+
 def trained_draft(name: str, spec: DraftSpec, target: Target) -> NeuralDraft:
     """A draft to fine-tune. Raises RecipeError if it is not what the recipe describes."""
     draft = load_draft(name, target)

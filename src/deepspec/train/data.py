@@ -8,18 +8,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deepspec.answers.in_process import answered
+from deepspec.checkpoints.draft import check_draft
 from deepspec.conditions import Conditions
 from deepspec.config import Recipe, feature_source
 from deepspec.data.conversations import read_conversations
-from deepspec.data.tokens import Encoded, template_hash, tokenizer_hash
+from deepspec.data.template import template_conditions, template_hash
+from deepspec.data.tokens import Encoded, require_tokenizer, tokenizer_hash
 from deepspec.errors import RecipeError
 from deepspec.features.batches import Source, load_rows, online
 from deepspec.features.cache_read import cached, cached_rows, open_cache
 from deepspec.features.cache_write import SHARD_BYTES, Plan, Written, plan_cache, write_cache
 from deepspec.features.vllm import VllmSource
+from deepspec.files import check_writable
+from deepspec.log import import_tracker
 from deepspec.pocket import prompts_path
-from deepspec.targets import Target
-from deepspec.train.build import feature_layers, read_rules
+from deepspec.targets import Target, TargetSpec
+from deepspec.train.build import feature_layers, read_rules, sized_spec
 from deepspec.train.facts import data_facts
 from deepspec.train.optimizer import eight_bit_adamw
 
@@ -37,12 +41,45 @@ def check_before_loading(recipe: Recipe, answers: Path | None) -> None:
     """Raise UserError for what would stop a run after its target is loaded and its data tokenised."""
     if recipe.optim.states == "8bit":
         eight_bit_adamw()
-    form, _ = feature_source(recipe.data.features)
+    for tracker in recipe.trackers:
+        if tracker != "none":
+            import_tracker(tracker)
+    form, place = feature_source(recipe.data.features)
+    if form == "cache":
+        open_cache(Path(place))
+    else:
+        check_answers(recipe, answers)
+    _check_file("select", recipe)
     next(read_conversations(prompts_path(recipe.data.select)), None)
-    if form != "cache":
-        asked_now = answers is None and recipe.data.train.startswith("pocket:")
-        file = answers or prompts_path(recipe.data.train)
-        next(read_conversations(file, require_answer=not asked_now), None)
+
+
+def check_answers(recipe: Recipe, answers: Path | None) -> None:
+    """Raise UserError if the training file is missing, or its first line cannot be used."""
+    if answers is None:
+        _check_file("train", recipe)
+    asked_now = answers is None and recipe.data.train.startswith("pocket:")
+    file = answers or prompts_path(recipe.data.train)
+    next(read_conversations(file, require_answer=not asked_now), None)
+
+
+def _check_file(key: str, recipe: Recipe) -> None:
+    """Raise RecipeError, naming the recipe's key, if there is no such file."""
+    name = getattr(recipe.data, key)
+    if not (path := prompts_path(name)).is_file():
+        raise RecipeError(
+            f"data.{key} names a file that does not exist: {path}",
+            where=recipe.name,
+            next_step=f"give the path of a JSONL file, one conversation per line: data.{key}=FILE.jsonl",
+        )
+
+
+def check_target(recipe: Recipe, target: TargetSpec) -> None:
+    """Raise UserError if the target cannot have the recipe's draft, or cannot answer as the recipe says: what
+    is known without its weights."""
+    sized_spec(recipe, target.config)
+    if recipe.start_from is not None:
+        check_draft(recipe.start_from, target)
+    template_conditions(require_tokenizer(target.tokenizer(), target.name), recipe.thinking)
 
 
 def training_data(
@@ -103,11 +140,9 @@ def cache_features(
     """Write, or continue writing, one feature cache for all the recipes: the union of what they read.
 
     answers: a file to use instead of the recipes' data.train. max_rows: only its first rows are taken.
-    Raises RecipeError if the recipes make different rows, and what `write_cache` raises.
+    The recipes must make the same rows (`check_cache`). Raises what `write_cache` raises.
     """
     first = recipes[0]
-    for other in recipes[1:]:
-        _check_same_rows(first, other, answers)
     file = answers or answered(first.data.train, target, first.thinking, out / "answers")
     about = data_facts(file, max_rows)
     plan = plan_cache(
@@ -121,6 +156,16 @@ def cache_features(
         shard_bytes=shard_bytes,
     )
     return plan, write_cache(plan, target, out, rank=rank, world=world, verify=verify)
+
+
+def check_cache(recipes: Sequence[Recipe], out: Path, answers: Path | None) -> None:
+    """Raise UserError for what would stop `cache_features` after the target is loaded."""
+    check_writable(out, folder=True)
+    for other in recipes[1:]:
+        _check_same_rows(recipes[0], other, answers)
+    for recipe in recipes:
+        check_target(recipe, TargetSpec.from_pretrained(recipe.target))
+        check_answers(recipe, answers)
 
 
 def _check_same_rows(one: Recipe, other: Recipe, answers: Path | None) -> None:

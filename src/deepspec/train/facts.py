@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from deepspec.checkpoints.read import find_checkpoint, load_provenance
 from deepspec.conditions import LABELS, SEVERAL, Conditions
 from deepspec.config import Recipe
 from deepspec.data.conversations import Conversation, content_hash, read_conversations
-from deepspec.data.tokens import system_hash, template_hash, tokenizer_hash
+from deepspec.data.template import template_conditions
+from deepspec.data.tokens import system_hash, tokenizer_hash
+from deepspec.files import count_lines
+from deepspec.log import progress
 from deepspec.targets import Target
 
 CARRIED = (*LABELS, "sampling")
@@ -33,9 +37,11 @@ def data_facts(source: Path, limit: int | None = None) -> dict[str, Any]:
             found = Conditions.read({key: carried[key] for key in CARRIED})
             shared = found if shared is None else shared.shared(found)
             targets.add(row.meta.get("target"))
+            bar.update(1)
             yield row
 
-    digest = content_hash(noting())
+    with progress("reading the answers", limit or count_lines(source)) as bar:
+        digest = content_hash(noting())
     record = {} if shared is None else shared.record()
     target = targets.pop() if len(targets) == 1 else SEVERAL
     return {"data_hash": digest, "data_rows": count, "data": {"target": target, **record}}
@@ -44,9 +50,12 @@ def data_facts(source: Path, limit: int | None = None) -> dict[str, Any]:
 def provenance(recipe: Recipe, target: Target, about: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says about where it came from. about: `data_facts` of its training data."""
     assert target.tokenizer is not None
-    template, tokenizer = template_hash(target.tokenizer), tokenizer_hash(target.tokenizer)
-    system, sampling = about["data"]["system_prompt"], about["data"]["sampling"]
-    now = Conditions(recipe.thinking, template, system, tokenizer, sampling)
+    now = replace(
+        template_conditions(target.tokenizer, recipe.thinking),
+        system_prompt=about["data"]["system_prompt"],
+        tokenizer_hash=tokenizer_hash(target.tokenizer),
+        sampling=about["data"]["sampling"],
+    )
     began_as = None
     if recipe.start_from is not None:
         before = load_provenance(find_checkpoint(recipe.start_from))

@@ -5,6 +5,7 @@ Resuming is exact by construction: batch k is a pure function of (seed, k), and 
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +22,13 @@ from deepspec.conditions import Conditions, differences
 from deepspec.config import LOG_EVERY, Recipe
 from deepspec.data.tokens import Encoded
 from deepspec.drafts.base import NeuralDraft
-from deepspec.features.batches import Source, announced, batches_from
+from deepspec.errors import NonFiniteError
+from deepspec.features.batches import Source, announced, batches_from, check_finite
 from deepspec.measure.evaluate import held_out_tau, load_prompts
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target, TargetSpec
 from deepspec.train.build import build_draft, recipe_spec, vocabulary_facts
-from deepspec.train.data import check_before_loading, training_data
+from deepspec.train.data import check_before_loading, check_target, training_data
 from deepspec.train.facts import provenance
 from deepspec.train.optimizer import Optimizer
 from deepspec.train.run import Progress, Run, open_run
@@ -60,8 +62,12 @@ def train_draft(
     Raises UserError for unusable data, recipes or targets, and if another process trains in that folder.
     """
     check_before_loading(recipe, answers)
-    if target is None:
-        TargetSpec.from_pretrained(recipe.target)  # a mistyped name should not leave a folder behind
+    known = target or TargetSpec.from_pretrained(recipe.target)
+    if isinstance(known, TargetSpec):
+        check_target(recipe, known)
+    prompts = load_prompts(
+        prompts_path(recipe.data.select), known, thinking=recipe.thinking, limit=recipe.eval_prompts
+    )
     with open_run(Path(runs), recipe, fresh=fresh) as run:
         target = target or Target.from_pretrained(recipe.target)
         spec = recipe_spec(recipe, target)
@@ -70,9 +76,6 @@ def train_draft(
         carried, wanted = Conditions.read(data.about["data"]), Conditions.read(facts)
         for sentence in differences(f"{data.name} was answered", carried, "the recipe trains", wanted):
             run.warn(sentence)
-        prompts = load_prompts(
-            prompts_path(recipe.data.select), target, thinking=recipe.thinking, limit=recipe.eval_prompts
-        )
         held_out = partial(held_out_tau, target, prompts=prompts, max_new_tokens=recipe.eval_max_new_tokens)
         draft = build_draft(recipe, target, data.rows, spec)
         return train(run, draft, target, data.rows, data.source, facts, held_out)
@@ -108,9 +111,13 @@ def train(
         draft.eval()
         tau, at.judged_step = held_out(draft), at.step
         draft.train()
+        if not math.isfinite(tau):
+            raise NonFiniteError(
+                "the held-out measurement", f"τ after step {at.step}", (), NonFiniteError.OF_STEP
+            )
         figures = {"seconds": round(at.seconds, 3), "tokens": at.tokens}
         log({"step": at.step, "held_out_tau": tau, **figures}, finished_share(recipe, total_steps, at))
-        if at.best_tau is None or tau > at.best_tau:
+        if at.best_tau is None or not tau <= at.best_tau:
             at.best_tau, at.best_step = tau, at.step
             run.save_best(draft, at, target, facts)
 
@@ -121,11 +128,15 @@ def train(
             epoch, picked = next(batches)
             measure = at.step % LOG_EVERY == 0
             loss, sums = train_step(draft, source, picked, recipe, at.step, measure, optimizer)
-            lr, norm = optimizer.step(done)
+            lr, norm = optimizer.step(done, loss)
+            if not math.isfinite(norm):
+                raise not_finite(draft, source, picked, recipe, at.step, target)
             at.step, at.tokens = at.step + 1, at.tokens + sum(len(r.ids) for r in picked)
             at.seconds += time.perf_counter() - began
             if measure:
                 row = _metrics_row(at, epoch, float(loss), sums, lr, norm)
+                if not math.isfinite(row["tau_estimate"]):
+                    raise not_finite(draft, source, picked, recipe, at.step - 1, target)
                 log(row, finished_share(recipe, total_steps, at))
             if at.step % recipe.eval_every_steps == 0:
                 judge()
@@ -170,6 +181,35 @@ def train_step(
         metrics = {name: value + metrics.get(name, 0) for name, value in sums.metrics.items()}
     optimizer.divide(weight + 1e-6)
     return total / (weight + 1e-6), metrics
+
+
+def not_finite(
+    draft: NeuralDraft, source: Source, rows: Sequence[Encoded], recipe: Recipe, step: int, target: Target
+) -> NonFiniteError:
+    """The error for a step (counted from 0) whose loss, gradients or rates are not finite: what is at fault,
+    and in which rows. The batch is computed again row by row, with the anchors that it had."""
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+    who = target.spec.name if recipe.data.features == "online" else recipe.data.features
+    width, weights = max(len(r.ids) for r in rows), [p for p in draft.parameters() if p.requires_grad]
+    broken: list[str] = []
+    for row in rows:
+        batch = source([row], width)
+        try:
+            check_finite(batch, draft.feature_layers, who)
+        except NonFiniteError as error:
+            return error
+        if batch.last_hidden is not None:
+            for hidden in batch.last_hidden[0].split(128):
+                if not draft.teacher_head.logits(hidden).amax(-1).isfinite().all():
+                    return NonFiniteError(who, "its logits", [row.id])
+        sums = draft(batch, recipe.loss, draft.plan(batch, recipe.num_anchors, generator), False)
+        found = [sums.total.detach()]
+        if sums.total.requires_grad:
+            found += [g for g in torch.autograd.grad(sums.total, weights, allow_unused=True) if g is not None]
+        if not all(bool(value.isfinite().all()) for value in found):
+            broken.append(row.id)
+    part = f"the loss or the gradients of step {step + 1}"
+    return NonFiniteError("training", part, broken or [r.id for r in rows], NonFiniteError.OF_STEP)
 
 
 def finished_share(recipe: Recipe, total_steps: int | None, at: Progress) -> float:

@@ -12,6 +12,9 @@ from deepspec.config import OptimConfig
 from deepspec.drafts.base import NeuralDraft
 from deepspec.errors import RecipeError
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What torch's AdamW keeps of each weight."""
+
 
 class Optimizer:
     """AdamW over a draft's parameters; it steps float32 masters if the draft itself is narrower.
@@ -42,29 +45,42 @@ class Optimizer:
             if master.grad is not None:
                 master.grad.div_(weight)
 
-    def step(self, done: float) -> tuple[float, float]:
-        """Clip, step and clear the gradients. done: the finished share of the run, in [0, 1].
+    def step(self, done: float, loss: Tensor | None = None) -> tuple[float, float]:
+        """Clip, step and clear the gradients. done: the finished share of the run, in [0, 1]. loss: of these
+        gradients.
 
-        Returns (learning rate, norm of the gradients before clipping).
+        Returns (learning rate, norm of the gradients before clipping). If the gradients or the loss are not
+        finite, neither is that norm, and nothing else has been done: no weight and no state has changed.
         """
         lr = self.optim.lr * schedule(done, self.optim.warmup)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.collect()
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.optim.grad_clip)
+        # Read before the step, not after it: a step waits for the device once in either order.
+        size = float(norm if loss is None else norm + 0.0 * loss)
+        if not math.isfinite(size):
+            return lr, size
         self.adamw.step()
         self.adamw.zero_grad()
         with torch.no_grad():
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 if master is not parameter:
                     parameter.copy_(master)
-        return lr, float(norm)
+        return lr, size
 
     def state(self) -> dict[str, Any]:
         """What `load` needs to continue; `torch.save` can write it."""
         return {"adamw": self.adamw.state_dict(), "masters": [m.detach() for m in self.masters]}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` gave. Raises ValueError for moments that are not finite, or of another
+        shape than their weights."""
+        for number, found in state["adamw"]["state"].items():
+            shape = self.masters[number].shape
+            moments = [found[key] for key in MOMENTS] if self.optim.states == "float32" else []
+            if any(moment.shape != shape or not moment.isfinite().all() for moment in moments):
+                raise ValueError(f"the moments of weight {number} are not finite, or of another shape")
         self.adamw.load_state_dict(state["adamw"])
         with torch.no_grad():
             for master, parameter, saved in zip(self.masters, self.parameters, state["masters"], strict=True):

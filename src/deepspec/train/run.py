@@ -11,24 +11,31 @@ runs/NAME/.lock                     held while a process trains here
 from __future__ import annotations
 
 import json
+import math
+import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
 
 from deepspec.checkpoints.draft import save_draft
-from deepspec.checkpoints.read import load_provenance
+from deepspec.checkpoints.read import load_provenance, load_spec, read_parts
 from deepspec.config import KEPT_CHECKPOINTS, Recipe, dump_recipe, load_recipe
 from deepspec.drafts.base import NeuralDraft
 from deepspec.errors import CheckpointError, RecipeError
-from deepspec.files import JsonlWriter, alone_in, atomic_file, write_json
+from deepspec.files import JsonlWriter, alone_in, aside_of, atomic_file, write_json
 from deepspec.log import note, open_trackers, progress, warn
 from deepspec.targets import Target
+from deepspec.targets.hub import first_line
 from deepspec.train.optimizer import Optimizer
 
 SHOWN = {"loss": "loss", "tau_estimate": "τ≈", "held_out_tau": "held-out τ", "tokens_per_s": "tokens/s"}
@@ -48,6 +55,14 @@ class Progress:
     best_tau: float | None = None
     best_step: int = 0
     judged_step: int = 0
+
+
+READ_PROGRESS = TypeAdapter(Progress).validate_json
+UNREADABLE = (
+    *(OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
+    *(pickle.UnpicklingError, struct.error, SafetensorError),
+)
+"""What reading a torn file as JSON, as safetensors or with `torch.load` may raise."""
 
 
 class Run:
@@ -82,12 +97,16 @@ class Run:
         """
         path = self.folder / "recipe.yaml"
         if path.exists() and self.latest() is not None:
-            before = load_recipe(path)
+            try:
+                before = load_recipe(path)
+            except RecipeError as error:
+                self._set_aside(path, error.what, "the run continues with the recipe given now")
+                before = self.recipe
             if other := _differences(before, self.recipe):
                 raise RecipeError(
                     f"{self.folder} cannot continue with this recipe: {'; '.join(other)}", next_step=FRESH
                 )
-            if before != self.recipe:
+            if before.model_dump(mode="json") != self.recipe.model_dump(mode="json"):
                 self.note(f"{self.folder} was started with another recipe; it continues with this one")
         dump_recipe(self.recipe, path)
 
@@ -100,7 +119,8 @@ class Run:
             return
         forget_after(self.metrics, at.step)
         recipe, total = self.recipe, float(total_steps or 1)
-        trackers = open_trackers(recipe.trackers, self.folder / "trackers", recipe.name, recipe.model_dump())
+        settings = recipe.model_dump(mode="json")  # without passwords
+        trackers = open_trackers(recipe.trackers, self.folder / "trackers", recipe.name, settings)
         with (
             closing(trackers) as tracker,
             JsonlWriter(self.metrics) as metrics,
@@ -115,12 +135,12 @@ class Run:
             yield log
 
     def _steps(self) -> list[tuple[int, Path]]:
-        """(step, folder) of the whole checkpoints, oldest first."""
+        """(step, folder) of the checkpoints, oldest first. Each was whole when it was written."""
         found = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in self.checkpoints.glob("step_*")]
         return sorted((int(m.group(1)), p) for m, p in found if m is not None)
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint; None before the first."""
+        """The newest checkpoint; None before the first."""
         steps = self._steps()
         return steps[-1][1] if steps else None
 
@@ -155,28 +175,109 @@ class Run:
             save_draft(draft, self.best, target, facts)
 
     def resume(self, draft: NeuralDraft, optimizer: Optimizer, facts: dict[str, Any]) -> Progress:
-        """Load the newest checkpoint into draft and optimizer, if there is one.
+        """Load the newest whole checkpoint into draft and optimizer, if there is one.
 
-        Raises CheckpointError if that checkpoint is of a draft of another shape, as after a change of the
-        target, or of a vocabulary that was counted in other data than `facts` says.
+        Newer ones that are damaged are moved aside, with a warning. Raises CheckpointError if there are
+        checkpoints and none is whole, or if the whole ones are of a draft of another shape, as after a change
+        of the target, or of a vocabulary that was counted in other data than `facts` says.
         """
-        path = self.latest()
-        if path is None:
-            return Progress()
-        saved = torch.load(path / "optimizer.pt", weights_only=True, map_location=draft.device)
-        before, now = (found.get("vocabulary") or {} for found in (load_provenance(path), facts))
-        why = None
-        if [m.shape for m in saved["masters"]] != [m.shape for m in optimizer.masters]:
-            why = "trains a draft of another shape"
-        elif before.get("ids_hash") != now.get("ids_hash"):
-            why = "has a draft vocabulary that was counted in other data"
-        if why:
-            said = f"the run cannot continue with this recipe: it {why}"
-            raise CheckpointError(said, where=str(path), next_step=FRESH)
-        optimizer.load(saved)
-        at = Progress(**json.loads((path / "progress.json").read_text("utf-8")))
+        refused: list[tuple[Path, CheckpointError]] = []
+        for step, path in reversed(self._steps()):
+            try:
+                at = _load_step(path, step, draft, optimizer, facts)
+                break
+            except CheckpointError as error:
+                refused.append((path, error))
+        else:
+            return self._nothing_to_resume([error for _, error in refused])
+        for newer, damage in refused:
+            self._set_aside(newer, damage.what, f"the run resumes from step {at.step}")
+        try:
+            if at.best_tau is not None:
+                best = self.best if (self.best / "config.json").is_file() else aside_of(self.best)
+                with _damage(best):
+                    read_parts(best, load_spec(best, draft.spec.num_target_layers))
+        except _DamagedError as error:
+            self._set_aside(self.best, error.what, "the next held-out measurement decides the best one again")
+            at.best_tau, at.judged_step = None, 0
         self.note(f"resuming {self.folder} from step {at.step} ({at.seconds:.0f} s trained)")
         return at
+
+    def _nothing_to_resume(self, errors: Sequence[CheckpointError]) -> Progress:
+        """The beginning of a run without checkpoints. Raises CheckpointError if it has some: for the first
+        that another recipe would be needed for, or else because none is whole."""
+        if not errors:
+            return Progress()
+        for error in errors:
+            if not isinstance(error, _DamagedError):
+                raise error
+        raise CheckpointError(
+            f"no checkpoint of this run is whole; of the newest, {errors[0].what}",
+            where=errors[0].where,
+            next_step=f"copy the run's folder again; or {FRESH}, which keeps this folder as it is",
+        ) from errors[0]
+
+    def _set_aside(self, path: Path, why: str, instead: str) -> None:
+        """Rename what is damaged, so that nothing is written over it, and say so."""
+        names = (path.with_name(f"{path.name}.damaged{n or ''}") for n in count())
+        aside, there = next(name for name in names if not name.exists()), path.exists()
+        if there and self.rank == 0:
+            path.rename(aside)
+        kept = f" (it is kept as {aside.name})" if there else ""
+        self.warn(f"{path} is not whole{kept}: {why}; {instead}")
+
+
+class _DamagedError(CheckpointError):
+    """A file of a checkpoint is missing, torn, or does not belong to the others: no recipe can use it."""
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Raise _DamagedError for whatever reading and checking a damaged checkpoint raises."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except CheckpointError as error:
+        raise _DamagedError(error.what, where=error.where) from error
+    except UNREADABLE as error:
+        said = f"a file cannot be used ({type(error).__name__}: {first_line(error)})"
+        raise _DamagedError(said, where=str(path)) from error
+
+
+def _load_step(
+    path: Path, step: int, draft: NeuralDraft, optimizer: Optimizer, facts: dict[str, Any]
+) -> Progress:
+    """Load checkpoints/step_<step> into draft and optimizer, if all its files are whole and fit each other.
+
+    Raises _DamagedError if they do not, CheckpointError if nothing could continue from it with this recipe.
+    """
+    with _damage(path):
+        at = READ_PROGRESS((path / "progress.json").read_bytes())
+        if at.step != step or not math.isfinite(at.seconds):
+            raise ValueError(f"progress.json tells of step {at.step} and {at.seconds} s")
+        weights, _ = read_parts(path, load_spec(path, draft.spec.num_target_layers))
+        if not (origin := load_provenance(path)):
+            raise ValueError("deepspec.json is missing")
+        before, now = (found.get("vocabulary") or {} for found in (origin, facts))
+        saved = torch.load(path / "optimizer.pt", weights_only=True, map_location=draft.device)
+        masters = saved["masters"]
+        shapes = [m.shape for m in masters]
+    why = None
+    if shapes != [m.shape for m in optimizer.masters]:
+        why = "trains a draft of another shape"
+    elif before.get("ids_hash") != now.get("ids_hash"):
+        why = "has a draft vocabulary that was counted in other data"
+    if why:
+        said = f"the run cannot continue with this recipe: it {why}"
+        raise CheckpointError(said, where=str(path), next_step=FRESH)
+    with _damage(path):
+        names = [name for name, parameter in draft.named_parameters() if parameter.requires_grad]
+        for name, master in zip(names, masters, strict=True):
+            if not torch.equal(weights[name].to(master.device), master.to(weights[name].dtype)):
+                raise ValueError(f"optimizer.pt and model.safetensors differ in {name}")
+        optimizer.load(saved)
+    return at
 
 
 @contextmanager

@@ -1,0 +1,77 @@
+"""What a round decided, with one wait for the device, and which rows rest on infinities or NaN.
+
+R rows, γ proposals, Q = γ + 1 new tokens per row, V vocabulary, m captured layers, d hidden.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from math import isfinite
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepspec.drafts.base import Proposal
+from deepspec.maths.finite import finite_layers
+from deepspec.maths.slots import Ints
+from deepspec.maths.verify import Verdict
+
+LOGITS = "its logits"
+
+
+class Fault(NamedTuple):
+    """Numbers that are not finite: whether the target gave them, or else the draft, and which they are."""
+
+    of_target: bool
+    part: str
+
+
+class Settled(NamedTuple):
+    """Per row: tokens accepted, and the one that follows them. faults: of the rows that have one.
+    features: as the draft may read them; the vectors of a token are zero if one of them is not finite."""
+
+    accepted: list[int]
+    next_token: list[int]
+    faults: dict[int, Fault]
+    features: Tensor | None
+
+
+def settle(
+    verdict: Verdict, p: Tensor, q: Tensor, proposal: Proposal, features: Tensor | None, layers: Ints
+) -> Settled:
+    """Read a verdict on p [R, Q, V] and q [R, γ, V] with what it rests on: the target's logits and features
+    [R, Q, m*d] up to where each row stopped, all of the draft's logits, and its confidences."""
+    columns = [verdict.accepted[:, None], verdict.next_token[:, None], p[..., 0], q[..., 0]]
+    columns.append(p[:, :0, 0] if proposal.confidence is None else proposal.confidence.to(p.device))
+    # A sum is finite if all its parts are, and costs less than asking each of them.
+    columns.append(p[:, :0, 0] if features is None else features.sum(-1, dtype=torch.float32))
+    ends = list(accumulate(column.shape[1] for column in columns))
+    rows = torch.cat(columns, dim=1).tolist()  # in float32, which holds a token id exactly
+    accepted, next_token, faults = [int(r[0]) for r in rows], [int(r[1]) for r in rows], {}
+    for i, row in enumerate(rows):
+        if all(map(isfinite, row)):
+            continue
+        _, _, of_target, of_draft, confidence, _ = (
+            row[start:end] for start, end in zip([0, *ends], ends, strict=False)
+        )
+        kept = accepted[i] + 1
+        if features is not None and (layer := first_layer(features[i, :kept], layers)):
+            faults[i] = Fault(True, layer)
+        elif not all(map(isfinite, of_target[:kept])):
+            faults[i] = Fault(True, LOGITS)
+        elif not all(map(isfinite, of_draft)):
+            faults[i] = Fault(False, LOGITS)
+        elif not all(map(isfinite, confidence)):
+            faults[i] = Fault(False, "its confidences")
+        if features is not None:
+            # Even as padding, NaN would reach every later round of its slot, through any mask.
+            unsound = ~finite_layers(features, len(layers)).all(-1, keepdim=True)
+            features = features.masked_fill(unsound, 0.0)
+    return Settled(accepted, next_token, faults, features)
+
+
+def first_layer(features: Tensor, layers: Ints) -> str | None:
+    """The first of the layers whose part of features [..., m*d] is not finite; None if all of it is."""
+    sound = finite_layers(features, len(layers)).flatten(0, -2).all(0).tolist()
+    return next((f"layer {layer}" for layer, ok in zip(layers, sound, strict=True) if not ok), None)
