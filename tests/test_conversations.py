@@ -98,11 +98,15 @@ def test_sharegpt_names_become_roles(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("role", "text"), [("role", "content"), ("from", "value")])
 def test_every_format_knows_the_same_names(tmp_path: Path, key: str, role: str, text: str) -> None:
     for user in ("user", "human", "prompter"):
-        for assistant in ("assistant", "gpt", "chatgpt", "bard", "bing", "bot", "model"):
+        for assistant in ("assistant", "gpt", "chatgpt", "bard", "bing", "bot", "model", "ai", "ASSISTANT"):
             row = {key: [{role: user, text: "2+2?"}, {role: assistant, text: "4", "weight": 1}]}
             assert conversation_from_row(row).messages == (USER, {**ANSWER, "weight": 1})
     called = {"name": "add", "arguments": {"a": None}}
-    for name, answers in (("function_call", "observation"), ("tool_call", "tool"), ("tool_call", "ipython")):
+    for name, answers in (
+        ("function_call", "observation"),
+        ("tool_call", "tool"),
+        ("Tool-Call", "function-response"),
+    ):
         for said in (json.dumps(called), json.dumps([called]), called, [called]):
             row = {key: [{role: "human", text: "2+2?"}, {role: name, text: said}, {role: answers, text: "4"}]}
             assert conversation_from_row(row).messages == (

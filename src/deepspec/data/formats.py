@@ -20,6 +20,8 @@ from deepspec.errors import DataError, nearest
 _ID_KEYS = ("id", "custom_id", "request_id")
 WITH_INPUT = DATASETS["alpaca"].variant[1]
 """How Alpaca's two columns become one prompt."""
+REASONS = ("finish_reason", "done_reason", "stop_type", "stop_reason", "matched_stop")
+"""Where servers tell why an answer ended."""
 _ENDS = ("stop", "eos", "eos_token", "end_turn", "tool_calls", "tool_use", "function_call")
 _WHOLE = "log a streamed answer as the one whole response that its parts add up to"
 
@@ -147,9 +149,8 @@ def ended(facts: Mapping[str, Any]) -> bool:
     It did not if a budget, a filter or a stop string cut it, or if no reason is given where one belongs: the
     target may not have written an end of turn there.
     """
-    reason = facts.get("finish_reason", "stop")
-    if str(reason).lower() not in _ENDS:
+    if str(facts.get("finish_reason", "stop")).lower() not in _ENDS:
         return False
-    # vLLM and SGLang name the stop string or the stop token's id here; others write their reason.
-    details = (facts.get("stop_reason"), facts.get("matched_stop"))
-    return all(text.lower() in _ENDS for text in details if isinstance(text, str))
+    # Some servers name the stop string here, or the id of the stop token.
+    reasons = (facts.get(name) for name in REASONS)
+    return all(reason.lower() in _ENDS for reason in reasons if isinstance(reason, str))

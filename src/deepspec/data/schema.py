@@ -16,7 +16,7 @@ from pydantic import (
 )
 from typing_extensions import TypedDict
 
-from deepspec.data.messages import CALL, KEYS, ROLES, SHAREGPT, Message, in_our_names, joined_parts
+from deepspec.data.messages import CALL, KEYS, ROLES, SHAREGPT, Message, in_our_names, joined_parts, role_name
 from deepspec.data.readers import json_of
 from deepspec.errors import DataError
 
@@ -148,8 +148,8 @@ def _explained(row: Any, error: Any) -> tuple[str, str | None]:
         value = value[step] if step in inside else None
         if isinstance(step, int):
             named = (value.get("role") or value.get("from")) if isinstance(value, dict) else None
-            role = ROLES.get(named) if isinstance(named, str) else None
-            at += f"{', ' if at else ''}{_ITEMS[key]} {step + 1}{f' ({role})' if role else ''}"
+            role = f" ({ROLES[name]})" if (name := role_name(named)) else ""
+            at += f"{', ' if at else ''}{_ITEMS[key]} {step + 1}{role}"
             key = ""
         else:
             key = step

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, TemplateError, TemplateSyntaxError
 
-from deepspec.conditions import Conditions
+from deepspec.conditions import SWITCHES, Conditions
 from deepspec.data.messages import Message, call_arguments
 from deepspec.errors import DataError, TargetError
 from deepspec.log import note
@@ -23,9 +23,6 @@ from deepspec.log import note
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SWITCHES = ("enable_thinking", "thinking", "reasoning", "enable_reasoning")
-"""What templates call the variable that switches thinking on and off: Qwen3 and Gemma-4, DeepSeek-V3.1 and
-Granite, Command-A, and others."""
 TODAY = datetime(2025, 1, 1)
 """The day on which every template is rendered. Prompts, and with them training data, results and the answers
 of a resumed run, must not depend on the day on which they are made."""
@@ -36,7 +33,7 @@ _CODES += [(f"%-{c}", TODAY.strftime(f"%{c}").lstrip(" 0") or "0") for c in "dem
 _FIXED_DATE = (
     "{%- macro strftime_now(format) %}{% set said = namespace(text=format) %}"
     "{% for code, text in date_codes %}{% set said.text = said.text | replace(code, text) %}{% endfor %}"
-    "{{ said.text }}{% endmacro %}{{ '' }}"
+    "{{ said.text }}{% endmacro %}\n"  # the template still begins a line, of which it may strip the indent
 )
 
 
