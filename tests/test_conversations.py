@@ -133,6 +133,14 @@ def test_the_older_function_call_of_openai_is_a_tool_call() -> None:
         {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
         {"role": "tool", "name": "add", "content": "4"},
     )
+    # Tables hold calls as JSON text, since each has other arguments.
+    for text in (json.dumps(call), json.dumps([{"type": "function", "function": call}])):
+        asked = {"role": "assistant", "content": None, "tool_calls": text}
+        said = {"role": "assistant", "content": "4", "tool_calls": "[]"}
+        assert conversation_from_row({"messages": [USER, asked, row["messages"][2], said]}).messages == (
+            *conversation_from_row(row).messages,
+            ANSWER,
+        )
 
 
 def test_turns_keep_follow_ups_out_of_the_messages_because_no_answer_stands_between(tmp_path: Path) -> None:
@@ -514,7 +522,7 @@ def test_a_batch_files_wrapped_request_and_response_are_found(tmp_path: Path) ->
     row = {
         "custom_id": "row-3",
         "body": {"messages": [{"role": "developer", "content": "be brief"}, USER]},
-        "response": {"status_code": 200, "body": {"choices": [{**CHOICE, "finish_reason": "length"}]}},
+        "response": {"status_code": "200", "body": {"choices": [{**CHOICE, "finish_reason": "length"}]}},
         "error": None,
     }
     got = read_one(tmp_path, row)

@@ -92,6 +92,8 @@ def test_what_a_row_keeps_in_its_meta_stays_metadata() -> None:
         ("functions", ["add"], "'functions' must be a list of JSON schemas"),
         ("tools", "add", "'tools' must be a list of JSON schemas"),
         ("tools", "{", "'tools' must be a list of JSON schemas"),
+        ("tools", [{"type": "function", "function": "add"}], "'tools' must be a list of JSON schemas"),
+        ("functions", [{"function": None}], "'functions' must be a list of JSON schemas"),
     ],
 )
 def test_a_column_that_cannot_be_read_into_the_prompt_is_refused_by_name(

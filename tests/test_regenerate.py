@@ -143,6 +143,7 @@ def test_text_without_ids_claims_none():
 
 def test_what_a_row_brought_along_stays_and_how_it_was_answered_before_does_not():
     old = {"answer_ids": [1], "finished": True, "seed": 7, "source": "web", "follow_ups": ["then?"]}
+    old["engine"] = "vllm"
     row = Dialogue.begin(asked("x", said(u="1", a="old"), meta=old))
     row.answer("A", [3], True, 1)
     row.answer("B", [4], True, 1)

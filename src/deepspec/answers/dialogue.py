@@ -17,7 +17,7 @@ from deepspec.data.formats import REASONS
 from deepspec.data.tokens import answer_message, prompt_ids
 from deepspec.errors import DataError, UserError
 
-OURS = ("answer_ids", "finished", "cut_turns", "follow_ups", *REASONS)
+OURS = ("answer_ids", "finished", "cut_turns", "follow_ups", "engine", *REASONS)
 """Keys that tell how a row was answered; they are never taken over from the row that was asked."""
 
 

@@ -70,6 +70,8 @@ def in_our_names(item: Any) -> Any:
     """
     if not isinstance(item, dict):
         return item
+    if isinstance(calls := item.get("tool_calls"), str) and calls.strip():
+        item = {**item, "tool_calls": _calls_of(calls) if calls.strip() != "[]" else []}
     if item.keys() != SHAREGPT.keys():
         for ours, theirs in SHAREGPT.items():
             if theirs in item and item.get(ours) is None:

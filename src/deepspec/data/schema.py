@@ -45,9 +45,14 @@ def _from_text(value: Any) -> Any:
     return [json_of(v) if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
 
 
-_Tools = Annotated[list[Annotated[dict[str, Any], _NonEmpty]] | None, BeforeValidator(_from_text)]
+def _function_inside(tool: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(tool.get("function", {}), dict):
+        raise ValueError("'function' must be an object")
+    return tool
 
 
+_Tool = Annotated[dict[str, Any], _NonEmpty, AfterValidator(_function_inside)]
+_Tools = Annotated[list[_Tool] | None, BeforeValidator(_from_text)]
 _Text = Annotated[str | None, BeforeValidator(joined_parts)]
 
 
