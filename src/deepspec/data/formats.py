@@ -129,11 +129,8 @@ def _answer(
     """The first choice's message, and whether it ended by itself; no message if the request failed or the
     answer is empty."""
     outer = row.get("response") or {}
-    failed = (
-        any(part.get("error") for part in (row, outer, response))
-        or str(outer.get("status_code", 200)) != "200"
-    )
-    if not response or failed:
+    failed = any(part.get("error") for part in (row, outer, response))
+    if failed or not response or str(outer.get("status_code", 200)) != "200":
         return None, False
     choices = response.get("choices")
     first = choices[0] if isinstance(choices, list) and choices else None

@@ -141,12 +141,22 @@ def _broken(error: TemplateSyntaxError) -> TargetError:
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template, and everything except the messages that a row's rendering depends on."""
+    """A chat template, its tokenizer, and everything but the messages that a row's rendering depends on."""
 
     tokenizer: PreTrainedTokenizerBase
     thinking: bool
     tools: list[dict[str, Any]] | None
     where: str | None
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of rendered text: the template has written all special tokens already."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def special(self) -> set[int]:
+        """Tokens that the target writes as markup; the one for unknown text does not count."""
+        added, tokenizer = self.tokenizer.added_tokens_decoder, self.tokenizer
+        known = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        return known - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
 
     def write(self, messages: Sequence[Message], *, ask: bool) -> str:
         """The template's text for the messages, with the generation prompt at its end if ``ask``.
@@ -252,3 +262,15 @@ def as_served(message: Message) -> dict[str, Any]:
             arguments = call_arguments(call["function"]["arguments"])
             served["tool_calls"].append({**call, "function": {**call["function"], "arguments": arguments}})
     return served
+
+
+def continued(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special: bool = False) -> str:
+    """The text of ids that follow others. Decoded alone, many tokenizers' ids lose their first space."""
+    before = tokenizer(":", add_special_tokens=False)["input_ids"]
+    start = decoded(tokenizer, before, skip_special)
+    whole = decoded(tokenizer, [*before, *ids], skip_special)
+    return whole.removeprefix(start) if whole.startswith(start) else decoded(tokenizer, ids, skip_special)
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special: bool = False) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
