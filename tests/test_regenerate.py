@@ -360,7 +360,7 @@ def test_what_was_saved_of_other_rows_under_other_conditions_or_in_part_is_not_u
     assert beside(out, "partial").exists() and not out.read_bytes()
     other = [asked(c.id, said(u="Another text")) for c in LONG]
     kept = beside(out, "partial").read_bytes()
-    cases = [(other, 0, kept), (LONG, 1, kept), *((LONG, 0, kept[:n]) for n in (0, 9, len(kept) - 2))]
+    cases = [(other, 0, kept), (LONG, 1, kept), (LONG, 0, kept[: len(kept) // 2])]
     for i, (rows, seed, saved) in enumerate(cases):
         copy, fresh = tmp_path / f"copy-{i}.jsonl", tmp_path / f"fresh-{i}.jsonl"
         shutil.copy(beside(out, "timings"), beside(copy, "timings"))
@@ -517,7 +517,7 @@ RAISES = (
 QUESTION = st.sampled_from(["one", "two three", "a red fish", "no", "zero", "index", "~", "long " * 30])
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.lists(QUESTION, min_size=1, max_size=3), min_size=2, max_size=7),
     st.integers(2, 8),

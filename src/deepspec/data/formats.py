@@ -12,7 +12,7 @@ from typing import Any
 
 from deepspec.data.catalogue import DATASETS
 from deepspec.data.messages import Message, check_order
-from deepspec.data.prompt_columns import ALPACA, ASKED, SYSTEM, is_empty, read_columns, refuse_unsaid
+from deepspec.data.prompt_columns import ALPACA, ASKED, SYSTEM, UNREAD, is_empty, read_columns, refuse_unsaid
 from deepspec.data.readers import EXAMPLE, one_object_a_line
 from deepspec.data.schema import ROWS, checked, kind_of, names_of
 from deepspec.errors import DataError, nearest
@@ -65,8 +65,8 @@ def parsed_row(row: object, where: str | None) -> tuple[dict[str, Any], tuple[Me
     whole = read_columns(fields, tuple(messages), where)
     if name == "instruction":
         refuse_unsaid(fields, ALPACA, whole, where)
-    if log is not None:  # columns beside the request
-        refuse_unsaid(log, (*SYSTEM, "functions", "documents"), whole, where)
+    if log is not None:  # columns next to the request
+        refuse_unsaid(log, (*SYSTEM, "functions", *UNREAD), whole, where)
     return fields, whole
 
 

@@ -1,4 +1,4 @@
-"""Columns beside the messages that change the prompt: they are read into it, or refused by name.
+"""Columns next to the messages that change the prompt: they are read into it, or refused by name.
 
 As metadata they would be lost, and a draft trained on prompts that its target never saw. What a row keeps in
 its `meta` is metadata by the row's own account.
@@ -62,7 +62,7 @@ def read_columns(
 
 
 def _is_filled(tool: Any) -> bool:
-    """Whether a table filled a tool's schema with the properties of all other tools: null is no schema."""
+    """Whether a table filled a tool's schema with the properties of all other tools: null is not a schema."""
     for key in ("function", "parameters", "properties"):
         tool = tool.get(key, tool if key == "function" else None)
         if not isinstance(tool, dict):

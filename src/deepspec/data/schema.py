@@ -113,20 +113,19 @@ _UNKNOWN = (
     "remove the key, or move what the model read or wrote into a known one (thoughts into "
     "'reasoning_content', or into the text as '<think>…</think>')"
 )
-_NO_PROMPT = "if it is no system prompt, move it into 'meta'"
+_NO_PROMPT = "if it is not a system prompt, move it into 'meta'"
+_TOOLS = (
+    "must be a list of JSON schemas, one object for each",
+    'for example [{"type": "function", "function": {"name": "…", "parameters": {…}}}]; '
+    "if it is something else, move it into 'meta'",
+)
 _META_ERRORS = {
     "answer_ids": (
         "'answer_ids' must be a list of non-negative integers, or one such list or null for each turn",
         "remove it to have the answers' text tokenised instead",
     ),
-    "tools": (
-        "'tools' must be a list of JSON schemas, one object for each tool",
-        'for example [{"type": "function", "function": {"name": "…", "parameters": {…}}}]',
-    ),
-    "functions": (
-        "'functions' must be a list of JSON schemas, one object for each function",
-        'for example [{"name": "…", "parameters": {…}}]; move anything else into \'meta\'',
-    ),
+    "tools": (f"'tools' {_TOOLS[0]}", _TOOLS[1]),
+    "functions": (f"'functions' {_TOOLS[0]}", _TOOLS[1]),
 }
 _EXPECTED = {"string_type": "a string", "list_type": "a list", "dict_type": "an object"}
 _ITEMS = {"messages": "message", "conversations": "message", "turns": "turn", "tool_calls": "tool call"}

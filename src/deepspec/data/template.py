@@ -41,14 +41,14 @@ def template_text(tokenizer: PreTrainedTokenizerBase, tools: bool = False, where
     """The chat template for messages without tools, or with them. Of several named templates, `tool_use` is
     for tools if it is there, and `default` for everything else.
 
-    Raises TargetError if there is no template to use, DataError (naming `where`) if none is for these.
+    Raises TargetError if there is no template to use, DataError (naming `where`) if there is none for these
+    messages.
     """
     found = tokenizer.chat_template
-    place = str(getattr(tokenizer, "name_or_path", "")) or None
     if not found:
         raise TargetError(
             "the target's tokenizer has no chat template",
-            where=place,
+            where=_place(tokenizer),
             next_step="use the chat (instruct) version of the model, or put a chat_template.jinja next to "
             "its tokenizer files: a draft must be trained on prompts built as they will be served",
         )
@@ -63,7 +63,11 @@ def template_text(tokenizer: PreTrainedTokenizerBase, tools: bool = False, where
     )
     if "tool_use" in found:
         raise DataError(f"{what}: none is for messages without tools", where=where, next_step=step)
-    raise TargetError(what, where=place, next_step=step)
+    raise TargetError(what, where=_place(tokenizer), next_step=step)
+
+
+def _place(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    return str(getattr(tokenizer, "name_or_path", "")) or None
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -84,7 +88,7 @@ def template_conditions(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> C
         if stand_in(0) not in Template(tokenizer, False, None, None).write([probe], ask=True):
             raise TargetError(
                 "the target's chat template does not write the user's text unchanged",
-                where=str(getattr(tokenizer, "name_or_path", "")) or None,
+                where=_place(tokenizer),
                 next_step="use a template that takes messages as text: some take lists of parts only, as "
                 "for images",
             )
@@ -92,7 +96,7 @@ def template_conditions(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> C
         raise TargetError(
             "thinking cannot be switched on: the target's chat template has no switch for it "
             f"({', '.join(SWITCHES)})",
-            where=str(getattr(tokenizer, "name_or_path", "")) or None,
+            where=_place(tokenizer),
             next_step="leave thinking off (no --thinking, thinking=false): the target then answers as it "
             "always does",
         )
@@ -122,8 +126,8 @@ def _names_of(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
 
 @lru_cache(maxsize=64)
 def _names(text: str) -> frozenset[str]:
-    """The names in a template that are no attributes, variables among them. Raises TargetError for text that
-    is no template."""
+    """The names in a template that are not attributes, variables among them. Raises TargetError for text that
+    is not a template."""
     try:
         tokens = [(kind, word) for _, kind, word in Environment().lex(text) if kind != "whitespace"]
     except TemplateSyntaxError as error:
@@ -181,9 +185,9 @@ class Template:
             raise _broken(error) from error
         except Exception as error:  # a template is a program of its own, and may raise anything
             refused = isinstance(error, TemplateError)
-            how = f"refuses the messages: {error}" if refused else "fails on the messages: "
+            how = "refuses the messages" if refused else f"fails on the messages: {type(error).__name__}"
             raise DataError(
-                f"the target's chat template {how}" + ("" if refused else f"{type(error).__name__}: {error}"),
+                f"the target's chat template {how}: {error}",
                 where=self.where,
                 next_step="change the row to what the target accepts (some know no system or tool role), "
                 "or remove it",
@@ -239,16 +243,14 @@ class Template:
 
 
 def stand_in(number: int) -> str:
-    """A stand-in for text number n. None is part of another, and any change of case can be seen."""
+    """A stand-in for text number n. No stand-in is part of another, and any change of case can be seen."""
     return f"DeepSpec-text-{number}-here"
 
 
 def _renamed(tool: dict[str, Any], name: str) -> dict[str, Any]:
-    return (
-        {**tool, "function": {**tool["function"], "name": name}}
-        if "function" in tool
-        else {**tool, "name": name}
-    )
+    if "function" in tool:
+        return {**tool, "function": {**tool["function"], "name": name}}
+    return {**tool, "name": name}
 
 
 def as_served(message: Message) -> dict[str, Any]:
