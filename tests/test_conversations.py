@@ -98,11 +98,15 @@ def test_sharegpt_names_become_roles(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("role", "text"), [("role", "content"), ("from", "value")])
 def test_every_format_knows_the_same_names(tmp_path: Path, key: str, role: str, text: str) -> None:
     for user in ("user", "human", "prompter"):
-        for assistant in ("assistant", "gpt", "chatgpt", "bard", "bing", "bot", "model"):
+        for assistant in ("assistant", "gpt", "chatgpt", "bard", "bing", "bot", "model", "ai", "ASSISTANT"):
             row = {key: [{role: user, text: "2+2?"}, {role: assistant, text: "4", "weight": 1}]}
             assert conversation_from_row(row).messages == (USER, {**ANSWER, "weight": 1})
     called = {"name": "add", "arguments": {"a": None}}
-    for name, answers in (("function_call", "observation"), ("tool_call", "tool"), ("tool_call", "ipython")):
+    for name, answers in (
+        ("function_call", "observation"),
+        ("tool_call", "tool"),
+        ("Tool-Call", "function-response"),
+    ):
         for said in (json.dumps(called), json.dumps([called]), called, [called]):
             row = {key: [{role: "human", text: "2+2?"}, {role: name, text: said}, {role: answers, text: "4"}]}
             assert conversation_from_row(row).messages == (
@@ -129,6 +133,14 @@ def test_the_older_function_call_of_openai_is_a_tool_call() -> None:
         {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
         {"role": "tool", "name": "add", "content": "4"},
     )
+    # Tables hold calls as JSON text, since each has other arguments.
+    for text in (json.dumps(call), json.dumps([{"type": "function", "function": call}])):
+        asked = {"role": "assistant", "content": None, "tool_calls": text}
+        said = {"role": "assistant", "content": "4", "tool_calls": "[]"}
+        assert conversation_from_row({"messages": [USER, asked, row["messages"][2], said]}).messages == (
+            *conversation_from_row(row).messages,
+            ANSWER,
+        )
 
 
 def test_turns_keep_follow_ups_out_of_the_messages_because_no_answer_stands_between(tmp_path: Path) -> None:
@@ -510,7 +522,7 @@ def test_a_batch_files_wrapped_request_and_response_are_found(tmp_path: Path) ->
     row = {
         "custom_id": "row-3",
         "body": {"messages": [{"role": "developer", "content": "be brief"}, USER]},
-        "response": {"status_code": 200, "body": {"choices": [{**CHOICE, "finish_reason": "length"}]}},
+        "response": {"status_code": "200", "body": {"choices": [{**CHOICE, "finish_reason": "length"}]}},
         "error": None,
     }
     got = read_one(tmp_path, row)

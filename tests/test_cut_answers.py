@@ -7,10 +7,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 
 from deepspec.answers.dialogue import Dialogue
 from deepspec.data.conversations import conversation_from_row, cut_turns, read_conversations
+from deepspec.data.formats import REASONS
 from deepspec.data.tokens import encode_turns
 from deepspec.errors import DataError
 from rowfiles import SHARED, good, jsonl, shared
@@ -61,6 +65,11 @@ def ends(row: dict[str, Any]) -> list[bool]:
         ({"finish_reason": "stop", "stop_reason": "\n\n"}, False),  # vLLM: the client's stop string
         ({"finish_reason": "stop", "matched_stop": "Observation:"}, False),  # SGLang's word for it
         ({"finish_reason": "stop_sequence"}, False),
+        ({"done_reason": "stop"}, True),  # Ollama
+        ({"done_reason": "length"}, False),
+        ({"stop_type": "eos"}, True),  # llama.cpp
+        ({"stop_type": "limit"}, False),
+        ({"stop_type": "word"}, False),
     ],
 )
 def test_only_an_answer_that_ended_by_itself_teaches_its_end(choice: dict[str, Any], whole: bool) -> None:
@@ -111,6 +120,24 @@ def test_a_row_that_does_not_tell_which_answer_was_cut_teaches_no_end() -> None:
     assert ends({"messages": messages, "finished": None}) == [True, True]
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_tables_null_is_no_reason_and_its_json_text_is_read(tmp_path: Path, kind: str) -> None:
+    """The column of reasons is there in every row, also where nobody gave one."""
+    rows: list[dict[str, Any]] = [
+        {"turns": None, "prompt": "q", "response": "one", "finish_reason": "length"},
+        {"turns": None, "prompt": "r", "response": "one", "finish_reason": None},
+        {"turns": '["s", "t"]', "prompt": None, "response": None, "finish_reason": None},
+    ]
+    rows[1] |= {"meta": '{"level": 3}', "answer_ids": "[7, 8]", "finished": "false", "cut_turns": "[]"}
+    path = tmp_path / f"rows.{kind}"
+    table = pyarrow.Table.from_pylist([dict.fromkeys(rows[1]) | row for row in rows])
+    (pyarrow.csv.write_csv if kind == "csv" else pyarrow.parquet.write_table)(table, path)
+    good("download", path, "--out", tmp_path / "out.jsonl")
+    cut, whole, _ = read_conversations(tmp_path / "out.jsonl")
+    assert [list(cut_turns(row)) for row in (cut, whole)] == [[1], []]
+    assert (whole.meta["level"], whole.meta["answer_ids"]) == (3, [7, 8])
+
+
 def test_text_only_answers_of_a_server_tell_which_of_them_were_cut() -> None:
     dialogue = Dialogue.begin(conversation_from_row({"id": "x", "turns": ["q", "r", "s"]}))
     for text, finished in (("one", True), ("one tw", False), ("one", True)):
@@ -123,7 +150,7 @@ def test_text_only_answers_of_a_server_tell_which_of_them_were_cut() -> None:
     kept.answer("one tw", None, False, 2)
     assert kept.row({})["cut_turns"] == [2], "numbered over all assistant turns"
     # What was true of an older answer is not taken over.
-    old = logged("one", finish_reason="length") | {"finish_reason": "length", "stop_reason": "max_tokens"}
+    old = logged("one", finish_reason="length") | dict.fromkeys(REASONS, "length")
     again = Dialogue.begin(conversation_from_row(old))
     again.answer("one", None, True, 2)
     assert cut_turns(conversation_from_row(again.row({}))) == []

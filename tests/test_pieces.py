@@ -17,9 +17,9 @@ from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from deepspec.conditions import SWITCHES
 from deepspec.data.conversations import Conversation, conversation_from_row
 from deepspec.data.inspect import pieces
-from deepspec.data.template import SWITCHES
 from deepspec.data.tokens import encode_turns, prompt_ids
 from deepspec.errors import DataError
 from templates import (

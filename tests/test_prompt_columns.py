@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from deepspec.conditions import SWITCHES
 from deepspec.data.conversations import Conversation, conversation_from_row, tools_of
 from deepspec.data.prompt_columns import SYSTEM
 from deepspec.errors import DataError
@@ -91,6 +92,8 @@ def test_what_a_row_keeps_in_its_meta_stays_metadata() -> None:
         ("functions", ["add"], "'functions' must be a list of JSON schemas"),
         ("tools", "add", "'tools' must be a list of JSON schemas"),
         ("tools", "{", "'tools' must be a list of JSON schemas"),
+        ("tools", [{"type": "function", "function": "add"}], "'tools' must be a list of JSON schemas"),
+        ("functions", [{"function": None}], "'functions' must be a list of JSON schemas"),
     ],
 )
 def test_a_column_that_cannot_be_read_into_the_prompt_is_refused_by_name(
@@ -103,7 +106,6 @@ def test_a_column_that_cannot_be_read_into_the_prompt_is_refused_by_name(
 def test_an_instruction_that_the_messages_contain_is_metadata() -> None:
     got = read({**FORMS["messages"], "instruction": " 2+2? "})
     assert (got.messages, got.meta) == ((USER, ANSWER), {"instruction": " 2+2? "})
-    assert read({"prompt": "a", "chat_template_kwargs": {"enable_thinking": False}}).meta != {}
 
 
 def test_tools_may_be_json_text_and_functions_are_their_older_name() -> None:
@@ -169,6 +171,11 @@ def test_a_logged_request_is_what_the_server_was_given() -> None:
     documents = {"messages": [USER], "documents": [{"text": "d"}]}
     assert "'documents' may change" in error_of({"request": documents})
     assert read({"request": {"messages": [USER]}, "instruction": "x"}).messages == (USER,)
+    # The choice of thinking, as `data regenerate` itself asks servers, is the command line's.
+    asked = {"messages": [USER], "chat_template_kwargs": dict.fromkeys(SWITCHES, False)}
+    assert read({"request": asked}).id == PLAIN_ID
+    asked["chat_template_kwargs"]["reasoning_effort"] = "high"
+    assert "'chat_template_kwargs' may change" in error_of({"request": asked})
 
 
 # -- downloads ---------------------------------------------------------------------------------------------

@@ -6,12 +6,16 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from deepspec.answers import in_process as module
@@ -23,12 +27,13 @@ from deepspec.data.conversations import Conversation, conversation_from_row, rea
 from deepspec.data.identity import row_seed
 from deepspec.data.tokens import encode_turns, prompt_ids
 from deepspec.decode.engine import generate
-from deepspec.errors import DataError, UserError
+from deepspec.errors import DataError, NonFiniteError, UserError
 from deepspec.files import JsonlWriter
 from deepspec.maths.verify import Sampling
 from deepspec.targets import Target
 from kills import disk_of, killed_at, needs_fork
 from talking import save_talking_llama
+from test_non_finite import poisoned
 
 
 def said(**texts: str) -> list[dict[str, str]]:
@@ -138,6 +143,7 @@ def test_text_without_ids_claims_none():
 
 def test_what_a_row_brought_along_stays_and_how_it_was_answered_before_does_not():
     old = {"answer_ids": [1], "finished": True, "seed": 7, "source": "web", "follow_ups": ["then?"]}
+    old["engine"] = "vllm"
     row = Dialogue.begin(asked("x", said(u="1", a="old"), meta=old))
     row.answer("A", [3], True, 1)
     row.answer("B", [4], True, 1)
@@ -336,7 +342,9 @@ def test_the_clock_decides_once_after_how_many_steps_a_stretch_is_saved(target, 
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_what_was_saved_of_other_rows_or_under_other_conditions_is_not_used(target, tmp_path, monkeypatch):
+def test_what_was_saved_of_other_rows_under_other_conditions_or_in_part_is_not_used(
+    target, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "a.jsonl"
     saving_after(4, out)
     save = module.AnswerFile.save
@@ -351,12 +359,16 @@ def test_what_was_saved_of_other_rows_or_under_other_conditions_is_not_used(targ
     monkeypatch.setattr(module.AnswerFile, "save", save)
     assert beside(out, "partial").exists() and not out.read_bytes()
     other = [asked(c.id, said(u="Another text")) for c in LONG]
-    for rows, seed in ((other, 0), (LONG, 1)):
-        copy, fresh = tmp_path / f"copy-{seed}.jsonl", tmp_path / f"fresh-{seed}.jsonl"
-        for what in ("timings", "partial"):
-            shutil.copy(beside(out, what), beside(copy, what))
-        for file in (copy, fresh):
-            regenerate(target, rows, file, max_new_tokens=6, max_rows=3, seed=seed)
+    kept = beside(out, "partial").read_bytes()
+    cases = [(other, 0, kept), (LONG, 1, kept), (LONG, 0, kept[: len(kept) // 2])]
+    for i, (rows, seed, saved) in enumerate(cases):
+        copy, fresh = tmp_path / f"copy-{i}.jsonl", tmp_path / f"fresh-{i}.jsonl"
+        shutil.copy(beside(out, "timings"), beside(copy, "timings"))
+        beside(copy, "partial").write_bytes(saved)
+        capsys.readouterr()
+        regenerate(target, rows, copy, max_new_tokens=6, max_rows=3, seed=seed)
+        assert ("is damaged" in capsys.readouterr().err) is (saved != kept)
+        regenerate(target, rows, fresh, max_new_tokens=6, max_rows=3, seed=seed)
         assert copy.read_bytes() == fresh.read_bytes()
 
 
@@ -494,6 +506,60 @@ def test_failures_are_listed_with_reasons_and_the_others_go_on(fussy, tmp_path):
     assert "reads at most 60" in reasons["long"]
     assert "reads at most 60" in reasons["later"]
     assert "follow_ups" in reasons["odd"]
+
+
+RAISES = (
+    "{%- for m in messages %}{%- if 'no' in m.content %}{{ raise_exception('no') }}"
+    "{%- elif 'zero' in m.content %}{{ 1 // 0 }}{%- elif 'index' in m.content %}{{ m.content.index('§') }}"
+    "{%- elif m.role == 'assistant' and m.content | length % 3 == 0 %}{{ m.content[99].x }}{%- endif %}"
+    "{%- endfor %}"
+)
+QUESTION = st.sampled_from(["one", "two three", "a red fish", "no", "zero", "index", "~", "long " * 30])
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.lists(QUESTION, min_size=1, max_size=3), min_size=2, max_size=7),
+    st.integers(2, 8),
+    st.integers(1, 4),
+)
+def test_rows_that_fail_end_no_run_and_a_resumed_one_has_the_same_bytes(
+    target, tmp_path, monkeypatch, texts, steps, kill_after
+):
+    """Templates that raise for a question or an answer, NaN, and prompts that are too long."""
+    rows = [conversation_from_row({"id": f"r{i}", "turns": turns}) for i, turns in enumerate(texts)]
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    nan = target.tokenizer.convert_tokens_to_ids("~")
+
+    def work(out: Path, kill_after: int = -1) -> tuple[bytes, bytes, object]:
+        saves, save, error = count(1), module.AnswerFile.save, None
+
+        def saved(self: Any, *rest: Any) -> None:
+            save(self, *rest)
+            if next(saves) == kill_after:
+                raise KeyboardInterrupt
+
+        saving_after(steps, out)
+        with monkeypatch.context() as patch, poisoned(target, token=nan):
+            patch.setattr(module.AnswerFile, "save", saved)
+            patch.setattr(target.tokenizer, "chat_template", RAISES + target.tokenizer.chat_template)
+            patch.setitem(target.spec.config, "max_position_embeddings", 150)
+            try:
+                regenerate(target, rows, out, max_new_tokens=5, max_rows=3)
+            except NonFiniteError as found:
+                error = str(found).replace(out.name, "OUT")
+        failed = beside(out, "failures")
+        return out.read_bytes(), failed.read_bytes() if failed.exists() else b"", error
+
+    whole, resumed = folder / "whole.jsonl", folder / "resumed.jsonl"
+    undisturbed = work(whole)
+    failures = beside(whole, "failures")
+    failed = rows_of(failures) if failures.exists() else []
+    with suppress(KeyboardInterrupt):
+        work(resumed, kill_after)
+    assert work(resumed) == undisturbed
+    assert sorted(row["id"] for row in rows_of(whole) + failed) == sorted(row.id for row in rows)
+    assert all(row["reason"] for row in failed)
 
 
 def test_failed_rows_are_tried_again_and_their_list_goes_when_they_succeed(fussy, tmp_path, monkeypatch):

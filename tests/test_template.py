@@ -376,7 +376,8 @@ def test_the_date_is_the_same_on_every_day(target: Target, format_: str, text: s
     )
     messages = row(u="2+2?").messages
     prompt = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
-    for template in (guarded, DATED.replace("%d %b %Y", format_)):
+    indented = "  {% if true %}\n" + guarded + "{% endif %}"  # the indent is taken off, as without the date
+    for template in (guarded, DATED.replace("%d %b %Y", format_), indented):
         tokenizer = with_template(target, template)
         assert tokenizer.decode(prompt_ids(tokenizer, messages, False)) == text + prompt
     assert template_date(tokenizer) == "2025-01-01"

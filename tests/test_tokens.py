@@ -12,7 +12,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deepspec.data.conversations import Conversation
-from deepspec.data.produced import _STAND_IN
+from deepspec.data.produced import _ANSWER
 from deepspec.data.template import template_hash
 from deepspec.data.tokens import (
     Encoded,
@@ -231,7 +231,7 @@ def test_end_of_turn_is_found_when_it_is_not_the_tokenizers_eos(backend: Tokeniz
 def test_question_that_quotes_the_stand_in_does_not_move_the_end_of_turn(
     chatml: PreTrainedTokenizerFast,
 ) -> None:
-    encoded = encode(chatml, talk(f"{_STAND_IN} is", "four"), True, 199)
+    encoded = encode(chatml, talk(f"{_ANSWER} is", "four"), True, 199)
     assert pieces(chatml, encoded)[-1] == (1, "four<|im_end|>")
 
 

@@ -13,6 +13,9 @@ from typing import Any
 UNRECORDED = "not recorded"
 SEVERAL = "several"
 """In place of a value that the rows of a file do not share."""
+SWITCHES = ("enable_thinking", "thinking", "reasoning", "enable_reasoning")
+"""What templates call the variable that switches thinking on and off: Qwen3 and Gemma-4, DeepSeek-V3.1 and
+Granite, Command-A, and others."""
 LABELS = {"thinking": "thinking", "template_hash": "chat template", "system_prompt": "system prompt"}
 """The conditions that a draft must be trained and used under alike, and their names in messages."""
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from deepspec.data.conversations import Conversation, Message, tools_of
+from deepspec.data.formats import REASONS
 from deepspec.data.tokens import answer_message, prompt_ids
 from deepspec.errors import DataError, UserError
 
-OURS = ("answer_ids", "finished", "cut_turns", "finish_reason", "stop_reason", "follow_ups")
+OURS = ("answer_ids", "finished", "cut_turns", "follow_ups", "engine", *REASONS)
 """Keys that tell how a row was answered; they are never taken over from the row that was asked."""
 
 

@@ -26,7 +26,7 @@ from deepspec.answers.dialogue import Dialogue
 from deepspec.conditions import Conditions
 from deepspec.data.conversations import Conversation
 from deepspec.files import JsonlWriter, ResumableLog, write_text
-from deepspec.log import progress
+from deepspec.log import progress, warn
 from deepspec.maths.verify import Sampling
 
 
@@ -157,11 +157,15 @@ class AnswerFile(ResumableLog):
     def saved(self, group: str) -> list[dict[str, Any]]:
         """The state of each dialogue of a group as `save` kept it; empty if another group, or none, was
         saved."""
+        partial = beside(self.path, "partial")
         try:
-            kept = json.loads(beside(self.path, "partial").read_bytes())
+            kept = json.loads(partial.read_bytes())
+            return kept["states"] if (kept["group"], kept["facts"]) == (group, self.conditions) else []
         except FileNotFoundError:
             return []
-        return kept["states"] if (kept["group"], kept["facts"]) == (group, self.conditions) else []
+        except (ValueError, TypeError, KeyError):  # copied in part, say
+            warn(f"{partial} is damaged: the answers that it held are begun again")
+            return []
 
     def close(self) -> None:
         super().close()

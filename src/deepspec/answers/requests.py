@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from deepspec.answers.file import Settings
-from deepspec.data.template import SWITCHES
+from deepspec.conditions import SWITCHES
 from deepspec.errors import ServerError, nearest
 from deepspec.http_client import CHECK_TIMEOUT, Listed, NoList, Passing, Refused, Server, Servers, Unanswered
 from deepspec.log import warn

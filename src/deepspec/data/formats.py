@@ -12,7 +12,7 @@ from typing import Any
 
 from deepspec.data.catalogue import DATASETS
 from deepspec.data.messages import Message, check_order
-from deepspec.data.prompt_columns import ALPACA, ASKED, SYSTEM, is_empty, read_columns, refuse_unsaid
+from deepspec.data.prompt_columns import ALPACA, ASKED, SYSTEM, UNREAD, is_empty, read_columns, refuse_unsaid
 from deepspec.data.readers import EXAMPLE, one_object_a_line
 from deepspec.data.schema import ROWS, checked, kind_of, names_of
 from deepspec.errors import DataError, nearest
@@ -20,6 +20,8 @@ from deepspec.errors import DataError, nearest
 _ID_KEYS = ("id", "custom_id", "request_id")
 WITH_INPUT = DATASETS["alpaca"].variant[1]
 """How Alpaca's two columns become one prompt."""
+REASONS = ("finish_reason", "done_reason", "stop_type", "stop_reason", "matched_stop")
+"""Where servers tell why an answer ended."""
 _ENDS = ("stop", "eos", "eos_token", "end_turn", "tool_calls", "tool_use", "function_call")
 _WHOLE = "log a streamed answer as the one whole response that its parts add up to"
 
@@ -63,8 +65,8 @@ def parsed_row(row: object, where: str | None) -> tuple[dict[str, Any], tuple[Me
     whole = read_columns(fields, tuple(messages), where)
     if name == "instruction":
         refuse_unsaid(fields, ALPACA, whole, where)
-    if log is not None:  # columns beside the request
-        refuse_unsaid(log, (*SYSTEM, "functions", "documents"), whole, where)
+    if log is not None:  # columns next to the request
+        refuse_unsaid(log, (*SYSTEM, "functions", *UNREAD), whole, where)
     return fields, whole
 
 
@@ -127,8 +129,8 @@ def _answer(
     """The first choice's message, and whether it ended by itself; no message if the request failed or the
     answer is empty."""
     outer = row.get("response") or {}
-    failed = any(part.get("error") for part in (row, outer, response)) or outer.get("status_code", 200) != 200
-    if not response or failed:
+    failed = any(part.get("error") for part in (row, outer, response))
+    if failed or not response or str(outer.get("status_code", 200)) != "200":
         return None, False
     choices = response.get("choices")
     first = choices[0] if isinstance(choices, list) and choices else None
@@ -147,9 +149,8 @@ def ended(facts: Mapping[str, Any]) -> bool:
     It did not if a budget, a filter or a stop string cut it, or if no reason is given where one belongs: the
     target may not have written an end of turn there.
     """
-    reason = facts.get("finish_reason", "stop")
-    if str(reason).lower() not in _ENDS:
+    if str(facts.get("finish_reason", "stop")).lower() not in _ENDS:
         return False
-    # vLLM and SGLang name the stop string or the stop token's id here; others write their reason.
-    details = (facts.get("stop_reason"), facts.get("matched_stop"))
-    return all(text.lower() in _ENDS for text in details if isinstance(text, str))
+    # Some servers name the stop string here, or the id of the stop token.
+    reasons = (facts.get(name) for name in REASONS)
+    return all(reason.lower() in _ENDS for reason in reasons if isinstance(reason, str))

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from deepspec.data.conversations import Conversation, prompt_id, prompt_messages, tools_of
 from deepspec.data.messages import last_trained
-from deepspec.data.tokens import Encoded, UnembeddedError, continued, encode_turns, prompt_ids
+from deepspec.data.template import continued
+from deepspec.data.tokens import Encoded, UnembeddedError, encode_turns, prompt_ids
 from deepspec.errors import DataError
 from deepspec.log import Bar
 

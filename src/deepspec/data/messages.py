@@ -34,8 +34,12 @@ CALLS = ("function_call", "tool_call")
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "bot", "model", *CALLS), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "tool_response", "ipython"), "tool"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "chatgpt", "bard", "bing", "bot", "ai", "model", *CALLS), "assistant"
+    ),
+    **dict.fromkeys(
+        ("tool", "function", "observation", "tool_response", "function_response", "ipython"), "tool"
+    ),
 }
 """Every name of a role, in whichever format, and the role that it means."""
 SHAREGPT = {"role": "from", "content": "value"}
@@ -44,9 +48,15 @@ _STRICT = with_config(ConfigDict(extra="forbid"))
 # The functions below raise ValueError(what is wrong, what to do next).
 
 
+def role_name(given: object) -> str | None:
+    """A name of ROLES, however it is spelt (USER, function-call); None for anything else."""
+    name = given.lower().replace("-", "_") if isinstance(given, str) else None
+    return name if name in ROLES else None
+
+
 def known_role(role: str) -> str:
-    if role in ROLES:
-        return ROLES[role]
+    if name := role_name(role):
+        return ROLES[name]
     near = nearest(role, ROLES)
     raise ValueError(
         f"unknown role {role!r}, expected one of {', '.join(KEYS)}", near and f"did you mean '{near}'?"
@@ -60,12 +70,14 @@ def in_our_names(item: Any) -> Any:
     """
     if not isinstance(item, dict):
         return item
+    if isinstance(calls := item.get("tool_calls"), str) and calls.strip():
+        item = {**item, "tool_calls": _calls_of(calls) if calls.strip() != "[]" else []}
     if item.keys() != SHAREGPT.keys():
         for ours, theirs in SHAREGPT.items():
             if theirs in item and item.get(ours) is None:
                 item = {ours: item[theirs], **{k: v for k, v in item.items() if k not in (ours, theirs)}}
         item = {k: v for k, v in item.items() if k in SHAREGPT or v not in (None, "", [], {})}
-    if item.get("role") in CALLS:
+    if role_name(item.get("role")) in CALLS:
         item = {**item, "tool_calls": _calls_of(item.get("content")), "content": None}
     if "function_call" in item and "tool_calls" not in item:  # the older name, for a single call
         item["tool_calls"] = _calls_of(item.pop("function_call"))

@@ -15,18 +15,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deepspec.data.messages import Message
-from deepspec.data.template import as_served, stand_in
+from deepspec.data.template import Template, as_served, decoded, stand_in
 from deepspec.errors import DataError, TargetError
 
-if TYPE_CHECKING:
-    from deepspec.data.tokens import _Chat
-
-# Rendered instead of an answer, to see what the template writes around it. It has no white space that a
-# template would strip, and no markup that a template would interpret.
-_STAND_IN = "DEEPSPEC-ANSWER-ENDS-HERE"
+_ANSWER, _THOUGHTS = "DEEPSPEC-ANSWER-ENDS-HERE", stand_in(0)
+"""Rendered instead of an answer and its thoughts, to see what the template writes around them."""
 # Texts after which an answer may be tokenised, none of which merges with every answer.
 _NEUTRAL = ("", "\n", ":", "0")
 
@@ -52,9 +48,9 @@ class _Around:
     rest: int
 
 
-def _around(chat: _Chat, before: Sequence[Message], prompt: str) -> _Around:
+def _around(chat: Template, before: Sequence[Message], prompt: str) -> _Around:
     """What is written around an answer to the messages in `before`, whose generation prompt is `prompt`."""
-    head, found, tail = chat.write([*before, plain(_STAND_IN)], ask=False).rpartition(_STAND_IN)
+    head, found, tail = chat.write([*before, plain(_ANSWER)], ask=False).rpartition(_ANSWER)
     if not found:
         raise TargetError(
             "the target's chat template does not write the assistant's text unchanged",
@@ -64,9 +60,8 @@ def _around(chat: _Chat, before: Sequence[Message], prompt: str) -> _Around:
     lead = head[len(prompt) :] if head.startswith(prompt) else ""
     if lead:
         # The block for thoughts, which the template writes empty without any, is not the target's.
-        thought = stand_in(0)
-        written = chat.write([*before, plain(_STAND_IN, thought)], ask=False)
-        at = written.find(thought)
+        written = chat.write([*before, plain(_ANSWER, _THOUGHTS)], ask=False)
+        at = written.find(_THOUGHTS)
         if at >= len(prompt) and head.startswith(written[:at].rstrip()):
             lead = ""
     after, special = chat.ids(tail), chat.special()
@@ -84,7 +79,9 @@ def _around(chat: _Chat, before: Sequence[Message], prompt: str) -> _Around:
 # -- text to ids -------------------------------------------------------------------------------------------
 
 
-def produced(chat: _Chat, messages: Sequence[Message], prompt: str, asked: list[int], cut: bool) -> list[int]:
+def produced(
+    chat: Template, messages: Sequence[Message], prompt: str, asked: list[int], cut: bool
+) -> list[int]:
     """The ids that the target wrote for the last message, its end of turn included unless it was `cut`.
 
     prompt: the generation prompt before the message, asked: its ids. An empty message has no ids.
@@ -122,7 +119,7 @@ def produced(chat: _Chat, messages: Sequence[Message], prompt: str, asked: list[
     return ids
 
 
-def _following(chat: _Chat, prompt: str, asked: list[int], text: str) -> list[int]:
+def _following(chat: Template, prompt: str, asked: list[int], text: str) -> list[int]:
     """The ids of a text that follows a prompt with the ids `asked`."""
     whole = chat.ids(prompt + text)
     if whole[: len(asked)] == asked:
@@ -134,11 +131,11 @@ def _following(chat: _Chat, prompt: str, asked: list[int], text: str) -> list[in
         start, both = chat.ids(other), chat.ids(other + text)
         if both[: len(start)] == start:
             found.append(both[len(start) :])
-    wanted = chat.text(whole)
-    return next((ids for ids in found if chat.text([*asked, *ids]) == wanted), found[0])
+    wanted = decoded(chat.tokenizer, whole)
+    return next((ids for ids in found if decoded(chat.tokenizer, [*asked, *ids]) == wanted), found[0])
 
 
-def _said(chat: _Chat, messages: Sequence[Message], prompt: str, around: _Around) -> str:
+def _said(chat: Template, messages: Sequence[Message], prompt: str, around: _Around) -> str:
     """What the target wrote for the last message, which is plain, up to the tail."""
     content, lead = messages[-1]["content"], around.lead
     if not lead:
@@ -152,7 +149,7 @@ def _said(chat: _Chat, messages: Sequence[Message], prompt: str, around: _Around
     return lead + content
 
 
-def _rendered(chat: _Chat, messages: Sequence[Message], prompt: str, around: _Around) -> str:
+def _rendered(chat: Template, messages: Sequence[Message], prompt: str, around: _Around) -> str:
     """What the template writes for the last message, from where the target began to the end of the text.
 
     The generation prompt and what comes before a plain answer may differ by an empty think block, which the
@@ -216,7 +213,7 @@ def marked(message: Message) -> tuple[Message, dict[str, str]]:
     return twin, marks
 
 
-def _altered(chat: _Chat, messages: Sequence[Message], how: str) -> DataError:
+def _altered(chat: Template, messages: Sequence[Message], how: str) -> DataError:
     return DataError(
         f"message {len(messages)} (assistant): the target's chat template {how}, so it is unknown "
         "which tokens the target produced",
@@ -228,7 +225,7 @@ def _altered(chat: _Chat, messages: Sequence[Message], how: str) -> DataError:
 # -- ids to a message --------------------------------------------------------------------------------------
 
 
-def heard(chat: _Chat, messages: Sequence[Message], raw: str, bare: str, finished: bool) -> Message:
+def heard(chat: Template, messages: Sequence[Message], raw: str, bare: str, finished: bool) -> Message:
     """The message that stands for an answer to `messages` in the history, as a server's client sends it back.
 
     raw: its text without the end of turn; bare: the same without special tokens. Special tokens inside it are
@@ -267,15 +264,14 @@ def heard(chat: _Chat, messages: Sequence[Message], raw: str, bare: str, finishe
 
 
 def _unwrapped(
-    chat: _Chat, messages: Sequence[Message], prompt: str, lead: str, raw: str
+    chat: Template, messages: Sequence[Message], prompt: str, lead: str, raw: str
 ) -> tuple[str, str | None]:
     """(thoughts, text) of an answer, without what the template writes around them; no text if that is
     not around them."""
-    thought = stand_in(0)
-    written = chat.write([*messages, plain(_STAND_IN, thought)], ask=False)
-    opening, found, rest = written.removeprefix(prompt).partition(thought)
+    written = chat.write([*messages, plain(_ANSWER, _THOUGHTS)], ask=False)
+    opening, found, rest = written.removeprefix(prompt).partition(_THOUGHTS)
     if found and written.startswith(prompt):
-        between = rest.partition(_STAND_IN)[0]
+        between = rest.partition(_ANSWER)[0]
         thoughts, ended, content = raw.rpartition(between) if between else ("", "", "")
         if ended:
             return thoughts.removeprefix(opening), content

@@ -1,4 +1,4 @@
-"""Columns beside the messages that change the prompt: they are read into it, or refused by name.
+"""Columns next to the messages that change the prompt: they are read into it, or refused by name.
 
 As metadata they would be lost, and a draft trained on prompts that its target never saw. What a row keeps in
 its `meta` is metadata by the row's own account.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deepspec.conditions import SWITCHES
 from deepspec.data.messages import Message
 from deepspec.errors import DataError
 
@@ -17,11 +18,10 @@ SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
 ALPACA = ("instruction", "input", "context", "history")
 """What the rows of instruction sets ask, in parts."""
 UNREAD = ("documents", "chat_template", "chat_template_kwargs")
-ASKED = (*SYSTEM, "tools", "functions", "documents", "chat_template")
+"""What a template may read besides messages and tools. Of the last one, thinking is understood."""
+ASKED = (*SYSTEM, "tools", "functions", *UNREAD)
 """Those that a server may be given in a request, besides the messages."""
 PROMPT_COLUMNS = (*SYSTEM, "tools", "functions", *UNREAD, *ALPACA)
-_THINKING = {"enable_thinking", "thinking"}
-"""What `chat_template_kwargs` may hold: the command line chooses it."""
 
 
 def is_empty(value: object) -> bool:
@@ -62,7 +62,7 @@ def read_columns(
 
 
 def _is_filled(tool: Any) -> bool:
-    """Whether a table filled a tool's schema with the properties of all other tools: null is no schema."""
+    """Whether a table filled a tool's schema with the properties of all other tools: null is not a schema."""
     for key in ("function", "parameters", "properties"):
         tool = tool.get(key, tool if key == "function" else None)
         if not isinstance(tool, dict):
@@ -83,7 +83,8 @@ def refuse_unsaid(
     for name in names:
         value = row.get(name)
         said = isinstance(value, str) and any(value.strip() in message["content"] for message in messages)
-        if not (is_empty(value) or said or (isinstance(value, dict) and value.keys() <= _THINKING)):
+        chosen = isinstance(value, dict) and value.keys() <= set(SWITCHES)  # by the command line
+        if not (is_empty(value) or said or chosen):
             raise DataError(
                 f"'{name}' may change the prompt, but is in none of the row's messages",
                 where=where,

@@ -26,6 +26,8 @@ MAX_LINE = 256 << 20
 """Bytes of one line. Lines are held in memory whole: this stops a file without line ends from filling it."""
 EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+TABLES = (*DELIMITERS, ".parquet")
+"""Endings of files that have every column in every row."""
 BATCH = 256
 """Rows of a Parquet file that become Python objects at once."""
 
@@ -55,7 +57,7 @@ def file_rows(
 
 def jsonl_rows(path: Path, skipped: Skipped | None = None) -> Iterator[Row]:
     """The parsed JSON of every line that is not blank. Raises DataError as `file_rows` does."""
-    if path.suffix.lower() in (*DELIMITERS, ".parquet"):
+    if path.suffix.lower() in TABLES:
         step = f"convert it first: deepspec data download {path} --out {path.with_suffix('.jsonl')}"
         raise DataError("a table is given where a JSONL file is expected", where=str(path), next_step=step)
     for where, text in _lines(path, skipped):

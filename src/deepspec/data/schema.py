@@ -16,7 +16,7 @@ from pydantic import (
 )
 from typing_extensions import TypedDict
 
-from deepspec.data.messages import CALL, KEYS, ROLES, SHAREGPT, Message, in_our_names, joined_parts
+from deepspec.data.messages import CALL, KEYS, ROLES, SHAREGPT, Message, in_our_names, joined_parts, role_name
 from deepspec.data.readers import json_of
 from deepspec.errors import DataError
 
@@ -45,9 +45,14 @@ def _from_text(value: Any) -> Any:
     return [json_of(v) if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
 
 
-_Tools = Annotated[list[Annotated[dict[str, Any], _NonEmpty]] | None, BeforeValidator(_from_text)]
+def _function_inside(tool: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(tool.get("function", {}), dict):
+        raise ValueError("'function' must be an object")
+    return tool
 
 
+_Tool = Annotated[dict[str, Any], _NonEmpty, AfterValidator(_function_inside)]
+_Tools = Annotated[list[_Tool] | None, BeforeValidator(_from_text)]
 _Text = Annotated[str | None, BeforeValidator(joined_parts)]
 
 
@@ -108,20 +113,19 @@ _UNKNOWN = (
     "remove the key, or move what the model read or wrote into a known one (thoughts into "
     "'reasoning_content', or into the text as '<think>…</think>')"
 )
-_NO_PROMPT = "if it is no system prompt, move it into 'meta'"
+_NO_PROMPT = "if it is not a system prompt, move it into 'meta'"
+_TOOLS = (
+    "must be a list of JSON schemas, one object for each",
+    'for example [{"type": "function", "function": {"name": "…", "parameters": {…}}}]; '
+    "if it is something else, move it into 'meta'",
+)
 _META_ERRORS = {
     "answer_ids": (
         "'answer_ids' must be a list of non-negative integers, or one such list or null for each turn",
         "remove it to have the answers' text tokenised instead",
     ),
-    "tools": (
-        "'tools' must be a list of JSON schemas, one object for each tool",
-        'for example [{"type": "function", "function": {"name": "…", "parameters": {…}}}]',
-    ),
-    "functions": (
-        "'functions' must be a list of JSON schemas, one object for each function",
-        'for example [{"name": "…", "parameters": {…}}]; move anything else into \'meta\'',
-    ),
+    "tools": (f"'tools' {_TOOLS[0]}", _TOOLS[1]),
+    "functions": (f"'functions' {_TOOLS[0]}", _TOOLS[1]),
 }
 _EXPECTED = {"string_type": "a string", "list_type": "a list", "dict_type": "an object"}
 _ITEMS = {"messages": "message", "conversations": "message", "turns": "turn", "tool_calls": "tool call"}
@@ -148,8 +152,8 @@ def _explained(row: Any, error: Any) -> tuple[str, str | None]:
         value = value[step] if step in inside else None
         if isinstance(step, int):
             named = (value.get("role") or value.get("from")) if isinstance(value, dict) else None
-            role = ROLES.get(named) if isinstance(named, str) else None
-            at += f"{', ' if at else ''}{_ITEMS[key]} {step + 1}{f' ({role})' if role else ''}"
+            role = f" ({ROLES[name]})" if (name := role_name(named)) else ""
+            at += f"{', ' if at else ''}{_ITEMS[key]} {step + 1}{role}"
             key = ""
         else:
             key = step

@@ -10,8 +10,9 @@ from typing import Any
 
 from deepspec.data.catalogue import DATASETS, NamedDataset, worded
 from deepspec.data.conversations import Conversation, conversation_from_row
+from deepspec.data.formats import REASONS
 from deepspec.data.prompt_columns import ALPACA, PROMPT_COLUMNS, is_empty
-from deepspec.data.readers import DELIMITERS, Row, file_rows, hub_rows, parse_json
+from deepspec.data.readers import TABLES, Row, file_rows, hub_rows, parse_json
 from deepspec.data.skipping import Skipped, refuse
 from deepspec.errors import DataError, UserError, nearest
 from deepspec.log import warn
@@ -22,8 +23,11 @@ FIELDS = (
 )
 """The fields that a column map may fill."""
 
-_FILE_ENDINGS = (*DELIMITERS, ".parquet", ".jsonl", ".ndjson", ".json")
-_JSON_FIELDS = ("messages", "conversations", "turns", "request", "body")
+_FILE_ENDINGS = (*TABLES, ".jsonl", ".ndjson", ".json")
+_JSON_FIELDS = (
+    *("messages", "conversations", "turns", "request", "body"),
+    *("meta", "answer_ids", "cut_turns"),
+)
 """Fields that are lists or objects; a table without such columns holds them as JSON text."""
 
 
@@ -151,15 +155,28 @@ def _other_rows(wanted: Wanted, skipped: Skipped | None) -> Iterator[Row]:
             raise UserError("--config and --split are for data sets of the Hub, not for files")
         if missing := next((file for file in files if not file.exists()), None):
             raise DataError("no such file", where=str(missing))
-        return (row for file in files for row in file_rows(file, skipped, columns, also))
+        return (row for file in files for row in _file_rows(file, skipped, columns, also))
     if len(names) == 1 and (Path(names[0]).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", names[0])):
-        return hub_rows(names[0], wanted.config, wanted.split or "train", columns=columns, also=also)
+        return _table_rows(
+            hub_rows(names[0], wanted.config, wanted.split or "train", columns=columns, also=also)
+        )
     wrong = next(name for name in names if Path(name) not in files)
     near = nearest(wrong, DATASETS)
     raise UserError(
         f"no data set {wrong!r}" + (f", did you mean {near!r}?" if near else ""),
         next_step=f"give a file, a Hub id (OWNER/NAME), or one of {', '.join(DATASETS)}",
     )
+
+
+def _file_rows(path: Path, *how: Any) -> Iterator[Row]:
+    rows = file_rows(path, *how)
+    return _table_rows(rows) if path.suffix.lower() in TABLES else rows
+
+
+def _table_rows(rows: Iterable[tuple[str, Any]]) -> Iterator[Row]:
+    """The rows without null reasons. A table has every column in every row: they tell of no cut answer."""
+    for where, row in rows:
+        yield where, {k: v for k, v in row.items() if v is not None or k not in REASONS}
 
 
 def _column(row: Mapping[str, Any], name: str, where: str) -> Any:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, TemplateError, TemplateSyntaxError
 
-from deepspec.conditions import Conditions
+from deepspec.conditions import SWITCHES, Conditions
 from deepspec.data.messages import Message, call_arguments
 from deepspec.errors import DataError, TargetError
 from deepspec.log import note
@@ -23,9 +23,6 @@ from deepspec.log import note
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SWITCHES = ("enable_thinking", "thinking", "reasoning", "enable_reasoning")
-"""What templates call the variable that switches thinking on and off: Qwen3 and Gemma-4, DeepSeek-V3.1 and
-Granite, Command-A, and others."""
 TODAY = datetime(2025, 1, 1)
 """The day on which every template is rendered. Prompts, and with them training data, results and the answers
 of a resumed run, must not depend on the day on which they are made."""
@@ -36,7 +33,7 @@ _CODES += [(f"%-{c}", TODAY.strftime(f"%{c}").lstrip(" 0") or "0") for c in "dem
 _FIXED_DATE = (
     "{%- macro strftime_now(format) %}{% set said = namespace(text=format) %}"
     "{% for code, text in date_codes %}{% set said.text = said.text | replace(code, text) %}{% endfor %}"
-    "{{ said.text }}{% endmacro %}{{ '' }}"
+    "{{ said.text }}{% endmacro %}\n"  # the template still begins a line, of which it may strip the indent
 )
 
 
@@ -44,14 +41,14 @@ def template_text(tokenizer: PreTrainedTokenizerBase, tools: bool = False, where
     """The chat template for messages without tools, or with them. Of several named templates, `tool_use` is
     for tools if it is there, and `default` for everything else.
 
-    Raises TargetError if there is no template to use, DataError (naming `where`) if none is for these.
+    Raises TargetError if there is no template to use, DataError (naming `where`) if there is none for these
+    messages.
     """
     found = tokenizer.chat_template
-    place = str(getattr(tokenizer, "name_or_path", "")) or None
     if not found:
         raise TargetError(
             "the target's tokenizer has no chat template",
-            where=place,
+            where=_place(tokenizer),
             next_step="use the chat (instruct) version of the model, or put a chat_template.jinja next to "
             "its tokenizer files: a draft must be trained on prompts built as they will be served",
         )
@@ -66,7 +63,11 @@ def template_text(tokenizer: PreTrainedTokenizerBase, tools: bool = False, where
     )
     if "tool_use" in found:
         raise DataError(f"{what}: none is for messages without tools", where=where, next_step=step)
-    raise TargetError(what, where=place, next_step=step)
+    raise TargetError(what, where=_place(tokenizer), next_step=step)
+
+
+def _place(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    return str(getattr(tokenizer, "name_or_path", "")) or None
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -87,7 +88,7 @@ def template_conditions(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> C
         if stand_in(0) not in Template(tokenizer, False, None, None).write([probe], ask=True):
             raise TargetError(
                 "the target's chat template does not write the user's text unchanged",
-                where=str(getattr(tokenizer, "name_or_path", "")) or None,
+                where=_place(tokenizer),
                 next_step="use a template that takes messages as text: some take lists of parts only, as "
                 "for images",
             )
@@ -95,7 +96,7 @@ def template_conditions(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> C
         raise TargetError(
             "thinking cannot be switched on: the target's chat template has no switch for it "
             f"({', '.join(SWITCHES)})",
-            where=str(getattr(tokenizer, "name_or_path", "")) or None,
+            where=_place(tokenizer),
             next_step="leave thinking off (no --thinking, thinking=false): the target then answers as it "
             "always does",
         )
@@ -125,8 +126,8 @@ def _names_of(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
 
 @lru_cache(maxsize=64)
 def _names(text: str) -> frozenset[str]:
-    """The names in a template that are no attributes, variables among them. Raises TargetError for text that
-    is no template."""
+    """The names in a template that are not attributes, variables among them. Raises TargetError for text that
+    is not a template."""
     try:
         tokens = [(kind, word) for _, kind, word in Environment().lex(text) if kind != "whitespace"]
     except TemplateSyntaxError as error:
@@ -144,12 +145,22 @@ def _broken(error: TemplateSyntaxError) -> TargetError:
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template, and everything except the messages that a row's rendering depends on."""
+    """A chat template, its tokenizer, and everything but the messages that a row's rendering depends on."""
 
     tokenizer: PreTrainedTokenizerBase
     thinking: bool
     tools: list[dict[str, Any]] | None
     where: str | None
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of rendered text: the template has written all special tokens already."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def special(self) -> set[int]:
+        """Tokens that the target writes as markup; the one for unknown text does not count."""
+        added, tokenizer = self.tokenizer.added_tokens_decoder, self.tokenizer
+        known = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        return known - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
 
     def write(self, messages: Sequence[Message], *, ask: bool) -> str:
         """The template's text for the messages, with the generation prompt at its end if ``ask``.
@@ -174,9 +185,9 @@ class Template:
             raise _broken(error) from error
         except Exception as error:  # a template is a program of its own, and may raise anything
             refused = isinstance(error, TemplateError)
-            how = f"refuses the messages: {error}" if refused else "fails on the messages: "
+            how = "refuses the messages" if refused else f"fails on the messages: {type(error).__name__}"
             raise DataError(
-                f"the target's chat template {how}" + ("" if refused else f"{type(error).__name__}: {error}"),
+                f"the target's chat template {how}: {error}",
                 where=self.where,
                 next_step="change the row to what the target accepts (some know no system or tool role), "
                 "or remove it",
@@ -232,16 +243,14 @@ class Template:
 
 
 def stand_in(number: int) -> str:
-    """A stand-in for text number n. None is part of another, and any change of case can be seen."""
+    """A stand-in for text number n. No stand-in is part of another, and any change of case can be seen."""
     return f"DeepSpec-text-{number}-here"
 
 
 def _renamed(tool: dict[str, Any], name: str) -> dict[str, Any]:
-    return (
-        {**tool, "function": {**tool["function"], "name": name}}
-        if "function" in tool
-        else {**tool, "name": name}
-    )
+    if "function" in tool:
+        return {**tool, "function": {**tool["function"], "name": name}}
+    return {**tool, "name": name}
 
 
 def as_served(message: Message) -> dict[str, Any]:
@@ -255,3 +264,15 @@ def as_served(message: Message) -> dict[str, Any]:
             arguments = call_arguments(call["function"]["arguments"])
             served["tool_calls"].append({**call, "function": {**call["function"], "arguments": arguments}})
     return served
+
+
+def continued(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special: bool = False) -> str:
+    """The text of ids that follow others. Decoded alone, many tokenizers' ids lose their first space."""
+    before = tokenizer(":", add_special_tokens=False)["input_ids"]
+    start = decoded(tokenizer, before, skip_special)
+    whole = decoded(tokenizer, [*before, *ids], skip_special)
+    return whole.removeprefix(start) if whole.startswith(start) else decoded(tokenizer, ids, skip_special)
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special: bool = False) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)

@@ -21,7 +21,7 @@ from deepspec.data.conversations import (
 )
 from deepspec.data.messages import Message, is_trained
 from deepspec.data.produced import ARGUMENT, CALL, heard, marked, produced
-from deepspec.data.template import Template
+from deepspec.data.template import Template, continued
 from deepspec.errors import DataError, TargetError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def prompt_ids(
     or if it has no switch for thinking; DataError (naming ``where``) if the template refuses the messages or
     leaves out a part; UnembeddedError for an id without an embedding.
     """
-    chat = _Chat(tokenizer, thinking, tools, where)
+    chat = Template(tokenizer, thinking, tools, where)
     chat.check_seen(messages)
     for i, message in enumerate(messages):
         if "tool_calls" in message:
@@ -115,7 +115,7 @@ def answer_message(
     ``answer``: its ids, with the end of turn if it has ``finished``, or its text if no ids are known.
     Raises DataError if the answer lacks the form in which the template writes answers.
     """
-    chat = _Chat(tokenizer, thinking, tools, where)
+    chat = Template(tokenizer, thinking, tools, where)
     if isinstance(answer, str):
         return heard(chat, messages, answer, answer, finished)
     said = answer[:-1] if finished and answer and answer[-1] in chat.special() else answer
@@ -145,7 +145,7 @@ def encode_turns(
     last = last_answer(conversation)
     messages, given = conversation.messages[: last + 1], answer_ids_by_turn(conversation)
     cut = cut_turns(conversation)
-    chat = _Chat(tokenizer, thinking, tools_of(conversation), conversation.where)
+    chat = Template(tokenizer, thinking, tools_of(conversation), conversation.where)
     turns: dict[int, tuple[list[int], list[int]]] = {}
     assistants = (i for i, message in enumerate(messages) if message["role"] == "assistant")
     for number, index in enumerate(assistants, start=1):
@@ -206,18 +206,6 @@ def _sequences(name: str, turns: Mapping[int, tuple[list[int], list[int]]]) -> l
     return found[::-1]
 
 
-def continued(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special: bool = False) -> str:
-    """The text of ids that follow others. Decoded alone, many tokenizers' ids lose their first space."""
-    before = tokenizer(":", add_special_tokens=False)["input_ids"]
-    start = _decoded(tokenizer, before, skip_special)
-    whole = _decoded(tokenizer, [*before, *ids], skip_special)
-    return whole.removeprefix(start) if whole.startswith(start) else _decoded(tokenizer, ids, skip_special)
-
-
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special: bool) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
-
-
 def system_hash(messages: Sequence[Message]) -> str | None:
     """SHA-256 (hex) of a conversation's system prompt; None without one."""
     if not messages or messages[0]["role"] != "system":
@@ -242,25 +230,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode("utf-8")).hexdigest()
 
 
-@dataclass(frozen=True)
-class _Chat(Template):
-    """A template, and the tokens of what it writes."""
-
-    def ids(self, text: str) -> list[int]:
-        # The template has written all special tokens already.
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def text(self, ids: Sequence[int]) -> str:
-        return _decoded(self.tokenizer, ids, False)
-
-    def special(self) -> set[int]:
-        """Tokens that the target writes as markup; the one for unknown text is none."""
-        added, tokenizer = self.tokenizer.added_tokens_decoder, self.tokenizer
-        known = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-        return known - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
-
-
-def _check_calls(chat: _Chat, messages: Sequence[Message]) -> None:
+def _check_calls(chat: Template, messages: Sequence[Message]) -> None:
     """Raise DataError if the template leaves out a tool call of the last message, or a part of it."""
     *before, message = messages
     twin, marks = marked(message)
