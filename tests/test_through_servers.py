@@ -97,6 +97,10 @@ def test_answers_are_read_with_their_ids_and_how_they_ended():
     assert read_llama(found | {"stop_type": "limit"}) == Reply("hi", [4, 2], False, 2)
     choice = {"text": "hi", "finish_reason": "length", "token_ids": [4]}
     assert read_completion({"choices": [choice]}) == Reply("hi", [4], False, 1)
+    for none in ({"tokens": []}, {}):  # an older llama-server does not know `return_tokens`
+        found = {"content": "hi", "stop_type": "eos", "tokens_predicted": 3, **none}
+        assert read_llama(found) == Reply("hi", None, True, 3)
+    assert read_completion({"choices": [choice | {"token_ids": []}]}) == Reply("hi", None, False, 0)
     chat = {"message": {"content": "hi"}, "finish_reason": "stop"}
     assert read_chat({"choices": [chat], "usage": {"completion_tokens": 7}}) == Reply("hi", None, True, 7)
     assert read_chat({"choices": [chat | {"message": {"content": None}}]}) == Reply("", None, True, 0)
@@ -268,6 +272,16 @@ def test_half_a_pair_in_the_text_does_not_matter_where_the_ids_say_what_was_writ
         regenerate_served([server.url], prompts(1), out, target=target, policy=QUICK)
     assert rows_of(out)[0]["messages"][-1]["content"] == "fine"
     assert rows_of(out)[0]["answer_ids"] == ids
+
+
+def test_ids_that_the_target_has_no_embedding_for_are_that_rows_failure(target, tmp_path):
+    out, end = tmp_path / "a.jsonl", 258
+    odd = prompt_ids(target.tokenizer(), [{"role": "user", "content": "What is 1?"}], False)
+    with StandIn(answer=lambda said: ("x", [260 if said == str(odd) else 120, end])) as server:
+        tally = regenerate_served([server.url], prompts(3), out, target=target, policy=QUICK)
+    assert (tally.new, tally.failed) == (2, 1)
+    (failed,) = rows_of(beside(out, "failures"))
+    assert failed["reason"] == "token 260 has no row in the target's embedding, which has 260"
 
 
 def test_a_question_that_is_no_json_is_that_rows_failure(tmp_path):

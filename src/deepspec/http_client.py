@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, TypeVar
 import httpx
 from httpx_retries import Retry
 
-from deepspec.connections import API_KEY, Connection, api_key, connect, hidden, lasting, proxy_refuses
+from deepspec.connections import API_KEY, Connection, connections, hidden, lasting, proxy_refuses
 from deepspec.errors import ServerError, without_logins
 from deepspec.log import note, warn
 
@@ -134,13 +134,8 @@ class Servers:
         policy: Policy | None = None,
         api_key_env: str = API_KEY,
     ) -> None:
-        key = api_key(api_key_env)
-        ways: dict[str, Connection] = {}
-        for way in (connect(url, key, api_key_env) for url in urls):
-            ways.setdefault(way.url, way)
-        self.servers = [Server(way) for way in ways.values()]
-        self.concurrency, self.policy = concurrency, policy or Policy()
-        self._check, self._key_env, self._has_key = check, api_key_env, bool(key)
+        self.servers = [Server(way) for way in connections(urls, api_key_env)]
+        self._check, self.concurrency, self.policy = check, concurrency, policy or Policy()
         self._retry = Retry(
             status_forcelist=[408, 425, 429, *range(500, 600)],
             backoff_factor=self.policy.first_rest,
@@ -336,10 +331,10 @@ class Servers:
         if status == 407 and way.proxy:
             raise proxy_refuses(way, text)
         if status in (401, 403):
-            kind = "user and password" if way.login else "API key"
-            what = "refuses the" if way.login or self._has_key else "asks for an"
-            todo = f"put the right key in the environment variable {self._key_env}"
-            todo = "correct them in the server's address" if way.login else todo
+            what = "refuses the" if way.login or way.keyed else "asks for an"
+            kind, todo = "API key", f"put the right key in the environment variable {way.key_variable}"
+            if way.login:
+                kind, todo = "user and password", "correct them in the server's address"
             todo += f", or list the server in NO_PROXY if {way.proxy} is to blame" if way.proxy else ""
             raise Refused(f"the server {what} {kind} ({text})", where=server.name, next_step=todo)
         if self._retry.is_retryable_status_code(status):
