@@ -82,6 +82,7 @@ NO_SWITCH = "template has no switch for it"
         ),
         ([*TRAIN, "data.features=cache:missing"], "missing"),
         ([*TRAIN, "data.features=vllm:http://x:99999"], "is not a server's address"),
+        ([*TRAIN, "data.features=vllm:me:hush@x:8000"], "'vllm:x:8000' is not a feature source"),
         ([*TRAIN, "trackers=[wandb]"], "the tracker 'wandb' is not installed"),
         ([*TRAIN, "draft.target_layer_ids=[99]"], "99"),
         ([*TRAIN, "target=plain", "thinking=true"], NO_SWITCH),
@@ -122,6 +123,7 @@ def test_is_refused_at_once(
     result = call(*words)
     assert result.exit_code == 2, result.output
     assert said in result.stderr
+    assert "hush" not in result.stderr
     assert result.stdout == ""
     assert sorted(scene.rglob("*")) == before
 

@@ -342,6 +342,7 @@ def test_a_password_that_a_server_repeats_is_not_shown(secret):
         ("http://me:se?secret@x", "not a server's address"),
         ("http://me:1?secret@x", "servers have no settings"),
         ("http://me:secret", "not a server's address"),
+        ("http://me:a secret@x", "not a server's address"),
         ("http://x:99999", "not a server's address"),
         ("http://a..x", "not a server's address"),
     ],

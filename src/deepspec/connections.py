@@ -183,7 +183,7 @@ def _address(given: str) -> httpx.URL:
     """An address without a trailing /v1. Raises ServerError, which shows nothing that may be a password."""
     bare = given.strip().rstrip("/").removesuffix("/v1").rstrip("/")
     try:
-        url = httpx.URL(bare)
+        url = httpx.URL("" if re.search(r"\s", bare) else bare)  # which `without_logins` would not see
         url.raw_host.decode().encode("idna")  # an empty or overlong part fails here, not in every request
     except (httpx.InvalidURL, UnicodeError):
         url = httpx.URL("")

@@ -15,8 +15,9 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
 
 
 def without_logins(text: str) -> str:
-    """A text in which every address has lost its `user:password@`, to be shown or written."""
-    return re.sub(r"(\w+://)(?:(?!\w+://)\S)*@", r"\1", text)
+    """A text in which every address has lost its `user:password@`, to be shown or written. The http:// of a
+    feature server may have been forgotten."""
+    return re.sub(r"(\w+://|vllm:)(?:(?!\w+://)\S)*@", r"\1", text)
 
 
 def first_line(error: BaseException) -> str:
