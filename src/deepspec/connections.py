@@ -55,6 +55,10 @@ class Connection:
     login: bool
     """The address has a user and password, which are sent instead of a key."""
 
+    @property
+    def via(self) -> str:
+        return f" through the proxy that {self.proxy} names" if self.proxy else ""
+
 
 def _api_key(variable: str) -> str:
     """The key in an environment variable; empty if `API_KEY` is not set. Raises ServerError."""
@@ -135,28 +139,28 @@ def lasting(error: Exception, way: Connection, first: bool) -> ServerError | Non
 
     first: the server never answered, so that its address may be wrong.
     """
-    found = list(causes(error))
-    tls = next((e for e in found if isinstance(e, ssl.SSLError)), None)
-    via = f" through the proxy that {way.proxy} names" if way.proxy else ""
+    met = list(causes(error))
+    tls = next((e for e in met if isinstance(e, ssl.SSLError)), None)
     if isinstance(tls, ssl.SSLCertVerificationError):
-        what = f"the server's certificate{via and f', or that of the proxy of {way.proxy},'} is not trusted: "
+        whose = f", or that of the proxy that {way.proxy} names," if way.proxy else ""
+        what = f"the server's certificate{whose} is not trusted: {tls.verify_message}"
         todo = REMEDIES.get(tls.verify_code, TRUST)
-        return ServerError(what + tls.verify_message, where=way.url, next_step=todo)
-    if first and tls and isinstance(error, httpx.ConnectError) and not isinstance(tls, ssl.SSLEOFError):
-        what = f"no https connection{via} ({tls.reason or tls}): there seems to be a server of plain http"
-        todo = "write http:// instead of https:// in the server's address"
-        return ServerError(what, where=way.url, next_step=f"{todo}{f' or in {way.proxy}' if via else ''}")
-    if isinstance(error, httpx.ProxyError) and re.match(r"4(?!08|29)\d\d|501", str(error)):
+    elif isinstance(error, httpx.ProxyError) and re.match(r"4(?!08|29)\d\d|501", str(error)):
         return proxy_refuses(way, str(error))
-    if first and any(isinstance(e, socket.gaierror) and e.errno in NO_SUCH_NAME for e in found):
-        what = f"the proxy that {way.proxy} names" if way.proxy else "this server"
+    elif first and tls and isinstance(error, httpx.ConnectError) and not isinstance(tls, ssl.SSLEOFError):
+        what = f"no https connection{way.via} ({tls.reason or tls}): there seems to be a server of plain http"
+        todo = "write http:// instead of https:// in the server's address"
+        todo += f" or in {way.proxy}" if way.proxy else ""
+    elif first and any(isinstance(e, socket.gaierror) and e.errno in NO_SUCH_NAME for e in met):
+        whose = f"the proxy that {way.proxy} names" if way.proxy else "this server"
+        what = f"the name of {whose} is not known here"
         todo = f"correct {way.proxy}, or list the server in NO_PROXY" if way.proxy else "correct its address"
-        return ServerError(f"the name of {what} is not known here", where=way.url, next_step=todo)
-    broke_off = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
-    if first and broke_off and not way.proxy and _takes_https(httpx.URL(way.url)):
+    elif first and isinstance(error, httpx.RemoteProtocolError | httpx.ReadError) and _takes_https(way):
+        what = "this server takes https only"
         todo = "write https:// instead of http:// in the server's address"
-        return ServerError("this server takes https only", where=way.url, next_step=todo)
-    return None
+    else:
+        return None
+    return ServerError(what, where=way.url, next_step=todo)
 
 
 def proxy_refuses(way: Connection, said: str) -> ServerError:
@@ -168,11 +172,12 @@ def proxy_refuses(way: Connection, said: str) -> ServerError:
     )
 
 
-def _takes_https(url: httpx.URL) -> bool:
+def _takes_https(way: Connection) -> bool:
     """Whether the server of a http:// address greets a client of https."""
+    url = httpx.URL(way.url)
     anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE  # nothing is sent
-    if url.scheme == "http":
+    if url.scheme == "http" and not way.proxy:
         with suppress(OSError), socket.create_connection((url.host, url.port or 80), 2) as plain:
             anybody.wrap_socket(plain).close()
             return True

@@ -318,8 +318,7 @@ class Servers:
         if isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol):
             return ServerError(f"no request can be sent: {words}", where=way.url)
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError):
-            via = f" through the proxy that {way.proxy} names" if way.proxy else ""
-            return Passing(f"no connection{via} ({words})", costs=False)
+            return Passing(f"no connection{way.via} ({words})", costs=False)
         if isinstance(error, httpx.TimeoutException):
             return Passing(f"no answer within {limit:g} s")
         return Passing(f"the answer broke off ({words})")
