@@ -253,7 +253,7 @@ def test_an_answer_that_is_no_text_or_taken_apart_is_that_rows_failure(tmp_path)
             "r5": "echo What is 5?",
         }
         reasons = {row["id"]: row["reason"] for row in rows_of(beside(out, "failures"))}
-        half = "the server's answer holds half of a surrogate pair, which is no text"
+        half = "the server's answer holds half of a surrogate pair, which is not text"
         assert (reasons["r2"], reasons["r3"]) == (half, half)
         assert reasons["r4"].startswith("the server takes answers apart (tool_calls next to the content)")
         before = out.read_bytes()
@@ -312,6 +312,7 @@ CLOSED = {
     "no tokens": http(200),
     "garbled": http(200, b'{"tokens": [{"id": 1}]}'),
     "nothing": [b""],
+    "empty": http(200, b'{"object": "list", "data": []}'),
 }
 
 
@@ -328,7 +329,7 @@ def test_a_gateway_that_forbids_tokenize_gives_a_warning(target, tmp_path, capsy
     assert "secret" not in said
 
 
-@pytest.mark.parametrize("closed", ["401", "403", "404", "405"])
+@pytest.mark.parametrize("closed", ["401", "403", "404", "405", "empty"])
 def test_a_gateway_that_forbids_its_list_of_models_is_asked_for_the_one_given(tmp_path, capsys, closed):
     out = tmp_path / "a.jsonl"
     with StandIn() as server:

@@ -126,7 +126,7 @@ def _connect(given: str, key: str, variable: str) -> Connection:
 
 
 def hidden(text: str, secrets: Mapping[str, str]) -> str:
-    """A text of somebody else's, with every secret replaced, also one that was quoted or escaped."""
+    """Somebody else's text with every secret replaced, also those that were quoted or escaped."""
     for secret in sorted(secrets, key=len, reverse=True):
         forms = {secret, quote(secret, safe=""), html.escape(secret), json.dumps(secret)[1:-1]}
         for form in sorted({*forms, repr(secret)[1:-1]}, key=len, reverse=True):

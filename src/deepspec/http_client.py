@@ -42,6 +42,7 @@ LONGEST_REST = 86_400.0
 """Seconds at most that a server is left alone, whatever its Retry-After asks for."""
 LARGEST = 1 << 28
 """Bytes of an answer at most; a longer one is not read to its end."""
+ADDRESS = "give the address that comes before /v1, such as http://127.0.0.1:8000"
 TOLD_AFTER = 3
 """Failures in a row after which the user is told about a server."""
 
@@ -228,7 +229,7 @@ class Servers:
     def models(self, server: Server) -> dict[str, Listed]:
         """The models that a server lists at /v1/models, by name.
 
-        Raises Passing, Refused, NoList, and ServerError for what is no server of this kind.
+        Raises Passing, Refused, NoList, and ServerError for what is not a server of this kind.
         """
         try:
             found = self.send(server, "/v1/models", timeout=CHECK_TIMEOUT).get("data")
@@ -237,9 +238,9 @@ class Servers:
                 raise  # it was one before
             final = isinstance(error, Redirected | Unreadable)
             raise (ServerError if final else NoList)(
-                f"this is not an OpenAI-compatible server: /v1/models answers {error}",
+                f"this is not an OpenAI-compatible server (/v1/models: {error})",
                 where=server.name,
-                next_step="give the address that comes before /v1, such as http://127.0.0.1:8000",
+                next_step=ADDRESS,
             ) from error
         entries = [e for e in found if isinstance(e, dict)] if isinstance(found, list) else []
         listed = {}
@@ -248,8 +249,10 @@ class Servers:
             if isinstance(name, str) and name:
                 known = type(longest) is int and longest > 0
                 listed[name] = Listed(str(entry.get("owned_by")), longest if known else None)
+        if not listed and server.facts is None:
+            raise NoList("the server lists no model at /v1/models", where=server.name, next_step=ADDRESS)
         if not listed:
-            raise Passing("the server lists no model at /v1/models")
+            raise Passing("the server no longer lists a model at /v1/models")
         return listed
 
     def close(self) -> None:
@@ -354,7 +357,7 @@ class Servers:
 
 
 def _parsed(text: str | bytearray) -> Any:
-    """What a text is as JSON; None if it is none."""
+    """The data of JSON text; None if the text is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

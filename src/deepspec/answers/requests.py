@@ -215,11 +215,11 @@ def _text(value: Any) -> str:
 
 
 def no_answer(text: str, ids: list[int] | None) -> str | None:
-    """Why what a server gave is no answer to train on; None if it is one."""
+    """Why nothing can be learnt from what a server gave; None if it is an answer."""
     if not ids and not text.strip():
         return "the server gave an empty answer"
     if any("\ud800" <= c <= "\udfff" for c in text):
-        return "the server's answer holds half of a surrogate pair, which is no text"
+        return "the server's answer holds half of a surrogate pair, which is not text"
     return None
 
 
