@@ -13,12 +13,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Before anything imports the Hub client: no test may reach a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer.testing
 from torch import Tensor
 from transformers import (
     Gemma4ForCausalLM,
@@ -37,6 +39,9 @@ from deepspec.drafts.spec import new_spec
 from deepspec.maths.blocks import FeatureBatch
 from deepspec.maths.verify import Samplings
 from deepspec.targets import Target
+
+# To make the commands of an app takes a twentieth of a second, and hundreds of tests call them.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 DEVICE = os.environ.get("DEEPSPEC_TEST_DEVICE", "cpu")
 """Where targets, drafts and losses run in the tests that name it."""

@@ -67,6 +67,7 @@ CACHE = ["data", "cache", "recipe.yaml", "--out", "cache"]
 EXPORT = ["export", "runs/tiny-dflash", "--to", "vllm", "--target", "target", "--out", "exported"]
 PLAN = ["plan", "recipe.yaml", "--machine", "here"]
 GENERATE = ["generate", "hello", "--target", "target"]
+DEAD = "http://127.0.0.1:9"
 NO_SWITCH = "template has no switch for it"
 
 
@@ -75,6 +76,7 @@ NO_SWITCH = "template has no switch for it"
     [
         ([*PLAN, "data.train=missing.jsonl"], "No such file or directory\n  where: missing.jsonl"),
         ([*PLAN, "data.train=late.jsonl"], "malformed JSON"),
+        ([*PLAN, "--machine", "h100", "--measure"], "--measure measures this machine"),
         ([*PLAN, "draft.target_layer_ids=[99]"], "99"),
         ([*TRAIN, "data.train=missing.jsonl"], "data.train names a file that does not exist: missing.jsonl"),
         (
@@ -82,6 +84,8 @@ NO_SWITCH = "template has no switch for it"
             "data.select names a file that does not exist",
         ),
         ([*TRAIN, "data.features=cache:missing"], "missing"),
+        ([*TRAIN, "data.features=vllm:http://x:99999"], "is not a server's address"),
+        ([*TRAIN, "data.features=vllm:me:hush@x:8000"], "'vllm:x:8000' is not a feature source"),
         ([*TRAIN, "trackers=[wandb]"], "the tracker 'wandb' is not installed"),
         ([*TRAIN, "draft.target_layer_ids=[99]"], "99"),
         ([*TRAIN, "target=plain", "thinking=true"], NO_SWITCH),
@@ -103,6 +107,9 @@ NO_SWITCH = "template has no switch for it"
         ([*ASK, "--out", "file/new.jsonl"], "is not a folder"),
         ([*ASK, "--out", "made.jsonl"], "was made with thinking True, but now it is False"),
         ([*ASK, "--target", "plain", "--thinking"], NO_SWITCH),
+        (["data", "regenerate", "late.jsonl", *ASK[3:]], "malformed JSON"),
+        ([*ASK, "--out", "made.jsonl", "--server", DEAD], "was made with thinking True, but now it is False"),
+        ([*ASK[:3], "--out", "made.jsonl", "--server", DEAD], "was made with thinking True"),
         ([*CACHE, "--out", "file/cache"], "is not a folder"),
         ([*CACHE, "data.train=missing.jsonl"], "data.train names a file that does not exist"),
         ([*CACHE, "target=plain", "thinking=true"], NO_SWITCH),
@@ -125,8 +132,36 @@ def test_is_refused_at_once(
     result = call(*words)
     assert result.exit_code == 2, result.output
     assert said in result.stderr
+    assert "hush" not in result.stderr
     assert result.stdout == ""
     assert sorted(scene.rglob("*")) == before
+
+
+SOCKS = {"ALL_PROXY": "socks://me:hush@127.0.0.1:1080/"}
+
+
+@pytest.mark.parametrize("words", [["inspect", "org/draft"], [*EVAL, "--target", "org/target"]])
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        (SOCKS, "ALL_PROXY names a proxy of socks:// that cannot be used here"),
+        ({"HTTPS_PROXY": "http://me:hush@x:port"}, "HTTPS_PROXY names a proxy"),
+        ({"NO_PROXY": "gpu1,[::1]"}, "NO_PROXY has an entry with which the Hub cannot be asked"),
+        ({"SSL_CERT_FILE": "/nowhere.pem"}, "SSL_CERT_FILE names '/nowhere.pem'"),
+        ({"HF_TOKEN": "hf_hush\u0435"}, "HF_TOKEN holds characters that no token has"),
+    ],
+)
+def test_an_environment_in_which_the_hub_cannot_be_asked(
+    words: list[str], variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deepspec.connections.constants.HF_HUB_OFFLINE", False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    result = call(*words)
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr
+    assert "hush" not in result.output
+    assert result.stderr.count("\n") == 2
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc, where nothing can be made")

@@ -342,6 +342,7 @@ def test_a_password_that_a_server_repeats_is_not_shown(secret):
         ("http://me:se?secret@x", "not a server's address"),
         ("http://me:1?secret@x", "servers have no settings"),
         ("http://me:secret", "not a server's address"),
+        ("http://me:a secret@x", "not a server's address"),
         ("http://x:99999", "not a server's address"),
         ("http://a..x", "not a server's address"),
     ],
@@ -488,7 +489,7 @@ def test_proxies_of_the_environment_are_used_but_for_the_hosts_of_no_proxy(monke
         monkeypatch.setenv("HTTP_PROXY", proxy.url.replace("//", "//me:secret@"))
         # The stand-in does not know the whole address that a proxy is asked for.
         (error,) = ask(servers_at("http://gpu1.invalid:8000"), "a")
-        assert "/v1/models answers HTTP 404: no such route" in str(error)
+        assert "(/v1/models: HTTP 404: no such route)" in str(error)
         monkeypatch.setenv("NO_PROXY", "gpu1.invalid")
         (error,) = ask(servers_at("http://gpu1.invalid:8000", policy=Policy(first_patience=0)), "a")
         assert "404" not in str(error)
@@ -497,4 +498,4 @@ def test_proxies_of_the_environment_are_used_but_for_the_hosts_of_no_proxy(monke
 def test_what_is_not_an_openai_server_is_refused():
     with StandIn() as server:
         (error,) = ask(servers_at(f"{server.url}/elsewhere"), "a")
-    assert "not an OpenAI-compatible server: /v1/models answers HTTP 404: no such route" in str(error)
+    assert "not an OpenAI-compatible server (/v1/models: HTTP 404: no such route)" in str(error)

@@ -78,11 +78,31 @@ def test_a_plain_line_says_how_far_and_how_long(monkeypatch, total, count, expec
     assert screen.getvalue() == ""
 
 
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("file", "variables"),
+    [(io.StringIO, {"FORCE_COLOR": "1"}), (io.StringIO, {"TTY_COMPATIBLE": "1"}), (Screen, {"TERM": "dumb"})],
+)
+def test_what_is_only_called_a_terminal_gets_plain_lines(monkeypatch, file, variables):
+    """Schedulers and CI set FORCE_COLOR for files, and a dumb terminal shows no bar."""
+    screen = file()
+    monkeypatch.setattr(log, "console", Console(file=screen, _environ=variables))
+    monkeypatch.setattr(log, "LINE_EVERY", 0.01)
+    with progress("training", 400) as bar:
+        bar.update(12)
+        until = time.monotonic() + 10
+        while "\n" not in screen.getvalue() and time.monotonic() < until:
+            time.sleep(0.01)
+    assert re.match(r"training: (0/400, 0%|12/400, 3%), 0 min passed", screen.getvalue())
+
+
 def terminal(monkeypatch):
-    screen = io.StringIO()
-    console = Console(
-        file=screen, force_terminal=True, width=120, color_system=None, _environ={"TERM": "xterm"}
-    )
+    screen = Screen()
+    console = Console(file=screen, width=120, color_system=None, _environ={"TERM": "xterm"})
     monkeypatch.setattr(log, "console", console)
     return screen
 

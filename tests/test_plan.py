@@ -58,6 +58,7 @@ from deepspec.drafts import ALGORITHMS as DRAFTS
 from deepspec.drafts import LossSettings
 from deepspec.drafts.base import NeuralDraft
 from deepspec.drafts.spec import DraftSpec, new_spec
+from deepspec.errors import DataError
 from deepspec.features.batches import load_rows, online
 from deepspec.features.cache_write import plan_cache
 from deepspec.maths.blocks import FeatureBatch
@@ -538,7 +539,7 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_rows_of_an_answers_file_are_counted_token_by_token(llama_dir: Path, tmp_path: Path):
     tokenizer = TargetSpec.from_pretrained(str(llama_dir)).tokenizer()
     path = write_rows(tmp_path / "answers.jsonl", [("ab", "xyz"), ("abc", "x")])
-    counts = count_file(path, tokenizer)
+    counts = count_file(path, tokenizer)(0.0)
     # One token a byte, and the end of the turn; prompts: three markers, "user", two line ends, "assistant",
     # another line end, and the empty think block.
     frame = 3 + len("user\n\nassistant\n<think></think>")
@@ -549,7 +550,7 @@ def test_rows_of_an_answers_file_are_counted_token_by_token(llama_dir: Path, tmp
 
 def test_prompts_without_answers_are_counted_and_their_answers_noted_as_assumed(tmp_path: Path):
     path = write_rows(tmp_path / "prompts.jsonl", [("x" * 40, None), ("y" * 80, None)])
-    counts = count_file(path, None, answer=300.0)
+    counts = count_file(path, None)(300.0)
     assert (counts.prompts, counts.answers, counts.answered) == ((10.0, 20.0), (300.0, 300.0), False)
     assert "assumed to have 4 characters" in counts.notes[0]
     assert "answers are assumed to have 300 tokens" in counts.notes[1]
@@ -560,11 +561,38 @@ def test_long_file_is_sampled_over_all_of_it_and_long_lines_count_once(tmp_path:
     path = tmp_path / "long.jsonl"
     rows = [("q", "a" * (400 if i % 2 else 4000)) for i in range(4000)]
     write_rows(path, rows)
-    counts = count_file(path, None)
+    counts = count_file(path, None)(0.0)
     assert counts.rows == pytest.approx(4000, rel=0.15)
     assert len(counts.prompts) <= 1000
     mean = sum(counts.answers) / len(counts.answers)
     assert mean == pytest.approx(2200 / 4, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"prompt": "q", "score": NaN}', "malformed JSON"),
+        (b'{"prompt": "q", "score": 1e999}', "a number is too large"),
+        (b'{"prompt": "caf\xe9"}', "not UTF-8: byte 0xe9 at byte 16 of the line"),
+    ],
+)
+def test_rows_of_a_long_file_are_read_as_strictly_as_those_of_a_short_one(monkeypatch, tmp_path, line, said):
+    monkeypatch.setattr("deepspec.planning.LONG_FILE", 1)
+    path = tmp_path / "long.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "q"}\n')
+    assert count_file(path, None)(1.0).rows == pytest.approx(1, rel=0.3)
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(DataError, match=said) as caught:
+        count_file(path, None)
+    assert caught.value.where == f"{path}, byte 19"
+
+
+def test_a_long_table_is_refused_with_the_command_that_converts_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("deepspec.planning.LONG_FILE", 1)
+    path = tmp_path / "long.csv"
+    path.write_text("prompt,response\nq,a\n")
+    with pytest.raises(DataError, match="a table is given where a JSONL file is expected"):
+        count_file(path, None)
 
 
 def test_rows_take_as_much_host_memory_as_the_plan_counts(llama_dir: Path, tmp_path: Path):

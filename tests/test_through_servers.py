@@ -97,6 +97,10 @@ def test_answers_are_read_with_their_ids_and_how_they_ended():
     assert read_llama(found | {"stop_type": "limit"}) == Reply("hi", [4, 2], False, 2)
     choice = {"text": "hi", "finish_reason": "length", "token_ids": [4]}
     assert read_completion({"choices": [choice]}) == Reply("hi", [4], False, 1)
+    for none in ({"tokens": []}, {}):  # an older llama-server does not know `return_tokens`
+        found = {"content": "hi", "stop_type": "eos", "tokens_predicted": 3, **none}
+        assert read_llama(found) == Reply("hi", None, True, 3)
+    assert read_completion({"choices": [choice | {"token_ids": []}]}) == Reply("hi", None, False, 0)
     chat = {"message": {"content": "hi"}, "finish_reason": "stop"}
     assert read_chat({"choices": [chat], "usage": {"completion_tokens": 7}}) == Reply("hi", None, True, 7)
     assert read_chat({"choices": [chat | {"message": {"content": None}}]}) == Reply("", None, True, 0)
@@ -182,12 +186,16 @@ def test_every_prompt_once_through_every_fault_and_a_death(tmp_path):
 
     out = tmp_path / "a.jsonl"
     policy = Policy(0.3, 12, 0.01, 0.05, 20)
-    two = StandIn(fault)
-    killer = threading.Timer(0.3, two.kill)
-    reviver = threading.Timer(0.6, two.start)
+    two, reviver = StandIn(), threading.Timer(0.3, lambda: two.start())
+
+    def mortal(n: int) -> str | None:
+        if n == 12:
+            threading.Timer(0, two.kill).start()
+            reviver.start()
+        return fault(n)
+
+    two.fault = mortal
     with StandIn(fault) as one:
-        killer.start()
-        reviver.start()
         tally = regenerate_served([one.url, two.url], prompts(100), out, concurrency=4, policy=policy)
         reviver.join()
     two.kill()
@@ -197,7 +205,7 @@ def test_every_prompt_once_through_every_fault_and_a_death(tmp_path):
         question, answer = row["messages"]
         assert answer["content"] == f"echo {question['content']}"
     assert set(one.met) == {*PASSING, None}
-    assert two.asked
+    assert len(two.asked) > 12
 
 
 def test_rows_that_cannot_be_answered_are_listed_and_tried_again(tmp_path):
@@ -249,7 +257,7 @@ def test_an_answer_that_is_no_text_or_taken_apart_is_that_rows_failure(tmp_path)
             "r5": "echo What is 5?",
         }
         reasons = {row["id"]: row["reason"] for row in rows_of(beside(out, "failures"))}
-        half = "the server's answer holds half of a surrogate pair, which is no text"
+        half = "the server's answer holds half of a surrogate pair, which is not text"
         assert (reasons["r2"], reasons["r3"]) == (half, half)
         assert reasons["r4"].startswith("the server takes answers apart (tool_calls next to the content)")
         before = out.read_bytes()
@@ -268,6 +276,16 @@ def test_half_a_pair_in_the_text_does_not_matter_where_the_ids_say_what_was_writ
         regenerate_served([server.url], prompts(1), out, target=target, policy=QUICK)
     assert rows_of(out)[0]["messages"][-1]["content"] == "fine"
     assert rows_of(out)[0]["answer_ids"] == ids
+
+
+def test_ids_that_the_target_has_no_embedding_for_are_that_rows_failure(target, tmp_path):
+    out, end = tmp_path / "a.jsonl", 258
+    odd = prompt_ids(target.tokenizer(), [{"role": "user", "content": "What is 1?"}], False)
+    with StandIn(answer=lambda said: ("x", [260 if said == str(odd) else 120, end])) as server:
+        tally = regenerate_served([server.url], prompts(3), out, target=target, policy=QUICK)
+    assert (tally.new, tally.failed) == (2, 1)
+    (failed,) = rows_of(beside(out, "failures"))
+    assert failed["reason"] == "token 260 has no row in the target's embedding, which has 260"
 
 
 def test_a_question_that_is_no_json_is_that_rows_failure(tmp_path):
@@ -298,6 +316,7 @@ CLOSED = {
     "no tokens": http(200),
     "garbled": http(200, b'{"tokens": [{"id": 1}]}'),
     "nothing": [b""],
+    "empty": http(200, b'{"object": "list", "data": []}'),
 }
 
 
@@ -314,7 +333,7 @@ def test_a_gateway_that_forbids_tokenize_gives_a_warning(target, tmp_path, capsy
     assert "secret" not in said
 
 
-@pytest.mark.parametrize("closed", ["401", "403", "404", "405"])
+@pytest.mark.parametrize("closed", ["401", "403", "404", "405", "empty"])
 def test_a_gateway_that_forbids_its_list_of_models_is_asked_for_the_one_given(tmp_path, capsys, closed):
     out = tmp_path / "a.jsonl"
     with StandIn() as server:

@@ -18,15 +18,16 @@ import os
 import re
 import socket
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import quote
 from urllib.request import getproxies
 
 import httpx
+from huggingface_hub import constants
 
-from deepspec.errors import ServerError, without_logins
+from deepspec.errors import ServerError, causes, without_logins
 
 API_KEY = "OPENAI_API_KEY"
 """The environment variable that holds the servers' key, if no other is named."""
@@ -47,13 +48,19 @@ class Connection:
 
     url: str
     client: httpx.Client = field(repr=False)
-    proxy: str | None = None
-    login: bool = False
+    proxy: str | None
+    secrets: Mapping[str, str] = field(repr=False)
+    key_variable: str
+    keyed: bool
+    login: bool
     """The address has a user and password, which are sent instead of a key."""
-    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def via(self) -> str:
+        return f" through the proxy that {self.proxy} names" if self.proxy else ""
 
 
-def api_key(variable: str) -> str:
+def _api_key(variable: str) -> str:
     """The key in an environment variable; empty if `API_KEY` is not set. Raises ServerError."""
     name = re.fullmatch(r"[A-Za-z_]\w*", variable, re.ASCII)
     if not name or (variable not in os.environ and variable != API_KEY):
@@ -71,8 +78,18 @@ def api_key(variable: str) -> str:
     return key
 
 
-def connect(given: str, key: str, variable: str) -> Connection:
-    """The way to the server at an address; `key` is that of the environment variable. Raises ServerError."""
+def connections(urls: Iterable[str], variable: str = API_KEY) -> list[Connection]:
+    """The way to each server, with the key in the environment variable; an address given twice is one server.
+
+    Nothing is sent. Raises ServerError for an address, a key, or an environment that cannot be used.
+    """
+    key, ways = _api_key(variable), dict[str, Connection]()
+    for way in (_connect(url, key, variable) for url in urls):
+        ways.setdefault(way.url, way)
+    return list(ways.values())
+
+
+def _connect(given: str, key: str, variable: str) -> Connection:
     url = _address(given)
     bare = str(url.copy_with(userinfo=b""))
     user, password = url.username, url.password
@@ -89,7 +106,7 @@ def connect(given: str, key: str, variable: str) -> Connection:
         basic = base64.b64encode(f"{user}:{password}".encode()).decode()
         headers, secrets[basic] = {"Authorization": f"Basic {basic}"}, "[password]"
     found = _proxy_of(url)
-    proxy = _usable_proxy(*found, url.host) if found else None
+    proxy = _usable_proxy(*found) if found else None
     if proxy and proxy.auth:
         secrets[proxy.auth[1] or proxy.auth[0]] = "[password]"
     secured = url.scheme == "https" or (proxy is not None and proxy.url.scheme == "https")
@@ -105,11 +122,11 @@ def connect(given: str, key: str, variable: str) -> Connection:
         trust_env=False,
     )
     secrets.pop("", None)
-    return Connection(bare, client, found[0] if found else None, bool(url.userinfo), secrets)
+    return Connection(bare, client, found and found[0], secrets, variable, bool(key), bool(url.userinfo))
 
 
 def hidden(text: str, secrets: Mapping[str, str]) -> str:
-    """A text of somebody else's, with every secret replaced, also one that was quoted or escaped."""
+    """Somebody else's text with every secret replaced, also those that were quoted or escaped."""
     for secret in sorted(secrets, key=len, reverse=True):
         forms = {secret, quote(secret, safe=""), html.escape(secret), json.dumps(secret)[1:-1]}
         for form in sorted({*forms, repr(secret)[1:-1]}, key=len, reverse=True):
@@ -122,28 +139,28 @@ def lasting(error: Exception, way: Connection, first: bool) -> ServerError | Non
 
     first: the server never answered, so that its address may be wrong.
     """
-    causes = list(_causes(error))
-    tls = next((e for e in causes if isinstance(e, ssl.SSLError)), None)
-    via = f" through the proxy that {way.proxy} names" if way.proxy else ""
+    met = list(causes(error))
+    tls = next((e for e in met if isinstance(e, ssl.SSLError)), None)
     if isinstance(tls, ssl.SSLCertVerificationError):
-        what = f"the server's certificate{via and f', or that of the proxy of {way.proxy},'} is not trusted: "
+        whose = f", or that of the proxy that {way.proxy} names," if way.proxy else ""
+        what = f"the server's certificate{whose} is not trusted: {tls.verify_message}"
         todo = REMEDIES.get(tls.verify_code, TRUST)
-        return ServerError(what + tls.verify_message, where=way.url, next_step=todo)
-    if first and tls and isinstance(error, httpx.ConnectError) and not isinstance(tls, ssl.SSLEOFError):
-        what = f"no https connection{via} ({tls.reason or tls}): there seems to be a server of plain http"
-        todo = "write http:// instead of https:// in the server's address"
-        return ServerError(what, where=way.url, next_step=f"{todo}{f' or in {way.proxy}' if via else ''}")
-    if isinstance(error, httpx.ProxyError) and re.match(r"4(?!08|29)\d\d|501", str(error)):
+    elif isinstance(error, httpx.ProxyError) and re.match(r"4(?!08|29)\d\d|501", str(error)):
         return proxy_refuses(way, str(error))
-    if first and any(isinstance(e, socket.gaierror) and e.errno in NO_SUCH_NAME for e in causes):
-        what = f"the proxy that {way.proxy} names" if way.proxy else "this server"
+    elif first and tls and isinstance(error, httpx.ConnectError) and not isinstance(tls, ssl.SSLEOFError):
+        what = f"no https connection{way.via} ({tls.reason or tls}): there seems to be a server of plain http"
+        todo = "write http:// instead of https:// in the server's address"
+        todo += f" or in {way.proxy}" if way.proxy else ""
+    elif first and any(isinstance(e, socket.gaierror) and e.errno in NO_SUCH_NAME for e in met):
+        whose = f"the proxy that {way.proxy} names" if way.proxy else "this server"
+        what = f"the name of {whose} is not known here"
         todo = f"correct {way.proxy}, or list the server in NO_PROXY" if way.proxy else "correct its address"
-        return ServerError(f"the name of {what} is not known here", where=way.url, next_step=todo)
-    broke_off = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
-    if first and broke_off and not way.proxy and _takes_https(httpx.URL(way.url)):
+    elif first and isinstance(error, httpx.RemoteProtocolError | httpx.ReadError) and _takes_https(way):
+        what = "this server takes https only"
         todo = "write https:// instead of http:// in the server's address"
-        return ServerError("this server takes https only", where=way.url, next_step=todo)
-    return None
+    else:
+        return None
+    return ServerError(what, where=way.url, next_step=todo)
 
 
 def proxy_refuses(way: Connection, said: str) -> ServerError:
@@ -155,17 +172,12 @@ def proxy_refuses(way: Connection, said: str) -> ServerError:
     )
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _takes_https(url: httpx.URL) -> bool:
+def _takes_https(way: Connection) -> bool:
     """Whether the server of a http:// address greets a client of https."""
+    url = httpx.URL(way.url)
     anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE  # nothing is sent
-    if url.scheme == "http":
+    if url.scheme == "http" and not way.proxy:
         with suppress(OSError), socket.create_connection((url.host, url.port or 80), 2) as plain:
             anybody.wrap_socket(plain).close()
             return True
@@ -176,7 +188,7 @@ def _address(given: str) -> httpx.URL:
     """An address without a trailing /v1. Raises ServerError, which shows nothing that may be a password."""
     bare = given.strip().rstrip("/").removesuffix("/v1").rstrip("/")
     try:
-        url = httpx.URL(bare)
+        url = httpx.URL("" if re.search(r"\s", bare) else bare)  # which `without_logins` would not see
         url.raw_host.decode().encode("idna")  # an empty or overlong part fails here, not in every request
     except (httpx.InvalidURL, UnicodeError):
         url = httpx.URL("")
@@ -217,8 +229,13 @@ def _proxy_of(url: httpx.URL) -> tuple[str, str] | None:
     port = url.port or {"http": 80, "https": 443}[url.scheme]
     if kind is None or any(_lists(entry, host, port) for entry in re.split(r"[\s,]+", proxies.get("no", ""))):
         return None
+    return _variable(kind), proxies[kind]
+
+
+def _variable(kind: str) -> str:
+    """The variable that names the proxy of a kind: http, https or all."""
     names = [name for name in (f"{kind}_proxy", f"{kind.upper()}_PROXY") if os.environ.get(name)]
-    return (names or [f"the system's {kind} proxy"])[0], proxies[kind]
+    return (names or [f"the system's {kind} proxy"])[0]
 
 
 def _lists(entry: str, host: str, port: int) -> bool:
@@ -235,7 +252,7 @@ def _lists(entry: str, host: str, port: int) -> bool:
     return bool(name) and named and only in (None, str(port))
 
 
-def _usable_proxy(variable: str, value: str, host: str) -> httpx.Proxy:
+def _usable_proxy(variable: str, value: str) -> httpx.Proxy:
     """The proxy that a variable names. Raises ServerError if no request could go through it."""
     scheme, told, _ = value.partition("://")
     try:
@@ -248,7 +265,7 @@ def _usable_proxy(variable: str, value: str, host: str) -> httpx.Proxy:
         install = ", or pip install 'httpx[socks]'" if isinstance(error, ImportError) else ""
         raise ServerError(
             f"{variable} names a proxy{kind} that cannot be used here",
-            next_step=f"name one of http:// there, or list {host} in NO_PROXY{install}",
+            next_step=f"name one of http:// there, or unset {variable} for this command{install}",
         ) from None
     return proxy
 
@@ -270,4 +287,33 @@ def _certificates() -> ssl.SSLContext:
         raise ServerError(
             f"{variable} names {os.environ.get(variable)!r}, which cannot be used: {without_logins(reason)}",
             next_step=f"correct {variable}, or unset it for this command",
+        ) from None
+
+
+# ── the Hub ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_hub() -> None:
+    """Raise ServerError, naming the variable, if the Hub's own client cannot be made in this environment.
+
+    That client reads every proxy variable, also those that an address of the Hub does not need.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return
+    proxies = getproxies()
+    for kind in ("http", "https", "all"):
+        if kind in proxies:
+            _usable_proxy(_variable(kind), proxies[kind])
+    _certificates()
+    if not os.environ.get("HF_TOKEN", "").isascii():
+        raise ServerError(
+            "the environment variable HF_TOKEN holds characters that no token has",
+            next_step="export HF_TOKEN=TOKEN again, in ASCII",
+        )
+    try:
+        httpx.Client().close()
+    except httpx.InvalidURL:
+        raise ServerError(
+            "NO_PROXY has an entry with which the Hub cannot be asked",
+            next_step="write addresses there without brackets, or unset NO_PROXY for this command",
         ) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 
 
@@ -15,8 +15,21 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
 
 
 def without_logins(text: str) -> str:
-    """A text in which every address has lost its `user:password@`, to be shown or written."""
-    return re.sub(r"(\w+://)(?:(?!\w+://)\S)*@", r"\1", text)
+    """A text in which every address has lost its `user:password@`, to be shown or written. The http:// of a
+    feature server may have been forgotten."""
+    return re.sub(r"(\w+://|vllm:)(?:(?!\w+://)\S)*@", r"\1", text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; some libraries add paragraphs of advice."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and its causes: libraries wrap one another's errors."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 class UserError(Exception):

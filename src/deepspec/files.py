@@ -402,7 +402,7 @@ ANOTHER_FILE = "write to another file, or delete this one to start again"
 
 def check_conditions(path: Path, conditions: Mapping[str, Any]) -> None:
     """Raise DataError if the first line of a file was made under other conditions than a `ResumableLog` of it
-    would be opened with. No file, or a torn line, is no reason."""
+    would be opened with. A missing file and a torn line are not."""
     now = json.loads(json.dumps(plain(conditions)))
     with suppress(OSError, ValueError):
         with path.open("rb") as stream:

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, TypeVar
 import httpx
 from httpx_retries import Retry
 
-from deepspec.connections import API_KEY, Connection, api_key, connect, hidden, lasting, proxy_refuses
+from deepspec.connections import API_KEY, Connection, connections, hidden, lasting, proxy_refuses
 from deepspec.errors import ServerError, without_logins
 from deepspec.log import note, warn
 
@@ -42,6 +42,7 @@ LONGEST_REST = 86_400.0
 """Seconds at most that a server is left alone, whatever its Retry-After asks for."""
 LARGEST = 1 << 28
 """Bytes of an answer at most; a longer one is not read to its end."""
+ADDRESS = "give the address that comes before /v1, such as http://127.0.0.1:8000"
 TOLD_AFTER = 3
 """Failures in a row after which the user is told about a server."""
 
@@ -134,13 +135,8 @@ class Servers:
         policy: Policy | None = None,
         api_key_env: str = API_KEY,
     ) -> None:
-        key = api_key(api_key_env)
-        ways: dict[str, Connection] = {}
-        for way in (connect(url, key, api_key_env) for url in urls):
-            ways.setdefault(way.url, way)
-        self.servers = [Server(way) for way in ways.values()]
-        self.concurrency, self.policy = concurrency, policy or Policy()
-        self._check, self._key_env, self._has_key = check, api_key_env, bool(key)
+        self.servers = [Server(way) for way in connections(urls, api_key_env)]
+        self._check, self.concurrency, self.policy = check, concurrency, policy or Policy()
         self._retry = Retry(
             status_forcelist=[408, 425, 429, *range(500, 600)],
             backoff_factor=self.policy.first_rest,
@@ -233,7 +229,7 @@ class Servers:
     def models(self, server: Server) -> dict[str, Listed]:
         """The models that a server lists at /v1/models, by name.
 
-        Raises Passing, Refused, NoList, and ServerError for what is no server of this kind.
+        Raises Passing, Refused, NoList, and ServerError for what is not a server of this kind.
         """
         try:
             found = self.send(server, "/v1/models", timeout=CHECK_TIMEOUT).get("data")
@@ -242,9 +238,9 @@ class Servers:
                 raise  # it was one before
             final = isinstance(error, Redirected | Unreadable)
             raise (ServerError if final else NoList)(
-                f"this is not an OpenAI-compatible server: /v1/models answers {error}",
+                f"this is not an OpenAI-compatible server (/v1/models: {error})",
                 where=server.name,
-                next_step="give the address that comes before /v1, such as http://127.0.0.1:8000",
+                next_step=ADDRESS,
             ) from error
         entries = [e for e in found if isinstance(e, dict)] if isinstance(found, list) else []
         listed = {}
@@ -253,8 +249,10 @@ class Servers:
             if isinstance(name, str) and name:
                 known = type(longest) is int and longest > 0
                 listed[name] = Listed(str(entry.get("owned_by")), longest if known else None)
+        if not listed and server.facts is None:
+            raise NoList("the server lists no model at /v1/models", where=server.name, next_step=ADDRESS)
         if not listed:
-            raise Passing("the server lists no model at /v1/models")
+            raise Passing("the server no longer lists a model at /v1/models")
         return listed
 
     def close(self) -> None:
@@ -323,8 +321,7 @@ class Servers:
         if isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol):
             return ServerError(f"no request can be sent: {words}", where=way.url)
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError):
-            via = f" through the proxy that {way.proxy} names" if way.proxy else ""
-            return Passing(f"no connection{via} ({words})", costs=False)
+            return Passing(f"no connection{way.via} ({words})", costs=False)
         if isinstance(error, httpx.TimeoutException):
             return Passing(f"no answer within {limit:g} s")
         return Passing(f"the answer broke off ({words})")
@@ -336,10 +333,10 @@ class Servers:
         if status == 407 and way.proxy:
             raise proxy_refuses(way, text)
         if status in (401, 403):
-            kind = "user and password" if way.login else "API key"
-            what = "refuses the" if way.login or self._has_key else "asks for an"
-            todo = f"put the right key in the environment variable {self._key_env}"
-            todo = "correct them in the server's address" if way.login else todo
+            what = "refuses the" if way.login or way.keyed else "asks for an"
+            kind, todo = "API key", f"put the right key in the environment variable {way.key_variable}"
+            if way.login:
+                kind, todo = "user and password", "correct them in the server's address"
             todo += f", or list the server in NO_PROXY if {way.proxy} is to blame" if way.proxy else ""
             raise Refused(f"the server {what} {kind} ({text})", where=server.name, next_step=todo)
         if self._retry.is_retryable_status_code(status):
@@ -360,7 +357,7 @@ class Servers:
 
 
 def _parsed(text: str | bytearray) -> Any:
-    """What a text is as JSON; None if it is none."""
+    """The data of JSON text; None if the text is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -93,8 +93,8 @@ class Bar:
 
 @contextmanager
 def progress(description: str, total: float | None, *, count: bool = True) -> Iterator[Bar]:
-    """A bar with time left and text fields. It is drawn only if standard error is a terminal; otherwise a
-    line tells every minute how far it is, so that the log of a job shows that it runs.
+    """A bar with time left and text fields. It is drawn only on a terminal that can draw; otherwise a line
+    tells every minute how far it is, so that the log of a job shows that it runs.
 
     total: in any unit (steps, prompts, seconds of a time budget); None if the end is not known. count: show
     "12/400" next to the bar, which makes sense for things that one counts.
@@ -106,7 +106,8 @@ def progress(description: str, total: float | None, *, count: bool = True) -> It
         TextColumn("{task.fields[fields_text]}", markup=False, style="cyan"),
         TimeRemainingColumn(elapsed_when_finished=True),
     ]
-    watched = console.is_terminal
+    # FORCE_COLOR makes a file a terminal for rich, and TERM=dumb is one on which it draws nothing.
+    watched = console.is_interactive and console.file.isatty()
     with Progress(*columns, console=console, disable=not watched) as display, ExitStack() as stack:
         bar = Bar(display, display.add_task(description, total=total, fields_text=""), count)
         if not watched:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import codecs
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from deepspec.data.conversations import (
 )
 from deepspec.data.inspect import row_sequences
 from deepspec.data.messages import last_trained
+from deepspec.data.readers import line_text, parse_json
 from deepspec.drafts.spec import DraftSpec
 from deepspec.errors import DataError, UserError, nearest
 from deepspec.log import note, warn
@@ -74,24 +74,27 @@ def prepare(
     packaged_rows = data is None and recipe.data.train.startswith("pocket:")
     batch = batch or (PACKAGED_ROWS if packaged_rows else None)
     row = machine_row(recipe, machine)
+    if again and row.name != "here":
+        raise UserError(
+            f"--measure measures this machine, and the plan is for {row.name}",
+            next_step="leave --measure out, or add --machine here",
+        )
     row = row._replace(share=share or row.share)
     config, tokenizer, notes = target_facts(recipe.target)
     describe(recipe, config)
     there = data is not None or path.is_file()
-    count = partial(count_file, path, tokenizer, thinking=recipe.thinking)
+    # Before a minute is spent on measuring: rows may be refused.
+    count = count_file(path, tokenizer, thinking=recipe.thinking) if there else None
     source: StepTime = FromRow(row)
     if row.name == "here":
-        # What can be refused is refused before a minute is spent on measuring.
-        if there:
-            count()
         speeds = measured(recipe, again, path, batch or USUAL_BATCH["process"])
         source, row = Measured(speeds), row._replace(watts=speeds.watts or row.watts)
         answer_tokens = answer_tokens or sum(speeds.answers) / len(speeds.answers)
     row = row if watts is None else row._replace(watts=watts)
     published = published_counts()
     answer = answer_tokens or (POCKET_ANSWER if recipe.target == "pocket" else published.answers[0])
-    if there:
-        counts = count(answer=answer)
+    if count is not None:
+        counts = count(answer)
     elif prompt_tokens is None and answer_tokens is None:
         counts = published
     else:
@@ -152,11 +155,11 @@ def measured(recipe: Recipe, again: bool, prompts: Path, slots: int) -> Speeds:
     return measure(recipe, some, slots=slots, max_new_tokens=256)
 
 
-def count_file(path: Path, tokenizer: Any, *, thinking: bool = False, answer: float = 0.0) -> Counts:
-    """Counts of a JSONL file, answered or not. tokenizer: the target's, or None. answer: tokens assumed for a
-    row without one.
+def count_file(path: Path, tokenizer: Any, *, thinking: bool = False) -> Callable[[float], Counts]:
+    """Counts of a JSONL file, answered or not, by the tokens that a row without an answer is assumed to get.
 
-    Raises DataError for a file that cannot be read, an empty one, and a broken row among those sampled.
+    tokenizer: the target's, or None. Raises DataError for a file that cannot be read, an empty one, and a
+    broken row among those sampled.
     """
     rows, weight = _spread_rows(path)
     if not rows:
@@ -169,38 +172,38 @@ def count_file(path: Path, tokenizer: Any, *, thinking: bool = False, answer: fl
         notes.append(f"{len(rows):,} of about {len(rows) * weight:,.0f} rows of {name} were tokenised")
     if tokenizer is None:
         notes.append(f"there is no tokenizer: a token of {name} is assumed to have {CHARACTERS:g} characters")
-    if None in given:
-        notes.append(f"answers are assumed to have {answer:,.0f} tokens: {name} holds prompts only")
-    answers = tuple(answer if tokens is None else tokens for tokens in given)
-    return Counts(prompts, answers, weight, None not in given, tuple(notes))
+
+    def counts(answer: float) -> Counts:
+        assumed = f"answers are assumed to have {answer:,.0f} tokens: {name} holds prompts only"
+        answers = tuple(answer if tokens is None else tokens for tokens in given)
+        whole = None not in given
+        return Counts(prompts, answers, weight, whole, (*notes, *([] if whole else [assumed])))
+
+    return counts
 
 
 def _spread_rows(path: Path) -> tuple[list[Conversation], float]:
     """(some SAMPLED rows, how many each of them stands for). A long file is read at places spread over it:
     several lines after each, so that long lines are not met more often than short ones."""
-    try:
-        size = path.stat().st_size
-        if size < LONG_FILE:
-            rows = list(read_conversations(path))
-            some = rows[:: max(math.ceil(len(rows) / SAMPLED), 1)]
-            return some, len(rows) / max(len(some), 1)
-        lines = {}
-        with path.open("rb") as stream:
-            for i in range(SAMPLED // IN_TURN):
-                stream.seek(size * i * IN_TURN // SAMPLED)
-                if i:
-                    stream.readline()
-                for _ in range(IN_TURN):
-                    lines[stream.tell()] = stream.readline()
-        found = [line for line in lines.values() if line.strip()]
-        if not found:
-            return [], 0.0
-        rows = [conversation_from_row(json.loads(line), str(path)) for line in found]
-    except OSError as error:
-        raise DataError(f"the rows cannot be read: {error.strerror or error}", where=str(path)) from error
-    except ValueError as error:
-        raise DataError(f"a row is not valid JSON: {error}", where=str(path)) from error
-    return rows, size / (sum(map(len, found)) / len(found)) / len(rows)
+    every = read_conversations(path)
+    if not path.is_file() or (size := path.stat().st_size) < LONG_FILE:
+        rows = list(every)
+        some = rows[:: max(math.ceil(len(rows) / SAMPLED), 1)]
+        return some, len(rows) / max(len(some), 1)
+    next(every, None)  # it refuses a file that cannot be read at all, and a table
+    lines = {}
+    with path.open("rb") as stream:
+        for i in range(SAMPLED // IN_TURN):
+            stream.seek(size * i * IN_TURN // SAMPLED)
+            if i:
+                stream.readline()
+            for _ in range(IN_TURN):
+                at = stream.tell()
+                lines[at] = stream.readline().removeprefix(codecs.BOM_UTF8)
+    found = {f"{path}, byte {at}": line for at, line in lines.items() if line.strip()}
+    texts = ((line_text(line, where), where) for where, line in found.items())
+    rows = [conversation_from_row(parse_json(text, where), where) for text, where in texts]
+    return rows, size / max(sum(map(len, found.values())), 1)
 
 
 def _tokens(row: Conversation, tokenizer: Any, thinking: bool) -> tuple[float, float | None]:

@@ -171,11 +171,11 @@ def completion(
 
 def read_llama(found: dict[str, Any]) -> Reply:
     """Read llama-server's own format."""
-    text, ids = _text(found.get("content")), _ids(_field(found, "tokens", list))
+    text, ids = _text(found.get("content")), _ids(found.get("tokens"))
     kind = _field(found, "stop_type", str)
     if kind not in ("eos", "word", "limit"):
         raise Passing(f"garbled answer: stop_type is {kind!r}")
-    return Reply(text, ids, kind != "limit", len(ids or ()))
+    return Reply(text, ids, kind != "limit", _count(ids, found.get("tokens_predicted")))
 
 
 def read_completion(found: dict[str, Any]) -> Reply:
@@ -188,7 +188,7 @@ def read_chat(found: dict[str, Any]) -> Reply:
     """Read an OpenAI chat completion. Raises Unanswered if the server has taken the answer apart."""
     choice = _choice(found)
     message = _field(choice, "message", dict)
-    whole = choice.get("token_ids") is not None
+    whole = bool(choice.get("token_ids"))
     content = message.get("content") or ""
     parts = [name for name in ("reasoning_content", "reasoning", "tool_calls") if message.get(name)]
     if isinstance(content, list):
@@ -215,11 +215,11 @@ def _text(value: Any) -> str:
 
 
 def no_answer(text: str, ids: list[int] | None) -> str | None:
-    """Why what a server gave is no answer to train on; None if it is one."""
+    """Why nothing can be learnt from what a server gave; None if it is an answer."""
     if not ids and not text.strip():
         return "the server gave an empty answer"
     if any("\ud800" <= c <= "\udfff" for c in text):
-        return "the server's answer holds half of a surrogate pair, which is no text"
+        return "the server's answer holds half of a surrogate pair, which is not text"
     return None
 
 
@@ -242,13 +242,20 @@ def _reply(found: dict[str, Any], choice: dict[str, Any], text: str) -> Reply:
     if reason not in ("stop", "length", "tool_calls"):
         raise Passing(f"garbled answer: finish_reason is {reason!r}")
     usage = found.get("usage")
-    count = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    tokens = len(ids) if ids is not None else count if type(count) is int and count > 0 else 0
-    return Reply(text, ids, reason != "length", tokens)
+    told = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return Reply(text, ids, reason != "length", _count(ids, told))
+
+
+def _count(ids: list[int] | None, told: Any) -> int:
+    """The tokens of an answer; 0 if neither ids nor a number are given."""
+    if ids is not None:
+        return len(ids)
+    return told if type(told) is int and told > 0 else 0
 
 
 def _ids(value: Any) -> list[int] | None:
-    if value is None:
+    """Token ids, or None if the server gives none: some give an empty list then."""
+    if value is None or value == []:
         return None
     if not isinstance(value, list) or any(type(token) is not int or not 0 <= token < IDS for token in value):
         raise Passing("garbled answer: token ids are not a list of numbers")

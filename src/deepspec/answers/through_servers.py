@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from operator import length_hint
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,8 +22,9 @@ from deepspec.connections import API_KEY
 from deepspec.data.conversations import Conversation, tools_of
 from deepspec.data.identity import row_seed
 from deepspec.data.template import template_conditions, template_date
-from deepspec.data.tokens import require_tokenizer
+from deepspec.data.tokens import check_embedded, require_tokenizer
 from deepspec.errors import DataError, UserError
+from deepspec.files import check_conditions
 from deepspec.http_client import Exhausted, Policy, Server, Servers, Unanswered
 from deepspec.log import Bar, progress, warn
 from deepspec.maths.verify import Sampling
@@ -77,6 +79,16 @@ def regenerate_served(
             "the servers' own template is used: whether it has a switch for thinking is not known here; with "
             "--target it is checked"
         )
+    now = Settings(
+        "" if target is None else target.name,
+        template,
+        thinking,
+        sampling or Sampling(temperature=1.0),
+        max_new_tokens,
+        seed,
+    )
+    # Without a target, only the servers know the model's name.
+    check_conditions(out, {key: value for key, value in now.facts.items() if key != "target" or value})
     total = total or length_hint(conversations) or None
     chosen = model
 
@@ -86,14 +98,7 @@ def regenerate_served(
     servers = Servers(urls, check, concurrency=concurrency, policy=policy, api_key_env=api_key_env)
     with closing(servers):
         chosen = servers.ask(lambda server: server).facts.model
-        now = Settings(
-            target.name if target is not None else str(chosen),
-            template,
-            thinking,
-            sampling or Sampling(temperature=1.0),
-            max_new_tokens,
-            seed,
-        )
+        now = replace(now, target=now.target or str(chosen))
         with AnswerFile(out, now.facts) as file, progress("regenerating answers", total) as bar:
             keeper = _Keeper(file, now, bar)
             wanted = keeper.wanted(conversations)
@@ -168,9 +173,10 @@ def _converse(
                 raise Unanswered(trouble)
             if tokenizer is None:
                 dialogue.answer(*reply)
-            else:
-                with TOKENIZING:
-                    dialogue.reply(tokenizer, now.thinking, *reply)
+                continue
+            with TOKENIZING:
+                check_embedded(tokenizer, reply.ids or (), vocab_size, conversation.where)
+                dialogue.reply(tokenizer, now.thinking, *reply)
     except DataError as error:
         dialogue.trouble = error.what
     except Unanswered as error:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deepspec.errors import UserError
+from deepspec.errors import UserError, first_line
 from deepspec.log import note
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def load_target(name: str, dtype: str = "auto", device: str = "auto") -> Target:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(
-                f"device {device!r} cannot be used here: {str(error).splitlines()[0]}",
+                f"device {device!r} cannot be used here: {first_line(error)}",
                 next_step="leave --device out, or use --device cpu",
             ) from error
     return Target.from_pretrained(name, dtype, device)

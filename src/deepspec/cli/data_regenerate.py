@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -94,15 +93,15 @@ def regenerate(
     check_writable(out)
     source, sampling = prompt_file(prompts, target or "pocket"), sampling_of(temperature, top_k, top_p)
     from deepspec.data.conversations import read_conversations
-    from deepspec.files import count_lines
 
     skipped = skipping(skip_bad)
-    if next(read_conversations(source, skipped=skipping(skip_bad)), None) is None:
+    # All are read once before the first is answered: a broken row late in the file ends no long run.
+    total = sum(1 for _ in islice(read_conversations(source, skipped=skipping(skip_bad)), limit))
+    if not total:
         raise UserError(
             f"{source} holds no prompts", next_step="give a JSONL file, one conversation per line"
         )
     asked: Iterable[Conversation] = islice(read_conversations(source, skipped=skipped), limit)
-    total = min(count_lines(source) or 0, limit or sys.maxsize) or None
     settings: dict[str, Any] = {
         "thinking": thinking,
         "sampling": sampling,

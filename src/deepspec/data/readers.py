@@ -15,9 +15,10 @@ from typing import Any
 
 from pydantic_core import from_json
 
+from deepspec.connections import check_hub
 from deepspec.data.csv_rows import csv_rows
 from deepspec.data.skipping import Skipped, refuse
-from deepspec.errors import DataError, UserError
+from deepspec.errors import DataError, UserError, first_line
 
 Row = tuple[str, object]
 """Where the row is, for error messages, and its content: a dict, unless a JSONL line holds something else."""
@@ -131,7 +132,7 @@ def _lines(path: Path, skipped: Skipped | None = None) -> Iterator[tuple[str, st
             if number == 1:
                 raw = _without_mark(raw, where)
             try:
-                text = _text(raw, where)
+                text = line_text(raw, where)
             except DataError as error:
                 refuse(error, skipped)
                 while raw and not raw.endswith(b"\n"):  # the rest of a line that is too long
@@ -148,7 +149,8 @@ def _without_mark(raw: bytes, where: str) -> bytes:
     return raw.removeprefix(b"\xef\xbb\xbf")
 
 
-def _text(raw: bytes, where: str) -> str:
+def line_text(raw: bytes, where: str) -> str:
+    """A line of a file as text. Raises DataError."""
     if len(raw) > MAX_LINE and not raw.endswith(b"\n"):
         raise DataError(
             f"the line is longer than {MAX_LINE >> 20} MiB", where=where, next_step="write one row per line"
@@ -177,7 +179,7 @@ def _parquet_rows(path: Path, columns: Sequence[str], also: Iterable[str]) -> It
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         after = f" after row {number}" if number else ""
         raise DataError(
-            f"cannot read the Parquet file{after}: {_first_line(error)}", where=str(path)
+            f"cannot read the Parquet file{after}: {first_line(error)}", where=str(path)
         ) from error
 
 
@@ -197,6 +199,7 @@ def hub_rows(
     the network cannot be reached.
     """
     datasets = _import("datasets")
+    check_hub()
     datasets.disable_progress_bars()
     place = ", ".join(files or filter(None, (config, split)))
     number = 0
@@ -215,7 +218,7 @@ def hub_rows(
     except Exception as error:  # the network, the Hub and the file formats raise a dozen unrelated classes
         after = f" after {number} rows" if number else ""
         raise DataError(
-            f"cannot read {repo}{after}: {_first_line(error)}",
+            f"cannot read {repo}{after}: {first_line(error)}",
             where=place,
             # A ValueError: there is no such config, split or column, and its message lists those there are.
             next_step="choose from what there is with --config, --split and --map"
@@ -224,10 +227,6 @@ def hub_rows(
             "deepspec data download FILE.parquet (or .jsonl, .csv) --out OUT.jsonl, "
             "for a set known by name: deepspec data download NAME --from FILE",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _chosen(columns: Sequence[str], also: Iterable[str], there: Sequence[str]) -> list[str] | None:

@@ -43,6 +43,11 @@ FILE_GRACE = 10.0
 """Seconds for a file's lock to show up here: network file systems are late."""
 
 
+def addresses(urls: str) -> list[str]:
+    """The addresses of servers, written with commas between."""
+    return re.split(r",\s*(?=https?://)", urls)
+
+
 class VllmSource:
     """A feature source (`batches.Source`) that asks vLLM servers, started as `vllm_command` says.
 
@@ -68,9 +73,7 @@ class VllmSource:
         self.command = vllm_command(packaged(target.spec.name), self.wanted, max_length)
         self.probe = Probe(target)
         policy = policy or Policy(timeout=TIMEOUT)
-        self.servers = Servers(
-            re.split(r",\s*(?=https?://)", urls), self._check, concurrency=IN_FLIGHT, policy=policy
-        )
+        self.servers = Servers(addresses(urls), self._check, concurrency=IN_FLIGHT, policy=policy)
         for server in self.servers.servers:
             try:
                 server.facts = self._check(server)

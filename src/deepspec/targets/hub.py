@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from deepspec.errors import CheckpointError, TargetError
+from deepspec.connections import check_hub
+from deepspec.errors import CheckpointError, TargetError, causes, first_line
 from deepspec.pocket import packaged
 from deepspec.targets.shards import read_headers
 
@@ -27,23 +28,24 @@ def may_be_hub_id(name: str) -> bool:
 def fetch(name: str, patterns: Sequence[str]) -> Path:
     """The local folder with the files of a Hub repository that match; what is not cached yet is downloaded.
 
-    Raises OSError or ValueError, which `unavailable` turns into a message.
+    Raises OSError or ValueError, which `unavailable` turns into a message, and ServerError (`check_hub`).
     """
+    check_hub()
     return Path(snapshot_download(name, allow_patterns=list(patterns)))
 
 
 def unavailable(kind: str, name: str, error: BaseException, instead: str) -> tuple[str, str]:
     """(what is wrong, next step) for a Hub id that could not be loaded because of `error`. kind: "model" or
     "draft"; instead: what else may be given, to follow "give a local directory (…)"."""
-    causes = list(_causes(error))
-    if any(isinstance(cause, GatedRepoError) for cause in causes):
+    found = list(causes(error))
+    if any(isinstance(cause, GatedRepoError) for cause in found):
         return (
             f"{name} is gated on the Hub, and you are not logged in with an account that has access",
             "accept its licence on its Hub page and run `hf auth login`, or give a local directory",
         )
-    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in found):
         why = "there is no such repository, or it is private"
-    elif any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
+    elif any(isinstance(cause, LocalEntryNotFoundError) for cause in found):
         why = "the Hub cannot be reached, and no copy is cached here"
     else:
         why = first_line(error)
@@ -54,25 +56,17 @@ def unavailable(kind: str, name: str, error: BaseException, instead: str) -> tup
     )
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message; some libraries add paragraphs of advice."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and its causes: transformers wraps the Hub client's errors in its own."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 # ── targets, which transformers loads ─────────────────────────────────────────────────────────────────
 
 
 def locate(name: str) -> str:
-    """The path or Hub id behind a target's name. Raises TargetError if it can be neither."""
+    """The path or Hub id behind a target's name. Raises TargetError if it can be neither, and ServerError if
+    the Hub cannot be asked (`check_hub`)."""
     path = packaged(name)
-    if Path(path).is_dir() or may_be_hub_id(path):
+    if Path(path).is_dir():
+        return path
+    if may_be_hub_id(path):
+        check_hub()
         return path
     if Path(path).is_file():
         raise TargetError(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from deepspec.errors import NonFiniteError, TargetError
+from deepspec.errors import NonFiniteError, TargetError, first_line
 from deepspec.log import note, progress
 from deepspec.maths.slots import Ints, Ragged, Rows, causal_rows_mask
 from deepspec.pocket import packaged
@@ -32,7 +32,7 @@ from deepspec.targets.anatomy import (
     steady_length,
 )
 from deepspec.targets.cache import SlotCache, can_roll_back
-from deepspec.targets.hub import check_whole, first_line, unreadable
+from deepspec.targets.hub import check_whole, unreadable
 from deepspec.targets.spec import TargetSpec, read_tokenizer
 
 LONG = 10**9

@@ -15,9 +15,9 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from deepspec import families
-from deepspec.errors import TargetError
+from deepspec.errors import TargetError, first_line
 from deepspec.pocket import packaged
-from deepspec.targets.hub import first_line, locate, unreadable
+from deepspec.targets.hub import locate, unreadable
 
 # The keys that decide a draft's shape. Config files leave out values that equal their class's default.
 FACTS = (

@@ -11,6 +11,7 @@ from deepspec.answers.in_process import answered
 from deepspec.checkpoints.draft import check_draft
 from deepspec.conditions import Conditions
 from deepspec.config import Recipe, feature_source
+from deepspec.connections import connections
 from deepspec.data.conversations import read_conversations
 from deepspec.data.template import template_conditions, template_hash
 from deepspec.data.tokens import Encoded, require_tokenizer, tokenizer_hash
@@ -18,7 +19,7 @@ from deepspec.errors import RecipeError
 from deepspec.features.batches import Source, load_rows, online
 from deepspec.features.cache_read import cached, cached_rows, open_cache
 from deepspec.features.cache_write import SHARD_BYTES, Plan, Written, plan_cache, write_cache
-from deepspec.features.vllm import VllmSource
+from deepspec.features.vllm import VllmSource, addresses
 from deepspec.files import check_writable
 from deepspec.log import import_tracker
 from deepspec.pocket import prompts_path
@@ -49,6 +50,8 @@ def check_before_loading(recipe: Recipe, answers: Path | None) -> None:
         open_cache(Path(place))
     else:
         check_answers(recipe, answers)
+    if form == "vllm":
+        connections(addresses(place))
     _check_file("select", recipe)
     next(read_conversations(prompts_path(recipe.data.select)), None)
 

@@ -31,11 +31,10 @@ from deepspec.checkpoints.draft import save_draft
 from deepspec.checkpoints.read import load_provenance, load_spec, read_parts
 from deepspec.config import KEPT_CHECKPOINTS, Recipe, dump_recipe, load_recipe
 from deepspec.drafts.base import NeuralDraft
-from deepspec.errors import CheckpointError, RecipeError
+from deepspec.errors import CheckpointError, RecipeError, first_line
 from deepspec.files import JsonlWriter, alone_in, aside_of, atomic_file, write_json
 from deepspec.log import note, open_trackers, progress, warn
 from deepspec.targets import Target
-from deepspec.targets.hub import first_line
 from deepspec.train.optimizer import Optimizer
 
 SHOWN = {"loss": "loss", "tau_estimate": "τ≈", "held_out_tau": "held-out τ", "tokens_per_s": "tokens/s"}
