@@ -41,15 +41,14 @@ WARM_UP_TOKENS = 16
 FINGERPRINTED = 1024
 """Values of each tensor that enter a model's fingerprint."""
 CONVENTIONS = {
-    "accepted length τ": "tokens kept per verify round, bonus included, pooled over prompts (sum over sum); "
-    "the first new token comes from the prefill and is in no round; a round cut at the budget or a stop "
-    "token counts what was kept",
-    "conditional acceptance at k": "accepted(k) / reached(k): reached when all before it were accepted",
-    "survival at k": "share of rounds in which positions 1 to k were all accepted",
-    "speed-up": "tokens per second against the faster of the two plain rows (ours, transformers), prefill "
-    "included, methods taking turns prompt by prompt in one run",
+    "accepted length τ": "tokens kept per verify round, over the rounds of all prompts together; it counts "
+    "the target's own token of each round, but not the first token of an answer, which comes before any round",
+    "conditional acceptance at k": "of the rounds in which all guesses before k were accepted, the share in "
+    "which guess k was too",
+    "survival at k": "share of rounds in which guesses 1 to k were all accepted",
+    "speed-up": "tokens per second against the faster row without a draft; prompts are read within that time",
     "mean of domains": "mean of the domains' speed-ups, each domain weighing the same",
-    "intervals": "95%, bootstrap over prompts, paired where two methods are compared",
+    "low–high": "95% interval, from a bootstrap over prompts (paired if two methods are compared)",
     "distinct-4, repeated-8": "share of distinct 4-grams, and of 8-grams seen before in the same answer",
 }
 

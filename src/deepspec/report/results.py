@@ -68,11 +68,12 @@ def number(value: Any, digits: int = 2) -> str:
 
 
 def estimate(value: Mapping[str, Any] | None, suffix: str = "") -> tuple[str, str]:
-    """An estimate as ("1.92×", "[1.85, 2.01]"); the second is empty without an interval."""
+    """An estimate as ("1.92×", "[1.85, 2.01]"). The second is empty without an interval, or if the interval
+    has no width, as that of a single prompt: it would look exact and says nothing."""
     if not value or not is_number(value.get("value")):
         return MISSING, ""
     low, high = value.get("low"), value.get("high")
-    interval = f"[{number(low)}, {number(high)}]" if is_number(low) and is_number(high) else ""
+    interval = f"[{number(low)}, {number(high)}]" if is_number(low) and is_number(high) and low < high else ""
     return number(value["value"]) + suffix, interval
 
 
@@ -103,12 +104,10 @@ def condition_labels(results: Sequence[Result]) -> list[str]:
     if len({each.get("thinking") for each in conditions}) > 1:
         modes = ["thinking" if each.get("thinking") else "not thinking" for each in conditions]
         labels = [f"{label}, {mode}" for label, mode in zip(labels, modes, strict=True)]
-    seen: dict[str, int] = {}
-    for index, label in enumerate(labels):
-        seen[label] = seen.get(label, 0) + 1
-        if labels.count(label) > 1:
-            labels[index] = f"{label} (run {seen[label]})"
-    return labels
+    return [
+        f"{label} (run {labels[: index + 1].count(label)})" if labels.count(label) > 1 else label
+        for index, label in enumerate(labels)
+    ]
 
 
 def lossless_finding(row: Row, conditions: Mapping[str, Any]) -> tuple[str, str]:
