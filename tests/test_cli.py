@@ -293,7 +293,7 @@ def regenerated(scene: Path) -> list[Any]:
 
 def test_regenerating_again_asks_nothing_twice(scene, regenerated):
     before = (scene / "a.jsonl").read_bytes()
-    assert "0 new answers, 3 were there already" in good(*regenerated).stdout
+    assert "0 new answers; 3 rows had one before" in good(*regenerated).stdout
     assert (scene / "a.jsonl").read_bytes() == before
 
 

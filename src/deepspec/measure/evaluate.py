@@ -21,6 +21,7 @@ from deepspec.conditions import SEVERAL, Conditions
 from deepspec.config import HELD_OUT_ROWS
 from deepspec.data.conversations import Conversation, prompt_messages, read_conversations, tools_of
 from deepspec.data.identity import row_seed
+from deepspec.data.skipping import Skipped, nothing_left, refuse
 from deepspec.data.template import template_conditions, template_date
 from deepspec.data.tokens import prompt_ids, require_tokenizer, system_hash
 from deepspec.decode.engine import Decoder, Generation, Request
@@ -42,7 +43,7 @@ FINGERPRINTED = 1024
 """Values of each tensor that enter a model's fingerprint."""
 CONVENTIONS = {
     "accepted length τ": "tokens kept per verify round, over the rounds of all prompts together; it counts "
-    "the target's own token of each round, but not the first token of an answer, which comes before any round",
+    "the target's own token of each round, but not an answer's first token, which comes before any round",
     "conditional acceptance at k": "of the rounds in which all guesses before k were accepted, the share in "
     "which guess k was too",
     "survival at k": "share of rounds in which guesses 1 to k were all accepted",
@@ -54,12 +55,18 @@ CONVENTIONS = {
 
 
 def load_prompts(
-    path: str | Path, target: Target | TargetSpec, *, thinking: bool = False, limit: int | None = None
+    path: str | Path,
+    target: Target | TargetSpec,
+    *,
+    thinking: bool = False,
+    limit: int | None = None,
+    skipped: Skipped | None = None,
 ) -> list[Prompt]:
     """Prompts of a JSONL file in the target's template. limit: take so many, the domains in turns.
 
     Raises DataError for a broken or empty file, for an id that comes twice (its prompt would count twice),
-    and for a prompt of which the target would not see all; TargetError for a target without a tokenizer.
+    and for a prompt of which the target would not see all; with `skipped`, such rows are left out and counted
+    there. Raises TargetError for a target without a tokenizer.
     """
     spec = target if isinstance(target, TargetSpec) else target.spec
     if isinstance(target, TargetSpec):
@@ -67,35 +74,39 @@ def load_prompts(
     else:
         known, most = target.tokenizer, target.max_length
     tokenizer = require_tokenizer(known, spec.name)
-    rows = list(read_conversations(path))
-    if not rows:
-        raise DataError("no prompts", where=str(path))
     seen: dict[str, Conversation] = {}
-    for row in rows:
+    for row in read_conversations(path, skipped=skipped):
         if (first := seen.setdefault(row.id, row)) is not row:
-            raise DataError(
+            twice = DataError(
                 f"the id comes twice; first at {first.where}",
                 where=row.where,
                 next_step="keep each prompt once, or give the rows different ids",
             )
+            refuse(twice, skipped)
     found = []
-    for c in spread(rows, limit):
+    for c in spread(list(seen.values()), limit):
         text = c.messages[-1]["content"] if c.messages else ""
-        ids = prompt_ids(
-            tokenizer,
-            prompt_messages(c),
-            thinking,
-            tools=tools_of(c),
-            where=c.where,
-            vocab_size=spec.vocab_size,
-        )
-        if most is not None and len(ids) >= most:
-            raise DataError(
-                f"the prompt is {len(ids)} tokens, and {spec.name} reads at most {most}",
+        try:
+            ids = prompt_ids(
+                tokenizer,
+                prompt_messages(c),
+                thinking,
+                tools=tools_of(c),
                 where=c.where,
-                next_step="remove the row, or use a target with a longer context",
+                vocab_size=spec.vocab_size,
             )
-        found.append(Prompt(c.id, c.domain or "all", text, tuple(ids), system_hash(c.messages)))
+            if most is not None and len(ids) >= most:
+                raise DataError(
+                    f"the prompt is {len(ids)} tokens, and {spec.name} reads at most {most}",
+                    where=c.where,
+                    next_step="remove the row, or use a target with a longer context",
+                )
+        except DataError as error:
+            refuse(error, skipped)
+        else:
+            found.append(Prompt(c.id, c.domain or "all", text, tuple(ids), system_hash(c.messages)))
+    if not found:
+        raise nothing_left(skipped, str(path))
     return found
 
 

@@ -34,8 +34,9 @@ def fetch(name: str, patterns: Sequence[str]) -> Path:
 
 def unavailable(kind: str, name: str, error: BaseException, instead: str) -> tuple[str, str]:
     """(what is wrong, next step) for a Hub id that could not be loaded because of `error`. kind: "model" or
-    "draft"; instead: what else may be given, to follow "give a local directory (…)"."""
+    "draft"; instead: what else may be given, to follow "give a local directory,"."""
     causes = list(_causes(error))
+    elsewhere = f"check the name, or give a local directory, {instead}"
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return (
             f"{name} is gated on the Hub, and you are not logged in with an account that has access",
@@ -45,12 +46,12 @@ def unavailable(kind: str, name: str, error: BaseException, instead: str) -> tup
         why = "there is no such repository, or it is private"
     elif any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
         why = "the Hub cannot be reached, and no copy is cached here"
+        elsewhere = f"run `hf download {name} --local-dir DIR` on a machine with a network, and give DIR"
     else:
         why = first_line(error)
     return (
-        f"no {kind} named {name!r} was found: it is not a local directory, and it could not be loaded from "
-        f"the Hub ({why})",
-        f"give a local directory ({DOWNLOAD}), {instead}",
+        f"{name!r} is not a local directory, and no {kind} of that name could be loaded from the Hub: {why}",
+        elsewhere,
     )
 
 
@@ -89,7 +90,7 @@ def unreadable(name: str, path: str, error: Exception, *, weights: bool = False)
     """The error for a model whose config or weights could not be read. It names the file at fault if that can
     be found out, and repeats transformers' message otherwise."""
     if not Path(path).is_dir():
-        what, next_step = unavailable("model", name, error, "a Hub id, or the built-in `pocket`")
+        what, next_step = unavailable("model", name, error, "or the built-in `pocket`")
         return TargetError(what, next_step=next_step)
     if "custom code" in str(error):
         return TargetError(
