@@ -39,7 +39,7 @@ def cache(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the target's features to disk, for training to read.
+    """Write the target's features to disk for training.
 
     Training then does not run the target again in every epoch. Only what the recipes' losses read is stored.
     The same command continues with the shards that are missing; under torchrun each process writes its share.

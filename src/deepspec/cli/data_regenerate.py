@@ -71,7 +71,7 @@ def regenerate(
     ] = "OPENAI_API_KEY",
     skip_bad: SkipBad = False,
 ) -> None:
-    """Have the target answer the prompts that a draft learns from.
+    """Have the target answer prompts, for a draft to learn.
 
     A draft must learn what this target writes. The target runs in this process, or in OpenAI-compatible
     servers (vLLM, SGLang, llama-server). Rows that the output file already answers are not asked again, so
