@@ -58,9 +58,9 @@ def download(
 ) -> None:
     """Convert any data set to a file of conversations.
 
-    The named sets are open-perfectblend (for training), and the benchmarks gsm8k, math500, aime25, humaneval,
-    mbpp, livecodebench, mt-bench, alpaca and arena-hard-v2, worded as published. pocket:train, pocket:select
-    and pocket:test come with this package.
+    The named sets are open-perfectblend, for training, and these benchmarks, worded as published: gsm8k,
+    math500, aime25, humaneval, mbpp, livecodebench, mt-bench, arena-hard-v2 and alpaca. pocket:train,
+    pocket:select and pocket:test come with this package.
 
     \b
     Example:
