@@ -178,7 +178,7 @@ def test_three_rows_make_three_pairs():
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([results(row("a", prompt("1", 4, 2)))], "only 1 .* a comparison takes two"),
+        ([results(row("a", prompt("1", 4, 2)))], "only 1 .* a comparison needs two"),
         ([results(row("a"), row("b"))], "a has no per-prompt counts"),
         ([results(row("a", prompt("1", 4, 2)), row("b", prompt("2", 4, 2)))], "no prompt in common"),
         ([results(row("a", prompt("1", 4, 2), prompt("1", 4, 2)), row("b"))], "lists prompt '1'"),

@@ -249,7 +249,7 @@ def test_an_answer_that_is_no_text_or_taken_apart_is_that_rows_failure(tmp_path)
             "r5": "echo What is 5?",
         }
         reasons = {row["id"]: row["reason"] for row in rows_of(beside(out, "failures"))}
-        half = "the server's answer holds half of a surrogate pair, which is no text"
+        half = "the server's answer holds half of a surrogate pair, which is not text"
         assert (reasons["r2"], reasons["r3"]) == (half, half)
         assert reasons["r4"].startswith("the server takes answers apart (tool_calls next to the content)")
         before = out.read_bytes()

@@ -62,11 +62,11 @@ def load_prompts(
     limit: int | None = None,
     skipped: Skipped | None = None,
 ) -> list[Prompt]:
-    """Prompts of a JSONL file in the target's template. limit: take so many, the domains in turns.
+    """The prompts of a JSONL file in the target's template. limit: take so many, the domains in turns.
 
     Raises DataError for a broken or empty file, for an id that comes twice (its prompt would count twice),
-    and for a prompt of which the target would not see all; with `skipped`, such rows are left out and counted
-    there. Raises TargetError for a target without a tokenizer.
+    and for a prompt that the target could not read completely; with `skipped`, such rows are left out and
+    counted there. Raises TargetError for a target without a tokenizer.
     """
     spec = target if isinstance(target, TargetSpec) else target.spec
     if isinstance(target, TargetSpec):
@@ -306,8 +306,8 @@ def _take_turns(
     batch: int,
     log: ResumableLog | None,
 ) -> None:
-    """Have all methods answer group after group of prompts, another one first each time. Groups that the
-    log holds are taken from there."""
+    """Have all methods answer one group of prompts after another; each time another method begins. Groups
+    that the log holds are taken from there."""
     groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
     done = {} if log is None else {line["group"]: line["methods"] for _, line in log.records()}
     if done:

@@ -80,8 +80,8 @@ def detail_of(row: Row) -> str:
 def cells(row: Row, result: Result) -> dict[str, Any]:
     """One row of the table as text, shared by the page and the terminal.
 
-    value, low, high: the speed-up that the page's first sentences quote, and the ends of its interval. It is
-    the mean of domains if there are several, so that each counts the same.
+    value, low, high: the speed-up that the page's first sentences quote, and the ends of its interval. If
+    there are several domains it is the mean of theirs, so that each counts the same.
     """
     overall, by_domain = row.get("overall") or {}, row.get("domains") or {}
     tau, tau_interval = estimate(overall.get("tau"))

@@ -47,7 +47,8 @@ def read_results(path: Path) -> list[Result]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; empty if it is not there, as for a packaged draft. Raises DataError."""
+    """The rows of a metrics file; none if there is no such file, as for a packaged draft. Raises
+    DataError."""
     rows = []
     for number, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else [], start=1):
         try:
@@ -98,7 +99,8 @@ def sampling_label(conditions: Mapping[str, Any]) -> str:
 
 
 def condition_labels(results: Sequence[Result]) -> list[str]:
-    """One distinct label per results file: sampling, then thinking where it varies, then a number."""
+    """A distinct label for each results file: the sampling, thinking if it varies, and a number if all else
+    is equal."""
     conditions = [result.get("conditions") or {} for result in results]
     labels = [sampling_label(each) for each in conditions]
     if len({each.get("thinking") for each in conditions}) > 1:
