@@ -46,7 +46,7 @@ def unavailable(kind: str, name: str, error: BaseException, instead: str) -> tup
         why = "there is no such repository, or it is private"
     elif any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
         why = "the Hub cannot be reached, and no copy is cached here"
-        elsewhere = f"run `hf download {name} --local-dir DIR` on a machine with a network, and give DIR"
+        elsewhere = f"run `hf download {name} --local-dir DIR` on a machine with a network, and give DIR instead of the name"
     else:
         why = first_line(error)
     return (
