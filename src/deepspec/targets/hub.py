@@ -36,7 +36,6 @@ def unavailable(kind: str, name: str, error: BaseException, instead: str) -> tup
     """(what is wrong, next step) for a Hub id that could not be loaded because of `error`. kind: "model" or
     "draft"; instead: what else may be given, to follow "give a local directory,"."""
     causes = list(_causes(error))
-    elsewhere = f"check the name, or give a local directory, {instead}"
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return (
             f"{name} is gated on the Hub, and you are not logged in with an account that has access",
@@ -46,12 +45,11 @@ def unavailable(kind: str, name: str, error: BaseException, instead: str) -> tup
         why = "there is no such repository, or it is private"
     elif any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
         why = "the Hub cannot be reached, and no copy is cached here"
-        elsewhere = f"run `hf download {name} --local-dir DIR` on a machine with a network, and give DIR instead of the name"
     else:
         why = first_line(error)
     return (
         f"{name!r} is not a local directory, and no {kind} of that name could be loaded from the Hub: {why}",
-        elsewhere,
+        f"check the name, or give a local directory ({DOWNLOAD.replace('ORG/NAME', name)}), {instead}",
     )
 
 
