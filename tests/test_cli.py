@@ -295,7 +295,7 @@ def regenerated(scene: Path) -> list[Any]:
 
 def test_regenerating_again_asks_nothing_twice(scene, regenerated):
     before = (scene / "a.jsonl").read_bytes()
-    assert "0 new answers, 3 were there already" in good(*regenerated).stdout
+    assert "0 new answers; 3 rows had one before" in good(*regenerated).stdout
     assert (scene / "a.jsonl").read_bytes() == before
 
 
@@ -316,6 +316,26 @@ def test_prompt_given_twice_would_count_twice(scene, tmp_path):
     (tmp_path / "twice.jsonl").write_text(f"{line}\n{line}\n", "utf-8")
     with pytest.raises(DataError, match="the id comes twice"):
         load_prompts(tmp_path / "twice.jsonl", Target.from_pretrained(scene / "target"))
+
+
+def test_an_evaluation_may_leave_bad_prompts_out(scene, tmp_path):
+    path, line = tmp_path / "some.jsonl", (scene / "prompts.jsonl").read_text("utf-8").splitlines()[0]
+    path.write_text(f"{line}\nno JSON\n{line}\n", "utf-8")
+    words = ["eval", "--target", scene / "target", "--draft", scene / "runs" / "tiny-dflash"]
+    words += ["--prompts", path, *ONE_PROMPT]
+    assert "--skip-bad leaves such rows out" in refused(*words)
+    result = good(*words, "--skip-bad")
+    assert "skipped 2 bad rows" in result.stderr
+    assert json.loads(result.stdout)["conditions"]["prompts"] == 1
+
+
+def test_packaged_prompts_are_taken_wherever_a_file_of_conversations_is(tmp_path):
+    good("data", "split", "pocket:select", "--out", tmp_path)
+    good("data", "download", "pocket:select", "--limit", 2, "--out", tmp_path / "two.jsonl")
+    assert len((tmp_path / "two.jsonl").read_text("utf-8").splitlines()) == 2
+    good("plan", "pocket-dspark", "--machine", "laptop-cpu", "--data", "pocket:select")
+    assert "deepspec data regenerate" in refused("train", "pocket-dspark", "--answers", "pocket:select")
+    assert "one of pocket:train" in refused("data", "split", tmp_path / "missing", "--out", tmp_path)
 
 
 @pytest.mark.parametrize("change", ["draft.num_layers=1", "draft.block=3", "draft.target_layer_ids=[-1,1,2]"])

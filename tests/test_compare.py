@@ -11,7 +11,7 @@ import pytest
 from deepspec.errors import DataError, UserError
 from deepspec.report import results as results_room
 from deepspec.report.compare import REFUSED, WARNED, compare_results, condition_differences
-from deepspec.report.results import condition_labels, lossless_finding
+from deepspec.report.results import condition_labels, estimate, lossless_finding
 
 CONDITIONS = {
     "target": "pocket",
@@ -178,7 +178,7 @@ def test_three_rows_make_three_pairs():
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([results(row("a", prompt("1", 4, 2)))], "only 1 .* a comparison takes two"),
+        ([results(row("a", prompt("1", 4, 2)))], "only 1 .* a comparison needs two"),
         ([results(row("a"), row("b"))], "a has no per-prompt counts"),
         ([results(row("a", prompt("1", 4, 2)), row("b", prompt("2", 4, 2)))], "no prompt in common"),
         ([results(row("a", prompt("1", 4, 2), prompt("1", 4, 2)), row("b"))], "lists prompt '1'"),
@@ -204,7 +204,12 @@ def test_condition_labels_never_coincide():
     labels = condition_labels(files)
     assert labels[0] == "temperature 0, not thinking"
     assert labels[3] == "temperature 1, top-p 0.9, not thinking"
-    assert len(set(labels)) == 4
+    assert labels[1:3] == [f"temperature 0, thinking (run {n})" for n in (1, 2)]
+
+
+def test_an_interval_over_one_prompt_is_not_shown():
+    assert estimate({"value": 2.0, "low": 2.0, "high": 2.0}, "×") == ("2.00×", "")
+    assert estimate({"value": 2.0, "low": 1.5, "high": 2.5}, "×") == ("2.00×", "[1.50, 2.50]")
 
 
 @pytest.mark.parametrize(

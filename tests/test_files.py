@@ -289,13 +289,16 @@ def test_pieces_of_one_lock_file_are_claimed_one_by_one(tmp_path):
         (errno.EACCES, "name a place that you may write to"),
         (errno.EROFS, "name a place that you may write to"),
         (errno.EISDIR, "name a file, not a folder"),
-        (errno.ENOTDIR, "name another place"),
+        (errno.ENOTDIR, "name a place that you may write to"),
+        (errno.EEXIST, "name a place that you may write to"),
     ],
 )
 def test_a_path_that_cannot_be_written_is_an_error_with_a_way_out(tmp_path, number, todo):
     with pytest.raises(UserError) as caught, writing(tmp_path):
         raise OSError(number, os.strerror(number))
-    assert f"cannot write {tmp_path}: {os.strerror(number)}" in str(caught.value)
+    not_a_folder = number in (errno.ENOTDIR, errno.EEXIST)
+    why = "a folder on that path is a file" if not_a_folder else os.strerror(number)
+    assert f"cannot write {tmp_path}: {why}" in str(caught.value)
     assert todo in str(caught.value)
 
 

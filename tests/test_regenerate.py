@@ -607,7 +607,7 @@ def test_command_says_what_was_done_and_what_comes_next(target, tmp_path):
     text = call(*words, "--thinking").output
     assert "made with thinking False" in text
     text = call(*words).stdout
-    assert "1 new answers, 2 were there already" in text
+    assert "1 new answers; 2 rows had one before" in text
     assert "2 rows left out: an earlier row has the same id" in text
     assert len(list(read_conversations(out))) == 3
 
@@ -615,7 +615,7 @@ def test_command_says_what_was_done_and_what_comes_next(target, tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--server", "http://127.0.0.1:1", "--rows", 4], "--rows has no effect with --server"),
+        (["--server", "http://127.0.0.1:1", "--batch", 4], "--batch has no effect with --server"),
         (["--concurrency", 4], "--concurrency has no effect without --server"),
         (["--model", "m"], "--model has no effect without --server"),
         (["--server", "127.0.0.1:8000"], "not a server's address"),

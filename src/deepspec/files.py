@@ -39,6 +39,7 @@ TAIL = 1 << 16
 
 _FULL = "make room on that disk and run the same command again: what was finished is kept"
 _ELSEWHERE = "name a place that you may write to"
+_NO_FOLDER = "a folder on that path is a file"
 UNWRITABLE = {
     errno.ENOSPC: _FULL,
     getattr(errno, "EDQUOT", errno.ENOSPC): _FULL,
@@ -46,8 +47,8 @@ UNWRITABLE = {
     errno.EPERM: _ELSEWHERE,
     errno.EROFS: _ELSEWHERE,
     errno.EISDIR: "name a file, not a folder",
-    errno.ENOTDIR: "a folder on that path is a file: name another place",
-    errno.EEXIST: "a folder on that path is a file: name another place",
+    errno.ENOTDIR: _ELSEWHERE,
+    errno.EEXIST: _ELSEWHERE,
     errno.ENOENT: _ELSEWHERE,  # /proc and the like, where nothing can be made
 }
 """What the system may answer to a write, and what the user does next. Any other answer is a bug of ours."""
@@ -64,7 +65,8 @@ def cannot_write(error: OSError, path: Path | None = None) -> UserError | None:
     if error.errno not in UNWRITABLE or (path is None and error.errno == errno.ENOENT):
         return None
     place = path or error.filename or "a file"
-    return UserError(f"cannot write {place}: {error.strerror}", next_step=UNWRITABLE[error.errno])
+    why = _NO_FOLDER if error.errno in (errno.ENOTDIR, errno.EEXIST) else error.strerror
+    return UserError(f"cannot write {place}: {why}", next_step=UNWRITABLE[error.errno])
 
 
 @contextmanager

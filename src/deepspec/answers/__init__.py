@@ -1,1 +1,1 @@
-"""Answers by the target itself: in this process, or through servers."""
+"""How the target answers prompts: in this process, or through servers."""

@@ -59,15 +59,15 @@ class Dialogue:
     cut: list[int] = field(default_factory=list)
     """Which answers ended at the budget, not by themselves, counted from 0."""
     tokens: int = 0
-    """In all answers together."""
+    """Tokens in all answers together."""
     begun: list[int] = field(default_factory=list)
     """The next answer's tokens so far, when decoding is interrupted to save them."""
     trouble: str | None = None
     """Why it cannot be answered."""
     broken: bool = False
-    """The target gave infinities or NaN for it."""
+    """Whether the target gave infinities or NaN for it."""
     exhausted: bool = False
-    """Every attempt to have it answered by a server failed."""
+    """Whether every attempt to have a server answer it failed."""
 
     @classmethod
     def begin(cls, conversation: Conversation) -> Dialogue:
@@ -118,8 +118,8 @@ class Dialogue:
     ) -> None:
         """Add the next answer as `answer` does, as the message that the template will write into the history.
 
-        If the template cannot write it, the answer's ids will do for the last turn; otherwise this is
-        `trouble`.
+        If the template cannot write it, the answer's ids are enough for the last turn. For an earlier turn,
+        or without ids, the reason becomes `trouble`.
         """
         conversation = self.conversation
         message: str | Message

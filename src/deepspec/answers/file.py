@@ -1,12 +1,12 @@
 """The file of answers and the files next to it.
 
-For `answers.jsonl` there are
+The files of `answers.jsonl` are
 
 * `answers.jsonl`: one answered row per line; it only ever grows;
-* `answers.timings.jsonl`: seconds, rows and tokens of each group of rows, kept out of the rows so that these
-  depend on nothing but the prompts; `bytes` is the size of `answers.jsonl` when the group was finished. In
-  process, a line may tell after how many decoding steps a group under way is saved;
-* `answers.partial.jsonl`: in process, what a group under way had written when it was last saved;
+* `answers.timings.jsonl`: seconds, rows and tokens of each group of rows. They are not in the rows, so that
+  the rows depend only on the prompts. `bytes` is the size of `answers.jsonl` when the group was finished. In
+  process, a line may say after how many decoding steps an unfinished group is saved;
+* `answers.partial.jsonl`: in process, what an unfinished group had written when it was last saved;
 * `answers.failures.jsonl`: the rows that the latest run could not answer, each with its reason. Every run
   tries them again, so it begins without this file.
 """
@@ -92,9 +92,9 @@ class AnswerFile(ResumableLog):
     """Append answers to a file that was made under the same conditions. A context.
 
     done: ids that were answered in finished groups; tail: ids that a killed process answered after the last
-    finished group. More than `group` such rows, or rows without timings, came from elsewhere and count as
-    done. Raises DataError if the file holds answers made under other conditions, UserError if it cannot be
-    written or another process is writing to it.
+    finished group. If there are more than `group` such rows, or no timings, they came from elsewhere and
+    count as done. Raises DataError if the file holds answers made under other conditions, UserError if
+    it cannot be written or another process is writing to it.
     """
 
     def __init__(self, out: Path, facts: Mapping[str, Any], group: int = 0) -> None:
@@ -102,7 +102,7 @@ class AnswerFile(ResumableLog):
         self.done: set[str] = set()
         self.tail: set[str] = set()
         self.steps: int | None = None
-        """Decoding steps after which a group under way is saved; None until the clock has decided it."""
+        """Decoding steps after which an unfinished group is saved; None until it was measured."""
         self._steps = f"steps_of_{group}"  # groups of another size take another time
         self._failures: JsonlWriter | None = None
         self._beside = ExitStack()
@@ -144,8 +144,8 @@ class AnswerFile(ResumableLog):
         beside(self.path, "partial").unlink(missing_ok=True)
 
     def save(self, group: str, dialogues: Sequence[Dialogue], steps: int) -> None:
-        """Keep what the dialogues of a group under way have written, after `steps` of decoding. group: a hash
-        of its rows."""
+        """Keep what the dialogues of an unfinished group have written after `steps` of decoding. group: a
+        hash of its rows."""
         self.sync()
         if self.steps is None:
             self.steps = steps

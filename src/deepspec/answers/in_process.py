@@ -1,15 +1,16 @@
-"""Answers by the target itself: a draft must learn what this target writes, not what a data set says.
+"""Answers by the target in this process. A draft must learn what its target writes, not what a data set says.
 
-Prompts are read in windows. The rows of a window are ordered by length, so that those of like length share a
-batch, and cut into stretches; the rows of a stretch are decoded together, each entering as another finishes.
-What a stretch holds is decided by the prompts alone, and rounding by what is decoded together, so the file
-comes out the same to the byte however often the run was killed: a stretch that is on disk in part is decoded
-again as a whole, and only what is missing is appended. (This holds for the same machine, libraries and
-`max_rows`.)
+Prompts are read in windows. The rows of a window are ordered by length, so that rows of similar length share
+a batch, and cut into stretches. The rows of a stretch are decoded together, and each enters when another
+finishes. The prompts alone decide which rows a stretch holds, and the rows that are decoded together decide
+how sums are rounded. So the file comes out the same to the byte, however often the run was killed: if a part
+of a stretch is on disk, the whole stretch is decoded again, and only what is missing is appended. (This holds
+for the same machine, libraries and `max_rows`.)
 
-Where a stretch takes long, what its rows have written is saved every so many steps: about a minute's worth,
-counted once and recorded, so that it is the same for every run. After each save all rows under way are read
-again from their tokens, as a run that continues from there does: both then round alike.
+If a stretch takes long, what its rows have written is saved every so many steps. The number is what takes
+about a minute; it is measured once and recorded, so that every run uses the same. After each save all
+unfinished rows are read again from their tokens, as a run that continues from there does, so that both round
+alike.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ WINDOW = 4096
 PACKAGED_TOKENS, PACKAGED_ROWS = 224, 64
 """New tokens of an answer to a packaged prompt, and how many the pocket target decodes together."""
 FLIGHTS = 8
-"""Prompts of a stretch for each row in flight: more waste less at its end, and lose more to a kill."""
+"""Prompts of a stretch for each row decoded together. More waste less at its end, and lose more to a kill."""
 SAVE_EVERY, REREADING = 60.0, 0.1
 """Seconds of decoding after which a stretch is saved, and the share of its time that reading its rows again
-may take: where that is slow, saves are rarer."""
+may take: if that is slow, saves are rarer."""
 
 
 def regenerate(
@@ -63,7 +64,7 @@ def regenerate(
     seed: int = 0,
     total: int | None = None,
 ) -> Tally:
-    """Answer every conversation, turn by turn, and append it to `out`; what was new, there, or failed.
+    """Answer every conversation, turn by turn, and append it to `out`. Returns what was done.
 
     The default sampling is temperature 1: the draft then sees the target's own distribution. `max_rows`
     prompts are decoded together; `total`, the number of conversations if it is known, is for the progress bar
@@ -128,9 +129,10 @@ def _answer(
     now: Settings,
     max_rows: int,
 ) -> None:
-    """Answer what a stretch still lacks, and append it in the stretch's order."""
-    # Rows of `tail` were decoded with the others of this stretch, and must be again: the others' rounding
-    # hangs on it. What `done` holds was there before the stretch was begun, in the undisturbed run too.
+    """Answer the rows of a stretch that have no answer yet, and append them in the stretch's order."""
+    # Rows of `tail` were decoded with the others of this stretch, and must be decoded again, since the
+    # others' rounding depends on it. Rows of `done` were answered before the stretch was begun, as in the
+    # undisturbed run.
     asked = [c for c in stretch if c.id not in file.done]
     missing = [c for c in asked if c.id not in file.tail]
     tally.there += len(stretch) - len(missing)
@@ -168,9 +170,9 @@ def decoded(
 ) -> Iterator[Dialogue]:
     """Answer dialogues together, all first turns, then all second turns; each is yielded when it is over.
 
-    What a dialogue becomes is a function of all of them, their order, `max_rows` and `steps`: after so many
-    steps `save` is called with their number, and decoding begins again from what was written. None: the clock
-    decides when, and every later time is after as many steps.
+    What a dialogue becomes is a function of all of them, their order, `max_rows` and `steps`. After so many
+    steps `save` is called with their number, and decoding begins again from what was written. With None the
+    clock decides when to save for the first time, and every later save comes after as many steps.
     """
     yield from (d for d in dialogues if d.over)
     while open_ := [d for d in dialogues if not d.over]:
@@ -210,7 +212,8 @@ def decoded(
 
 
 def _request(dialogue: Dialogue, key: str, target: Target, now: Settings) -> Request | None:
-    """The next turn as a request; None, with the dialogue's trouble set, where it cannot be asked."""
+    """The next turn as a request. If it cannot be asked: None, and the reason is in the dialogue's
+    `trouble`."""
     if dialogue.trouble is not None:
         return None
     try:
@@ -229,7 +232,8 @@ def _request(dialogue: Dialogue, key: str, target: Target, now: Settings) -> Req
 
 
 def answered(name: str, target: Target, thinking: bool, beside: Path) -> Path:
-    """The file of training conversations: as given, or, for packaged prompts, answered by the target now."""
+    """The file of training conversations: `name` itself, or the target's answers to packaged prompts, which
+    are made now."""
     if not name.startswith("pocket:"):
         return Path(name)
     mode = "thinking" if thinking else "plain"

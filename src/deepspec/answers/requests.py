@@ -34,7 +34,7 @@ SPECIMEN = "Anna's 12 apples cost 3.50 each.\n\ndef total(n):\n    return n * 3.
 
 class Reply(NamedTuple):
     """A server's answer. ids: its token ids, a stop token included, or None if the server gives none;
-    finished: it ended by itself, not at the budget; tokens: how many, as the server counts."""
+    finished: it ended by itself, not at the budget; tokens: how many there are, as the server counts."""
 
     text: str
     ids: list[int] | None
@@ -52,7 +52,7 @@ class Call(NamedTuple):
 
 
 class Served(NamedTuple):
-    """What a check finds out about a server. max_length: of a sequence in tokens, if it tells."""
+    """What a check finds out about a server. max_length: of a sequence in tokens, if the server says so."""
 
     model: str
     engine: str
@@ -215,7 +215,7 @@ def _text(value: Any) -> str:
 
 
 def no_answer(text: str, ids: list[int] | None) -> str | None:
-    """Why nothing can be learnt from what a server gave; None if it is an answer."""
+    """Why an answer of a server cannot be trained on; None if it can."""
     if not ids and not text.strip():
         return "the server gave an empty answer"
     if any("\ud800" <= c <= "\udfff" for c in text):

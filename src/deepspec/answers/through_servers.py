@@ -1,6 +1,6 @@
-"""Answers by the target through inference servers, in order of arrival.
+"""Answers by the target through inference servers.
 
-The order of the rows depends on how fast the servers are; each id is answered once.
+Rows are written as their answers arrive, so their order depends on the servers; each id is answered once.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class _Keeper:
     def __init__(self, file: AnswerFile, now: Settings, bar: Bar) -> None:
         self.file, self.now, self.bar, self.tally = file, now, bar, Tally()
         self.exhausted = 0
-        """Rows in a row at which every attempt failed."""
+        """The number of rows, one after another, for which every attempt failed."""
         self.synced = self.marked = time.perf_counter()
 
     def wanted(self, conversations: Iterable[Conversation]) -> Iterator[Conversation]:
@@ -214,7 +214,7 @@ class _Keeper:
                 f"{HOPELESS} rows failed and none was answered in between; the last reason: "
                 f"{dialogue.trouble}",
                 where=str(beside(self.file.path, "failures")),
-                next_step="correct what the reasons tell, and run the same command again",
+                next_step="correct what the reasons name, and run the same command again",
             )
         self.bar.update(1, **self.tally.fields)
         now = time.perf_counter()

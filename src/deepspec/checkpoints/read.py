@@ -58,7 +58,8 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
     raise CheckpointError(
         "this is not a draft checkpoint: there is no config.json here or in checkpoints/best",
         where=str(path),
-        next_step="give the directory that holds config.json and model.safetensors",
+        next_step="give the directory that holds config.json and model.safetensors; a run has one after its "
+        "first held-out evaluation",
     )
 
 

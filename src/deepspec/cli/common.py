@@ -34,6 +34,13 @@ SETTINGS: dict[str, Any] = {
 DraftName = Annotated[
     str, typer.Argument(metavar="DRAFT", help="A built-in name, checkpoint or run folder, or a Hub id.")
 ]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or the path of a .yaml file.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings to change in the recipe, such as optim.lr=1e-3."),
+]
 TargetName = Annotated[str, typer.Option(help="The model: pocket, a directory, or a Hub id.")]
 Thinking = Annotated[bool, typer.Option("--thinking", help="Turn on the target's thinking mode.")]
 TopK = Annotated[int, typer.Option(min=0, help="Sample from the K likeliest tokens only; 0: from all.")]
@@ -42,12 +49,37 @@ MaxNew = Annotated[int, typer.Option(min=1, help="Most new tokens per prompt.")]
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Leave out rows that cannot be used, and count them.")
 ]
+Limit = Annotated[int, typer.Option(min=0, help="Read only the first N rows; 0: all.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON on standard output.")]
 DropRepeats = Annotated[bool, typer.Option("--drop-repeats", help="Keep only the first row of each prompt.")]
 
 
 Dtype = StrEnum("Dtype", ["auto", "float32", "bfloat16", "float16"])
+TargetDtype = Annotated[Dtype, typer.Option(help="Number format of the target; auto: as stored.")]
+
+
+def data_file(name: str) -> Path:
+    """The file that an option names: a path, or a packaged set such as pocket:train. Raises UserError."""
+    from deepspec.pocket import PROMPTS, prompts_path
+
+    path = prompts_path(name)
+    if not path.is_file():
+        raise UserError(
+            "it is a folder, not a file" if path.is_dir() else "there is no such file",
+            where=name,
+            next_step=f"give the path of a JSONL file, or one of {', '.join(PROMPTS)}",
+        )
+    return path
+
+
+Answers = Annotated[
+    Path | None,
+    typer.Option(
+        parser=data_file, metavar="FILE", help="Use this file of answers, not the recipe's data.train."
+    ),
+]
 
 
 def load_target(name: str, dtype: str = "auto", device: str = "auto") -> Target:
@@ -76,7 +108,7 @@ def sampling_of(temperature: float, top_k: int = 0, top_p: float = 1.0) -> Sampl
 
 
 def prompt_file(name: str | None, target: str) -> Path:
-    """The file that --prompts names; without it, the pocket target is measured on pocket:test."""
+    """The file of prompts with this name. None is pocket:test, for the pocket target only."""
     from deepspec.pocket import prompts_path
 
     if name is None and target != "pocket":
@@ -88,7 +120,7 @@ def prompt_file(name: str | None, target: str) -> Path:
 
 
 def skipping(skip_bad: bool) -> Skipped:
-    """What becomes of bad rows: counted, or refused with a word on --skip-bad."""
+    """What becomes of bad rows: they are counted, or refused with a message that names --skip-bad."""
     from deepspec.data.skipping import SkipNothing, Skipped
 
     return Skipped() if skip_bad else SkipNothing()

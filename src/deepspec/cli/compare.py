@@ -11,7 +11,7 @@ from rich.text import Text
 
 from deepspec.cli.common import Json, print_json, stdout, table_of
 from deepspec.log import warn
-from deepspec.report.results import MISSING, number, read_results
+from deepspec.report.results import MISSING, estimate, number, read_results
 
 
 def compare(
@@ -21,7 +21,10 @@ def compare(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Paired differences in accepted length, with 95% intervals over prompts.
+    """Compare the accepted lengths τ of drafts in results files.
+
+    Every two drafts are compared on the prompts that both answered: the differences are paired by prompt and
+    have 95% intervals. Files that were measured under other conditions are refused, with the reasons.
 
     \b
     Example:
@@ -48,7 +51,6 @@ def compare(
 
 
 def _difference_cells(name: str, part: Mapping[str, Any]) -> list[Text]:
-    found = part["difference"] or {}
-    interval = f"{number(found.get('low'))} to {number(found.get('high'))}" if found else MISSING
-    figures = [str(part["prompts"]), number(part["tau_a"]), number(part["tau_b"]), number(found.get("value"))]
-    return [Text(cell) for cell in [name, *figures, interval]]
+    difference, interval = estimate(part["difference"])
+    cells = [name, str(part["prompts"]), number(part["tau_a"]), number(part["tau_b"]), difference]
+    return [Text(cell) for cell in [*cells, interval.strip("[]").replace(", ", " to ") or MISSING]]

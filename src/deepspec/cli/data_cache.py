@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from deepspec.cli.common import Json, load_target, print_json
+from deepspec.cli.common import Answers, Device, Json, load_target, print_json
 from deepspec.errors import UserError, without_logins
 from deepspec.log import note
 
@@ -20,30 +20,29 @@ def cache(
         typer.Argument(metavar="RECIPE… [KEY=VALUE…]", help="Recipes that the cache serves, and overrides."),
     ],
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the cache.")],
-    answers: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Use this file, not the recipes' data.train."),
-    ] = None,
+    answers: Answers = None,
     dtype: Annotated[
         Literal["bf16", "fp8", "int8"],
-        typer.Option(help="Number format; fp8 and int8 keep a scale per token and layer."),
+        typer.Option(
+            "--dtype", "--store", help="Number format; fp8 and int8 keep a scale per token and layer."
+        ),
     ] = "bf16",
-    max_rows: Annotated[
-        int | None, typer.Option(min=1, help="Take only the first rows of the answers.")
-    ] = None,
+    limit: Annotated[
+        int, typer.Option("--limit", "--max-rows", min=0, help="Read only the first N rows; 0: all.")
+    ] = 0,
     shard_mb: Annotated[
         int, typer.Option(min=1, help="Size of a shard in MiB; a kill costs one at most.")
     ] = 256,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    device: Device = "auto",
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check the shards that are there, and write damaged ones again.")
+        bool, typer.Option("--verify", help="Check finished shards too, and write damaged ones again.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the target's features to disk, so that training reads them instead of computing them.
+    """Write the target's features to disk for training.
 
-    Only what the recipes' losses read is stored. The same command continues with the shards that are
-    missing; under torchrun each process writes its share.
+    Training then does not run the target again in every epoch. Only what the recipes' losses read is stored.
+    The same command continues with the shards that are missing; under torchrun each process writes its share.
 
     \b
     Example:
@@ -76,7 +75,7 @@ def cache(
         target=load_target(recipes[0].target, device=_own_device(device)),
         answers=answers,
         dtype=dtype,
-        max_rows=max_rows,
+        max_rows=limit or None,
         shard_bytes=shard_mb * 2**20,
         verify=verify,
         rank=rank,

@@ -25,9 +25,7 @@ from deepspec.files import check_writable
 def download(
     names: Annotated[
         list[str],
-        typer.Argument(
-            metavar="SOURCE...", help="A data set's name, a Hub id, or JSONL, CSV and Parquet files."
-        ),
+        typer.Argument(metavar="SOURCE...", help="A named set, a Hub id, or JSONL, CSV and Parquet files."),
     ],
     out: Annotated[Path, typer.Option(help="JSONL file to write. Only a complete file appears.")],
     columns: Annotated[
@@ -37,7 +35,9 @@ def download(
     id_column: Annotated[
         str | None, typer.Option("--id", metavar="COLUMN", help="The same as --map id=COLUMN.")
     ] = None,
-    domain: Annotated[str | None, typer.Option(help="Group to report all rows under.")] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="Domain of all rows; results have a line for each.")
+    ] = None,
     config: Annotated[str | None, typer.Option(help="A Hub data set's config.")] = None,
     split: Annotated[str | None, typer.Option(help="A Hub data set's split (train).")] = None,
     copies: Annotated[
@@ -47,7 +47,8 @@ def download(
     limit: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Rows to keep, chosen by the seed; 0: all. Default: the benchmark's, or all."
+            min=0,
+            help="Keep N rows, chosen by the seed; 0: all. A named benchmark has its published N by default.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -57,8 +58,9 @@ def download(
 ) -> None:
     """Convert any data set to a file of conversations.
 
-    Named sets: open-perfectblend (training); gsm8k, math500, aime25, humaneval, mbpp, livecodebench,
-    mt-bench, alpaca, arena-hard-v2 (benchmarks, worded as published).
+    The named sets are open-perfectblend, for training, and these benchmarks, worded as published: gsm8k,
+    math500, aime25, humaneval, mbpp, livecodebench, mt-bench, arena-hard-v2 and alpaca. pocket:train,
+    pocket:select and pocket:test come with this package.
 
     \b
     Example:
@@ -69,7 +71,9 @@ def download(
     from deepspec.data.catalogue import DATASETS
     from deepspec.data.download import download as run
     from deepspec.data.sources import Wanted, open_source
+    from deepspec.pocket import prompts_path
 
+    names = [str(prompts_path(name)) for name in names]
     known = DATASETS.get(names[0])
     if limit is None:
         limit = (known.rows if known else None) or 0

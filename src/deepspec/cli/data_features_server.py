@@ -8,27 +8,24 @@ from typing import Annotated
 
 import typer
 
-from deepspec.cli.common import Json, print_json
+from deepspec.cli.common import Json, Overrides, RecipeName, print_json
 from deepspec.errors import without_logins
 from deepspec.log import note
 
 
 def features_server(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or the path of a .yaml file.")
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as target=DIRECTORY.")
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     storage: Annotated[
         Path | None,
-        typer.Option(help="Folder for features in transit; server and training see it under this name."),
+        typer.Option(help="Folder for features on their way; server and training see it under this name."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print the command that starts a vLLM server of features for a recipe.
+    """Print the command that starts a vLLM server of features.
 
-    It was written from the released source of vLLM 0.33.0 and is not verified on a real server.
+    The server runs the recipe's target, and training reads its hidden states from there. The command was
+    written from the released source of vLLM 0.33.0 and is not verified on a real server.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""data inspect: which tokens a draft would be trained on, and what a file adds up to."""
+"""`deepspec data inspect`: which tokens a draft would be trained on, and the totals of files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.text import Text
 from deepspec.cli.common import (
     BAD_INPUT,
     Json,
+    Limit,
     SkipBad,
     TargetName,
     Thinking,
@@ -40,7 +41,7 @@ DOMAIN_COLUMNS = {
     "tokens": "tokens",
     "supervised_tokens": "supervised",
     "prompts": "prompts only",
-    "prompt_tokens": "tokens",
+    "prompt_tokens": "their tokens",
 }
 BAR = 40
 """Characters of the histogram's longest bar."""
@@ -58,14 +59,14 @@ def inspect(
     max_length: Annotated[
         int, typer.Option(min=1, help="Tokens kept of a sequence: a recipe's data.max_length.")
     ] = 512,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read the first N rows only.")] = None,
+    limit: Limit = 0,
     skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
-    """Show which tokens a draft would be trained on, and the totals of the files.
+    """Show which tokens of a file a draft would be trained on.
 
-    Reads the target's tokenizer and chat template, not its weights. Exit code 2 means that training would
-    refuse a row.
+    The totals of the files come first, then one row with the supervised tokens marked. Only the target's
+    tokenizer and chat template are read, not its weights. Exit code 2 means that training would refuse a row.
 
     \b
     Example:
@@ -87,7 +88,7 @@ def inspect(
 
     def rows() -> Iterator[Conversation]:
         every = (read_conversations(source, skipped=skipped) for source in sources)
-        return islice(chain.from_iterable(every), limit)
+        return islice(chain.from_iterable(every), limit or None)
 
     if row is not None:
         sequences = row_sequences(tokenizer, chosen := find_row(rows(), row), thinking, spec.vocab_size)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deepspec.cli.common import (
+    Limit,
     MaxNew,
     Seed,
     SkipBad,
@@ -47,9 +48,10 @@ def regenerate(
     top_p: TopP = 1.0,
     max_new_tokens: MaxNew = 256,
     seed: Seed = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first N prompts.")] = None,
-    rows: Annotated[
-        int | None, typer.Option(min=1, help="In process: number of prompts decoded together (16).")
+    limit: Limit = 0,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", "--rows", min=1, help="In process: number of prompts decoded together (16)."),
     ] = None,
     server: Annotated[
         list[str] | None, typer.Option(metavar="URL", help="Ask this server instead; repeat it for several.")
@@ -68,10 +70,11 @@ def regenerate(
     ] = "OPENAI_API_KEY",
     skip_bad: SkipBad = False,
 ) -> None:
-    """Have the target answer prompts, so that a draft learns what this target writes.
+    """Have the target answer prompts, for a draft to learn.
 
-    The target runs in this process, or in OpenAI-compatible servers (vLLM, SGLang, llama-server). Rows that
-    the output file already answers are not asked again, so the same command continues where it stopped.
+    A draft must learn what this target writes. The target runs in this process, or in OpenAI-compatible
+    servers (vLLM, SGLang, llama-server). Rows that the output file already answers are not asked again, so
+    the same command continues where it stopped.
 
     With servers, give --target too if its tokenizer is available: prompts are then built by its template here
     and sent as token ids.
@@ -83,12 +86,12 @@ def regenerate(
           --server http://gpu1:8000 --server http://gpu2:8000 --max-new-tokens 4096
     """
     only_served = {"--model": model, "--concurrency": concurrency, "--timeout": timeout}
-    ignored = {"--rows": rows} if server else only_served
+    ignored = {"--batch": batch} if server else only_served
     stray = next((option for option, value in ignored.items() if value is not None), None)
     if stray is not None:
         raise UserError(
             f"{stray} has no effect {'with' if server else 'without'} --server",
-            next_step="prompts asked at once are --concurrency with servers, and --rows in process",
+            next_step="the number of prompts asked at once is --concurrency with servers, --batch in process",
         )
     check_writable(out)
     source, sampling = prompt_file(prompts, target or "pocket"), sampling_of(temperature, top_k, top_p)
@@ -96,12 +99,12 @@ def regenerate(
 
     skipped = skipping(skip_bad)
     # All are read once before the first is answered: a broken row late in the file ends no long run.
-    total = sum(1 for _ in islice(read_conversations(source, skipped=skipping(skip_bad)), limit))
+    total = sum(1 for _ in islice(read_conversations(source, skipped=skipping(skip_bad)), limit or None))
     if not total:
         raise UserError(
             f"{source} holds no prompts", next_step="give a JSONL file, one conversation per line"
         )
-    asked: Iterable[Conversation] = islice(read_conversations(source, skipped=skipped), limit)
+    asked: Iterable[Conversation] = islice(read_conversations(source, skipped=skipped), limit or None)
     settings: dict[str, Any] = {
         "thinking": thinking,
         "sampling": sampling,
@@ -132,7 +135,7 @@ def regenerate(
         target = target or "pocket"
         options = {key: value for key, value in settings.items() if key != "total"}
         check_settings(TargetSpec.from_pretrained(target), out, **options)
-        tally = regenerate(load_target(target), asked, out, max_rows=rows or 16, **settings)
+        tally = regenerate(load_target(target), asked, out, max_rows=batch or 16, **settings)
     report_skipped(skipped)
     _report(tally, out, target or "TARGET", thinking)
 
@@ -141,8 +144,8 @@ def _report(tally: Tally, out: Path, target: str, thinking: bool) -> None:
     """Print what was done, and the commands that may follow."""
     from deepspec.answers.file import beside
 
-    there = f", {tally.there} were there already" if tally.there else ""
-    typer.echo(f"{out}: {tally.new} new answers{there}")
+    before = f"; {tally.there} rows had one before" if tally.there else ""
+    typer.echo(f"{out}: {tally.new} new answers{before}")
     if tally.new:
         seconds = max(tally.seconds, 1e-9)
         typer.echo(

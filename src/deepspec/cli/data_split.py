@@ -12,6 +12,7 @@ from deepspec.cli.common import (
     DropRepeats,
     Json,
     SkipBad,
+    data_file,
     print_json,
     report_skipped,
     say_repeats,
@@ -23,7 +24,9 @@ from deepspec.files import check_writable
 def split(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE...", exists=True, dir_okay=False, help="JSONL files of conversations."),
+        typer.Argument(
+            metavar="FILE...", parser=data_file, help="JSONL files, or pocket:train; read as one."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for train.jsonl, select.jsonl and test.jsonl.")],
     select: Annotated[float, typer.Option(help="Share of rows to choose the best checkpoint with.")] = 0.01,
@@ -32,9 +35,10 @@ def split(
     skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
-    """Divide conversations into train, select and test sets that share no question.
+    """Divide conversations into train, select and test sets.
 
-    The set depends on the opening question alone, so copies, another order or another run change nothing.
+    No question is in two of them: the set of a row depends on its opening question alone. Copies, another
+    order of the rows or another run therefore change nothing.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""`deepspec eval`: measure drafts next to plain decoding."""
+"""`deepspec eval`: drafts measured against plain decoding."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Annotated
 import typer
 
 from deepspec.cli.common import (
+    Device,
     Dtype,
     Json,
     MaxNew,
     Seed,
+    SkipBad,
+    TargetDtype,
     TargetName,
     Thinking,
     TopK,
@@ -21,7 +24,9 @@ from deepspec.cli.common import (
     print_json,
     print_results,
     prompt_file,
+    report_skipped,
     sampling_of,
+    skipping,
 )
 from deepspec.errors import UserError
 from deepspec.files import check_writable
@@ -33,10 +38,14 @@ def evaluate(
     target: TargetName = "pocket",
     draft: Annotated[
         list[str] | None,
-        typer.Option(help="A built-in name, a run's or checkpoint's folder; may be repeated."),
+        typer.Option(help="A built-in name, checkpoint or run folder, or a Hub id; may be repeated."),
     ] = None,
-    prompts: Annotated[str | None, typer.Option(help="A JSONL file, pocket:test or pocket:select.")] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Number of prompts, domains in turns. 0: all.")] = 12,
+    prompts: Annotated[
+        str | None, typer.Option(help="A JSONL file, or pocket:test (the default for pocket).")
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=0, help="Number of prompts, taken from the domains in turns; 0: all.")
+    ] = 12,
     temperature: Annotated[
         list[float] | None, typer.Option(min=0, help="0 is greedy; may be repeated.")
     ] = None,
@@ -49,8 +58,8 @@ def evaluate(
     ] = False,
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 1,
-    dtype: Annotated[Dtype, typer.Option()] = Dtype.auto,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    dtype: TargetDtype = Dtype.auto,
+    device: Device = "auto",
     no_baselines: Annotated[
         bool, typer.Option("--no-baselines", help="Leave out transformers' generate and prompt lookup.")
     ] = False,
@@ -59,11 +68,14 @@ def evaluate(
         typer.Option(help="Results file; several temperatures add -t<temperature> to its name."),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Also write an HTML report.")] = None,
+    skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
-    """Measure drafts next to plain decoding: accepted length, speed, and whether the output changed.
+    """Measure how much faster a target is with drafts.
 
-    With --out every prompt measured is kept: after Ctrl-C or a kill the same command continues.
+    All methods answer the same prompts in turns: plain decoding, transformers' generate, prompt lookup, and
+    the drafts. The table has accepted length, speed, and whether the output changed. With --out every
+    measured prompt is kept, so that the same command continues after Ctrl-C or a kill.
 
     \b
     Example:
@@ -94,7 +106,9 @@ def evaluate(
     spec = TargetSpec.from_pretrained(target)
     for name in names:
         check_draft(name, spec)
-    tasks = load_prompts(source, spec, thinking=thinking, limit=limit)
+    skipped = skipping(skip_bad)
+    tasks = load_prompts(source, spec, thinking=thinking, limit=limit, skipped=skipped)
+    report_skipped(skipped)
     curves = {label: read_metrics(Path(name) / "metrics.jsonl") for label, name in folders.items()}
     model = load_target(target, dtype.value, device)
     drafts = {label: load_draft(name, model) for label, name in folders.items()}

@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from deepspec.cli.common import MaxNew, Seed, TargetName, Thinking, load_target, sampling_of, stdout
+from deepspec.cli.common import (
+    Device,
+    Dtype,
+    MaxNew,
+    Seed,
+    TargetDtype,
+    TargetName,
+    Thinking,
+    TopK,
+    TopP,
+    load_target,
+    sampling_of,
+    stdout,
+)
 from deepspec.errors import UserError
 from deepspec.log import note
 
@@ -19,14 +32,21 @@ if TYPE_CHECKING:
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The user's message.")],
     target: TargetName = "pocket",
-    draft: Annotated[str | None, typer.Option("--draft", help="For pocket: pocket-dspark.")] = None,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.0,
+    draft: Annotated[
+        str | None,
+        typer.Option(help="A name, folder or Hub id, as for eval; the default for pocket is pocket-dspark."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
     max_new_tokens: MaxNew = 128,
     thinking: Thinking = False,
     seed: Seed = 0,
+    dtype: TargetDtype = Dtype.auto,
+    device: Device = "auto",
     plain: Annotated[bool, typer.Option("--plain", help="Decode without a draft.")] = False,
 ) -> None:
-    """Answer one prompt, as the tokens come, and show which of them the draft produced.
+    """Answer one prompt, and show which tokens the draft produced.
 
     \b
     Example:
@@ -38,7 +58,7 @@ def generate(
         raise UserError(
             f"{target} needs a draft", next_step="add --draft NAME, or --plain to decode without a draft"
         )
-    sampling = sampling_of(temperature)
+    sampling = sampling_of(temperature, top_k, top_p)
     from deepspec.checkpoints.draft import check_draft, load_draft
     from deepspec.data.messages import Message
     from deepspec.data.tokens import prompt_ids, require_tokenizer
@@ -56,7 +76,7 @@ def generate(
     tokenizer = require_tokenizer(spec.tokenizer(), target)
     asked = [Message(role="user", content=prompt)]
     ids = prompt_ids(tokenizer, asked, thinking, vocab_size=spec.vocab_size)
-    model = load_target(target)
+    model = load_target(target, dtype.value, device)
     chosen = None if draft is None else load_draft(draft, model)
     decoder, console, text = Decoder(model, chosen), stdout(), TextStream(tokenizer)
     decoder.submit(Request(ids, max_new_tokens, seed, "", sampling, model.stop_token_ids))
@@ -76,5 +96,5 @@ def generate(
 
 
 def coloured(pieces: Sequence[Piece]) -> Text:
-    """Some of an answer, draft-produced tokens in green."""
+    """Some of an answer; the draft's tokens are green."""
     return Text.assemble(*((piece, "green" if drafted else "") for piece, drafted in pieces))

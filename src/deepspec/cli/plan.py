@@ -1,4 +1,4 @@
-"""plan: what a recipe takes, before anything runs."""
+"""`deepspec plan`: what a recipe needs, estimated before anything runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from deepspec.cli.common import Json, print_json, stdout, table_of
+from deepspec.cli.common import Json, Overrides, RecipeName, data_file, print_json, stdout, table_of
 from deepspec.errors import UserError
 from deepspec.log import note
 
@@ -23,22 +23,24 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or path.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as data.max_length=2048.")
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     machine: Annotated[
-        str | None, typer.Option(help="A machine such as h100, or `here`, which is measured.")
+        str | None, typer.Option(help="rtx4090, h100 and so on, or `here`, which is measured.")
     ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure this machine again.")] = False,
-    watts: Annotated[float | None, typer.Option(min=0, help="Power at full load.")] = None,
+    watts: Annotated[float | None, typer.Option(min=0, help="The machine's power at full load.")] = None,
     share: Annotated[
         float | None,
-        typer.Option(min=0.01, max=1, help="Share of the machine's peak that is reached."),
+        typer.Option(min=0.01, max=1, help="Share of its peak speed that the machine reaches."),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Answers or prompts instead of data.train."),
+        typer.Option(
+            parser=data_file,
+            metavar="FILE",
+            help="Count these answers or prompts, not the recipe's data.train.",
+        ),
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Number of training rows.")] = None,
     prompt_tokens: Annotated[float | None, typer.Option(min=1, help="Mean length of a prompt.")] = None,
@@ -51,22 +53,24 @@ def plan(
         Literal["bf16", "fp8", "int8"], typer.Option("--store", help="Number format of a cache.")
     ] = "bf16",
     cache_dir: Annotated[
-        Path, typer.Option("--cache-dir", help="A folder on the disk that has to hold everything.")
+        Path, typer.Option("--cache-dir", help="A folder on the disk that will hold everything.")
     ] = Path("."),
     engine: Annotated[
         Literal["process", "server"],
-        typer.Option("--engine", help="What answers: this process, or an inference server."),
+        typer.Option("--engine", help="Where the target answers: in process, or in an inference server."),
     ] = "process",
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Answers decoded together; 16, or 256 by a server."),
+        typer.Option(min=1, help="Number of prompts answered together (16, or 256 in a server)."),
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show every formula with its numbers.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Estimate what a recipe needs before you run it: bytes, memory, operations, hours and energy.
+    """Estimate what a recipe needs before you run it.
 
-    Refuses what cannot fit (exit code 2), and names the cheapest change that makes it fit.
+    The plan has bytes, memory, operations, hours and energy. What cannot fit is refused (exit code 2), with
+    the cheapest change that makes it fit. No weights are needed, except to measure `here`. The dimensions of
+    the Qwen3 targets ship with deepspec; other targets' config.json is read from a directory or the Hub.
 
     \b
     Example:
@@ -118,7 +122,7 @@ def free_bytes(folder: Path) -> float:
 def refusal(found: Plan, change: Change | None) -> UserError:
     """The error of a plan that does not fit, with the change that makes it fit."""
     over = "; ".join(
-        f"{n.what}: {size(n.wants)} needed, {size(n.has)} there" for n in found.needs if not n.fits
+        f"{n.what}: {size(n.wants)} needed, {size(n.has)} available" for n in found.needs if not n.fits
     )
     next_step = (
         "use a smaller target or a machine with more memory; no change of the recipe makes it fit here"
@@ -141,7 +145,7 @@ def section_tables(sections: Mapping[str, Mapping[str, Figure]], explain: bool) 
 
 
 def needs_table(needs: Iterable[Need]) -> Table:
-    table = table_of("has to fit", "needed", "there", "")
+    table = table_of("does it fit?", "needed", "available", "")
     for need in needs:
         table.add_row(need.what, size(need.wants), size(need.has), "fits" if need.fits else "does not fit")
     return table

@@ -1,4 +1,4 @@
-"""`deepspec quickstart`: the whole loop on the pocket target."""
+"""`deepspec quickstart`: everything once, on the pocket target."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def quickstart(
     ),
     as_json: Json = False,
 ) -> None:
-    """Train three drafts for the pocket target, measure them, write a report.
+    """See all of it on a small model: train, measure and report.
+
+    Three drafts are trained for the target `pocket`, which ships with deepspec, and measured.
 
     \b
     Example:

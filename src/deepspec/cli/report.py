@@ -16,11 +16,11 @@ def report(
     files: Annotated[list[Path], typer.Argument(metavar="RESULTS.json", help="Written by deepspec eval.")],
     metrics: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FILE", help="A draft's metrics.jsonl; may be repeated."),
+        typer.Option(metavar="NAME=FILE", help="A run's metrics.jsonl, for curves; may be repeated."),
     ] = None,
     out: Annotated[Path, typer.Option(help="The page's file.")] = Path("report.html"),
 ) -> None:
-    """Results files as one HTML page that opens from disk.
+    """Write results files as one HTML page that opens from disk.
 
     \b
     Example:

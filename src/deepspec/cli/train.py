@@ -9,22 +9,15 @@ from typing import Annotated
 
 import typer
 
-from deepspec.cli.common import INTERRUPTED
+from deepspec.cli.common import INTERRUPTED, Answers, Overrides, RecipeName
 from deepspec.log import note
 
 
 def train(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or the path of a .yaml file.")
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as optim.lr=1e-3.")
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     runs: Annotated[Path, typer.Option(help="Folder in which the run's own folder is made.")] = Path("runs"),
-    answers: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Use this file, not the recipe's data.train."),
-    ] = None,
+    answers: Answers = None,
     start_from: Annotated[
         str | None,
         typer.Option("--from", metavar="DRAFT", help="Fine-tune this draft instead of starting a fresh one."),
@@ -33,7 +26,10 @@ def train(
         bool, typer.Option("--fresh", help="Start over; an earlier run of that name is moved aside.")
     ] = False,
 ) -> None:
-    """Train a draft, or continue the run of that name where it stopped.
+    """Train a draft, or continue a run where it stopped.
+
+    A run is called as its recipe, or as name=NAME says. If data.train is pocket:train, as in the pocket
+    recipes, the target answers these prompts first, which takes minutes.
 
     \b
     Example:

@@ -326,6 +326,6 @@ def _check_space(plan: Plan, out: Path, missing: Sequence[int]) -> None:
         raise UserError(
             f"the cache needs {decimal(needed)} more, and the disk has {decimal(free)} free",
             where=str(out),
-            next_step="--dtype fp8 or int8 halves a bf16 cache, --max-rows takes fewer rows, --out another "
+            next_step="--dtype fp8 or int8 halves a bf16 cache, --limit takes fewer rows, --out another "
             "disk; or train with data.features=online, which stores nothing",
         )

@@ -1,1 +1,1 @@
-"""What drafts are worth: evaluations, and what they wrote."""
+"""Measuring drafts: evaluations, and the rows of their results."""

@@ -21,6 +21,7 @@ from deepspec.conditions import SEVERAL, Conditions
 from deepspec.config import HELD_OUT_ROWS
 from deepspec.data.conversations import Conversation, prompt_messages, read_conversations, tools_of
 from deepspec.data.identity import row_seed
+from deepspec.data.skipping import Skipped, nothing_left, refuse
 from deepspec.data.template import template_conditions, template_date
 from deepspec.data.tokens import prompt_ids, require_tokenizer, system_hash
 from deepspec.decode.engine import Decoder, Generation, Request
@@ -41,26 +42,31 @@ WARM_UP_TOKENS = 16
 FINGERPRINTED = 1024
 """Values of each tensor that enter a model's fingerprint."""
 CONVENTIONS = {
-    "accepted length τ": "tokens kept per verify round, bonus included, pooled over prompts (sum over sum); "
-    "the first new token comes from the prefill and is in no round; a round cut at the budget or a stop "
-    "token counts what was kept",
-    "conditional acceptance at k": "accepted(k) / reached(k): reached when all before it were accepted",
-    "survival at k": "share of rounds in which positions 1 to k were all accepted",
-    "speed-up": "tokens per second against the faster of the two plain rows (ours, transformers), prefill "
-    "included, methods taking turns prompt by prompt in one run",
+    "accepted length τ": "tokens kept per verify round, over the rounds of all prompts together; it counts "
+    "the target's own token of each round, but not an answer's first token, which comes before any round",
+    "conditional acceptance at k": "of the rounds in which all guesses before k were accepted, the share in "
+    "which guess k was too",
+    "survival at k": "share of rounds in which guesses 1 to k were all accepted",
+    "speed-up": "tokens per second against the faster row without a draft; prompts are read within that time",
     "mean of domains": "mean of the domains' speed-ups, each domain weighing the same",
-    "intervals": "95%, bootstrap over prompts, paired where two methods are compared",
+    "low–high": "95% interval, from a bootstrap over prompts (paired if two methods are compared)",
     "distinct-4, repeated-8": "share of distinct 4-grams, and of 8-grams seen before in the same answer",
 }
 
 
 def load_prompts(
-    path: str | Path, target: Target | TargetSpec, *, thinking: bool = False, limit: int | None = None
+    path: str | Path,
+    target: Target | TargetSpec,
+    *,
+    thinking: bool = False,
+    limit: int | None = None,
+    skipped: Skipped | None = None,
 ) -> list[Prompt]:
-    """Prompts of a JSONL file in the target's template. limit: take so many, the domains in turns.
+    """The prompts of a JSONL file in the target's template. limit: take so many, the domains in turns.
 
     Raises DataError for a broken or empty file, for an id that comes twice (its prompt would count twice),
-    and for a prompt of which the target would not see all; TargetError for a target without a tokenizer.
+    and for a prompt that the target could not read completely; with `skipped`, such rows are left out and
+    counted there. Raises TargetError for a target without a tokenizer.
     """
     spec = target if isinstance(target, TargetSpec) else target.spec
     if isinstance(target, TargetSpec):
@@ -68,35 +74,39 @@ def load_prompts(
     else:
         known, most = target.tokenizer, target.max_length
     tokenizer = require_tokenizer(known, spec.name)
-    rows = list(read_conversations(path))
-    if not rows:
-        raise DataError("no prompts", where=str(path))
     seen: dict[str, Conversation] = {}
-    for row in rows:
+    for row in read_conversations(path, skipped=skipped):
         if (first := seen.setdefault(row.id, row)) is not row:
-            raise DataError(
+            twice = DataError(
                 f"the id comes twice; first at {first.where}",
                 where=row.where,
                 next_step="keep each prompt once, or give the rows different ids",
             )
+            refuse(twice, skipped)
     found = []
-    for c in spread(rows, limit):
+    for c in spread(list(seen.values()), limit):
         text = c.messages[-1]["content"] if c.messages else ""
-        ids = prompt_ids(
-            tokenizer,
-            prompt_messages(c),
-            thinking,
-            tools=tools_of(c),
-            where=c.where,
-            vocab_size=spec.vocab_size,
-        )
-        if most is not None and len(ids) >= most:
-            raise DataError(
-                f"the prompt is {len(ids)} tokens, and {spec.name} reads at most {most}",
+        try:
+            ids = prompt_ids(
+                tokenizer,
+                prompt_messages(c),
+                thinking,
+                tools=tools_of(c),
                 where=c.where,
-                next_step="remove the row, or use a target with a longer context",
+                vocab_size=spec.vocab_size,
             )
-        found.append(Prompt(c.id, c.domain or "all", text, tuple(ids), system_hash(c.messages)))
+            if most is not None and len(ids) >= most:
+                raise DataError(
+                    f"the prompt is {len(ids)} tokens, and {spec.name} reads at most {most}",
+                    where=c.where,
+                    next_step="remove the row, or use a target with a longer context",
+                )
+        except DataError as error:
+            refuse(error, skipped)
+        else:
+            found.append(Prompt(c.id, c.domain or "all", text, tuple(ids), system_hash(c.messages)))
+    if not found:
+        raise nothing_left(skipped, str(path))
     return found
 
 
@@ -296,8 +306,8 @@ def _take_turns(
     batch: int,
     log: ResumableLog | None,
 ) -> None:
-    """Have all methods answer group after group of prompts, another one first each time. Groups that the
-    log holds are taken from there."""
+    """Have all methods answer one group of prompts after another; each time another method begins. Groups
+    that the log holds are taken from there."""
     groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
     done = {} if log is None else {line["group"]: line["methods"] for _, line in log.records()}
     if done:

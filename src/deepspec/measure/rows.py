@@ -19,7 +19,7 @@ from deepspec.targets import Target
 
 BOOTSTRAP_SEED = 20
 TIE = 1e-3
-"""Two logits of float32 that differ by less may change places by rounding."""
+"""Rounding may swap two logits of float32 that differ by less."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ Answering = Callable[[Sequence[Prompt], int], list[Generation]]
 
 @dataclass
 class Measurement:
-    """The answers to one group of prompts by one method, and what they took. joules: None without a meter."""
+    """One method's answers to a group of prompts, and the time and energy for them. joules: None if there is
+    no meter."""
 
     answers: list[Generation]
     seconds: float
@@ -47,7 +48,7 @@ class Measurement:
 
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> Measurement:
-        """The inverse of `asdict`."""
+        """Read what `asdict` made of a measurement."""
         answers = [Generation(**answer) for answer in entry["answers"]]
         return cls(answers, entry["seconds"], entry["joules"])
 

@@ -48,8 +48,8 @@ def line_chart(
 ) -> dict[str, Any] | None:
     """Geometry of a chart with one line per series; a point that is not a number leaves a gap.
 
-    None when there is nothing to draw. `y_range` fixes the vertical axis, `whole_x` puts a tick on every
-    whole number.
+    The result is None if there is nothing to draw. `y_range` fixes the vertical axis, `whole_x` puts a tick
+    on every whole number.
     """
     points = [p for _, line in series for p in line if is_number(p[0]) and is_number(p[1])]
     if not points:
@@ -91,7 +91,8 @@ def line_chart(
 def bar_chart(
     title: str, groups: Sequence[tuple[str, Sequence[tuple[Style, Mapping[str, Any] | None]]]], unit: str
 ) -> dict[str, Any] | None:
-    """Geometry of horizontal bars from 0 with interval whiskers and a line at 1; None without values.
+    """Geometry of horizontal bars from 0, with interval whiskers and a line at 1; None if no method has a
+    value.
 
     `groups` are (heading or "", [(style, estimate), …]); methods without a value are left out.
     """

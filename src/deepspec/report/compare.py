@@ -72,7 +72,7 @@ def paired_difference(
 ) -> dict[str, Any]:
     """Pooled τ of both on the prompts `keys`, and their difference b - a with its 95% paired interval.
 
-    A figure is None where there are no rounds to take it from.
+    A figure is None if there are no rounds to compute it from.
     """
     kept_a, rounds_a = [a[key][0] for key in keys], [a[key][1] for key in keys]
     kept_b, rounds_b = [b[key][0] for key in keys], [b[key][1] for key in keys]
@@ -135,6 +135,6 @@ def compare_results(files: Sequence[Result], allow_mismatch: bool = False) -> di
         if (row.get("overall") or {}).get("tau")
     ]
     if len(rows) < 2:
-        raise DataError(f"only {len(rows)} row(s) have an accepted length, and a comparison takes two")
+        raise DataError(f"only {len(rows)} row(s) have an accepted length, and a comparison needs two")
     pairs = [compared_pair(a, b) for a, b in combinations(rows, 2)]
     return {"refusals": refusals, "warnings": warnings, "comparisons": pairs}

@@ -35,11 +35,14 @@ from deepspec.report.results import (
 )
 
 KINDS = {
-    "plain": "plain decoding",
-    "generate": "transformers' generate",
-    "lookup": "n-gram prompt lookup",
+    "plain": "no draft",
+    "generate": "no draft",
+    "lookup": "repeats n-grams",
     "draft": "draft",
 }
+"""How a method guesses, for the second line of its cell."""
+PAGE_ONLY = ("conditional acceptance", "survival")
+"""Conventions of figures that the terminal's table does not show."""
 
 
 def styles(algorithm_of: Mapping[str, str]) -> dict[str, Style]:
@@ -77,8 +80,8 @@ def detail_of(row: Row) -> str:
 def cells(row: Row, result: Result) -> dict[str, Any]:
     """One row of the table as text, shared by the page and the terminal.
 
-    value, low, high: the speed-up that the page's first sentences quote, and the ends of its interval. It is
-    the mean of domains if there are several, so that each counts the same.
+    value, low, high: the speed-up that the page's first sentences quote, and the ends of its interval. If
+    there are several domains it is the mean of theirs, so that each counts the same.
     """
     overall, by_domain = row.get("overall") or {}, row.get("domains") or {}
     tau, tau_interval = estimate(overall.get("tau"))
@@ -129,7 +132,7 @@ def conventions_of(results: Sequence[Result]) -> list[tuple[str, str]]:
 
 
 def results_table(results: Sequence[Result]) -> Table:
-    """The results as a terminal table: a section per results file, the conventions below it.
+    """The results as a terminal table: a section per results file, and below it what the columns mean.
 
     Fits 80 columns. Cells are `Text`, never markup, so a method called "[red]" stays what it is.
     """
@@ -159,10 +162,10 @@ def results_table(results: Sequence[Result]) -> Table:
                 cell["lossless"].replace(" identical", "").replace(", ", "\n"),
             )
             table.add_row(*(Text(text.strip()) for text in texts), end_section=cell is rows[-1])
-    notes = [f"{name}: {sentence}" for name, sentence in conventions_of(results)]
-    notes += ["low–high: 95% interval."]
-    notes += ["lossless: prompts answered exactly as by plain greedy decoding / prompts compared."]
-    notes += [f"J/token {MISSING}: not measurable here."] if energy_missing else []
+    pairs = conventions_of(results)
+    notes = [f"{name}: {sentence}" for name, sentence in pairs if not name.startswith(PAGE_ONLY)]
+    notes += ["lossless: prompts answered exactly as by plain greedy decoding / prompts compared"]
+    notes += [f"J/token {MISSING}: not measurable here"] if energy_missing else []
     table.caption = Text("\n".join(notes))
     return table
 

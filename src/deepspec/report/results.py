@@ -47,7 +47,8 @@ def read_results(path: Path) -> list[Result]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; empty if it is not there, as for a packaged draft. Raises DataError."""
+    """The rows of a metrics file; none if there is no such file, as for a packaged draft. Raises
+    DataError."""
     rows = []
     for number, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else [], start=1):
         try:
@@ -68,11 +69,12 @@ def number(value: Any, digits: int = 2) -> str:
 
 
 def estimate(value: Mapping[str, Any] | None, suffix: str = "") -> tuple[str, str]:
-    """An estimate as ("1.92×", "[1.85, 2.01]"); the second is empty without an interval."""
+    """An estimate as ("1.92×", "[1.85, 2.01]"). The second is empty without an interval, or if the interval
+    has no width, as that of a single prompt: it would look exact and says nothing."""
     if not value or not is_number(value.get("value")):
         return MISSING, ""
     low, high = value.get("low"), value.get("high")
-    interval = f"[{number(low)}, {number(high)}]" if is_number(low) and is_number(high) else ""
+    interval = f"[{number(low)}, {number(high)}]" if is_number(low) and is_number(high) and low < high else ""
     return number(value["value"]) + suffix, interval
 
 
@@ -97,18 +99,17 @@ def sampling_label(conditions: Mapping[str, Any]) -> str:
 
 
 def condition_labels(results: Sequence[Result]) -> list[str]:
-    """One distinct label per results file: sampling, then thinking where it varies, then a number."""
+    """A distinct label for each results file: the sampling, thinking if it varies, and a number if all else
+    is equal."""
     conditions = [result.get("conditions") or {} for result in results]
     labels = [sampling_label(each) for each in conditions]
     if len({each.get("thinking") for each in conditions}) > 1:
         modes = ["thinking" if each.get("thinking") else "not thinking" for each in conditions]
         labels = [f"{label}, {mode}" for label, mode in zip(labels, modes, strict=True)]
-    seen: dict[str, int] = {}
-    for index, label in enumerate(labels):
-        seen[label] = seen.get(label, 0) + 1
-        if labels.count(label) > 1:
-            labels[index] = f"{label} (run {seen[label]})"
-    return labels
+    return [
+        f"{label} (run {labels[: index + 1].count(label)})" if labels.count(label) > 1 else label
+        for index, label in enumerate(labels)
+    ]
 
 
 def lossless_finding(row: Row, conditions: Mapping[str, Any]) -> tuple[str, str]:

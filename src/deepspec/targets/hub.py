@@ -36,7 +36,7 @@ def fetch(name: str, patterns: Sequence[str]) -> Path:
 
 def unavailable(kind: str, name: str, error: BaseException, instead: str) -> tuple[str, str]:
     """(what is wrong, next step) for a Hub id that could not be loaded because of `error`. kind: "model" or
-    "draft"; instead: what else may be given, to follow "give a local directory (…)"."""
+    "draft"; instead: what else may be given, to follow "give a local directory,"."""
     found = list(causes(error))
     if any(isinstance(cause, GatedRepoError) for cause in found):
         return (
@@ -50,9 +50,8 @@ def unavailable(kind: str, name: str, error: BaseException, instead: str) -> tup
     else:
         why = first_line(error)
     return (
-        f"no {kind} named {name!r} was found: it is not a local directory, and it could not be loaded from "
-        f"the Hub ({why})",
-        f"give a local directory ({DOWNLOAD}), {instead}",
+        f"{name!r} is not a local directory, and no {kind} of that name could be loaded from the Hub: {why}",
+        f"check the name, or give a local directory ({DOWNLOAD.replace('ORG/NAME', name)}), {instead}",
     )
 
 
@@ -83,7 +82,7 @@ def unreadable(name: str, path: str, error: Exception, *, weights: bool = False)
     """The error for a model whose config or weights could not be read. It names the file at fault if that can
     be found out, and repeats transformers' message otherwise."""
     if not Path(path).is_dir():
-        what, next_step = unavailable("model", name, error, "a Hub id, or the built-in `pocket`")
+        what, next_step = unavailable("model", name, error, "or the built-in `pocket`")
         return TargetError(what, next_step=next_step)
     if "custom code" in str(error):
         return TargetError(
