@@ -139,6 +139,37 @@ def test_row_at_fault_is_named_and_the_others_are_as_without_it(targets, monkeyp
     assert wanted.keys() - found.keys() <= {"p0"}  # what finished before the error went with the generator
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("method", ["lookup", "eagle3", "dspark"])
+def test_fault_of_a_rejected_proposal_changes_no_answer(targets, monkeypatch, method, temperature):
+    """In one pass NaN reaches the tokens before it too; drawing them from the target at once, as if nothing
+    had been proposed, would change the law of sampled ones."""
+    target, proposed, names = targets["llama"], set(), ("token_ids", "accepted", "proposed")
+    draft: Any = PromptLookup(64, block=3) if method == "lookup" else tiny_draft(target, method)
+    prompts, options = prompts_of(target, (7, 12, 5)), {"max_new_tokens": 16, "temperature": temperature}
+    propose = draft.propose
+
+    def noting(*words: Any) -> Any:
+        proposal = propose(*words)
+        proposed.update(proposal.tokens.flatten().tolist())
+        return proposal
+
+    monkeypatch.setattr(draft, "propose", noting)
+    expected = generate(target, draft, prompts, **options)
+    rejected = proposed.difference(*(answer.token_ids for answer in expected), *prompts)
+    if method == "lookup":  # it proposes nothing but what it has read
+        rejected, at_once = {BAD}, draft._continue
+        assert not any(BAD in answer.token_ids for answer in expected)
+        monkeypatch.setattr(draft, "_continue", lambda *words: [at_once(*words)[0], BAD, BAD])
+        expected = generate(target, draft, prompts, **options)
+    assert rejected
+    for bad in sorted(rejected)[:3]:
+        with poisoned(target, token=bad):
+            found = generate(target, draft, prompts, **options)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert all(getattr(ours, name) == getattr(theirs, name) for name in names)
+
+
 def test_fault_in_a_round_commits_nothing_and_hands_out_the_other_rows_events(targets):
     target = targets["llama"]
     prompts = clean_prompts(target, (5, 8))

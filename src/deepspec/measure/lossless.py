@@ -28,7 +28,7 @@ from deepspec.data.identity import row_seed
 from deepspec.decode.engine import Decoder, Generation, Request, Row
 from deepspec.drafts.base import Draft
 from deepspec.log import progress
-from deepspec.maths.verify import Sampling, Verdict, warp
+from deepspec.maths.verify import Sampling, warp
 from deepspec.measure.rows import Prompt, first_difference
 from deepspec.schedule.policies import Policy
 from deepspec.targets import Target
@@ -109,15 +109,9 @@ class Watched(Decoder):
 
     seen: dict[str, list[tuple[int, Tensor]]]
 
-    def _decide(
-        self, rows: Sequence[Row], p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, uniforms: Tensor
-    ) -> Verdict:
-        verdict = super()._decide(rows, p, q, tokens, lengths, uniforms)
-        for i, row in enumerate(rows):
-            reached = min(int(verdict.accepted[i]) + 1, int(lengths[i]))
-            start = len(row.answer.token_ids)
-            self.seen.setdefault(row.answer.key, []).extend((start + k, q[i, k]) for k in range(reached))
-        return verdict
+    def _watch(self, row: Row, count: int, accepted: int, q: Tensor) -> None:
+        start, reached = len(row.answer.token_ids), min(accepted + 1, count)
+        self.seen.setdefault(row.answer.key, []).extend((start + k, q[k]) for k in range(reached))
 
 
 def check_greedy(
