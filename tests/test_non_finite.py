@@ -22,6 +22,7 @@ from deepspec.answers.file import beside
 from deepspec.answers.in_process import regenerate
 from deepspec.checkpoints.draft import save_draft
 from deepspec.cli import app
+from deepspec.config import load_recipe
 from deepspec.data.conversations import conversation_from_row
 from deepspec.data.tokens import Encoded
 from deepspec.decode.engine import Decoder, Request, generate
@@ -35,6 +36,8 @@ from deepspec.measure.evaluate import evaluate_drafts, partial_path
 from deepspec.measure.rows import Prompt
 from deepspec.targets import Target
 from deepspec.targets.model import StepOutput
+from deepspec.train.loop import train_draft
+from deepspec.train.run import open_run
 from kills import contents
 from talking import recipe_tree, save_talking_llama, train_in, write_data, write_recipe
 from test_train import recipe_for, rows_for
@@ -304,8 +307,16 @@ def test_every_command_refuses_a_target_of_nan_with_one_message(broken, tmp_path
     assert result.exit_code == 2, result.output
     said = " ".join(result.stderr.split())
     assert "gives infinities or NaN in its logits, from which nothing can be learnt or decoded" in said
-    left = {p.name for p in tmp_path.rglob("*") if p.is_file()}
-    assert left == ({"recipe.yaml", ".lock"} if words[0] == "train" else set())
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_fresh_run_keeps_the_earlier_one_in_place_if_the_target_is_refused(broken, tmp_path, capsys):
+    recipe = load_recipe(str(broken / "r.yaml"))
+    with open_run(tmp_path, recipe):
+        before = contents(tmp_path)
+    with pytest.raises(NonFiniteError):
+        train_draft(recipe, tmp_path, fresh=True)
+    assert contents(tmp_path) == before
 
 
 # ── training ──────────────────────────────────────────────────────────────────────────────────────────

@@ -170,7 +170,7 @@ class Decoder:
         return not (self.waiting or self.rows or self._held)
 
     def submit(self, request: Request) -> str:
-        """Put a request in line; its key. Its budget is cut to what the prompt leaves of the target's context.
+        """Put a request in line; its key. Its budget is cut to what its prompt leaves of the context.
 
         Raises UserError for an empty prompt or one that fills the context, tokens outside the vocabulary, a
         budget below one token, or the key of a request that has not finished.
