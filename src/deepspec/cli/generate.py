@@ -59,7 +59,7 @@ def generate(
     model = load_target(target)
     chosen = None if draft is None else load_draft(draft, model)
     decoder, console, text = Decoder(model, chosen), stdout(), TextStream(tokenizer)
-    decoder.submit(Request(ids, max_new_tokens, seed, "", sampling, model.stop_token_ids))
+    decoder.submit(Request(ids, max_new_tokens, seed, "PROMPT", sampling, model.stop_token_ids))
     while not decoder.idle:
         for event in decoder.step():
             answer = event.answer
