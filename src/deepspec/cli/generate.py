@@ -40,6 +40,7 @@ def generate(
         )
     sampling = sampling_of(temperature)
     from deepspec.checkpoints.draft import check_draft, load_draft
+    from deepspec.checkpoints.read import find_checkpoint
     from deepspec.data.messages import Message
     from deepspec.data.tokens import prompt_ids, require_tokenizer
     from deepspec.decode.engine import Decoder, Request
@@ -49,7 +50,7 @@ def generate(
     # What can be refused is refused before the weights are loaded.
     draft = None if plain else draft
     if draft is not None:
-        check_draft(draft, None)
+        find_checkpoint(draft)
     spec = TargetSpec.from_pretrained(target)
     if draft is not None:
         check_draft(draft, spec)

@@ -154,6 +154,11 @@ class Decoder:
         assert max_rows >= 1, "a decoder needs at least one slot"
         self.target, self.draft = target, draft or NoDraft()
         self.policy, self.temperatures = policy, torch.tensor(temperatures or [1.0])
+        if draft is not None and temperatures and len(temperatures) != draft.max_proposals:
+            raise UserError(
+                f"{len(temperatures)} temperatures for a draft that proposes {draft.max_proposals} tokens",
+                next_step="use those of this draft's own calibration",
+            )
         if policy is not None and isinstance(draft, NeuralDraft):
             draft.scored = True
         self.max_rows = max_rows

@@ -5,6 +5,8 @@ N rounds, γ positions.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -18,7 +20,7 @@ from torch import Tensor
 from deepspec.data.identity import row_seed
 from deepspec.decode.engine import Decoder, Generation, Request
 from deepspec.drafts.base import NeuralDraft
-from deepspec.errors import DataError
+from deepspec.errors import DataError, MismatchError
 from deepspec.files import ResumableLog, plain, write_json
 from deepspec.log import note, progress
 from deepspec.maths import calibration as maths
@@ -34,6 +36,7 @@ LEAST_ROUNDS = 100
 DEPTHS = (32, 128)
 """New tokens already in the answer, from which a round counts as deeper."""
 INTERVAL_SEED = 21
+CALIBRATE_AGAIN = "run `deepspec calibrate` for this draft again, or move the file away"
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +105,11 @@ def calibrate(
             f"{len(prompts)} prompts give {len(rounds.accepted)} rounds of verification, too few to fit "
             f"temperatures to",
             next_step=f"give more prompts or a larger --max-new-tokens, for at least {LEAST_ROUNDS} rounds",
+        )
+    if len(rounds.prompt.unique()) == 1:
+        raise DataError(
+            "all rounds are of one prompt, so that temperatures cannot be tested on another",
+            next_step="give more prompts",
         )
     report: dict[str, Any] = plain(
         {
@@ -242,7 +250,8 @@ def _parts(rounds: Rounds) -> dict[str, Tensor]:
     names = list(dict.fromkeys(rounds.domains[i] for i in rounds.prompt.tolist()))
     if len(names) > 1:
         return {name: rounds.of_domain(name) for name in names}
-    return {f"{names[0]}, half {half + 1}": rounds.prompt % 2 == half for half in range(2)}
+    order = rounds.prompt.unique(return_inverse=True)[1]  # some prompts may have no rounds
+    return {f"{names[0]}, half {half + 1}": order % 2 == half for half in range(2)}
 
 
 def _errors(rounds: Rounds, scaled: Tensor) -> dict[str, Any]:
@@ -259,6 +268,28 @@ def _errors(rounds: Rounds, scaled: Tensor) -> dict[str, Any]:
         low, high = maths.bootstrapped_error(sums, INTERVAL_SEED)
         value = float(maths.calibration_error(sums.sum(0)).mean())
         found[name] = {"value": value, "low": low, "high": high}
+    return found
+
+
+def temperatures_of(path: Path, draft: NeuralDraft) -> list[float]:
+    """The temperatures in a report of `calibrate`. Raises DataError for another file, MismatchError if they
+    were fitted to other weights."""
+    try:
+        report = json.loads(path.read_text("utf-8"))
+        found, made_for = [float(t) for t in report["temperatures"]], report["conditions"]["draft_hash"]
+        if report["format"] != FORMAT or not all(0 < t < math.inf for t in found):
+            raise ValueError
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(
+            "this is not a report of `deepspec calibrate`", where=str(path), next_step=CALIBRATE_AGAIN
+        ) from error
+    if made_for != fingerprint(draft) or len(found) != draft.max_proposals:
+        raise MismatchError(
+            f"these temperatures are not for {draft.name} as it is now: its weights or its number format "
+            "(--dtype) have changed",
+            where=str(path),
+            next_step=CALIBRATE_AGAIN,
+        )
     return found
 
 
