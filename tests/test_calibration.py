@@ -176,13 +176,16 @@ def test_a_killed_calibration_continues_to_the_same_report(
     assert again | {"created": ""} == whole | {"created": ""}
 
 
-def test_too_few_rounds_or_prompts_are_refused(targets: dict[str, Target]) -> None:
+def test_too_few_rounds_or_prompts_are_refused(
+    targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
     target, draft = targets["llama"], tiny_draft(targets["llama"], "dspark")
     prompts = tasks(target, ("a",))
     with pytest.raises(DataError, match="too few"):
         measure.calibrate(target, draft, prompts[:2], Sampling(1.0), max_new_tokens=8)
+    monkeypatch.setattr(measure, "LEAST_ROUNDS", 2)
     with pytest.raises(DataError, match="all rounds are of one prompt"):
-        measure.calibrate(target, draft, prompts[:1], Sampling(1.0), max_new_tokens=300)
+        measure.calibrate(target, draft, prompts[:1], Sampling(1.0), max_new_tokens=16)
 
 
 def test_temperatures_are_those_of_this_draft_or_refused(targets: dict[str, Target], tmp_path: Path) -> None:

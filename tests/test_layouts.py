@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from conftest import tiny_draft
 from deepspec.checkpoints.draft import load_draft, save_draft
@@ -25,6 +26,7 @@ from deepspec.checkpoints.inspect import inspect_draft
 from deepspec.checkpoints.layouts import as_released, layout_of
 from deepspec.checkpoints.read import check_formats, load_spec
 from deepspec.checkpoints.servers import SERVERS
+from deepspec.cli import app
 from deepspec.decode.engine import generate
 from deepspec.drafts.base import NeuralDraft
 from deepspec.drafts.spec import SpecError, read_spec
@@ -393,6 +395,8 @@ def test_layers_that_depend_on_the_targets_depth_are_exported_with_the_target(
     config = written(tmp_path / "out")
     assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 6]
     assert config["num_target_layers"] == 9
+    for words in (["generate", "hello", "--draft", str(path)], ["verify", str(path)]):
+        assert "give the target" not in CliRunner().invoke(app, words).stderr  # pocket was given
 
 
 @pytest.mark.parametrize("way", WAYS)
