@@ -383,6 +383,31 @@ def test_server_gets_the_positions_of_the_draft_or_else_of_its_target(
     assert any("does not say how many positions it has, so 4096 was written" in n for n in found.notes)
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"draft_vocab_size": "16"},
+        {"draft_vocab_size": 16.0},
+        {"num_key_value_heads": -2},
+        {"head_dim": 8.5},
+        {"layer_types": 5},
+        {"rope_scaling": [1]},
+        {"rms_norm_eps": "small"},
+        {"final_logit_softcapping": "x"},
+        {"target_layer_ids": {}},
+    ],
+    ids=str,
+)
+def test_value_of_another_kind_is_refused_as_the_configs(tmp_path: Path, qwen: Target, facts) -> None:
+    save_draft(tiny_draft(qwen, "eagle3"), tmp_path / "d", qwen, {})
+    file = tmp_path / "d" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | facts))
+    for read in (lambda path: load_draft(path, qwen), inspect_draft):
+        with pytest.raises(CheckpointError) as caught:
+            read(tmp_path / "d")
+        assert caught.value.where == str(file)
+
+
 def test_layers_that_depend_on_the_targets_depth_are_exported_with_the_target(
     qwen: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
