@@ -325,9 +325,8 @@ class Decoder:
         """What the target decides on `tokens`, the first proposals of each row; its cache then holds the
         anchors and what was accepted. uniforms: [R, γ + 1].
 
-        Where the target gives NaN for a proposal, the same pass carries it to the tokens before, since a mask
-        makes 0 × NaN of it. Such a row is read again, token by token, and has a fault only if plain decoding
-        would meet it too.
+        NaN that a proposal gives reaches the tokens before it in the same pass: a mask makes 0 × NaN of it.
+        So such a row is read again, token by token, and has a fault only if plain decoding would have it.
         """
         target, layers, width = self.target, self.draft.feature_layers, max(map(len, tokens))
         slots = [row.slot for row in rows]
@@ -342,10 +341,7 @@ class Decoder:
         for i, fault in list(settled.faults.items()):
             if fault.of_target and tokens[i]:
                 target.wipe(slots[i], before[i])
-                counted = slice(len(tokens[i]))
-                chances = torch.cat([deciding[i : i + 1, counted], deciding[i : i + 1, -1:]], dim=1)
-                again = self._singly(rows[i], tokens[i], q[i : i + 1, counted], chances)
-                settled.replace(i, again)
+                settled.replace(i, self._singly(rows[i], tokens[i], q[i : i + 1], deciding[i : i + 1]))
         for i, (slot, held) in enumerate(zip(slots, before, strict=True)):
             forget = target.wipe if i in settled.unsound else target.rollback
             forget(slot, held + 1 + settled.accepted[i])
@@ -354,6 +350,7 @@ class Decoder:
     def _singly(self, row: Row, tokens: Ints, q: Tensor, uniforms: Tensor) -> Settled:
         """As `_settled`, for one row whose tokens are read one by one, each only if it is accepted."""
         target, layers, features = self.target, self.draft.feature_layers, []
+        q, uniforms = q[:, : len(tokens)], torch.cat([uniforms[:, : len(tokens)], uniforms[:, -1:]], dim=1)
         p = q.new_full((1, len(tokens) + 1, target.vocab_size), math.nan)  # of what is not read yet
         verifying, lengths = (torch.tensor([each], device=p.device) for each in (list(tokens), len(tokens)))
         for place, token in enumerate([row.anchor, *tokens]):
@@ -367,8 +364,7 @@ class Decoder:
         return settle(verdict, p, q, None, read, layers)
 
     def _watch(self, row: Row, count: int, accepted: int, q: Tensor) -> None:
-        """Hears of each row's verdict before its tokens are committed: of `count` proposals, drawn from q
-        [γ, V], so many were accepted. For measurements."""
+        """Hears of each verdict before its tokens are committed. q [γ, V]: what proposals were drawn from."""
 
     def _lengths(self, proposal: Proposal) -> list[int]:
         """How many proposals of each row the policy verifies."""

@@ -52,17 +52,8 @@ class Rounds:
 
     def where(self, chosen: Tensor) -> Rounds:
         """The rounds for which `chosen` [N] is true."""
-        return Rounds(
-            self.logits[chosen],
-            self.accepted[chosen],
-            self.prompt[chosen],
-            self.depth[chosen],
-            self.domains,
-        )
-
-    def of_domain(self, name: str) -> Tensor:
-        """[N] whether a round's prompt is of this domain."""
-        return torch.tensor([domain == name for domain in self.domains])[self.prompt]
+        logits, accepted = self.logits[chosen], self.accepted[chosen]
+        return Rounds(logits, accepted, self.prompt[chosen], self.depth[chosen], self.domains)
 
 
 def calibrate(
@@ -85,6 +76,8 @@ def calibrate(
     prompts give fewer than `LEAST_ROUNDS` rounds.
     """
     draft.scored = True
+    stops = target.stop_token_ids
+    requests = [Request(p.ids, max_new_tokens, row_seed(seed, p.id), p.id, sampling, stops) for p in prompts]
     conditions = {
         "target": target.spec.name,
         "target_hash": target.spec.config_hash,
@@ -98,7 +91,7 @@ def calibrate(
     }
     facts = conditions | {"prompt ids": [p.id for p in prompts], "dtype": str(target.dtype)}
     with nullcontext() if out is None else ResumableLog(partial_path(out), facts, header=True) as log:
-        answers = _decoded(target, draft, prompts, sampling, max_new_tokens, seed, batch, log)
+        answers = _decoded(target, draft, requests, batch, log)
     rounds = rounds_of(answers, prompts, draft.max_proposals)
     if len(rounds.accepted) < LEAST_ROUNDS:
         raise DataError(
@@ -128,46 +121,26 @@ def calibrate(
 
 
 def _decoded(
-    target: Target,
-    draft: NeuralDraft,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    max_new_tokens: int,
-    seed: int,
-    batch: int,
-    log: ResumableLog | None,
+    target: Target, draft: NeuralDraft, requests: Sequence[Request], batch: int, log: ResumableLog | None
 ) -> list[Generation]:
     """The answer to each prompt, group by group, so that who shares a batch does not depend on a kill."""
-    groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+    groups = [requests[i : i + batch] for i in range(0, len(requests), batch)]
     done = {} if log is None else {line["group"]: line["answers"] for _, line in log.records()}
     if done:
         note(f"{len(done)} of {len(groups)} groups of prompts were answered before; continuing with the rest")
     answers = []
-    with progress("calibrating", len(prompts)) as bar:
+    with progress("calibrating", len(requests)) as bar:
         for i, group in enumerate(groups):
             found = {answer["key"]: Generation(**answer) for answer in done.get(i, [])}
             if not found:
-                found = _answered(target, draft, group, sampling, max_new_tokens, seed)
+                decoder = Decoder(target, draft, max_rows=len(group))
+                found = {answer.key: answer for answer in decoder.run(group)}
                 if log is not None:
                     log.write({"group": i, "answers": [asdict(answer) for answer in found.values()]})
                     log.sync()
-            answers += [found[p.id] for p in group]
+            answers += [found[request.key] for request in group]
             bar.update(len(group))
     return answers
-
-
-def _answered(
-    target: Target,
-    draft: NeuralDraft,
-    group: Sequence[Prompt],
-    sampling: Sampling,
-    max_new_tokens: int,
-    seed: int,
-) -> dict[str, Generation]:
-    """The answers to a group of prompts, decoded together, by the prompts' ids."""
-    stops = target.stop_token_ids
-    requests = (Request(p.ids, max_new_tokens, row_seed(seed, p.id), p.id, sampling, stops) for p in group)
-    return {answer.key: answer for answer in Decoder(target, draft, max_rows=len(group)).run(requests)}
 
 
 def rounds_of(answers: Sequence[Generation], prompts: Sequence[Prompt], block: int) -> Rounds:
@@ -247,9 +220,10 @@ def _sums(probabilities: Tensor, outcomes: Tensor) -> Tensor:
 
 def _parts(rounds: Rounds) -> dict[str, Tensor]:
     """[N] masks of the parts that are held out in turn: the domains, or halves of a single one."""
-    names = list(dict.fromkeys(rounds.domains[i] for i in rounds.prompt.tolist()))
+    domains = [rounds.domains[i] for i in rounds.prompt.tolist()]
+    names = list(dict.fromkeys(domains))
     if len(names) > 1:
-        return {name: rounds.of_domain(name) for name in names}
+        return {name: torch.tensor([domain == name for domain in domains]) for name in names}
     order = rounds.prompt.unique(return_inverse=True)[1]  # some prompts may have no rounds
     return {f"{names[0]}, half {half + 1}": order % 2 == half for half in range(2)}
 
