@@ -101,6 +101,7 @@ NO_SWITCH = "template has no switch for it"
         ([*CALIBRATE, "--out", "file/calibration.json"], "is not a folder"),
         ([*CALIBRATE, "--prompts", "late.jsonl"], "malformed JSON"),
         (["calibrate", "pocket-dspark"], "its calibration needs a place"),
+        ([*CALIBRATE, "--to", "sglang"], "has no confidence head, whose temperatures sglang would read"),
         (["verify", "pocket-dspark", *TASK], "pocket-dspark does not fit target"),
         ([*VERIFY, "--policy", "fixed:-1"], "'fixed:-1' is not a policy"),
         ([*VERIFY, "--temperature", "0"], "temperature 0 has one answer to a prompt"),

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import prompts_of, tiny_draft
+from deepspec.decode.engine import Decoder
 from deepspec.drafts.base import log_odds
-from deepspec.errors import DataError
+from deepspec.errors import DataError, MismatchError, UserError
 from deepspec.maths import calibration as ours
 from deepspec.maths.verify import Sampling
 from deepspec.measure import calibrate as measure
@@ -175,12 +176,34 @@ def test_a_killed_calibration_continues_to_the_same_report(
     assert again | {"created": ""} == whole | {"created": ""}
 
 
-def test_too_few_rounds_are_refused_with_how_many_are_needed(targets: dict[str, Target]) -> None:
-    target = targets["llama"]
+def test_too_few_rounds_or_prompts_are_refused(
+    targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, draft = targets["llama"], tiny_draft(targets["llama"], "dspark")
+    prompts = tasks(target, ("a",))
     with pytest.raises(DataError, match="too few"):
-        measure.calibrate(
-            target, tiny_draft(target, "dspark"), tasks(target, ("a",))[:2], Sampling(1.0), max_new_tokens=8
-        )
+        measure.calibrate(target, draft, prompts[:2], Sampling(1.0), max_new_tokens=8)
+    monkeypatch.setattr(measure, "LEAST_ROUNDS", 2)
+    with pytest.raises(DataError, match="all rounds are of one prompt"):
+        measure.calibrate(target, draft, prompts[:1], Sampling(1.0), max_new_tokens=16)
+
+
+def test_temperatures_are_those_of_this_draft_or_refused(targets: dict[str, Target], tmp_path: Path) -> None:
+    target, draft = targets["llama"], tiny_draft(targets["llama"], "dspark")
+    out = tmp_path / "calibration.json"
+    report = measure.calibrate(
+        target, draft, tasks(target, ("a",)), Sampling(1.0), max_new_tokens=16, out=out
+    )
+    found = measure.temperatures_of(out, draft)
+    assert found == report["temperatures"]
+    with pytest.raises(UserError, match=r"3 temperatures for a draft that proposes \d tokens"):
+        Decoder(target, tiny_draft(target, "dspark", block=4), temperatures=found[:3])
+    with pytest.raises(MismatchError, match="its weights or its number format"):
+        measure.temperatures_of(out, tiny_draft(target, "dspark", seed=1))
+    for text in ("[]", "{}", json.dumps(report | {"temperatures": [0.0] * 7}), "{"):
+        out.write_text(text)
+        with pytest.raises(DataError, match="not a report of `deepspec calibrate`"):
+            measure.temperatures_of(out, draft)
 
 
 def sglang(path: str, name: str) -> types.ModuleType:

@@ -651,3 +651,5 @@ def test_command_prints_the_line_for_a_recipe(target_dirs, tmp_path, algorithm, 
     text = run(str(recipe), "data.max_length=100", "--storage", "/mnt/hs").stdout
     assert printed["command"] in text
     assert f"deepspec train {recipe} data.max_length=100 data.features=vllm:http://localhost:8000" in text
+    longest = json.loads(run(str(recipe), "data.max_length=4096", "--json").stdout)["command"]
+    assert shlex.split(longest)[-1] == "512"  # the target's context, beyond which vLLM does not start

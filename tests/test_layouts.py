@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from conftest import tiny_draft
 from deepspec.checkpoints.draft import load_draft, save_draft
@@ -25,6 +26,7 @@ from deepspec.checkpoints.inspect import inspect_draft
 from deepspec.checkpoints.layouts import as_released, layout_of
 from deepspec.checkpoints.read import check_formats, load_spec
 from deepspec.checkpoints.servers import SERVERS
+from deepspec.cli import app
 from deepspec.decode.engine import generate
 from deepspec.drafts.base import NeuralDraft
 from deepspec.drafts.spec import SpecError, read_spec
@@ -381,6 +383,31 @@ def test_server_gets_the_positions_of_the_draft_or_else_of_its_target(
     assert any("does not say how many positions it has, so 4096 was written" in n for n in found.notes)
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"draft_vocab_size": "16"},
+        {"draft_vocab_size": 16.0},
+        {"num_key_value_heads": -2},
+        {"head_dim": 8.5},
+        {"layer_types": 5},
+        {"rope_scaling": [1]},
+        {"rms_norm_eps": "small"},
+        {"final_logit_softcapping": "x"},
+        {"target_layer_ids": {}},
+    ],
+    ids=str,
+)
+def test_value_of_another_kind_is_refused_as_the_configs(tmp_path: Path, qwen: Target, facts) -> None:
+    save_draft(tiny_draft(qwen, "eagle3"), tmp_path / "d", qwen, {})
+    file = tmp_path / "d" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | facts))
+    for read in (lambda path: load_draft(path, qwen), inspect_draft):
+        with pytest.raises(CheckpointError) as caught:
+            read(tmp_path / "d")
+        assert caught.value.where == str(file)
+
+
 def test_layers_that_depend_on_the_targets_depth_are_exported_with_the_target(
     qwen: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,6 +420,8 @@ def test_layers_that_depend_on_the_targets_depth_are_exported_with_the_target(
     config = written(tmp_path / "out")
     assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 6]
     assert config["num_target_layers"] == 9
+    for words in (["generate", "hello", "--draft", str(path)], ["verify", str(path)]):
+        assert "give the target" not in CliRunner().invoke(app, words).stderr  # pocket was given
 
 
 @pytest.mark.parametrize("way", WAYS)

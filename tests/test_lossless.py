@@ -32,7 +32,13 @@ def scene(targets: dict[str, Target]) -> tuple[Target, NeuralDraft, list[Prompt]
 
 def law_of(scene: tuple[Target, NeuralDraft, list[Prompt]], sampling: Sampling, **options) -> Law:
     target, draft, prompts = scene
-    return check_law(target, draft, prompts, sampling, 24, None, 16, **{"repeats": 6, "seed": 0, **options})
+    return check_law(target, draft, prompts, sampling, 24, None, 24, **{"repeats": 6, "seed": 0, **options})
+
+
+@pytest.fixture(scope="module")
+def law(scene) -> Law:
+    """Of the decoder as it is, at temperature 1."""
+    return law_of(scene, Sampling(1.0))
 
 
 def accepts_always(p, q, tokens, lengths, uniforms) -> Verdict:
@@ -54,38 +60,48 @@ def colder(p, q, tokens, lengths, uniforms) -> Verdict:
     return verify(sharper, q, tokens, lengths, uniforms)
 
 
-SAMPLINGS = [Sampling(1.0), Sampling(0.8, top_k=8), Sampling(1.0, top_p=0.8)]
+@pytest.mark.parametrize("sampling", [None, Sampling(0.8, top_k=8), Sampling(1.0, top_p=0.8)], ids=str)
+def test_the_law_holds_for_the_decoder_as_it_is(scene, law, sampling) -> None:
+    found = law if sampling is None else law_of(scene, sampling)
+    assert found.tokens > 500 and found.proposed > 250
+    assert found.holds, (found.surprise.deviations, found.favour.deviations, found.impossible)
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_the_law_holds_for_the_decoder_as_it_is(scene, sampling) -> None:
-    law = law_of(scene, sampling)
-    assert law.tokens > 500 and law.proposed > 250
-    assert law.holds, (law.surprise.deviations, law.favour.deviations, law.impossible)
-
-
-@pytest.mark.parametrize("wrong", [accepts_always, replaces_from_p, accepts_too_easily, colder])
-def test_every_wrong_decoder_is_noticed(scene, wrong: Callable[..., Verdict], monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "repeats"), [(accepts_always, 1), (replaces_from_p, 4), (accepts_too_easily, 6), (colder, 2)]
+)
+def test_every_wrong_decoder_is_noticed(scene, wrong: Callable[..., Verdict], repeats, monkeypatch) -> None:
     monkeypatch.setattr(engine, "verify", wrong)
-    assert not law_of(scene, Sampling(1.0)).holds
+    assert not law_of(scene, Sampling(1.0), repeats=repeats).holds
 
 
 def test_a_token_that_truncation_forbids_is_counted(scene, monkeypatch) -> None:
     monkeypatch.setattr(engine, "warp", lambda logits, samplings: logits.softmax(-1))
-    law = law_of(scene, Sampling(1.0, top_k=4))
+    law = law_of(scene, Sampling(1.0, top_k=4), repeats=1)
     assert law.impossible > 0 and not law.holds
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0, top_k=2), Sampling(1.0, top_p=0.6)], ids=str)
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_a_token_that_rounding_moves_across_the_cut_is_not_held_against_the_decoder(
+    sampling, dtype, near
+) -> None:
+    logits = torch.tensor([[4.0, 3.9375, 3.875, 1.0]], dtype=dtype)
+    for token, law in ((2, Law()), (3, Law())):
+        law.add(logits, sampling, torch.tensor([token]), logits[:0], torch.tensor([], dtype=torch.long))
+        assert (law.near_ties, law.impossible) == ((1, 0) if near and token == 2 else (0, 1))
 
 
 def test_a_policy_leaves_the_law_alone(scene) -> None:
     target, draft, prompts = scene
-    law = check_law(target, draft, prompts, Sampling(1.0), 24, Threshold(0.4), 16, repeats=6, seed=1)
+    law = check_law(target, draft, prompts, Sampling(1.0), 24, Threshold(0.4), 24, repeats=6, seed=1)
     assert law.holds
 
 
-def test_stated_power_is_the_power_that_there_is(scene, monkeypatch) -> None:
+def test_stated_power_is_the_power_that_there_is(scene, law, monkeypatch) -> None:
     """A decoder that takes the detectable share of proposals unchecked is noticed, one without is not: the
     expected deviation is the limit and 1.64 more."""
-    share = law_of(scene, Sampling(1.0)).detectable
+    share = law.detectable
     assert share is not None and 0 < share < 0.5
     coin = torch.Generator().manual_seed(0)
 
@@ -100,10 +116,10 @@ def test_stated_power_is_the_power_that_there_is(scene, monkeypatch) -> None:
     assert sum(found) / 2 == pytest.approx(expected, rel=0.35)
 
 
-def test_verdict_says_what_was_compared_and_how_small_an_error_it_would_notice(scene) -> None:
+def test_verdict_says_what_was_compared_and_how_small_an_error_it_would_notice(scene, law) -> None:
     target, draft, prompts = scene
     greedy = check_greedy(target, draft, prompts, 12, None, 4)
-    found = verdict_of(greedy, law_of(scene, Sampling(1.0)))
+    found = verdict_of(greedy, law)
     assert found["lossless"] and greedy["identical"] + greedy["near_ties"] == 4
     first, second, third = sentences(found)
     assert first.startswith("greedy: 4 of 4 answers are plain decoding's token for token")
@@ -133,8 +149,9 @@ def test_commands_on_the_packaged_draft(tmp_path) -> None:
     assert table["num_samples"] == report["rounds"] >= 100
     assert "by chance" in result.stdout
     words = ["verify", "pocket-dspark", "--limit", "2", "--repeats", "1", "--max-new-tokens", "16"]
-    result = CliRunner().invoke(app, [*words, "--policy", "threshold:0.5"])
+    result = CliRunner().invoke(app, [*words, "--policy", "threshold:0.5", "--calibration", str(out)])
     assert result.exit_code == 0, result.output
+    assert "scaled by the temperatures of" in result.stderr
     assert result.stdout.rstrip().endswith("lossless")
     assert "greedy: 2 of 2 answers are plain decoding's token for token" in result.stdout
 

@@ -678,7 +678,7 @@ def test_run_whose_folder_is_a_file_says_so(scene, tmp_path):
     (tmp_path / "tiny-dspark").write_text("mine")
     refused = CliRunner().invoke(app, ["train", str(scene / "r.yaml"), "--runs", str(tmp_path)])
     assert refused.exit_code == 2, refused.output
-    assert "a folder on that path is a file" in refused.stderr
+    assert "tiny-dspark is not a folder" in refused.stderr
     assert (tmp_path / "tiny-dspark").read_text() == "mine"
 
 

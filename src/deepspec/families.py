@@ -123,7 +123,7 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     scaled = [e for e in entries if _rope_type(e) in SCALED_ROPE and e.get("factor")]
     if scaled and config.get("model_type") not in ALREADY_SCALED:
         keys, whole = "original_max_position_embeddings", config
-        lengths = [(whole.get(keys) or e.get(keys) or limit or 0) * e["factor"] for e in scaled]
+        lengths = [(whole.get(keys) or e.get(keys) or limit or 0) * float(e["factor"]) for e in scaled]
         limit = int(max(lengths))
     return limit or None
 

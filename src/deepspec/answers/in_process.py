@@ -221,10 +221,10 @@ def _request(dialogue: Dialogue, key: str, target: Target, now: Settings) -> Req
     except DataError as error:
         dialogue.trouble = error.what
         return None
-    limit = target.max_length
-    room = now.max_new_tokens if limit is None else min(now.max_new_tokens, limit - len(ids))
+    room = target.room(len(ids), now.max_new_tokens)
     if room < 1:
-        dialogue.trouble = f"the prompt is {len(ids)} tokens, and {target.spec.name} reads at most {limit}"
+        most = target.max_length
+        dialogue.trouble = f"the prompt is {len(ids)} tokens, and {target.spec.name} reads at most {most}"
         return None
     seed, begun = row_seed(now.seed, dialogue.conversation.id, len(dialogue.ids)), dialogue.begun
     ids, room = [*ids, *begun], room - len(begun)

@@ -73,13 +73,12 @@ def load_draft(name_or_path: str | Path, target: Target) -> NeuralDraft:
     return draft
 
 
-def check_draft(name_or_path: str | Path, target: TargetSpec | None) -> None:
-    """Raise what `load_draft` would raise that can be known without weights, before those of the target are
-    loaded. target: None if it is not known."""
-    path = read.find_checkpoint(name_or_path)
-    spec = read.load_spec(path, None if target is None else target.num_layers)
-    if target is not None:
-        check_fit(spec, target, str(name_or_path))
+def check_draft(name_or_path: str | Path, target: TargetSpec) -> DraftSpec:
+    """The draft's spec. Raises what `load_draft` would raise that can be known without weights, before those
+    of the target are loaded."""
+    spec = read.load_spec(read.find_checkpoint(name_or_path), target.num_layers)
+    check_fit(spec, target, str(name_or_path))
+    return spec
 
 
 def check_fit(spec: DraftSpec, target: Target | TargetSpec, name: str) -> None:

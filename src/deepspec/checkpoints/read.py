@@ -74,11 +74,13 @@ def load_spec(path: Path, target_depth: int | None = None) -> DraftSpec:
     target_depth: the number of the target's decoder layers, which some configs depend on. Raises
     CheckpointError.
     """
+    config = load_config(path)
     try:
-        return read_spec(as_released(load_config(path), target_depth))
-    except SpecError as error:
+        return read_spec(as_released(config, target_depth))
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        known = isinstance(error, SpecError)
         raise CheckpointError(
-            str(error),
+            str(error) if known else f"a value in the config is not of its kind ({error})",
             where=str(path / "config.json"),
             next_step="docs/checkpoints.md describes the layouts that can be read",
         ) from error

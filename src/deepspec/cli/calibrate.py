@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from deepspec.cli.common import (
+    CALIBRATION,
     DraftName,
     Dtype,
     Json,
@@ -30,8 +31,6 @@ from deepspec.log import note
 from deepspec.pocket import DRAFTS
 
 Server = StrEnum("Server", ["sglang"])
-CALIBRATION = "calibration.json"
-"""The report's name in a draft's folder."""
 
 
 def calibrate(
@@ -87,7 +86,11 @@ def calibrate(
     path = out or folder / CALIBRATION
     check_writable(path)
     spec = TargetSpec.from_pretrained(target)
-    check_draft(draft, spec)
+    if not check_draft(draft, spec).confidence and to is not None:
+        raise UserError(
+            f"{draft} has no confidence head, whose temperatures {to.value} would read",
+            next_step=f"leave out --to {to.value}, or calibrate a DSpark draft",
+        )
     tasks = load_prompts(source, spec, thinking=thinking, limit=limit)
     model = load_target(target, dtype.value, device)
     report = measured(

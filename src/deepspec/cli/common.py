@@ -31,6 +31,9 @@ SETTINGS: dict[str, Any] = {
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 
+CALIBRATION = "calibration.json"
+"""The report of `deepspec calibrate` in a draft's folder."""
+
 DraftName = Annotated[
     str, typer.Argument(metavar="DRAFT", help="A built-in name, checkpoint or run folder, or a Hub id.")
 ]

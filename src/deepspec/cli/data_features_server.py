@@ -44,7 +44,7 @@ def features_server(
     layers = draft_spec(settings, target.config, settings.draft.mask_token_id or 0).target_layer_ids
     streams = server_layers(layers, target.num_layers, with_last_hidden(read_rules(settings)))
     longest, folder = settings.data.max_length, str(storage or STORAGE)
-    command = vllm_command(packaged(settings.target), streams, longest, folder)
+    command = vllm_command(packaged(settings.target), streams, longest, folder, target.context_length)
     words = ["deepspec", "train", recipe, *(overrides or []), "data.features=vllm:http://localhost:8000"]
     train = without_logins(shlex.join(words))
     if as_json:

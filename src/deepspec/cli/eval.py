@@ -102,7 +102,7 @@ def evaluate(
     folders = dict(zip(draft_labels(names), names, strict=True))
     # What can be refused is refused before the weights are loaded.
     for name in names:
-        check_draft(name, None)
+        find_checkpoint(name)
     spec = TargetSpec.from_pretrained(target)
     for name in names:
         check_draft(name, spec)

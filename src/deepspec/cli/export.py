@@ -38,10 +38,11 @@ def export(
 
     from deepspec.checkpoints.draft import check_draft
     from deepspec.checkpoints.export import check_free, export_draft
+    from deepspec.checkpoints.read import find_checkpoint
     from deepspec.targets import TargetSpec
 
     # What can be refused is refused before the target's weights are loaded.
-    check_draft(draft, None)
+    find_checkpoint(draft)
     check_free(out)
     if target is not None:
         check_draft(draft, TargetSpec.from_pretrained(target))

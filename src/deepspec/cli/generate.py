@@ -60,6 +60,7 @@ def generate(
         )
     sampling = sampling_of(temperature, top_k, top_p)
     from deepspec.checkpoints.draft import check_draft, load_draft
+    from deepspec.checkpoints.read import find_checkpoint
     from deepspec.data.messages import Message
     from deepspec.data.tokens import prompt_ids, require_tokenizer
     from deepspec.decode.engine import Decoder, Request
@@ -69,7 +70,7 @@ def generate(
     # What can be refused is refused before the weights are loaded.
     draft = None if plain else draft
     if draft is not None:
-        check_draft(draft, None)
+        find_checkpoint(draft)
     spec = TargetSpec.from_pretrained(target)
     if draft is not None:
         check_draft(draft, spec)
@@ -79,7 +80,7 @@ def generate(
     model = load_target(target, dtype.value, device)
     chosen = None if draft is None else load_draft(draft, model)
     decoder, console, text = Decoder(model, chosen), stdout(), TextStream(tokenizer)
-    decoder.submit(Request(ids, max_new_tokens, seed, "", sampling, model.stop_token_ids))
+    decoder.submit(Request(ids, max_new_tokens, seed, "PROMPT", sampling, model.stop_token_ids))
     while not decoder.idle:
         for event in decoder.step():
             answer = event.answer

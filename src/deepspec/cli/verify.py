@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from deepspec.cli.common import (
+    CALIBRATION,
     FAILED,
     DraftName,
     Dtype,
@@ -25,6 +27,7 @@ from deepspec.cli.common import (
     stdout,
 )
 from deepspec.errors import UserError
+from deepspec.log import note
 
 
 def verify(
@@ -43,6 +46,14 @@ def verify(
         str,
         typer.Option(help="Proposals verified: all, none, fixed:K or threshold:C."),
     ] = "all",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help=f"Temperatures for threshold:C; {CALIBRATION} in the draft's folder, if it is there.",
+        ),
+    ] = None,
     thinking: Thinking = False,
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
@@ -68,26 +79,37 @@ def verify(
             next_step="give --temperature above 0 for the sampled answers",
         )
     from deepspec.checkpoints.draft import check_draft, load_draft
+    from deepspec.checkpoints.read import find_checkpoint
+    from deepspec.measure.calibrate import temperatures_of
     from deepspec.measure.evaluate import load_prompts
     from deepspec.measure.lossless import check_greedy, check_law, sentences, verdict_of
-    from deepspec.schedule.policies import policy_of
+    from deepspec.schedule.policies import Threshold, policy_of
     from deepspec.targets import TargetSpec
 
     try:
         chosen = policy_of(policy)
     except ValueError as error:
         raise UserError(str(error)) from error
-    check_draft(draft, None)
+    folder = find_checkpoint(draft)
     spec = TargetSpec.from_pretrained(target)
     check_draft(draft, spec)
     tasks = load_prompts(source, spec, thinking=thinking, limit=limit)
     model = load_target(target, dtype.value, device)
     loaded = load_draft(draft, model)
-    greedy = check_greedy(model, loaded, tasks, max_new_tokens, chosen, batch)
-    law = check_law(model, loaded, tasks, sampling, max_new_tokens, chosen, batch, repeats=repeats, seed=seed)
+    temperatures = None
+    file = calibration or folder / CALIBRATION
+    if isinstance(chosen, Threshold) and file.exists():
+        temperatures = temperatures_of(file, loaded)
+        note(f"confidences are scaled by the temperatures of {file}")
+    how = {"temperatures": temperatures}
+    greedy = check_greedy(model, loaded, tasks, max_new_tokens, chosen, batch, **how)
+    law = check_law(
+        model, loaded, tasks, sampling, max_new_tokens, chosen, batch, repeats=repeats, seed=seed, **how
+    )
     found = verdict_of(greedy, law)
     if as_json:
-        print_json({"target": target, "draft": draft, "policy": policy, **found})
+        facts = {"target": target, "draft": draft, "policy": policy, "temperatures": temperatures}
+        print_json({**facts, **found})
     else:
         console = stdout()
         for line in sentences(found):

@@ -6,6 +6,7 @@ and the stop tokens; what is accepted is decided in `verify`, what is proposed i
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,11 +17,11 @@ from typing import NamedTuple, NoReturn, overload
 import torch
 from torch import Tensor
 
-from deepspec.decode.settle import LOGITS, Fault, first_layer, settle
+from deepspec.decode.settle import LOGITS, Fault, Settled, first_layer, settle
 from deepspec.drafts.base import Draft, NeuralDraft, Proposal
 from deepspec.errors import NonFiniteError, UserError
 from deepspec.maths.slots import Ints, Ragged
-from deepspec.maths.verify import Sampling, Samplings, Verdict, defined, draw, verify, warp
+from deepspec.maths.verify import Sampling, Samplings, defined, draw, verify, warp
 from deepspec.schedule.policies import Policy
 from deepspec.targets import Target
 
@@ -153,6 +154,11 @@ class Decoder:
         assert max_rows >= 1, "a decoder needs at least one slot"
         self.target, self.draft = target, draft or NoDraft()
         self.policy, self.temperatures = policy, torch.tensor(temperatures or [1.0])
+        if draft is not None and temperatures and len(temperatures) != draft.max_proposals:
+            raise UserError(
+                f"{len(temperatures)} temperatures for a draft that proposes {draft.max_proposals} tokens",
+                next_step="use those of this draft's own calibration",
+            )
         if policy is not None and isinstance(draft, NeuralDraft):
             draft.scored = True
         self.max_rows = max_rows
@@ -165,12 +171,11 @@ class Decoder:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is waiting or in flight, so that a step would do nothing."""
+        """Whether a step would do nothing."""
         return not (self.waiting or self.rows or self._held)
 
     def submit(self, request: Request) -> str:
-        """Put a request in line; its key. Its budget is cut to what the target's context leaves after the
-        prompt.
+        """Put a request in line; its key. Its budget is cut to what its prompt leaves of the context.
 
         Raises UserError for an empty prompt or one that fills the context, tokens outside the vocabulary, a
         budget below one token, or the key of a request that has not finished.
@@ -203,10 +208,8 @@ class Decoder:
         return key
 
     def cancel(self, key: str) -> Generation:
-        """Drop a request that has not finished, and free its slot; what it had so far.
-
-        Raises UserError for a key that is neither waiting nor in flight.
-        """
+        """Drop a request that has not finished, and free its slot; what it had so far. Raises UserError for
+        any other key."""
         if self.waiting.pop(key, None) is not None:
             return Generation(key)
         row = next((row for row in self.rows if row.answer.key == key), None)
@@ -280,61 +283,88 @@ class Decoder:
 
     def _round(self) -> list[Event]:
         """Propose, verify and commit, once for all rows in flight."""
-        target, draft, rows = self.target, self.draft, list(self.rows)
+        draft, rows, gamma = self.draft, list(self.rows), self.draft.max_proposals
         slots, anchors = [r.slot for r in rows], [r.anchor for r in rows]
         samplings = [r.request.sampling for r in rows]
-        gamma = draft.max_proposals
         uniforms = torch.stack([torch.rand(2 * gamma + 1, generator=r.random) for r in rows])
-        uniforms = uniforms.to(target.device)
+        uniforms = uniforms.to(self.target.device)
         proposal = draft.propose(slots, anchors, samplings, uniforms[:, :gamma])
-        before = [target.length(s) for s in slots]
         # After the anchor, the target's context may have room for fewer than γ proposals.
-        wanted = zip(before, self._lengths(proposal), strict=True)
-        counts = [max(target.room(held + 1, n), 0) for held, n in wanted]
-        width = max(counts)
-        proposed = [row[:n] for row, n in zip(proposal.tokens.tolist(), counts, strict=True)]
-        output = target.step(
-            slots, [[a, *p] for a, p in zip(anchors, proposed, strict=True)], draft.feature_layers
-        )
-        p = warp(target.logits(output.last_hidden), samplings)
-        q = proposal.q[:, :width].to(p.device) if width else p[:, :0]
-        lengths = torch.tensor(counts, device=p.device)
-        deciding = torch.cat([uniforms[:, gamma : gamma + width], uniforms[:, -1:]], dim=1)
-        verifying = proposal.tokens[:, :width].to(p.device)
-        verdict = self._decide(rows, p, q, verifying, lengths, deciding)
-        settled = settle(verdict, p, q, proposal, output.features, draft.feature_layers)
-        decided = zip(settled.accepted, settled.next_token, strict=True)
-        new = [[*proposed[i][:accepted], token] for i, (accepted, token) in enumerate(decided)]
-        # The caches keep the anchor and what was accepted; the new token is the next anchor.
+        wanted = zip(map(self.target.length, slots), self._lengths(proposal), strict=True)
+        counts = [max(self.target.room(held + 1, n), 0) for held, n in wanted]
+        tokens = [row[:n] for row, n in zip(proposal.tokens.tolist(), counts, strict=True)]
+        settled = self._settled(rows, tokens, proposal, uniforms[:, gamma:])
+        decided = zip(tokens, settled.accepted, settled.next_token, strict=True)
+        new = [[*row[:accepted], token] for row, accepted, token in decided]
+        # The new token is the next anchor.
         observed = [[anchor, *tokens[:-1]] for anchor, tokens in zip(anchors, new, strict=True)]
-        for slot, length, tokens in zip(slots, before, observed, strict=True):
-            target.rollback(slot, length + len(tokens))
         features = settled.features
         if features is not None:
             features = features[:, : max(map(len, observed))]
         draft.observe(slots, features, observed, new)
+        confidences = None if proposal.confidence is None else proposal.confidence.tolist()
         events = []
-        for i, (row, tokens) in enumerate(zip(rows, new, strict=True)):
+        for i, row in enumerate(rows):
             if i in settled.faults:
                 continue
-            row.anchor, answer = tokens[-1], row.answer
-            kept = row.commit(tokens, drafted=len(tokens) - 1)
+            accepted, answer, row.anchor = settled.accepted[i], row.answer, new[i][-1]
+            self._watch(row, counts[i], accepted, proposal.q[i])
+            kept = row.commit(new[i], drafted=accepted)
             answer.proposed.append(counts[i])
-            answer.accepted.append(len(tokens) - 1)
+            answer.accepted.append(accepted)
             answer.kept.append(len(kept))
-            if proposal.confidence is not None:
-                answer.confidence.append(proposal.confidence[i, : counts[i]].tolist())
+            if confidences is not None:
+                answer.confidence.append(confidences[i][: counts[i]])
             events.append(self._event(row, kept))
         if settled.faults:
             self._held = events
             self._refuse([(rows[i], fault) for i, fault in settled.faults.items()])
         return events
 
-    def _decide(
-        self, rows: Sequence[Row], p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, uniforms: Tensor
-    ) -> Verdict:
-        """What `maths.verify.verify` decides for the rows; a place to watch from."""
-        return verify(p, q, tokens, lengths, uniforms)
+    def _settled(self, rows: Sequence[Row], tokens: Ragged, proposal: Proposal, uniforms: Tensor) -> Settled:
+        """What the target decides on `tokens`, the first proposals of each row; its cache then holds the
+        anchors and what was accepted. uniforms: [R, γ + 1].
+
+        NaN that a proposal gives reaches the tokens before it in the same pass: a mask makes 0 × NaN of it.
+        So such a row is read again, token by token, and has a fault only if plain decoding would have it.
+        """
+        target, layers, width = self.target, self.draft.feature_layers, max(map(len, tokens))
+        slots = [row.slot for row in rows]
+        before = [target.length(slot) for slot in slots]
+        output = target.step(slots, [[r.anchor, *t] for r, t in zip(rows, tokens, strict=True)], layers)
+        p = warp(target.logits(output.last_hidden), [r.request.sampling for r in rows])
+        q = proposal.q[:, :width].to(p.device) if width else p[:, :0]
+        verifying, lengths = proposal.tokens[:, :width].to(p.device), [len(row) for row in tokens]
+        deciding = torch.cat([uniforms[:, :width], uniforms[:, -1:]], dim=1)
+        verdict = verify(p, q, verifying, torch.tensor(lengths, device=p.device), deciding)
+        settled = settle(verdict, p, q, proposal.confidence, output.features, layers)
+        for i, fault in list(settled.faults.items()):
+            if fault.of_target and tokens[i]:
+                target.wipe(slots[i], before[i])
+                settled.replace(i, self._singly(rows[i], tokens[i], q[i : i + 1], deciding[i : i + 1]))
+        for i, (slot, held) in enumerate(zip(slots, before, strict=True)):
+            forget = target.wipe if i in settled.unsound else target.rollback
+            forget(slot, held + 1 + settled.accepted[i])
+        return settled
+
+    def _singly(self, row: Row, tokens: Ints, q: Tensor, uniforms: Tensor) -> Settled:
+        """As `_settled`, for one row whose tokens are read one by one, each only if it is accepted."""
+        target, layers, features = self.target, self.draft.feature_layers, []
+        q, uniforms = q[:, : len(tokens)], torch.cat([uniforms[:, : len(tokens)], uniforms[:, -1:]], dim=1)
+        p = q.new_full((1, len(tokens) + 1, target.vocab_size), math.nan)  # of what is not read yet
+        verifying, lengths = (torch.tensor([each], device=p.device) for each in (list(tokens), len(tokens)))
+        for place, token in enumerate([row.anchor, *tokens]):
+            output = target.step([row.slot], [[token]], layers)
+            features.append(output.features)
+            p[0, place] = warp(target.logits(output.last_hidden[0, -1]), row.request.sampling)
+            verdict = verify(p, q, verifying, lengths, uniforms)
+            if int(verdict.accepted) == place:
+                break
+        read = torch.cat([f for f in features if f is not None], dim=1) if layers else None
+        return settle(verdict, p, q, None, read, layers)
+
+    def _watch(self, row: Row, count: int, accepted: int, q: Tensor) -> None:
+        """Hears of each verdict before its tokens are committed. q [γ, V]: what proposals were drawn from."""
 
     def _lengths(self, proposal: Proposal) -> list[int]:
         """How many proposals of each row the policy verifies."""
@@ -367,7 +397,9 @@ class Decoder:
 
     def _close(self, row: Row, *, wipe: bool = False) -> Generation:
         self.rows.remove(row)
-        (self.target.wipe if wipe else self.target.free)(row.slot)
+        if wipe:
+            self.target.wipe(row.slot, 0)
+        self.target.free(row.slot)
         self.draft.free(row.slot)
         row.answer.seconds = time.perf_counter() - row.began
         return row.answer

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspec.drafts.base import Proposal
 from deepspec.maths.finite import finite_layers
 from deepspec.maths.slots import Ints
 from deepspec.maths.verify import Verdict
@@ -29,30 +28,49 @@ class Fault(NamedTuple):
 
 class Settled(NamedTuple):
     """Per row: tokens accepted, and the one that follows them. faults: of the rows that have one.
-    features: as the draft may read them; the vectors of a token are zero if one of them is not finite."""
+    features: as the draft may read them; the vectors of a token are zero if one of them is not finite.
+    unsound: rows with anything that is not finite, be it of a rejected proposal."""
 
     accepted: list[int]
     next_token: list[int]
     faults: dict[int, Fault]
     features: Tensor | None
+    unsound: set[int]
+
+    def replace(self, row: int, other: Settled) -> None:
+        """Take a row's part from another one, of that row alone."""
+        del self.faults[row]
+        if other.faults:
+            self.faults[row] = other.faults[0]
+        self.accepted[row], self.next_token[row] = other.accepted[0], other.next_token[0]
+        if self.features is not None and other.features is not None:
+            self.features[row, : other.features.shape[1]] = other.features[0]
 
 
 def settle(
-    verdict: Verdict, p: Tensor, q: Tensor, proposal: Proposal, features: Tensor | None, layers: Ints
+    verdict: Verdict,
+    p: Tensor,
+    q: Tensor,
+    confidence: Tensor | None,
+    features: Tensor | None,
+    layers: Ints,
 ) -> Settled:
     """Read a verdict on p [R, Q, V] and q [R, γ, V] with what it rests on: the target's logits and features
     [R, Q, m*d] up to where each row stopped, all of the draft's logits, and its confidences."""
     columns = [verdict.accepted[:, None], verdict.next_token[:, None], p[..., 0], q[..., 0]]
-    columns.append(p[:, :0, 0] if proposal.confidence is None else proposal.confidence.to(p.device))
+    columns.append(p[:, :0, 0] if confidence is None else confidence.to(p.device))
     # A sum is finite if all its parts are, and costs less than asking each of them.
     columns.append(p[:, :0, 0] if features is None else features.sum(-1, dtype=torch.float32))
     ends = list(accumulate(column.shape[1] for column in columns))
     rows = torch.cat(columns, dim=1).tolist()  # in float32, which holds a token id exactly
-    accepted, next_token, faults = [int(r[0]) for r in rows], [int(r[1]) for r in rows], {}
+    accepted, next_token = [int(r[0]) for r in rows], [int(r[1]) for r in rows]
+    faults: dict[int, Fault] = {}
+    unsound = set[int]()
     for i, row in enumerate(rows):
         if all(map(isfinite, row)):
             continue
-        _, _, of_target, of_draft, confidence, _ = (
+        unsound.add(i)
+        _, _, of_target, of_draft, sure, _ = (
             row[start:end] for start, end in zip([0, *ends], ends, strict=False)
         )
         kept = accepted[i] + 1
@@ -62,13 +80,13 @@ def settle(
             faults[i] = Fault(True, LOGITS)
         elif not all(map(isfinite, of_draft)):
             faults[i] = Fault(False, LOGITS)
-        elif not all(map(isfinite, confidence)):
+        elif not all(map(isfinite, sure)):
             faults[i] = Fault(False, "its confidences")
-        if features is not None:
-            # Even as padding, NaN would reach every later round of its slot, through any mask.
-            unsound = ~finite_layers(features, len(layers)).all(-1, keepdim=True)
-            features = features.masked_fill(unsound, 0.0)
-    return Settled(accepted, next_token, faults, features)
+    if features is not None and unsound:
+        # Even as padding, NaN would reach every later round of its slot, through any mask.
+        broken = ~finite_layers(features, len(layers)).all(-1, keepdim=True)
+        features = features.masked_fill(broken, 0.0)
+    return Settled(accepted, next_token, faults, features, unsound)
 
 
 def first_layer(features: Tensor, layers: Ints) -> str | None:

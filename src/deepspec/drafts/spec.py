@@ -113,9 +113,12 @@ def layer_shape(config: dict[str, Any], family_name: str, *, rope_rounded: bool 
     value_is_key = family_name == "gemma4" and bool(config.get("attention_k_eq_v", False))
     heads = _count(config, "num_attention_heads")
     kv_key = family.kv_heads_key if value_is_key else "num_key_value_heads"
-    head_dim = (
-        config.get(family.head_dim_key) or config.get("head_dim") or _count(config, "hidden_size") // heads
-    )
+    sizes = {
+        "head_dim": config.get(family.head_dim_key)
+        or config.get("head_dim")
+        or _count(config, "hidden_size") // heads,
+        "num_key_value_heads": config.get(kv_key) or config.get("num_key_value_heads") or heads,
+    }
     activation = config.get(family.activation_key) or family.activation
     if activation not in ACTIVATIONS:
         raise SpecError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
@@ -128,8 +131,8 @@ def layer_shape(config: dict[str, Any], family_name: str, *, rope_rounded: bool 
         hidden=_count(config, "hidden_size"),
         intermediate=_count(config, "intermediate_size"),
         heads=heads,
-        kv_heads=config.get(kv_key) or config.get("num_key_value_heads") or heads,
-        head_dim=head_dim,
+        kv_heads=_count(sizes, "num_key_value_heads"),
+        head_dim=_count(sizes, "head_dim"),
         eps=float(config.get("rms_norm_eps", 1e-6)),
         activation=activation,
         attention_bias=bool(config.get("attention_bias", False)),
@@ -182,6 +185,7 @@ def read_spec(config: dict[str, Any], *, rope_rounded: bool = False) -> DraftSpe
     # The depth is null if another layout does not contain it.
     depth = None if config["num_target_layers"] is None else _count(config, "num_target_layers")
     own: dict[str, Any] = {name: bool(config.get(name, False)) for name in EAGLE3_NORMS}
+    softcap, rows = config.get("final_logit_softcapping"), config.get("draft_vocab_size")
     own["step_loss_decay"] = float(config.get("step_loss_decay", 0.8))
     if ALGORITHMS[algorithm].parallel:
         own = {
@@ -203,8 +207,8 @@ def read_spec(config: dict[str, Any], *, rope_rounded: bool = False) -> DraftSpe
             target_layer_ids=tuple(ids),
             num_target_layers=depth,
             vocab_size=_count(config, "vocab_size"),
-            softcap=config.get("final_logit_softcapping"),
-            draft_vocab_size=config.get("draft_vocab_size"),
+            softcap=None if softcap is None else float(softcap),
+            draft_vocab_size=None if rows is None else _count(config, "draft_vocab_size"),
             **own,
         )
     )

@@ -39,16 +39,17 @@ def load_rows(
     max_length: int,
     min_supervised: int = 2,
     limit: int | None = None,
+    spare: int = 0,
 ) -> Rows:
     """Tokenise a file of answered conversations, or its first `limit`, with the target's own template.
 
     Every row gets an id of its own. Sequences with fewer than `min_supervised` supervised tokens are left
     out; a warning counts those for which `max_length` is the reason, another one those with tokens that the
-    target has no embedding for. Raises DataError if a row is broken or none is left, TargetError for a target
-    without a tokenizer.
+    target has no embedding for. spare: tokens of the target's context that rows leave free. Raises DataError
+    if a row is broken or none is left, TargetError for a target without a tokenizer.
     """
     tokenizer = require_tokenizer(target.tokenizer, target.spec.name)
-    if (fits := target.room(0, max_length)) < max_length:
+    if (fits := target.room(spare, max_length)) < max_length:
         warn(f"rows are cut at {fits} tokens and not at {max_length}: {target.spec.name} reads no more")
         max_length = fits
     left_out: list[OverlongError | UnembeddedError] = []

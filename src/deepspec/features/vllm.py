@@ -70,7 +70,8 @@ class VllmSource:
         self.target, self.layers, self.max_length = target, tuple(layers), max_length
         self.last_hidden = with_last_hidden(reads)
         self.wanted = server_layers(layers, target.spec.num_layers, self.last_hidden)
-        self.command = vllm_command(packaged(target.spec.name), self.wanted, max_length)
+        name, context = packaged(target.spec.name), target.spec.context_length
+        self.command = vllm_command(name, self.wanted, max_length, context=context)
         self.probe = Probe(target)
         policy = policy or Policy(timeout=TIMEOUT)
         self.servers = Servers(addresses(urls), self._check, concurrency=IN_FLIGHT, policy=policy)

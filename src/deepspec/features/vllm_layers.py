@@ -11,6 +11,7 @@ Written from the released source of vLLM 0.33.0, and not verified on a real serv
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Sequence
 
@@ -37,9 +38,14 @@ def server_layers(layers: Sequence[int], depth: int, last_hidden: bool) -> list[
 
 
 def vllm_command(
-    model: str, wanted: Sequence[int], max_length: int | None = None, storage: str = STORAGE
+    model: str,
+    wanted: Sequence[int],
+    max_length: int | None = None,
+    storage: str = STORAGE,
+    context: int | None = None,
 ) -> str:
-    """The `vllm serve` command that gives the wanted layers (vLLM's numbers) of rows up to `max_length`."""
+    """The `vllm serve` command that gives the wanted layers (vLLM's numbers) of rows up to `max_length`.
+    context: of the model; vLLM refuses to start with more."""
     layer_ids = {"eagle_aux_hidden_state_layer_ids": sorted(wanted)}  # the server keeps no order
     extraction = {
         "method": "extract_hidden_states",
@@ -57,7 +63,7 @@ def vllm_command(
         ["--kv-transfer-config", json.dumps(connector)],
         # With prefix caching, features of too few tokens are a known fault upstream.
         ["--no-enable-prefix-caching"],
-        ["--max-model-len", str(max_length + SPARE)] if max_length else [],
+        ["--max-model-len", str(min(max_length + SPARE, context or math.inf))] if max_length else [],
     ]
     return " \\\n  ".join(shlex.join(line) for line in lines if line)
 

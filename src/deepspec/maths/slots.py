@@ -81,10 +81,11 @@ class SlotStore:
         return self.keys[here, :end].transpose(1, 2), self.values[here, :end].transpose(1, 2)
 
     @torch.inference_mode()
-    def wipe(self, slot: int) -> None:
-        """Zero what a slot holds, if it holds anything."""
+    def wipe(self, slot: int, start: int) -> None:
+        """Zero what a slot holds from position `start` on, if it holds anything."""
         if self.keys is not None and self.values is not None and slot in self.places:
-            self.keys[self.places[slot]] = self.values[self.places[slot]] = 0.0
+            place = self.places[slot]
+            self.keys[place, start:] = self.values[place, start:] = 0.0
 
     def _together(self, slots: tuple[int, ...]) -> slice:
         """The places of the slots, side by side in their order; they are swapped there if they are not."""

@@ -5,6 +5,8 @@ N rounds, γ positions.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -18,7 +20,7 @@ from torch import Tensor
 from deepspec.data.identity import row_seed
 from deepspec.decode.engine import Decoder, Generation, Request
 from deepspec.drafts.base import NeuralDraft
-from deepspec.errors import DataError
+from deepspec.errors import DataError, MismatchError
 from deepspec.files import ResumableLog, plain, write_json
 from deepspec.log import note, progress
 from deepspec.maths import calibration as maths
@@ -34,6 +36,7 @@ LEAST_ROUNDS = 100
 DEPTHS = (32, 128)
 """New tokens already in the answer, from which a round counts as deeper."""
 INTERVAL_SEED = 21
+CALIBRATE_AGAIN = "run `deepspec calibrate` for this draft again, or move the file away"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,17 +52,8 @@ class Rounds:
 
     def where(self, chosen: Tensor) -> Rounds:
         """The rounds for which `chosen` [N] is true."""
-        return Rounds(
-            self.logits[chosen],
-            self.accepted[chosen],
-            self.prompt[chosen],
-            self.depth[chosen],
-            self.domains,
-        )
-
-    def of_domain(self, name: str) -> Tensor:
-        """[N] whether a round's prompt is of this domain."""
-        return torch.tensor([domain == name for domain in self.domains])[self.prompt]
+        logits, accepted = self.logits[chosen], self.accepted[chosen]
+        return Rounds(logits, accepted, self.prompt[chosen], self.depth[chosen], self.domains)
 
 
 def calibrate(
@@ -82,6 +76,8 @@ def calibrate(
     prompts give fewer than `LEAST_ROUNDS` rounds.
     """
     draft.scored = True
+    stops = target.stop_token_ids
+    requests = [Request(p.ids, max_new_tokens, row_seed(seed, p.id), p.id, sampling, stops) for p in prompts]
     conditions = {
         "target": target.spec.name,
         "target_hash": target.spec.config_hash,
@@ -95,13 +91,18 @@ def calibrate(
     }
     facts = conditions | {"prompt ids": [p.id for p in prompts], "dtype": str(target.dtype)}
     with nullcontext() if out is None else ResumableLog(partial_path(out), facts, header=True) as log:
-        answers = _decoded(target, draft, prompts, sampling, max_new_tokens, seed, batch, log)
+        answers = _decoded(target, draft, requests, batch, log)
     rounds = rounds_of(answers, prompts, draft.max_proposals)
     if len(rounds.accepted) < LEAST_ROUNDS:
         raise DataError(
             f"{len(prompts)} prompts give {len(rounds.accepted)} rounds of verification, too few to fit "
             f"temperatures to",
             next_step=f"give more prompts or a larger --max-new-tokens, for at least {LEAST_ROUNDS} rounds",
+        )
+    if len(rounds.prompt.unique()) == 1:
+        raise DataError(
+            "all rounds are of one prompt, so that temperatures cannot be tested on another",
+            next_step="give more prompts",
         )
     report: dict[str, Any] = plain(
         {
@@ -120,46 +121,26 @@ def calibrate(
 
 
 def _decoded(
-    target: Target,
-    draft: NeuralDraft,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    max_new_tokens: int,
-    seed: int,
-    batch: int,
-    log: ResumableLog | None,
+    target: Target, draft: NeuralDraft, requests: Sequence[Request], batch: int, log: ResumableLog | None
 ) -> list[Generation]:
     """The answer to each prompt, group by group, so that who shares a batch does not depend on a kill."""
-    groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+    groups = [requests[i : i + batch] for i in range(0, len(requests), batch)]
     done = {} if log is None else {line["group"]: line["answers"] for _, line in log.records()}
     if done:
         note(f"{len(done)} of {len(groups)} groups of prompts were answered before; continuing with the rest")
     answers = []
-    with progress("calibrating", len(prompts)) as bar:
+    with progress("calibrating", len(requests)) as bar:
         for i, group in enumerate(groups):
             found = {answer["key"]: Generation(**answer) for answer in done.get(i, [])}
             if not found:
-                found = _answered(target, draft, group, sampling, max_new_tokens, seed)
+                decoder = Decoder(target, draft, max_rows=len(group))
+                found = {answer.key: answer for answer in decoder.run(group)}
                 if log is not None:
                     log.write({"group": i, "answers": [asdict(answer) for answer in found.values()]})
                     log.sync()
-            answers += [found[p.id] for p in group]
+            answers += [found[request.key] for request in group]
             bar.update(len(group))
     return answers
-
-
-def _answered(
-    target: Target,
-    draft: NeuralDraft,
-    group: Sequence[Prompt],
-    sampling: Sampling,
-    max_new_tokens: int,
-    seed: int,
-) -> dict[str, Generation]:
-    """The answers to a group of prompts, decoded together, by the prompts' ids."""
-    stops = target.stop_token_ids
-    requests = (Request(p.ids, max_new_tokens, row_seed(seed, p.id), p.id, sampling, stops) for p in group)
-    return {answer.key: answer for answer in Decoder(target, draft, max_rows=len(group)).run(requests)}
 
 
 def rounds_of(answers: Sequence[Generation], prompts: Sequence[Prompt], block: int) -> Rounds:
@@ -239,10 +220,12 @@ def _sums(probabilities: Tensor, outcomes: Tensor) -> Tensor:
 
 def _parts(rounds: Rounds) -> dict[str, Tensor]:
     """[N] masks of the parts that are held out in turn: the domains, or halves of a single one."""
-    names = list(dict.fromkeys(rounds.domains[i] for i in rounds.prompt.tolist()))
+    domains = [rounds.domains[i] for i in rounds.prompt.tolist()]
+    names = list(dict.fromkeys(domains))
     if len(names) > 1:
-        return {name: rounds.of_domain(name) for name in names}
-    return {f"{names[0]}, half {half + 1}": rounds.prompt % 2 == half for half in range(2)}
+        return {name: torch.tensor([domain == name for domain in domains]) for name in names}
+    order = rounds.prompt.unique(return_inverse=True)[1]  # some prompts may have no rounds
+    return {f"{names[0]}, half {half + 1}": order % 2 == half for half in range(2)}
 
 
 def _errors(rounds: Rounds, scaled: Tensor) -> dict[str, Any]:
@@ -259,6 +242,28 @@ def _errors(rounds: Rounds, scaled: Tensor) -> dict[str, Any]:
         low, high = maths.bootstrapped_error(sums, INTERVAL_SEED)
         value = float(maths.calibration_error(sums.sum(0)).mean())
         found[name] = {"value": value, "low": low, "high": high}
+    return found
+
+
+def temperatures_of(path: Path, draft: NeuralDraft) -> list[float]:
+    """The temperatures in a report of `calibrate`. Raises DataError for another file, MismatchError if they
+    were fitted to other weights."""
+    try:
+        report = json.loads(path.read_text("utf-8"))
+        found, made_for = [float(t) for t in report["temperatures"]], report["conditions"]["draft_hash"]
+        if report["format"] != FORMAT or not all(0 < t < math.inf for t in found):
+            raise ValueError
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(
+            "this is not a report of `deepspec calibrate`", where=str(path), next_step=CALIBRATE_AGAIN
+        ) from error
+    if made_for != fingerprint(draft) or len(found) != draft.max_proposals:
+        raise MismatchError(
+            f"these temperatures are not for {draft.name} as it is now: its weights or its number format "
+            "(--dtype) have changed",
+            where=str(path),
+            next_step=CALIBRATE_AGAIN,
+        )
     return found
 
 

@@ -28,8 +28,8 @@ from deepspec.data.identity import row_seed
 from deepspec.decode.engine import Decoder, Generation, Request, Row
 from deepspec.drafts.base import Draft
 from deepspec.log import progress
-from deepspec.maths.verify import Sampling, Verdict, warp
-from deepspec.measure.rows import Prompt, first_difference
+from deepspec.maths.verify import Sampling, warp
+from deepspec.measure.rows import Prompt, first_difference, rounding
 from deepspec.schedule.policies import Policy
 from deepspec.targets import Target
 
@@ -61,7 +61,8 @@ class Sum:
 @dataclass
 class Law:
     """What sampled answers add up to. lift: how much `favour` would rise if every token of a position that
-    the draft proposed were the draft's. impossible: tokens to which the target gives no probability."""
+    the draft proposed were the draft's. impossible: tokens to which the target gives no probability;
+    near_ties: those that have one if logits are rounded otherwise (`at_the_cut`)."""
 
     surprise: Sum = field(default_factory=Sum)
     favour: Sum = field(default_factory=Sum)
@@ -69,13 +70,18 @@ class Law:
     tokens: int = 0
     proposed: int = 0
     impossible: int = 0
+    near_ties: int = 0
 
-    def add(self, p: Tensor, tokens: Tensor, q: Tensor, places: Tensor) -> None:
-        """p [n, V] and the tokens [n] of one answer; q [m, V] of the positions `places` [m] in it."""
-        drawn = p.gather(-1, tokens[:, None]).squeeze(-1)
-        possible = drawn > 0
-        self.impossible += int((~possible).sum())
+    def add(self, logits: Tensor, sampling: Sampling, tokens: Tensor, q: Tensor, places: Tensor) -> None:
+        """logits [n, V] and the tokens [n] of one answer; q [m, V] of the positions `places` [m] in it."""
+        p = warp(logits, sampling).double()
+        q = q.to(p)
+        possible = p.gather(-1, tokens[:, None]).squeeze(-1) > 0
+        near = at_the_cut(logits[~possible], tokens[~possible], sampling)
+        self.near_ties += int(near.sum())
+        self.impossible += int((~near).sum())
         self.tokens += len(tokens)
+        q, places = q[possible[places]], places[possible[places]]
         # A token of no probability has no surprise to average, and never comes out.
         surprise = torch.where(p > 0, -p.clamp_min(torch.finfo(p.dtype).tiny).log(), 0.0)
         self.surprise.add(surprise[possible], tokens[possible], p[possible])
@@ -104,31 +110,43 @@ class Law:
         )
 
 
+def at_the_cut(logits: Tensor, tokens: Tensor, sampling: Sampling) -> Tensor:
+    """[n] whether top-k and top-p may keep the tokens [n] under logits [n, V] that are rounded otherwise, as
+    those that the decoder drew from were: its passes have a cache, and other rows."""
+    own = logits.float().gather(-1, tokens[:, None])
+    slack = rounding(logits.amax(-1, keepdim=True))
+    higher = logits > own + 2 * slack
+    moved = torch.where(higher, logits - slack, torch.minimum(logits + slack, own + slack))
+    return warp(moved, sampling).gather(-1, tokens[:, None]).squeeze(-1) > 0
+
+
 class Watched(Decoder):
     """A decoder that remembers what the draft proposed from: per request, (place in the answer, q [V])."""
 
     seen: dict[str, list[tuple[int, Tensor]]]
 
-    def _decide(
-        self, rows: Sequence[Row], p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, uniforms: Tensor
-    ) -> Verdict:
-        verdict = super()._decide(rows, p, q, tokens, lengths, uniforms)
-        for i, row in enumerate(rows):
-            reached = min(int(verdict.accepted[i]) + 1, int(lengths[i]))
-            start = len(row.answer.token_ids)
-            self.seen.setdefault(row.answer.key, []).extend((start + k, q[i, k]) for k in range(reached))
-        return verdict
+    def _watch(self, row: Row, count: int, accepted: int, q: Tensor) -> None:
+        start, reached = len(row.answer.token_ids), min(accepted + 1, count)
+        self.seen.setdefault(row.answer.key, []).extend((start + k, q[k]) for k in range(reached))
 
 
 def check_greedy(
-    target: Target, draft: Draft, prompts: Sequence[Prompt], budget: int, policy: Policy | None, batch: int
+    target: Target,
+    draft: Draft,
+    prompts: Sequence[Prompt],
+    budget: int,
+    policy: Policy | None,
+    batch: int,
+    *,
+    temperatures: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Greedy answers with the draft next to plain ones: how many are identical, and how many part where two
     logits are equal within rounding; the others are named."""
-    answers = [
-        _answers(Decoder(target, each, max_rows=batch, policy=policy if each else None), prompts, budget)
-        for each in (None, draft)
-    ]
+    decoders = (
+        Decoder(target, None, max_rows=batch),
+        Decoder(target, draft, max_rows=batch, policy=policy, temperatures=temperatures),
+    )
+    answers = [_answers(decoder, prompts, budget) for decoder in decoders]
     found: dict[str, Any] = {"prompts": len(prompts), "identical": 0, "near_ties": 0, "different": []}
     for prompt in prompts:
         plain, ours = (each[prompt.id].token_ids for each in answers)
@@ -164,9 +182,11 @@ def check_law(
     *,
     repeats: int,
     seed: int,
+    temperatures: Sequence[float] | None = None,
 ) -> Law:
     """Sampled answers with the draft, `repeats` to a prompt, against the target's own distributions."""
-    law, decoder = Law(), Watched(target, draft, max_rows=batch, policy=policy)
+    law = Law()
+    decoder = Watched(target, draft, max_rows=batch, policy=policy, temperatures=temperatures)
     decoder.seen = {}
     asked = {f"{p.id}#{n}": p for n in range(repeats) for p in prompts}
     stops = target.stop_token_ids
@@ -175,12 +195,12 @@ def check_law(
         for answer in decoder.run(requests):
             ids, new = list(asked[answer.key].ids), answer.token_ids
             hidden = target.read(torch.tensor([[*ids, *new[:-1]]]), ()).last_hidden[0, len(ids) - 1 :]
-            p = warp(target.logits(hidden), sampling).double()
+            logits = target.logits(hidden)
             # A round past the budget or a stop token proposed places that the answer does not have.
             kept = [(place, q) for place, q in decoder.seen.pop(answer.key, []) if place < len(new)]
-            places = torch.tensor([place for place, _ in kept], dtype=torch.long, device=p.device)
-            q = torch.stack([q for _, q in kept]).to(p) if kept else p[:0]
-            law.add(p, torch.tensor(new, device=p.device), q, places)
+            places = torch.tensor([place for place, _ in kept], dtype=torch.long, device=logits.device)
+            q = torch.stack([q for _, q in kept]) if kept else logits[:0]
+            law.add(logits, sampling, torch.tensor(new, device=logits.device), q, places)
             bar.update(1)
     return law
 
@@ -199,6 +219,7 @@ def verdict_of(greedy: dict[str, Any], law: Law) -> dict[str, Any]:
             "tokens": law.tokens,
             "proposed": law.proposed,
             "impossible": law.impossible,
+            "near_ties": law.near_ties,
             "limit": law.limit,
             "detectable": caught,
             **figures,
@@ -211,17 +232,18 @@ def sentences(found: dict[str, Any]) -> list[str]:
     greedy, sampled = found["greedy"], found["sampled"]
     exact = f"{greedy['identical']} of {greedy['prompts']} answers are plain decoding's token for token"
     if greedy["near_ties"]:
-        exact += f", {greedy['near_ties']} part at two logits that are equal within rounding"
+        exact += f", differences at two logits that are equal within rounding: {greedy['near_ties']}"
     if different := greedy["different"]:
         first = different[0]
-        exact += f", {len(different)} differ, the first in {first['id']!r} at token {first['token']}"
+        place = f"{first['id']!r} at token {first['token']}"
+        exact += f", other differences: {len(different)}, the first in {place}"
     off = ", ".join(f"{name} {sampled[name]['deviations']:+.1f}" for name in ("surprise", "favour"))
     law = (
         f"{sampled['tokens']:,} tokens are off the target's law by {off} standard deviations (chance goes "
         f"beyond ±{sampled['limit']:.1f} once in {1 / LEVEL:,.0f} runs)"
     )
     if sampled["impossible"]:
-        law += f"; {sampled['impossible']} tokens have no probability under the target"
+        law += f"; tokens without a probability under the target: {sampled['impossible']}"
     caught = sampled["detectable"]
     if caught is None or caught >= 1:
         power = "too few proposals were reached to notice even a decoder that takes them all unchecked"

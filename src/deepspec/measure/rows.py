@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deepspec.decode.engine import Generation
 from deepspec.decode.text import pieces_of
@@ -18,8 +19,6 @@ from deepspec.maths.verify import Sampling
 from deepspec.targets import Target
 
 BOOTSTRAP_SEED = 20
-TIE = 1e-3
-"""Rounding may swap two logits of float32 that differ by less."""
 
 
 @dataclass(frozen=True)
@@ -190,8 +189,13 @@ def first_difference(
         return min(len(ours), len(theirs)), False
     ids = torch.tensor([[*prompt.ids, *theirs[:at]]])
     logits = target.logits(target.read(ids, ()).last_hidden[0, -1])
-    one, other = (float(logits[answer[at]]) for answer in (ours, theirs))
-    return at, abs(one - other) <= max(TIE, 4 * torch.finfo(logits.dtype).eps * abs(one))
+    one, other = logits[ours[at]], logits[theirs[at]]
+    return at, bool((one - other).abs() <= rounding(one))
+
+
+def rounding(logits: Tensor) -> Tensor:
+    """By how much the same logits of two passes, of which one may have a cache or other rows, may differ."""
+    return (4 * torch.finfo(logits.dtype).eps * logits.abs().float()).clamp_min(1e-3)
 
 
 def _samples(target: Target, method: Method, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:

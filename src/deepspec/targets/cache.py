@@ -23,10 +23,10 @@ class SlotCache(Cache):
         for layer in self.layers:
             layer.rows = rows
 
-    def wipe(self, slot: int) -> None:
-        """Zero a slot's keys and values."""
+    def wipe(self, slot: int, start: int) -> None:
+        """Zero a slot's keys and values from position `start` on."""
         for layer in self.layers:
-            layer.store.wipe(slot)
+            layer.store.wipe(slot, start)
 
 
 class _SlotLayer(CacheLayerMixin):

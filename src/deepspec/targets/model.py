@@ -231,10 +231,11 @@ class Target:
     def free(self, slot: int) -> None:
         del self._tokens[slot]
 
-    def wipe(self, slot: int) -> None:
-        """Free a slot and zero its keys and values: NaN would reach its next sequence through every mask."""
-        self.free(slot)
-        self._cache.wipe(slot)
+    def wipe(self, slot: int, length: int) -> None:
+        """Roll back, and zero the keys and values of what is forgotten: NaN among them would reach later
+        passes through every mask."""
+        self.rollback(slot, length)
+        self._cache.wipe(slot, length)
 
     @torch.inference_mode()
     def step(self, slots: Ints, tokens: Ragged, layers: Ints = ()) -> StepOutput:

@@ -97,11 +97,11 @@ def training_data(
     form, place = feature_source(recipe.data.features)
     reads, settings = read_rules(recipe), _row_settings(recipe)
     if form != "cache":
-        source: Source = (
-            online(target, layers)
-            if form == "online"
-            else VllmSource(place, target, layers, reads, max_length=recipe.data.max_length)
-        )
+        source: Source = online(target, layers)
+        if form == "vllm":
+            settings["spare"] = 1  # which the server generates
+            longest = target.room(1, recipe.data.max_length)
+            source = VllmSource(place, target, layers, reads, max_length=longest)
         file = answers or answered(recipe.data.train, target, recipe.thinking, run / "data")
         return TrainingData(str(file), load_rows(file, target, **settings), data_facts(file), source)
     cache = open_cache(Path(place))

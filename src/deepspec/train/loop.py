@@ -31,7 +31,7 @@ from deepspec.train.build import build_draft, recipe_spec, vocabulary_facts
 from deepspec.train.data import check_before_loading, check_target, training_data
 from deepspec.train.facts import provenance
 from deepspec.train.optimizer import Optimizer
-from deepspec.train.run import Progress, Run, open_run
+from deepspec.train.run import Progress, Run, check_run, open_run
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,10 @@ def train_draft(
     prompts = load_prompts(
         prompts_path(recipe.data.select), known, thinking=recipe.thinking, limit=recipe.eval_prompts
     )
+    check_run(Path(runs), recipe, fresh=fresh)
+    target = target or Target.from_pretrained(recipe.target)
+    spec = recipe_spec(recipe, target)
     with open_run(Path(runs), recipe, fresh=fresh) as run:
-        target = target or Target.from_pretrained(recipe.target)
-        spec = recipe_spec(recipe, target)
         data = training_data(recipe, target, spec.target_layer_ids, run.folder, answers)
         facts = provenance(recipe, target, data.about)
         carried, wanted = Conditions.read(data.about["data"]), Conditions.read(facts)

@@ -32,7 +32,7 @@ from deepspec.checkpoints.read import load_provenance, load_spec, read_parts
 from deepspec.config import KEPT_CHECKPOINTS, Recipe, dump_recipe, load_recipe
 from deepspec.drafts.base import NeuralDraft
 from deepspec.errors import CheckpointError, RecipeError, first_line
-from deepspec.files import JsonlWriter, alone_in, aside_of, atomic_file, write_json
+from deepspec.files import JsonlWriter, alone_in, aside_of, atomic_file, check_writable, write_json
 from deepspec.log import note, open_trackers, progress, warn
 from deepspec.targets import Target
 from deepspec.train.optimizer import Optimizer
@@ -88,26 +88,27 @@ class Run:
             self.folder.rename(aside)
         self.note(f"the earlier run is kept as {aside}")
 
-    def keep_recipe(self) -> None:
-        """Write the resolved recipe into the folder.
+    def keep_recipe(self, *, write: bool = True) -> None:
+        """Write the resolved recipe into the folder; or only check that this could be done.
 
         Raises RecipeError, and leaves the run's own recipe as it is, if that trains another kind of draft,
         began from another one, or keeps other optimiser states: nothing could continue it.
         """
-        path = self.folder / "recipe.yaml"
+        path, before = self.folder / "recipe.yaml", self.recipe
         if path.exists() and self.latest() is not None:
             try:
                 before = load_recipe(path)
             except RecipeError as error:
-                self._set_aside(path, error.what, "the run continues with the recipe given now")
-                before = self.recipe
-            if other := _differences(before, self.recipe):
-                raise RecipeError(
-                    f"{self.folder} cannot continue with this recipe: {'; '.join(other)}", next_step=FRESH
-                )
+                if write:
+                    self._set_aside(path, error.what, "the run continues with the recipe given now")
+        if other := _differences(before, self.recipe):
+            raise RecipeError(
+                f"{self.folder} cannot continue with this recipe: {'; '.join(other)}", next_step=FRESH
+            )
+        if write:
             if before.model_dump(mode="json") != self.recipe.model_dump(mode="json"):
                 self.note(f"{self.folder} was started with another recipe; it continues with this one")
-        dump_recipe(self.recipe, path)
+            dump_recipe(self.recipe, path)
 
     @contextmanager
     def logging(self, at: Progress, total_steps: int | None) -> Iterator[Log]:
@@ -277,6 +278,16 @@ def _load_step(
                 raise ValueError(f"optimizer.pt and model.safetensors differ in {name}")
         optimizer.load(saved)
     return at
+
+
+def check_run(runs: Path, recipe: Recipe, *, fresh: bool = False) -> None:
+    """Raise what `open_run` would raise, before the target is loaded, and write nothing."""
+    run = Run(runs / recipe.name, recipe)
+    check_writable(run.folder, folder=True)
+    if run.folder.is_dir():
+        with alone_in(run.folder, "training"):
+            if not fresh:
+                run.keep_recipe(write=False)
 
 
 @contextmanager
