@@ -268,6 +268,7 @@ def test_inspect_says_why_a_file_does_not_fit(files: Path, targets: dict[str, Ta
         (("--to", "vllm", "--out", "a", "--dtype", "q8_0"), "add --to gguf"),
         (("--to", "llamacpp", "--out", "a", "--pre", "qwen2"), "add --to gguf"),
         (("--to", "gguf", "--out", "a.gguf", "--target", "pocket", "--target-gguf", "no.gguf"), "no.gguf"),
+        (("--to", "gguf", "--out", "a.gguf", "--target-gguf", "b.gguf", "--pre", "c"), "one of them"),
     ],
 )
 def test_command_says_what_is_missing(

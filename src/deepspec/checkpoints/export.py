@@ -14,7 +14,7 @@ from deepspec import families
 from deepspec.checkpoints import read
 from deepspec.checkpoints.draft import check_fit
 from deepspec.checkpoints.layouts import as_released
-from deepspec.checkpoints.servers import NATIVE, Facts, launch_commands, refuse, served_as
+from deepspec.checkpoints.servers import GGUF, NATIVE, Facts, launch_commands, refuse, served_as
 from deepspec.drafts.spec import EAGLE3_NORMS, DraftSpec, write_config
 from deepspec.errors import UserError
 from deepspec.files import atomic_directory, check_writable, write_json
@@ -78,8 +78,6 @@ def export_draft(
         write_json(part / read.PROVENANCE, facts)
     (architecture,), count = config["architectures"], sum(t.numel() for t in tensors.values())
     launch = [] if to == NATIVE else launch_commands(to, spec, served, out)
-    if to == "llamacpp":
-        notes.append("this folder is for llama.cpp's converter; --to gguf writes the file itself, without it")
     return Exported(out, to, architecture, spec.proposals, config["dtype"], count, launch, notes)
 
 
@@ -97,13 +95,14 @@ def prepare(name_or_path: str | Path, to: str, target: Target | None) -> Ready:
     facts = {**read.load_provenance(path), "sample_from_anchor": spec.sample_from_anchor, "exported_to": to}
     if to == NATIVE:
         return Ready(spec, write_config(spec, source), tensors | copies, facts, [])
-    refuse(to, Facts(spec, bool(copies), target))
-    spec, tensors, notes = complete(to, spec, tensors)
+    server = "llamacpp" if to == GGUF else to
+    refuse(server, Facts(spec, bool(copies), target))
+    spec, tensors, notes = complete(server, spec, tensors)
     positions, more = _positions(source, target)
     if served_as(spec).method == "eagle3":
         # vLLM and llama.cpp read both names, older releases of SGLang only this one.
         tensors = {k.replace("layers.0.", "midlayer."): v for k, v in tensors.items()}
-    notes = notes + more + (_doubts(target) if to == "vllm" else [])
+    notes = notes + more + (_doubts(target) if to != GGUF else [])
     return Ready(spec, server_config(spec, positions), tensors | copies, facts, notes)
 
 

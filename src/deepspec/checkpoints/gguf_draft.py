@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -25,19 +25,8 @@ ARCHITECTURES = ("eagle3", "dflash")
 """What llama.cpp calls drafts; a DSpark draft is a dflash with a sequential head."""
 
 
-class Format(NamedTuple):
-    """A number format of GGUF: its own name, and the name of a file that is mostly in it."""
-
-    name: str
-    file: str
-
-
-FORMATS = {
-    "float32": Format("F32", "ALL_F32"),
-    "float16": Format("F16", "MOSTLY_F16"),
-    "bfloat16": Format("BF16", "MOSTLY_BF16"),
-    "q8_0": Format("Q8_0", "MOSTLY_Q8_0"),
-}
+FORMATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+"""Number formats by the names that users give."""
 PARTS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -82,7 +71,7 @@ def export_gguf(
     """
     gguf = import_gguf()
     check_free_file(out)
-    ready = prepare(name_or_path, "llamacpp", target)
+    ready = prepare(name_or_path, GGUF, target)
     stored = str(ready.tensors["fc.weight"].dtype).removeprefix("torch.")
     kind = FORMATS[dtype or (stored if stored in FORMATS else "float32")]
     served = served or target_file(target.spec.name)
@@ -94,7 +83,7 @@ def export_gguf(
     else:
         written(writer, target.spec, ready.spec.vocab_size, mask, pre, eagle)
     for name, tensor in _tensors(ready):
-        data, found = _quantised(gguf, name, tensor, kind.name)
+        data, found = _quantised(gguf, name, tensor, kind)
         writer.add_tensor(name, data, raw_dtype=found)
     _add_facts(gguf, writer, ready, target.spec, Path(str(name_or_path)).name, kind)
     with atomic_file(out) as stream:
@@ -105,7 +94,7 @@ def export_gguf(
         writer.close()
     (architecture,), count = ready.config["architectures"], sum(t.numel() for t in ready.tensors.values())
     launch = launch_commands(GGUF, ready.spec, packaged(target.spec.name), out, served)
-    return Exported(out, GGUF, architecture, ready.spec.proposals, kind.name, count, launch, ready.notes)
+    return Exported(out, GGUF, architecture, ready.spec.proposals, kind, count, launch, ready.notes)
 
 
 def check_free_file(out: Path) -> None:
@@ -114,20 +103,17 @@ def check_free_file(out: Path) -> None:
         raise UserError(
             f"{out} is not the name of a GGUF file", next_step="give --out a file name that ends in .gguf"
         )
-    if out.is_file() and _architecture(out) not in ARCHITECTURES:
+    try:
+        fine = not out.is_file() or read_keys(out).get("general.architecture") in ARCHITECTURES
+    except CheckpointError:
+        fine = False
+    if not fine:
         raise UserError(
             "the output file is not a draft, and an export would replace it",
             where=str(out),
             next_step="give --out the name of a new file, or of an earlier export",
         )
     check_writable(out)
-
-
-def _architecture(path: Path) -> Any:
-    try:
-        return read_keys(path, "general.architecture").get("general.architecture")
-    except CheckpointError:
-        return None
 
 
 def _tensors(ready: Ready) -> Iterator[tuple[str, Tensor]]:
@@ -166,15 +152,13 @@ def _quantised(gguf: ModuleType, name: str, tensor: Tensor, kind: str) -> tuple[
         return gguf.quants.quantize(values, found), found
 
 
-def _add_facts(
-    gguf: ModuleType, writer: Any, ready: Ready, target: TargetSpec, name: str, kind: Format
-) -> None:
+def _add_facts(gguf: ModuleType, writer: Any, ready: Ready, target: TargetSpec, name: str, kind: str) -> None:
     """The keys that describe a draft, apart from its tokenizer."""
     spec, shape, config, arch = ready.spec, ready.spec.shape, ready.config, writer.arch
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     writer.add_size_label(gguf.size_label(*writer.get_total_parameter_count()))
-    writer.add_file_type(gguf.LlamaFileType[kind.file])
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(spec.num_layers)
     writer.add_context_length(config["max_position_embeddings"])

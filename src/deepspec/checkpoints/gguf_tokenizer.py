@@ -56,12 +56,15 @@ def import_gguf() -> ModuleType:
         ) from error
 
 
-def read_keys(path: Path, only: str | None = None) -> dict[str, Any]:
-    """The keys of a GGUF file with their values, or only one of them. Raises CheckpointError."""
+def read_keys(path: Path) -> dict[str, Any]:
+    """The keys of a GGUF file with their values. Raises CheckpointError."""
+    return {name: field.contents() for name, field in _fields(path).items()}
+
+
+def _fields(path: Path) -> dict[str, Any]:
     gguf = import_gguf()
     try:
-        fields = gguf.GGUFReader(path).fields
-        return {name: field.contents() for name, field in fields.items() if only in (None, name)}
+        return dict(gguf.GGUFReader(path).fields)
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise CheckpointError(
             f"this is not a GGUF file that can be read: {error}",
@@ -81,19 +84,19 @@ def target_file(name: str) -> Path | None:
 
 def copied(writer: Any, source: Path, size: int, mask: int | None) -> None:
     """Add the tokenizer of the target's GGUF file as it is. Raises MismatchError if it has another size."""
-    keys = read_keys(source)
-    count = len(keys.get("tokenizer.ggml.tokens", ()))
+    fields = _fields(source)
+    count = len(fields["tokenizer.ggml.tokens"].data) if "tokenizer.ggml.tokens" in fields else 0
     if count != size:
         raise MismatchError(
             f"the target's GGUF file has {count:,} tokens, and the draft's vocabulary has {size:,}",
             where=str(source),
             next_step="give the GGUF file of the model that the draft was trained for",
         )
-    types = {name: field.types for name, field in import_gguf().GGUFReader(source).fields.items()}
-    for name, value in keys.items():
+    for name, field in fields.items():
         if name.startswith("tokenizer.") and not (mask is not None and name.endswith("mask_token_id")):
-            kind = types[name]
-            writer.add_key_value(name, value, kind[0], sub_type=kind[-1] if len(kind) > 1 else None)
+            kind = field.types
+            sub = kind[-1] if len(kind) > 1 else None
+            writer.add_key_value(name, field.contents(), kind[0], sub_type=sub)
     if mask is not None:
         writer.add_mask_token_id(mask)
 

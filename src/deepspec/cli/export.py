@@ -58,6 +58,8 @@ def export(
     to_file = to == GGUF or (to == "llamacpp" and out.suffix == ".gguf")
     if not to_file and (dtype is Format.q8_0 or target_gguf is not None or pre is not None):
         raise UserError("--dtype q8_0, --target-gguf and --pre are for GGUF files", next_step="add --to gguf")
+    if target_gguf is not None and pre is not None:
+        raise UserError("--target-gguf copies the name that --pre would set", next_step="give one of them")
     if to_file and target is None:
         raise UserError(
             "a GGUF file also holds the target's tokenizer, and no target was given",
@@ -81,5 +83,7 @@ def export(
     typer.echo(f"{found.path}: {found.architecture}, {found.dtype}, {found.parameters:,} parameters")
     for line in found.notes:
         note(line)
+    if found.to == "llamacpp":
+        note("this folder is for llama.cpp's converter; --to gguf writes the file that its server loads")
     for line in found.launch:
         typer.echo(line)
