@@ -164,14 +164,14 @@ def _tokens(gguf: ModuleType, tokenizer: Any, size: int) -> tuple[list[str], lis
 def _splitting(facts: dict[str, Any], pre: str | None) -> str:
     """llama.cpp's name for how a tokenizer (its tokenizer.json) splits text; `pre`, if given. Raises
     UserError."""
-    byte_level = '"ByteLevel"' in json.dumps([facts["pre_tokenizer"], facts["decoder"]])
+    byte_level = '"ByteLevel"' in json.dumps([facts.get("pre_tokenizer"), facts.get("decoder")])
     if facts["model"]["type"] != "BPE" or not byte_level:
         raise UserError(
             f"the target's tokenizer ({facts['model']['type']}) is not a byte-level BPE, the only kind that "
             "is written from Hugging Face files",
             next_step="add --target-gguf FILE, the target's own GGUF file: its tokenizer is copied",
         )
-    expressions = [_expression(step) for step in _steps(facts["pre_tokenizer"], "pretokenizers")]
+    expressions = [_expression(step) for step in _steps(facts.get("pre_tokenizer"), "pretokenizers")]
     found = pre or SPLITTING.get(tuple(e for e in expressions if e))
     if found is None:
         raise UserError(
