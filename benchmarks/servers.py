@@ -1,6 +1,6 @@
 """Our drafts in an engine that is not ours: llama.cpp's server, built from the source in its Python package.
 
-    make test-servers                           build (once), convert, serve, measure, check, write the table
+    make test-servers                           build (once), export, serve, measure, check, write the table
     python benchmarks/servers.py --prompts 9    measure only, and print the results
 
 Both engines decode the same prompts (token ids, so no template is involved) greedily, in float32, key/value
@@ -39,7 +39,8 @@ import httpx
 import torch
 
 from deepspec.checkpoints.draft import load_draft
-from deepspec.checkpoints.export import Exported, export_draft
+from deepspec.checkpoints.export import Exported
+from deepspec.checkpoints.gguf_draft import export_gguf
 from deepspec.checkpoints.servers import served_as
 from deepspec.decode.engine import Decoder, Generation, Request
 from deepspec.drafts.base import NeuralDraft
@@ -129,13 +130,11 @@ def run(words: Sequence[str], folder: Path, **environment: str) -> None:
         raise RuntimeError(f"{words[0]} ended with {code}; {log} ends with:\n{tail}")
 
 
-def convert(found: Engine, model: Path, out: Path, target: Path | None = None) -> Path:
-    """A model, or with `target` a draft for it, as float32 GGUF."""
+def convert(found: Engine, model: Path, out: Path) -> Path:
+    """A target as float32 GGUF, by llama.cpp's converter; drafts are exported as GGUF."""
     driver = Path(__file__).with_name("llamacpp_convert.py")
     words = [sys.executable, str(driver), str(found.source), str(model)]
-    words += ["--outtype", "f32", "--outfile", str(out)]
-    words += [] if target is None else ["--target-model-dir", str(target)]
-    run(words, out.parent, PYTHONPATH=str(found.packages))
+    run([*words, "--outtype", "f32", "--outfile", str(out)], out.parent, PYTHONPATH=str(found.packages))
     return out
 
 
@@ -305,11 +304,12 @@ def served_target(found: Engine, work: Path) -> tuple[Path, Path]:
 
 
 def measure(names: Sequence[str] = DRAFTS, limit: int = PROMPTS, budget: int = BUDGET) -> dict[str, Any]:
-    """Each draft exported, converted and served by llama-server, beside our own decoding."""
+    """Each draft exported as GGUF and served by llama-server, next to our own decoding."""
     folder = cache()
     found = engine(folder)
+    sys.path.append(str(found.source / "gguf-py"))  # the package gguf, if it is not installed
     work = folder / "pocket"
-    model, gguf = served_target(found, work)
+    _, gguf = served_target(found, work)
     target = Target.from_pretrained("pocket", dtype="float32", device="cpu")
     prompts = load_prompts(prompts_path("pocket:test"), target, limit=limit)
     with serving(found, gguf, [], work / "plain.log") as client:
@@ -318,11 +318,10 @@ def measure(names: Sequence[str] = DRAFTS, limit: int = PROMPTS, budget: int = B
     without = [decode(target, None, p, budget) for p in prompts]
     rows = []
     for name in names:
-        note(f"{name}: exported, converted, served")
+        note(f"{name}: exported and served")
         draft = load_draft(name, target)
-        exported = export_draft(name, "llamacpp", work / name, target=target)
-        served = convert(found, exported.path, work / f"{name}.gguf", model)
-        with serving(found, gguf, draft_words(draft, exported, served), work / f"{name}.log") as client:
+        exported = export_gguf(name, work / f"{name}.gguf", target, dtype="float32")
+        with serving(found, gguf, draft_words(draft, exported), work / f"{name}.log") as client:
             ask(client, prompts[0], budget)
             theirs = [ask(client, p, budget) for p in prompts]
         ours = [decode(target, draft, p, budget) for p in prompts]
@@ -359,9 +358,9 @@ def measure_and_keep() -> dict[str, Any]:
     return results
 
 
-def draft_words(draft: NeuralDraft, exported: Exported, gguf: Path) -> list[str]:
+def draft_words(draft: NeuralDraft, exported: Exported) -> list[str]:
     """llama-server's options for a draft, which it keeps drafting with however unsure it is."""
-    words = ["-md", str(gguf), "--spec-type", f"draft-{served_as(draft.spec).method}"]
+    words = ["-md", str(exported.path), "--spec-type", f"draft-{served_as(draft.spec).method}"]
     words += ["--spec-draft-n-max", str(exported.proposals), "--spec-draft-p-min", "0"]
     return [*words, "--cache-type-k-draft", "f32", "--cache-type-v-draft", "f32"]
 

@@ -22,7 +22,16 @@ from conftest import tiny_draft
 from deepspec.checkpoints.draft import load_draft, new_draft, save_draft
 from deepspec.checkpoints.export import export_draft, server_config
 from deepspec.checkpoints.read import SHARED, load_provenance
-from deepspec.checkpoints.servers import LIMITS, NATIVE, SERVED_AS, SERVERS, Facts, launch_commands, refuse
+from deepspec.checkpoints.servers import (
+    GGUF,
+    LIMITS,
+    NATIVE,
+    SERVED_AS,
+    SERVERS,
+    Facts,
+    launch_commands,
+    refuse,
+)
 from deepspec.cli import app
 from deepspec.drafts.base import NeuralDraft, Proposal
 from deepspec.drafts.spec import DraftSpec, LayerShape, RopeFacts
@@ -497,7 +506,7 @@ def test_launch_commands_count_as_each_server_counts(
 
 def test_command_offers_every_server_and_prints_how_to_start_it(saved: Path, tmp_path: Path) -> None:
     offered = CliRunner().invoke(app, ["export", "--help"]).stdout
-    assert "|".join([*SERVERS, NATIVE]) in "".join(offered.split())
+    assert "|".join([*SERVERS, GGUF, NATIVE]) in "".join(offered.split())
     words = ["export", str(saved / "dspark"), "--to", "llamacpp", "--out", str(tmp_path / "out")]
     found = CliRunner().invoke(app, words)
     assert found.exit_code == 0, found.output

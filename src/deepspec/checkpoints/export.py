@@ -14,7 +14,7 @@ from deepspec import families
 from deepspec.checkpoints import read
 from deepspec.checkpoints.draft import check_fit
 from deepspec.checkpoints.layouts import as_released
-from deepspec.checkpoints.servers import NATIVE, Facts, launch_commands, refuse, served_as
+from deepspec.checkpoints.servers import GGUF, NATIVE, Facts, launch_commands, refuse, served_as
 from deepspec.drafts.spec import EAGLE3_NORMS, DraftSpec, write_config
 from deepspec.errors import UserError
 from deepspec.files import atomic_directory, check_writable, write_json
@@ -40,6 +40,16 @@ class Exported(NamedTuple):
     notes: list[str]
 
 
+class Ready(NamedTuple):
+    """A draft in the form that a server knows. config: without its dtype; facts: of its provenance file."""
+
+    spec: DraftSpec
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+    notes: list[str]
+
+
 def export_draft(
     name_or_path: str | Path,
     to: str,
@@ -56,6 +66,23 @@ def export_draft(
     the draft, CheckpointError for a broken draft, MismatchError for a target that it does not belong to.
     """
     check_free(out)
+    spec, config, tensors, facts, notes = prepare(name_or_path, to, target)
+    # The maps of a reduced vocabulary hold ids, which stay as they are.
+    kinds = {k: dtype if dtype and v.is_floating_point() else v.dtype for k, v in tensors.items()}
+    tensors = {k: v.to(kinds[k]).contiguous() for k, v in tensors.items()}
+    config["dtype"] = str(tensors["fc.weight"].dtype).removeprefix("torch.")
+    served = packaged(target.spec.name) if target else "TARGET"  # servers do not know the built-in names
+    with atomic_directory(out) as part:
+        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        write_json(part / "config.json", config)
+        write_json(part / read.PROVENANCE, facts)
+    (architecture,), count = config["architectures"], sum(t.numel() for t in tensors.values())
+    launch = [] if to == NATIVE else launch_commands(to, spec, served, out)
+    return Exported(out, to, architecture, spec.proposals, config["dtype"], count, launch, notes)
+
+
+def prepare(name_or_path: str | Path, to: str, target: Target | None) -> Ready:
+    """What `export_draft` writes, in the stored number format. Raises its errors."""
     path = read.find_checkpoint(name_or_path)
     depth = None if target is None else target.spec.num_layers
     spec = read.load_spec(path, depth)
@@ -65,30 +92,18 @@ def export_draft(
         check_fit(spec, target, str(name_or_path))
         spec = replace(spec, num_target_layers=depth)
         copies = _own(copies, target)
-    notes: list[str] = []
-    if to == NATIVE:
-        config = write_config(spec, source)
-    else:
-        refuse(to, Facts(spec, bool(copies), target))
-        spec, tensors, notes = complete(to, spec, tensors)
-        positions, more = _positions(source, target)
-        config, notes = server_config(spec, positions), notes + more + _doubts(target)
-        if served_as(spec).method == "eagle3":
-            # vLLM and llama.cpp read both names, older releases of SGLang only this one.
-            tensors = {k.replace("layers.0.", "midlayer."): v for k, v in tensors.items()}
-    # The maps of a reduced vocabulary hold ids, which stay as they are.
-    kinds = {k: dtype if dtype and v.is_floating_point() else v.dtype for k, v in (tensors | copies).items()}
-    tensors = {k: v.to(kinds[k]).contiguous() for k, v in (tensors | copies).items()}
-    config["dtype"] = str(tensors["fc.weight"].dtype).removeprefix("torch.")
     facts = {**read.load_provenance(path), "sample_from_anchor": spec.sample_from_anchor, "exported_to": to}
-    served = packaged(target.spec.name) if target else "TARGET"  # servers do not know the built-in names
-    with atomic_directory(out) as part:
-        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-        write_json(part / "config.json", config)
-        write_json(part / read.PROVENANCE, facts)
-    (architecture,), count = config["architectures"], sum(t.numel() for t in tensors.values())
-    launch = [] if to == NATIVE else launch_commands(to, spec, served, out)
-    return Exported(out, to, architecture, spec.proposals, config["dtype"], count, launch, notes)
+    if to == NATIVE:
+        return Ready(spec, write_config(spec, source), tensors | copies, facts, [])
+    server = "llamacpp" if to == GGUF else to
+    refuse(server, Facts(spec, bool(copies), target))
+    spec, tensors, notes = complete(server, spec, tensors)
+    positions, more = _positions(source, target)
+    if served_as(spec).method == "eagle3":
+        # vLLM and llama.cpp read both names, older releases of SGLang only this one.
+        tensors = {k.replace("layers.0.", "midlayer."): v for k, v in tensors.items()}
+    notes = notes + more + (_doubts(target) if to != GGUF else [])
+    return Ready(spec, server_config(spec, positions), tensors | copies, facts, notes)
 
 
 def check_free(out: Path) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 NATIVE = "deepspec"
 """The name of the released layout, which belongs to no server."""
+GGUF = "gguf"
+"""The name of llama.cpp's own file format: what its converter makes of an export for llamacpp."""
 
 
 class Server(NamedTuple):
@@ -49,9 +51,9 @@ SERVERS: dict[str, Server] = {
     "llamacpp": Server(
         "llama.cpp",
         (
-            "python convert_hf_to_gguf.py $target --outfile target.gguf",
-            "python convert_hf_to_gguf.py $draft --target-model-dir $target --outfile draft.gguf",
-            "llama-server -m target.gguf -md draft.gguf --spec-type draft-$method "
+            "python convert_hf_to_gguf.py $target --outfile $served",
+            "python convert_hf_to_gguf.py $draft --target-model-dir $target --outfile $file",
+            "llama-server -m $served -md $file --spec-type draft-$method "
             "--spec-draft-n-max $proposals --spec-draft-p-min 0 --jinja",
         ),
     ),
@@ -211,14 +213,24 @@ def refuse(to: str, facts: Facts) -> None:
         )
 
 
-def launch_commands(to: str, spec: DraftSpec, target: str, draft: Path) -> list[str]:
-    """The commands that serve an exported draft with its target."""
+def launch_commands(
+    to: str, spec: DraftSpec, target: str, draft: Path, served: Path | None = None
+) -> list[str]:
+    """The commands that serve an exported draft with its target.
+
+    served: the target's GGUF file, if there is one already; llama.cpp needs it.
+    """
+    if to == GGUF:
+        convert, _, start = launch_commands("llamacpp", spec, target, draft, served)
+        return [start] if served else [convert, start]
     method, count = served_as(spec).method, spec.proposals
     # vLLM takes the draft inside quoted JSON; for the others it is a separate word.
     inside = json.dumps(str(draft))[1:-1].replace("'", "'\\''")
     words = {
         "target": shlex.quote(target),
         "draft": inside if to == "vllm" else shlex.quote(str(draft)),
+        "served": shlex.quote(str(served or "target.gguf")),
+        "file": shlex.quote(str(draft) if draft.suffix == ".gguf" else "draft.gguf"),
         "method": method,
         "METHOD": method.upper(),
         "proposals": count,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +17,7 @@ def inspect(
     target: Annotated[str | None, typer.Option(help="Also check whether the draft fits this target.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Describe a draft checkpoint.
+    """Describe a draft checkpoint, or a draft in a GGUF file.
 
     The facts include what the draft adds to its target and, with --target, whether it fits. Only config
     files and the headers of weight files are read; no weights are loaded.
@@ -25,12 +26,16 @@ def inspect(
     Example:
       deepspec inspect pocket-dspark --target pocket
     """
+    from deepspec.checkpoints.gguf_draft import inspect_gguf
     from deepspec.checkpoints.inspect import inspect_draft
     from deepspec.checkpoints.read import find_checkpoint
     from deepspec.targets import TargetSpec
 
-    find_checkpoint(draft)  # a mistyped name should not wait for the Hub
-    found = inspect_draft(draft, None if target is None else TargetSpec.from_pretrained(target))
+    is_file = draft.endswith(".gguf")
+    if not is_file:
+        find_checkpoint(draft)  # a mistyped name should not wait for the Hub
+    spec = None if target is None else TargetSpec.from_pretrained(target)
+    found = inspect_gguf(Path(draft), spec) if is_file else inspect_draft(draft, spec)
     if as_json:
         print_json(found)
         return
