@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
 DraftName = Annotated[
     str, typer.Argument(metavar="DRAFT", help="A built-in name, checkpoint or run folder, or a Hub id.")
 ]
-TargetName = Annotated[str, typer.Option(help="The model: pocket, a directory, or a Hub id.")]
+TargetName = Annotated[str, typer.Option(help="The model: pocket, a directory, a GGUF file, or a Hub id.")]
 Thinking = Annotated[bool, typer.Option("--thinking", help="Turn on the target's thinking mode.")]
 TopK = Annotated[int, typer.Option(min=0, help="Sample from the K likeliest tokens only; 0: from all.")]
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")]

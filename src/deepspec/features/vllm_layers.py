@@ -17,8 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deepspec.errors import ServerError
+from deepspec.errors import ServerError, TargetError
 from deepspec.targets import Target
+from deepspec.targets.gguf_file import find_gguf
 
 STORAGE = "/dev/shm/deepspec-features"
 """Where vLLM leaves features for whoever asked: memory of the machine that both run on."""
@@ -39,7 +40,13 @@ def server_layers(layers: Sequence[int], depth: int, last_hidden: bool) -> list[
 def vllm_command(
     model: str, wanted: Sequence[int], max_length: int | None = None, storage: str = STORAGE
 ) -> str:
-    """The `vllm serve` command that gives the wanted layers (vLLM's numbers) of rows up to `max_length`."""
+    """The `vllm serve` command that gives the wanted layers (vLLM's numbers) of rows up to `max_length`.
+    Raises TargetError for a GGUF file."""
+    if find_gguf(model) is not None:
+        raise TargetError(
+            f"{model} is a GGUF file, and vLLM gives features of Hugging Face directories only",
+            next_step=f"run `deepspec target convert {shlex.quote(model)} --out DIR`, and use --target DIR",
+        )
     layer_ids = {"eagle_aux_hidden_state_layer_ids": sorted(wanted)}  # the server keeps no order
     extraction = {
         "method": "extract_hidden_states",
