@@ -199,7 +199,7 @@ def test_file_is_the_same_model_as_its_safetensors(
     assert target.max_length == theirs.max_length
     same(target, theirs)
     said = " ".join(capsys.readouterr().err.split())
-    assert re.search(rf"{stored} \d+% .*computed in float32", said)
+    assert re.search(rf"\d+ in {stored} \(\d+%\).*read as float32", said)
 
 
 def test_tokenizer_and_template_come_from_the_file(folders: dict[str, Path], tmp_path: Path) -> None:

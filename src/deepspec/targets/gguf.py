@@ -32,6 +32,7 @@ FILE = "model.gguf"
 TOKENS = "tokenizer.ggml.tokens"
 VOCABULARY = ("tokenizer.ggml.token", "tokenizer.ggml.merges", "tokenizer.ggml.scores", "tokenizer.chat")
 LEFT_OUT = {
+    "attention.key_length_swa": "head_dim",  # of Gemma 4, whose `key_length` has another name in the config
     "attention.key_length": "head_dim",
     "attention.sliding_window": "sliding_window",
     "expert_feed_forward_length": "moe_intermediate_size",
@@ -39,6 +40,8 @@ LEFT_OUT = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 """Keys that transformers' reader leaves out for some architectures, and their names in a config."""
+OF_27B = {"gemma2": 46, "gemma3": 62}
+"""Layers of a family's largest model, which scales its queries unlike the others; the file does not say so."""
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What every published Llama 3 says; its GGUF file holds the factors that follow from it, and not these."""
@@ -67,9 +70,12 @@ def gguf_config(gguf: Gguf, name: str) -> Any:
         except KeyError:  # some architectures look the vocabulary up
             raw = _raw_config(gguf)
         raw |= {k: float(str(np.float32(v))) for k, v in raw.items() if isinstance(v, float)}
-        raw |= {ours: v for key, ours in LEFT_OUT.items() if ours not in raw and (v := gguf.value(key))}
-        if raw.get("global_head_dim"):
-            del raw["head_dim"]
+        known = AutoConfig.for_model(raw["model_type"])
+        for key, ours in LEFT_OUT.items():
+            if (said := gguf.value(key)) is not None and ours not in raw and hasattr(known, ours):
+                raw[ours] = said
+        if gguf.value("block_count") == OF_27B.get(gguf.architecture):
+            raw["query_pre_attn_scalar"] = raw["hidden_size"] // raw["num_attention_heads"]
         raw["vocab_size"] = next(t for t in gguf.tensors if t.name == EMBEDDING).dims[-1]
         if scaling := _rope_scaling(gguf, name, raw):
             raw["rope_scaling"] = scaling
@@ -152,8 +158,10 @@ def load_gguf(gguf: Gguf, name: str, dtype: str, device: str, device_map: Any) -
     """The model with plain weights, which can be moved and saved, and with llama.cpp's ends of an answer.
     Raises TargetError if the file and the model do not hold the same tensors."""
     dtype = _dtype(gguf, device) if dtype == "auto" else dtype
-    formats = ", ".join(f"{kind} {share:.0%} ({count} tensors)" for kind, count, share in gguf.formats())
-    note(f"{name}: {gguf.architecture}, weights {formats}; computed in {dtype}")
+    formats = (f"{count} in {kind} ({share:.0%})" for kind, count, share in gguf.formats())
+    note(
+        f"{name}: {gguf.architecture}; tensors (share of the weights): {', '.join(formats)}; read as {dtype}"
+    )
     plain = getattr(transformers, "GgufConfig", None)
     try:
         with _one_file(gguf) as file, _reader():
