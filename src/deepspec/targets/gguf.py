@@ -41,7 +41,9 @@ LEFT_OUT = {
 }
 """Keys that transformers' reader leaves out for some architectures, and their names in a config."""
 OF_27B = {"gemma2": 46, "gemma3": 62}
-"""Layers of a family's largest model, which scales its queries unlike the others; the file does not say so."""
+"""Layers of a family's largest model, whose queries are scaled otherwise; its file does not say so."""
+LARGE = 4 << 30
+"""Bytes from which copying a file takes longer than reading its vocabulary."""
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What every published Llama 3 says; its GGUF file holds the factors that follow from it, and not these."""
@@ -247,11 +249,15 @@ def _short_copy(gguf: Gguf, without: tuple[str, ...] = ()) -> Iterator[Path]:
 
 @contextmanager
 def _one_file(gguf: Gguf) -> Iterator[Path]:
-    """The model's file; of a split model, its parts joined for as long as they are read."""
-    if len(gguf.parts) == 1:
+    """The model as one file for as long as it is read: a copy without the vocabulary, on which the reader
+    would spend longer than on the weights; or the file itself if it is large and in one part."""
+    size = sum(part.path.stat().st_size for part in gguf.parts)
+    temporary = tempfile.gettempdir()
+    if len(gguf.parts) == 1 and (size > LARGE or size > shutil.disk_usage(temporary).free // 2):
         yield gguf.path.absolute()
         return
-    note(f"the {len(gguf.parts)} parts of {gguf.path.name} are joined in {tempfile.gettempdir()} to be read")
+    if len(gguf.parts) > 1:
+        note(f"the {len(gguf.parts)} parts of {gguf.path.name} are joined in {temporary} to be read")
     with tempfile.TemporaryDirectory() as folder:
         align = int(gguf.values.get("general.alignment", 32))
         tensors, starts, end = [], [], 0
@@ -261,7 +267,7 @@ def _one_file(gguf: Gguf) -> Iterator[Path]:
             end += part.path.stat().st_size - part.data
             end += -end % align
         with Path(folder, FILE).open("wb") as out:
-            gguf.write_header(out, tensors, without=("split.",))
+            gguf.write_header(out, tensors, without=("split.", *VOCABULARY))
             data = out.tell()
             for part, start in zip(gguf.parts, starts, strict=True):
                 out.seek(data + start)
