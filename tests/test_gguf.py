@@ -96,7 +96,7 @@ def write_gguf(
     of transformers. Matrices are quantised to `kind`, vectors stay F32."""
     config = json.loads((folder / "config.json").read_text())
     llama, rope = config["model_type"] == "llama", config["rope_parameters"]
-    architecture = writer.pop("architecture", config["model_type"])
+    architecture, more = writer.pop("architecture", config["model_type"]), writer.pop("values", {})
     out = gguf.GGUFWriter(path, architecture, **writer)
     out.add_context_length(config["max_position_embeddings"])
     out.add_embedding_length(config["hidden_size"])
@@ -108,7 +108,9 @@ def write_gguf(
     out.add_rope_freq_base(rope["rope_theta"])
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     out.add_key_length(head)
-    out.add_rope_dimension_count(head)
+    more = {"rope.dimension_count": head, **more}
+    for key, value in more.items():
+        out.add_key_value(f"{architecture}.{key}", value, gguf.GGUFValueType.get_type(value))
     if rope["rope_type"] == "yarn":
         out.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         out.add_rope_scaling_factor(rope["factor"])
@@ -300,6 +302,11 @@ def test_files_that_are_no_target_say_why(folders: dict[str, Path], tmp_path: Pa
     for architecture, match in strangers.items():
         write_gguf(folders["llama"], path, architecture=architecture)
         refused(match)
+    stretched = {"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}
+    write_gguf(folders["qwen3"], path, values=stretched)
+    refused("stretches its rotary positions by 'longrope'")
+    write_gguf(folders["qwen3"], path, values={"rope.dimension_count": 16})
+    refused("turns 16 of 32 numbers of a head")
     write_gguf(folders["qwen3"], path)
     path.write_bytes(path.read_bytes().replace(b"blk.0.attn_q_norm.weight", b"blk.0.attn_q_what.weight"))
     with pytest.raises(TargetError, match=r"the file has none for model.layers.0.self_attn.q_norm"):

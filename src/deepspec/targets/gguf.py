@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from transformers.utils import logging as hf_logging
 
 from deepspec.errors import TargetError
+from deepspec.files import is_disk_full
 from deepspec.log import note
 from deepspec.targets.gguf_file import EMBEDDING, Gguf, Stored
 from deepspec.targets.hub import first_line
@@ -84,12 +85,11 @@ def gguf_config(gguf: Gguf, name: str) -> Any:
         config = AutoConfig.for_model(**{k: v for k, v in raw.items() if k != "_model_name_or_path"})
     except (ValueError, KeyError, OSError, NotImplementedError) as error:
         raise unreadable_gguf(name, gguf, error) from error
-    heads = (getattr(config, "head_dim", None), getattr(config, "global_head_dim", None))
-    rotated = gguf.value("rope.dimension_count")
-    share = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
-    whole = heads[0] or config.hidden_size // config.num_attention_heads
-    if rotated and rotated not in (round(whole * share), heads[1]):
-        raise _positions(name, gguf, f"turns {rotated} of {whole} numbers of a head")
+    if (rotated := gguf.value("rope.dimension_count")) is not None:
+        share = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+        whole = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if rotated not in (round(whole * share), getattr(config, "global_head_dim", None)):
+            raise _positions(name, gguf, f"turns {rotated} of {whole} numbers of a head")
     return config
 
 
@@ -224,6 +224,9 @@ def _layer(tensor: Stored) -> int:
 
 
 def unreadable_gguf(name: str, gguf: Gguf, error: Exception) -> TargetError:
+    """The error for a file that transformers' reader failed on; a full disk stays what it is."""
+    if isinstance(error, OSError) and is_disk_full(error):  # the folder for temporary files
+        raise error
     unknown = "not supported" in str(error) or "Unrecognized model" in str(error)
     return TargetError(
         f"transformers cannot read GGUF files of the architecture {gguf.architecture!r}"

@@ -105,8 +105,15 @@ def find_gguf(path: str | Path) -> Path | None:
     directory without a config.json; None for anything else. Raises TargetError for several."""
     path = Path(path)
     if path.is_file():
-        with path.open("rb") as file:
-            return path if path.suffix.lower() == ".gguf" or file.read(4) == MAGIC else None
+        try:
+            with path.open("rb") as file:
+                return path if path.suffix.lower() == ".gguf" or file.read(4) == MAGIC else None
+        except OSError as error:
+            raise TargetError(
+                f"the file cannot be read: {error.strerror}",
+                where=str(path),
+                next_step="see that you may read it",
+            ) from error
     if not path.is_dir() or (path / "config.json").exists():
         return None
     files = sorted(f for f in path.glob("*.gguf") if not f.name.startswith("mmproj"))
