@@ -97,6 +97,7 @@ def write_gguf(
     config = json.loads((folder / "config.json").read_text())
     llama, rope = config["model_type"] == "llama", config["rope_parameters"]
     architecture, more = writer.pop("architecture", config["model_type"]), writer.pop("values", {})
+    pre = writer.pop("pre", "default")
     out = gguf.GGUFWriter(path, architecture, **writer)
     out.add_context_length(config["max_position_embeddings"])
     out.add_embedding_length(config["hidden_size"])
@@ -116,7 +117,7 @@ def write_gguf(
         out.add_rope_scaling_factor(rope["factor"])
         out.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if tokenizer:
-        write_tokenizer(out, folder, template)
+        write_tokenizer(out, folder, template, pre)
     held = {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     if rope["rope_type"] == "llama3":
@@ -147,11 +148,11 @@ def write_gguf(
     return held
 
 
-def write_tokenizer(out: Any, folder: Path, template: bool) -> None:
+def write_tokenizer(out: Any, folder: Path, template: bool, pre: str) -> None:
     found = require_tokenizer(TargetSpec.from_pretrained(str(folder)).tokenizer(), "the model")
     vocabulary = sorted(found.get_vocab().items(), key=lambda item: item[1])
     out.add_tokenizer_model("gpt2")
-    out.add_tokenizer_pre("default")
+    out.add_tokenizer_pre(pre)
     out.add_token_list([text for text, _ in vocabulary])
     out.add_token_types([3 if i in found.added_tokens_decoder else 1 for _, i in vocabulary])
     out.add_token_merges([" ".join(pair) for pair in MERGES])
@@ -212,14 +213,19 @@ def test_file_is_the_same_model_as_its_safetensors(
     assert re.search(rf"\d+ in {stored} \(\d+%\).*read as float32", said)
 
 
-def test_tokenizer_and_template_come_from_the_file(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_tokenizer_and_template_come_from_the_file(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_gguf(folders["llama"], tmp_path / "model.gguf")
     ours = require_tokenizer(TargetSpec.from_pretrained(str(tmp_path / "model.gguf")).tokenizer(), "ours")
     theirs = require_tokenizer(TargetSpec.from_pretrained(str(folders["llama"])).tokenizer(), "theirs")
     messages = [{"role": "user", "content": "naïve  12\n<|im_end|> all the 🙂"}]
     assert prompt_ids(ours, messages, False) == prompt_ids(theirs, messages, False)
     assert (ours.eos_token, ours.chat_template) == (theirs.eos_token, theirs.chat_template)
+    assert "splits text" not in capsys.readouterr().err
+    write_gguf(folders["llama"], tmp_path / "model.gguf", pre="wonder")
     target = Target.from_pretrained(tmp_path / "model.gguf")
+    assert "how the tokenizer 'wonder' splits text" in " ".join(capsys.readouterr().err.split())
     ends = {theirs.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")}
     assert target.stop_token_ids == ends
 

@@ -25,7 +25,7 @@ from transformers.utils import logging as hf_logging
 
 from deepspec.errors import TargetError
 from deepspec.files import is_disk_full
-from deepspec.log import note
+from deepspec.log import note, warn
 from deepspec.targets.gguf_file import EMBEDDING, Gguf, Stored
 from deepspec.targets.hub import first_line
 
@@ -62,6 +62,8 @@ END_TEXTS = (
 )
 """Control tokens that end an answer in llama.cpp, whatever the file says."""
 CONTROL = 3
+GPT2_SPLITS = ("default", "gpt-2", "smollm", "starcoder", "refact", "command-r", "phi-2", "mpt", "olmo")
+"""Tokenizers that split text as GPT-2 does, or also single out digits, which their merges never join."""
 ORIGINAL = "give the Hugging Face checkpoint that the file was made from"
 
 
@@ -149,11 +151,29 @@ def gguf_tokenizer(gguf: Gguf) -> PreTrainedTokenizerBase | None:
             where=str(gguf.path),
             next_step=ORIGINAL,
         ) from error
+    if gguf.values.get("tokenizer.ggml.model") == "gpt2":
+        _check_split(str(gguf.values.get("tokenizer.ggml.pre", "default")))
     tokenizer.name_or_path = str(gguf.path)
     beside = gguf.path.with_name("chat_template.jinja")
     if not tokenizer.chat_template and beside.is_file():
         tokenizer.chat_template = beside.read_text("utf-8")
     return tokenizer
+
+
+@cache
+def _check_split(kind: str) -> None:
+    """Warn, once, of a way to split text into words that transformers' reader replaces by GPT-2's."""
+    try:
+        table = import_module("transformers.integrations.gguf.gguf_tokenizer_mapping")
+        known = (*GPT2_SPLITS, *table.GGUF_PRE_TOKENIZER_SPLITS)
+    except (ImportError, AttributeError):  # another version of it
+        return
+    if kind not in known:
+        warn(
+            f"transformers does not know how the tokenizer {kind!r} splits text, and does it as GPT-2: "
+            "compare its token ids with llama.cpp's (llama-tokenize), or run `deepspec target convert` and put "
+            "the model's own tokenizer files into the folder"
+        )
 
 
 def load_gguf(gguf: Gguf, name: str, dtype: str, device: str, device_map: Any) -> Any:
