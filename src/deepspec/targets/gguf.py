@@ -171,8 +171,8 @@ def _check_split(kind: str) -> None:
     if kind not in known:
         warn(
             f"transformers does not know how the tokenizer {kind!r} splits text, and does it as GPT-2: "
-            "compare its token ids with llama.cpp's (llama-tokenize), or run `deepspec target convert` and put "
-            "the model's own tokenizer files into the folder"
+            "compare its token ids with llama.cpp's (llama-tokenize), or run `deepspec target convert` and "
+            "put the model's own tokenizer files into the folder"
         )
 
 
