@@ -52,6 +52,7 @@ COMMANDS = (
     ["data", "split"],
     ["data", "cache"],
     ["data", "features-server"],
+    ["target", "convert"],
 )
 
 

@@ -382,12 +382,12 @@ def test_path_of_a_file_or_a_mistyped_path_does_not_wait_for_the_hub(
     target_dirs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *a, **k: pytest.fail("asked the Hub"))
-    with pytest.raises(TargetError, match="is a file, and a target is the directory"):
+    with pytest.raises(TargetError, match="is a file that is not GGUF"):
         load(target_dirs["llama"] / "config.json")
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
     for name in ("models/mistyped", "./mistyped", "/no/where", "a/b/c"):
-        with pytest.raises(TargetError, match="there is no such directory") as caught:
+        with pytest.raises(TargetError, match="there is no such directory or file") as caught:
             Target.from_pretrained(name)
         assert "--local-dir" in str(caught.value)
 

@@ -344,7 +344,7 @@ def test_target_without_a_tokenizer_is_refused_with_a_way_out(chatml: PreTrained
     with pytest.raises(TargetError, match="some/model has no tokenizer") as caught:
         require_tokenizer(None, "some/model", "leave --target out")
     assert caught.value.next_step == (
-        "put the target's tokenizer files next to its config, or leave --target out"
+        "put the target's tokenizer files next to its config.json or GGUF file, or leave --target out"
     )
 
 

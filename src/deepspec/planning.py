@@ -127,7 +127,7 @@ def machine_row(recipe: Recipe, name: str | None) -> Machine:
     """The row of that name; by default this machine if the target's weights are on its disk. Raises UserError
     for an unknown name."""
     if name is None:
-        local = Path(packaged(recipe.target)).is_dir()
+        local = Path(packaged(recipe.target)).exists()
         name = "here" if local else DEFAULT_MACHINE
         if not local:
             note(f"this plan is for {name}; --machine {'|'.join(MACHINES)} plans for others, here measures")

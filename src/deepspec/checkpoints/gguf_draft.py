@@ -13,13 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from deepspec.checkpoints.export import Exported, Ready, prepare
-from deepspec.checkpoints.gguf_tokenizer import copied, import_gguf, read_keys, target_file, written
+from deepspec.checkpoints.gguf_tokenizer import copied, import_gguf, read_keys, written
 from deepspec.checkpoints.servers import GGUF, launch_commands, served_as
 from deepspec.drafts.spec import LayerShape
 from deepspec.errors import CheckpointError, UserError
 from deepspec.files import atomic_file, check_writable
 from deepspec.pocket import packaged
 from deepspec.targets import Target, TargetSpec
+from deepspec.targets.gguf_file import find_gguf
 
 ARCHITECTURES = ("eagle3", "dflash")
 """What llama.cpp calls drafts; a DSpark draft is a dflash with a sequential head."""
@@ -74,7 +75,7 @@ def export_gguf(
     ready = prepare(name_or_path, GGUF, target)
     stored = str(ready.tensors["fc.weight"].dtype).removeprefix("torch.")
     kind = FORMATS[dtype or (stored if stored in FORMATS else "float32")]
-    served = served or target_file(target.spec.name)
+    served = served or find_gguf(target.spec.name)
     eagle = ready.spec.algorithm == "eagle3"
     writer = gguf.GGUFWriter(None, ARCHITECTURES[not eagle])
     mask = None if eagle else ready.spec.mask_token_id

@@ -73,15 +73,6 @@ def _fields(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def target_file(name: str) -> Path | None:
-    """The GGUF file behind a target's name, if it is one or a folder that holds nothing else to load."""
-    path = Path(name)
-    if path.suffix == ".gguf":
-        return path
-    inside = [] if (path / "config.json").is_file() else sorted(path.glob("*.gguf"))
-    return inside[0] if inside else None
-
-
 def copied(writer: Any, source: Path, size: int, mask: int | None) -> None:
     """Add the tokenizer of the target's GGUF file as it is. Raises MismatchError if it has another size."""
     fields = _fields(source)

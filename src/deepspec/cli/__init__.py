@@ -28,6 +28,7 @@ from deepspec.cli import (
     plan,
     quickstart,
     report,
+    target_convert,
     train,
     verify,
 )
@@ -49,6 +50,7 @@ KEPT = {
     "cache": _PARTS,
     "download": _WHOLE,
     "split": _WHOLE,
+    "convert": _WHOLE,
 }
 """What Ctrl-C leaves of a command's work."""
 
@@ -118,3 +120,9 @@ data_app.command("inspect")(data_inspect.inspect)
 data_app.command("cache")(data_cache.cache)
 data_app.command("features-server")(data_features_server.features_server)
 app.add_typer(data_app, name="data")
+
+target_app = typer.Typer(
+    cls=Commands, help="Prepare the model that is made faster.", no_args_is_help=True, **SETTINGS
+)
+target_app.command("convert")(target_convert.convert)
+app.add_typer(target_app, name="target")

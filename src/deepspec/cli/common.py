@@ -44,7 +44,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Settings to change in the recipe, such as optim.lr=1e-3."),
 ]
-TargetName = Annotated[str, typer.Option(help="The model: pocket, a directory, or a Hub id.")]
+TargetName = Annotated[str, typer.Option(help="The model: pocket, a directory, a GGUF file, or a Hub id.")]
 Thinking = Annotated[bool, typer.Option("--thinking", help="Turn on the target's thinking mode.")]
 TopK = Annotated[int, typer.Option(min=0, help="Sample from the K likeliest tokens only; 0: from all.")]
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")]

@@ -38,7 +38,8 @@ def regenerate(
     ],
     out: Annotated[Path, typer.Option(help="JSONL file that answers are appended to.")],
     target: Annotated[
-        str | None, typer.Option(help="pocket (the default in process), a directory, or a Hub id.")
+        str | None,
+        typer.Option(help="pocket (the default in process), a directory, a GGUF file, a Hub id."),
     ] = None,
     thinking: Thinking = False,
     temperature: Annotated[

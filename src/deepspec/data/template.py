@@ -50,7 +50,8 @@ def template_text(tokenizer: PreTrainedTokenizerBase, tools: bool = False, where
             "the target's tokenizer has no chat template",
             where=_place(tokenizer),
             next_step="use the chat (instruct) version of the model, or put a chat_template.jinja next to "
-            "its tokenizer files: a draft must be trained on prompts built as they will be served",
+            "its tokenizer files or its GGUF file: a draft must be trained on prompts built as they will be "
+            "served",
         )
     if not isinstance(found, dict):
         return found

@@ -52,7 +52,7 @@ def require_tokenizer(
     if tokenizer is None:
         raise TargetError(
             f"{target} has no tokenizer, so text cannot become tokens",
-            next_step="put the target's tokenizer files next to its config"
+            next_step="put the target's tokenizer files next to its config.json or GGUF file"
             + (otherwise and f", or {otherwise}"),
         )
     return tokenizer

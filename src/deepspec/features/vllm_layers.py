@@ -18,8 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deepspec.errors import ServerError
+from deepspec.errors import ServerError, TargetError
 from deepspec.targets import Target
+from deepspec.targets.gguf_file import find_gguf
 
 STORAGE = "/dev/shm/deepspec-features"
 """Where vLLM leaves features for whoever asked: memory of the machine that both run on."""
@@ -45,7 +46,12 @@ def vllm_command(
     context: int | None = None,
 ) -> str:
     """The `vllm serve` command that gives the wanted layers (vLLM's numbers) of rows up to `max_length`.
-    context: of the model; vLLM refuses to start with more."""
+    context: of the model; vLLM refuses to start with more. Raises TargetError for a GGUF file."""
+    if find_gguf(model) is not None:
+        raise TargetError(
+            f"{model} is a GGUF file, and vLLM gives features of Hugging Face directories only",
+            next_step=f"run `deepspec target convert {shlex.quote(model)} --out DIR`, and use --target DIR",
+        )
     layer_ids = {"eagle_aux_hidden_state_layer_ids": sorted(wanted)}  # the server keeps no order
     extraction = {
         "method": "extract_hidden_states",

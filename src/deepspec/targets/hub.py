@@ -12,6 +12,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from deepspec.connections import check_hub
 from deepspec.errors import CheckpointError, TargetError, causes, first_line
 from deepspec.pocket import packaged
+from deepspec.targets.gguf_file import find_gguf
 from deepspec.targets.shards import read_headers
 
 DOWNLOAD = "to download one, run `hf download ORG/NAME --local-dir DIR` on a machine with a network"
@@ -62,19 +63,19 @@ def locate(name: str) -> str:
     """The path or Hub id behind a target's name. Raises TargetError if it can be neither, and ServerError if
     the Hub cannot be asked (`check_hub`)."""
     path = packaged(name)
-    if Path(path).is_dir():
-        return path
-    if may_be_hub_id(path):
-        check_hub()
+    if Path(path).is_dir() or find_gguf(path) is not None:
         return path
     if Path(path).is_file():
         raise TargetError(
-            f"{name} is a file, and a target is the directory of a Hugging Face model",
+            f"{name} is a file that is not GGUF, and a target is a GGUF file or a Hugging Face directory",
             next_step="give the directory that holds config.json, the weights and the tokenizer",
         )
+    if may_be_hub_id(path) and not path.lower().endswith(".gguf"):
+        check_hub()
+        return path
     raise TargetError(
-        f"no model named {name!r} was found: there is no such directory",
-        next_step=f"give a local directory ({DOWNLOAD}), a Hub id, or the built-in `pocket`",
+        f"no model named {name!r} was found: there is no such directory or file",
+        next_step=f"give a local directory ({DOWNLOAD}), a GGUF file, a Hub id, or the built-in `pocket`",
     )
 
 

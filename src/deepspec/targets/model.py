@@ -32,6 +32,8 @@ from deepspec.targets.anatomy import (
     steady_length,
 )
 from deepspec.targets.cache import SlotCache, can_roll_back
+from deepspec.targets.gguf import load_gguf
+from deepspec.targets.gguf_file import find_gguf, read_gguf
 from deepspec.targets.hub import check_whole, unreadable
 from deepspec.targets.spec import TargetSpec, read_tokenizer
 
@@ -82,9 +84,10 @@ class Target:
         device: str = "auto",
         device_map: str | dict[str, Any] | None = None,
     ) -> Target:
-        """Load a local directory, a Hub id, or the built-in `pocket`.
+        """Load a local directory, a GGUF file, a Hub id, or the built-in `pocket`.
 
-        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". device: "auto" is the
+        dtype: "auto" (the checkpoint's; of a GGUF file, see docs/targets.md), "float32", "bfloat16" or
+        "float16". device: "auto" is the
         accelerator if there is one. device_map: as transformers takes it ("auto", "balanced", or modules
         to devices), to spread the layers over several; `device` then has no effect. A quantised checkpoint is
         loaded as transformers loads it. A missing tokenizer is not an error. Raises TargetError.
@@ -94,32 +97,12 @@ class Target:
         path = packaged(name)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device_map is None and spec.quantised:
-            # Packed weights are often bound to where they were loaded: they cannot be moved afterwards.
-            device_map = {"": device}
-        if device_map is not None and find_spec("accelerate") is None:
-            raise TargetError(
-                f"transformers places the weights of {name} itself (quantised, or `device_map`), and needs "
-                "the accelerate package for it",
-                next_step="pip install accelerate",
-            )
-        try:
+        file = find_gguf(path)
+        if file is not None:
             with _bars(path):
-                model, info = AutoModelForCausalLM.from_pretrained(
-                    path,
-                    dtype=dtype,
-                    device_map=device_map,
-                    trust_remote_code=False,
-                    output_loading_info=True,
-                )
-        except ImportError as error:
-            raise TargetError(
-                f"transformers needs another package to load {name}: {first_line(error)}",
-                next_step="install what it names, or use a checkpoint that is not quantised",
-            ) from error
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise unreadable(name, path, error, weights=True) from error
-        check_whole(name, path, info["missing_keys"])
+                model = load_gguf(read_gguf(file, name), name, dtype, device, device_map)
+        else:
+            model, device_map = _load(spec, path, dtype, device, device_map)
         target = cls(spec, model if device_map is not None else model.to(device), read_tokenizer(path))
         target.check_head()
         if not target.cached:
@@ -410,6 +393,37 @@ class _WatchedLogits(LogitsProcessor):
 
 
 # ── loading ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _load(spec: TargetSpec, path: str, dtype: str, device: str, device_map: Any) -> tuple[Any, Any]:
+    """(the model of a directory or a Hub id, the device_map that placed it). Raises TargetError."""
+    if device_map is None and spec.quantised:
+        # Packed weights are often bound to where they were loaded: they cannot be moved afterwards.
+        device_map = {"": device}
+    if device_map is not None and find_spec("accelerate") is None:
+        raise TargetError(
+            f"transformers places the weights of {spec.name} itself (quantised, or `device_map`), and needs "
+            "the accelerate package for it",
+            next_step="pip install accelerate",
+        )
+    try:
+        with _bars(path):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                device_map=device_map,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except ImportError as error:
+        raise TargetError(
+            f"transformers needs another package to load {spec.name}: {first_line(error)}",
+            next_step="install what it names, or use a checkpoint that is not quantised",
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise unreadable(spec.name, path, error, weights=True) from error
+    check_whole(spec.name, path, info["missing_keys"])
+    return model, device_map
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from deepspec import families
 from deepspec.errors import TargetError, first_line
 from deepspec.pocket import packaged
+from deepspec.targets.gguf import gguf_config, gguf_tokenizer, text_config
+from deepspec.targets.gguf_file import find_gguf, read_gguf
 from deepspec.targets.hub import locate, unreadable
 
 # The keys that decide a draft's shape. Config files leave out values that equal their class's default.
@@ -51,11 +53,17 @@ class TargetSpec:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str) -> TargetSpec:
-        """Read the config.json of a local directory or a Hub repository. Raises TargetError."""
+        """Read the config.json of a local directory or a Hub repository, or the header of a GGUF file.
+        Raises TargetError."""
         path = locate(name_or_path)
+        file = find_gguf(path)
         try:
-            loaded = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            raw, _ = AutoConfig.for_model("qwen3").get_config_dict(path)
+            if file is not None:
+                loaded = gguf_config(read_gguf(file, name_or_path), name_or_path)
+                raw = text_config(loaded)
+            else:
+                loaded = AutoConfig.from_pretrained(path, trust_remote_code=False)
+                raw, _ = AutoConfig.for_model("qwen3").get_config_dict(path)
         except (OSError, ValueError, KeyError) as error:
             raise unreadable(name_or_path, path, error) from error
         if getattr(loaded, "is_encoder_decoder", False):
@@ -133,6 +141,12 @@ def _default(config: Any, key: str) -> int | float | None:
 
 def read_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer, or None if it has none. Raises TargetError for one that cannot be read."""
+    file = find_gguf(path)
+    if file is not None:
+        found = gguf_tokenizer(read_gguf(file, path))
+        if found is not None:
+            return found
+        path = str(file.parent)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
