@@ -48,7 +48,7 @@ from deepspec.files import write_json
 from deepspec.log import note
 from deepspec.maths.acceptance import bootstrap_ratio
 from deepspec.measure.evaluate import load_prompts
-from deepspec.measure.rows import TIE, Prompt
+from deepspec.measure.rows import Prompt, first_difference
 from deepspec.pocket import packaged, prompts_path
 from deepspec.targets import Target
 
@@ -282,14 +282,8 @@ def same(target: Target, prompt: Sequence[int], ours: list[int], theirs: list[in
 def parting(target: Target, prompt: Sequence[int], ours: list[int], theirs: list[int]) -> str:
     """identical; near tie, where our target's logits of the two tokens at the parting are equal but for
     rounding; or different."""
-    if ours == theirs:
-        return "identical"
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-    if at is None:
-        return "different"
-    ids = torch.tensor([[*prompt, *ours[:at]]])
-    logits = target.logits(target.read(ids, ()).last_hidden[0, -1]).float()
-    return "near tie" if abs(float(logits[ours[at]] - logits[theirs[at]])) < TIE else "different"
+    at, tie = first_difference(target, Prompt("", "", "", tuple(prompt)), ours, theirs)
+    return "identical" if at is None else "near tie" if tie else "different"
 
 
 def rate(answers: Sequence[Answer]) -> float:
