@@ -57,11 +57,12 @@ def calibrate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a draft's confidence with what is accepted, and fit temperatures that make the two agree.
+    """Measure whether a draft is as sure as it should be.
 
-    The confidence is that of the draft's head or, without one, the log-odds of its likeliest token. Errors
-    after scaling come from temperatures that were fitted without the domain in question. After Ctrl-C or a
-    kill the same command continues.
+    The command compares the draft's confidence with what is accepted, and fits temperatures that make the two
+    agree. The confidence is that of the draft's head or, without one, the log-odds of its likeliest token.
+    Errors after scaling come from temperatures that were fitted without the domain in question. After Ctrl-C
+    or a kill the same command continues.
 
     \b
     Example:

@@ -61,7 +61,7 @@ def verify(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Test on your own target and draft that the draft changes no token and no probability.
+    """Test that a draft changes no token and no probability.
 
     Greedy answers are compared with plain decoding's, sampled ones with the target's own distributions, and
     the smallest error that the test would notice is printed. Exit code 1 means that the output is not the
