@@ -14,7 +14,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from deepspec.cli import app
 from deepspec.config import load_recipe
 from deepspec.data import rows as module
 from deepspec.data.conversations import Conversation, content_hash, read_conversations
@@ -154,8 +156,8 @@ def test_provenance_streams_and_says_what_rows_share(
     whole = content_hash(list(read_conversations(path)))
     alive: list[weakref.ref[Conversation]] = []
 
-    def watched(source: Path) -> Iterator[Conversation]:
-        for found in read_conversations(source):
+    def watched(source: Path, **options: Any) -> Iterator[Conversation]:
+        for found in read_conversations(source, **options):
             alive.append(weakref.ref(found))
             yield found
             del found
@@ -169,3 +171,40 @@ def test_provenance_streams_and_says_what_rows_share(
         "several",
         None,
     )
+
+
+def test_bad_rows_end_no_training_that_was_told_to_leave_them_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One broken line, one row out of order and one empty answer, each between good rows: training stops at
+    the first, or trains on the others, and a cache holds the same rows."""
+    write_data(tmp_path)
+    answers = tmp_path / "answers.jsonl"
+    good = answers.read_text("utf-8").splitlines()
+    bad = [
+        "{",
+        json.dumps({"id": "order", "messages": [{"role": "assistant", "content": "first"}]}),
+        json.dumps({"id": "empty", "prompt": "one?", "response": ""}),
+    ]
+    mixed = [line for pair in zip(bad, good[:3], strict=True) for line in pair] + good[3:]
+    model = save_talking_llama(tmp_path / "target")
+    target = Target.from_pretrained(model, "float32", "cpu")
+    options = {"thinking": False, "max_length": 512}
+    wanted = list(load_rows(answers, target, **options))
+    answers.write_text("\n".join(mixed) + "\n", "utf-8")
+    with pytest.raises(DataError, match="malformed JSON"):
+        load_rows(answers, target, **options)
+    capsys.readouterr()
+    assert list(load_rows(answers, target, **options, skip_bad=True)) == wanted
+    said = " ".join(capsys.readouterr().err.split())
+    assert "skipped 3 bad rows" in said and "answers.jsonl:1" in said and "empty answer" in said
+    write_recipe(tmp_path / "r.yaml", recipe_tree(model, tmp_path, "dflash", max_steps=1))
+    stopped = CliRunner().invoke(app, ["train", f"{tmp_path}/r.yaml", "--runs", f"{tmp_path}/runs"])
+    assert stopped.exit_code == 2 and "malformed JSON" in stopped.stderr
+    words = [f"{tmp_path}/r.yaml", "data.skip_bad=true"]
+    cached = CliRunner().invoke(app, ["data", "cache", *words, "--out", f"{tmp_path}/cache"])
+    assert cached.exit_code == 0, cached.output
+    for features in ("online", f"cache:{tmp_path}/cache"):
+        trained = [*words, f"data.features={features}", "--runs", f"{tmp_path}/runs", "--fresh"]
+        result = CliRunner().invoke(app, ["train", *trained])
+        assert result.exit_code == 0, result.output

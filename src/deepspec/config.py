@@ -108,6 +108,7 @@ class DataConfig(Section):
     # or cache:DIR, vllm:URL: where the target's features come from; written without a URL's user and password
     features: Annotated[str, PlainSerializer(without_logins, when_used="json")] = "online"
     max_length: Count = 512  # tokens per sequence; longer sequences are cut
+    skip_bad: bool = False  # leave out rows that cannot be used, and count them, instead of stopping at one
     min_supervised: Count = 2  # sequences with fewer supervised tokens are left out; an anchor needs two
 
 

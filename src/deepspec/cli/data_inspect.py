@@ -111,7 +111,10 @@ def inspect(
             _show(first, sequences, tokenizer, max_length, short=SHORT)
     if found["refused"]:
         if stops := found["refused"] - found["unembedded"]:
-            note(f"training would stop at the first of {stops} rows that cannot be used")
+            note(
+                f"training would stop at the first of {stops} rows that cannot be used; data.skip_bad=true "
+                "leaves them out"
+            )
         if left_out := found["unembedded"]:
             note(f"training leaves out {left_out} rows: the target's embedding lacks tokens of theirs")
         raise typer.Exit(BAD_INPUT)

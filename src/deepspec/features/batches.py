@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deepspec.data.conversations import read_conversations
 from deepspec.data.rows import Rows, distinct, pack
+from deepspec.data.skipping import Skipped, refuse
 from deepspec.data.tokens import Encoded, OverlongError, UnembeddedError, encode_turns, require_tokenizer
 from deepspec.errors import DataError, NonFiniteError
 from deepspec.features.order import batches_by_length
@@ -40,24 +41,28 @@ def load_rows(
     min_supervised: int = 2,
     limit: int | None = None,
     spare: int = 0,
+    skip_bad: bool = False,
 ) -> Rows:
     """Tokenise a file of answered conversations, or its first `limit`, with the target's own template.
 
     Every row gets an id of its own. Sequences with fewer than `min_supervised` supervised tokens are left
     out; a warning counts those for which `max_length` is the reason, another one those with tokens that the
-    target has no embedding for. spare: tokens of the target's context that rows leave free. Raises DataError
-    if a row is broken or none is left, TargetError for a target without a tokenizer.
+    target has no embedding for. spare: tokens of the target's context that rows leave free. skip_bad: rows
+    that cannot be used are left out and reported with their reasons. Raises DataError if a row is broken or
+    none is left, TargetError for a target without a tokenizer.
     """
     tokenizer = require_tokenizer(target.tokenizer, target.spec.name)
     if (fits := target.room(spare, max_length)) < max_length:
         warn(f"rows are cut at {fits} tokens and not at {max_length}: {target.spec.name} reads no more")
         max_length = fits
     left_out: list[OverlongError | UnembeddedError] = []
+    skipped = Skipped() if skip_bad else None
 
     def encoded() -> Iterator[Encoded]:
         seen: Counter[str] = Counter()
         with progress("tokenising", limit or count_lines(path)) as bar:
-            for conversation in islice(read_conversations(path, require_answer=True), limit):
+            conversations = read_conversations(path, require_answer=True, skipped=skipped)
+            for conversation in islice(conversations, limit):
                 try:
                     found = encode_turns(
                         tokenizer, conversation, thinking, max_length, target.spec.vocab_size
@@ -65,12 +70,18 @@ def load_rows(
                 except (OverlongError, UnembeddedError) as error:
                     left_out.append(error)
                     found = []
+                except DataError as error:
+                    refuse(error, skipped)
+                    found = []
                 for row in found:
                     if sum(row.loss_mask) >= min_supervised:
                         yield replace(row, id=distinct(row.id, seen))
                 bar.update(1)
 
     rows = pack(encoded())
+    if skipped is not None:
+        for line in skipped.lines():
+            warn(line)
     if not rows and left_out:
         raise left_out[0]
     if not rows:

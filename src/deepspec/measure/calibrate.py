@@ -32,7 +32,7 @@ from deepspec.targets import Target
 
 FORMAT = 1
 LEAST_ROUNDS = 100
-"""Fewer rounds say nothing about temperatures."""
+"""Temperatures cannot be fitted to fewer rounds."""
 DEPTHS = (32, 128)
 """New tokens already in the answer, from which a round counts as deeper."""
 INTERVAL_SEED = 21

@@ -13,6 +13,7 @@ from deepspec.conditions import Conditions
 from deepspec.config import Recipe, feature_source
 from deepspec.connections import connections
 from deepspec.data.conversations import read_conversations
+from deepspec.data.skipping import Skipped
 from deepspec.data.template import template_conditions, template_hash
 from deepspec.data.tokens import Encoded, require_tokenizer, tokenizer_hash
 from deepspec.errors import RecipeError
@@ -62,7 +63,8 @@ def check_answers(recipe: Recipe, answers: Path | None) -> None:
         _check_file("train", recipe)
     asked_now = answers is None and recipe.data.train.startswith("pocket:")
     file = answers or prompts_path(recipe.data.train)
-    next(read_conversations(file, require_answer=not asked_now), None)
+    skipped = Skipped() if recipe.data.skip_bad else None
+    next(read_conversations(file, require_answer=not asked_now, skipped=skipped), None)
 
 
 def _check_file(key: str, recipe: Recipe) -> None:
@@ -103,20 +105,25 @@ def training_data(
             longest = target.room(1, recipe.data.max_length)
             source = VllmSource(place, target, layers, reads, max_length=longest)
         file = answers or answered(recipe.data.train, target, recipe.thinking, run / "data")
-        return TrainingData(str(file), load_rows(file, target, **settings), data_facts(file), source)
+        about = data_facts(file, skip_bad=recipe.data.skip_bad)
+        return TrainingData(str(file), load_rows(file, target, **settings), about, source)
     cache = open_cache(Path(place))
     words = ["deepspec", "data", "cache", run / "recipe.yaml", "--answers", answers or recipe.data.train]
     remedy = "make one that fits: " + shlex.join([*map(str, words), "--out", "DIR"])
     wanted = row_facts(recipe, target)
     if (given := answers or Path(recipe.data.train)).is_file():
-        wanted["data_hash"] = data_facts(given, cache.facts["first_rows"])["data_hash"]
+        found = data_facts(given, cache.facts["first_rows"], skip_bad=recipe.data.skip_bad)
+        wanted["data_hash"] = found["data_hash"]
     source = cached(cache, target, layers, reads, remedy, wanted)
     return TrainingData(place, cached_rows(cache), cache.facts["about"], source)
 
 
 def _row_settings(recipe: Recipe) -> dict[str, Any]:
     """The recipe's settings that decide how answers become rows."""
-    return {"thinking": recipe.thinking} | recipe.data.model_dump(include={"max_length", "min_supervised"})
+    settings = {"thinking": recipe.thinking}
+    settings |= recipe.data.model_dump(include={"max_length", "min_supervised"})
+    # Caches that were made before this key existed do not have it.
+    return settings | ({"skip_bad": True} if recipe.data.skip_bad else {})
 
 
 def row_facts(recipe: Recipe, target: Target) -> dict[str, Any]:
@@ -147,7 +154,7 @@ def cache_features(
     """
     first = recipes[0]
     file = answers or answered(first.data.train, target, first.thinking, out / "answers")
-    about = data_facts(file, max_rows)
+    about = data_facts(file, max_rows, skip_bad=first.data.skip_bad)
     plan = plan_cache(
         load_rows(file, target, **_row_settings(first), limit=max_rows),
         target,
@@ -174,10 +181,11 @@ def check_cache(recipes: Sequence[Recipe], out: Path, answers: Path | None) -> N
 def _check_same_rows(one: Recipe, other: Recipe, answers: Path | None) -> None:
     """Raise RecipeError if two recipes make different rows, so that no cache can serve both."""
     a, b = ({"target": r.target, **_row_settings(r), "train": answers or r.data.train} for r in (one, other))
-    for key, value in a.items():
-        if value != b[key]:
+    for key in {**a, **b}:
+        value, theirs = a.get(key, False), b.get(key, False)
+        if value != theirs:
             name = key if key in ("target", "thinking") else f"data.{key}"
             raise RecipeError(
-                f"{one.name} and {other.name} cannot share a cache: {name} is {value!r} and {b[key]!r}",
+                f"{one.name} and {other.name} cannot share a cache: {name} is {value!r} and {theirs!r}",
                 next_step=f"set it alike for both, such as {name}={value}, or write one cache for each",
             )

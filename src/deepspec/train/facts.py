@@ -12,6 +12,7 @@ from deepspec.checkpoints.read import find_checkpoint, load_provenance
 from deepspec.conditions import LABELS, SEVERAL, Conditions
 from deepspec.config import Recipe
 from deepspec.data.conversations import Conversation, content_hash, read_conversations
+from deepspec.data.skipping import Skipped
 from deepspec.data.template import template_conditions
 from deepspec.data.tokens import system_hash, tokenizer_hash
 from deepspec.files import count_lines
@@ -22,16 +23,16 @@ CARRIED = (*LABELS, "sampling")
 """The conditions that answered rows carry."""
 
 
-def data_facts(source: Path, limit: int | None = None) -> dict[str, Any]:
+def data_facts(source: Path, limit: int | None = None, *, skip_bad: bool = False) -> dict[str, Any]:
     """The hash and number of a file's rows, or of its first `limit`; under `data` the target and the
-    conditions that they share."""
+    conditions that they share. skip_bad: rows that cannot be read do not count."""
     targets: set[str | None] = set()
     shared: Conditions | None = None
     count = 0
 
     def noting() -> Iterator[Conversation]:
         nonlocal shared, count
-        for row in islice(read_conversations(source), limit):
+        for row in islice(read_conversations(source, skipped=Skipped() if skip_bad else None), limit):
             count += 1
             carried = dict.fromkeys(CARRIED) | row.meta | {"system_prompt": system_hash(row.messages)}
             found = Conditions.read({key: carried[key] for key in CARRIED})
