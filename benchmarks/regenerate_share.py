@@ -1,11 +1,11 @@
-"""What `deepspec data regenerate` costs beside the engine that answers, and what it survives.
+"""What `deepspec data regenerate` costs next to the engine that answers, and what it survives.
 
     python benchmarks/regenerate_share.py                    both shares, as a Markdown table
     python benchmarks/regenerate_share.py --prompts 60       less of it
 
-*In process*: `regenerate` beside the decoder alone on the same requests, all of them in one run, ready as
+*In process*: `regenerate` next to the decoder alone on the same requests, all of them in one run, ready as
 token ids, the answers thrown away. What it pays for is files, templates, tokenising, and the end of each
-stretch, where fewer rows are in flight. *Through llama-server*: beside the least client that keeps the same
+stretch, where fewer rows are in flight. *Through llama-server*: next to the least client that keeps the same
 number of requests under way. Both take turns within one run, and the ratio of the medians is what counts: by
 processor time, the server's included, which other programs on the machine disturb less than the clock.
 
@@ -76,7 +76,7 @@ def in_turns(
 
 
 def in_process(target: Target, rows: Sequence[Conversation], folder: Path, repeats: int) -> dict[str, Any]:
-    """`regenerate` beside the decoder alone, at temperature 1."""
+    """`regenerate` next to the decoder alone, at temperature 1."""
     sampling, counter = Sampling(1.0), iter(range(10**6))
     requests = [
         Request(
@@ -131,7 +131,7 @@ def processor_time(server: int) -> float:
 def through_servers(
     target: Target, rows: Sequence[Conversation], url: str, server: int, folder: Path, repeats: int
 ) -> dict[str, Any]:
-    """`regenerate --server` beside a client that does nothing but ask, greedily."""
+    """`regenerate --server` next to a client that does nothing but ask, greedily."""
     counter = iter(range(10**6))
     bodies = [
         {

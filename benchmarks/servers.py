@@ -72,7 +72,7 @@ def cache() -> Path:
 
 @dataclass(frozen=True)
 class Engine:
-    """llama.cpp: its source tree, its server, and what its converter needs beside our packages."""
+    """llama.cpp: its source tree, its server, and what its converter needs in addition to our packages."""
 
     source: Path
     binary: Path
@@ -158,7 +158,7 @@ def start(
         server = subprocess.Popen([*command, *words], stdout=file, stderr=file)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-            _wait(server, client, log)
+            wait(server, client, log, 300)
     except BaseException:
         server.kill()
         raise
@@ -177,17 +177,19 @@ def serving(found: Engine, target: Path, words: Sequence[str], log: Path) -> Ite
             server.terminate()
 
 
-def _wait(server: subprocess.Popen[bytes], client: httpx.Client, log: Path) -> None:
-    for _ in range(1200):
-        if server.poll() is not None:
-            break
+def wait(server: subprocess.Popen[bytes], client: httpx.Client, log: Path, seconds: float) -> None:
+    """Return once a server is healthy. Raises RuntimeError if it ends, or takes longer than `seconds`."""
+    end = time.monotonic() + seconds
+    while server.poll() is None and time.monotonic() < end:
         try:
             if client.get("/health").status_code == 200:
                 return
         except httpx.TransportError:
             pass
         time.sleep(0.25)
-    raise RuntimeError(f"llama-server did not start; see {log}")
+    raise RuntimeError(
+        f"the server did not start; {log} ends with:\n{log.read_text('utf-8', 'replace')[-3000:]}"
+    )
 
 
 # ── measuring ─────────────────────────────────────────────────────────────────────────────────────────

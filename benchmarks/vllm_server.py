@@ -36,7 +36,7 @@ from deepspec.measure.evaluate import load_prompts
 from deepspec.measure.rows import Prompt
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target
-from servers import free_port, same
+from servers import free_port, same, wait
 
 DRAFTS = ("pocket-eagle3", "pocket-eagle3-portable", "pocket-dspark", "pocket-dflash")
 START = 900
@@ -90,23 +90,11 @@ def serving(command: str, log: Path) -> Iterator[httpx.Client]:
         server = subprocess.Popen(words, stdout=file, stderr=file, env=settings, start_new_session=True)
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=START, trust_env=False) as client:
-                wait(server, client, log)
+                wait(server, client, log, START)
                 yield client
         finally:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
-
-
-def wait(server: subprocess.Popen[bytes], client: httpx.Client, log: Path) -> None:
-    end = time.monotonic() + START
-    while server.poll() is None and time.monotonic() < end:
-        try:
-            if client.get("/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    raise RuntimeError(f"vLLM did not start; {log} ends with:\n{log.read_text('utf-8', 'replace')[-3000:]}")
 
 
 def ask(client: httpx.Client, prompt: Prompt, budget: int) -> list[int]:

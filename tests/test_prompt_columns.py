@@ -1,4 +1,4 @@
-"""Columns beside the messages that change the prompt: read into it or refused by name, in every format."""
+"""Columns next to the messages that change the prompt are read into it, or refused by name."""
 
 from __future__ import annotations
 

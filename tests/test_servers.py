@@ -1,7 +1,7 @@
 """Real engines: our drafts in llama-server and in vLLM, and answers through the first.
 
-Run by `make test-servers`; what is compared, and how, is said in benchmarks/servers.py,
-benchmarks/vllm_server.py and benchmarks/regenerate_share.py. vLLM is run if $DEEPSPEC_VLLM, or the PATH,
+`make test-servers` runs them; benchmarks/servers.py, benchmarks/vllm_server.py and
+benchmarks/regenerate_share.py describe what is compared, and how. vLLM is run if $DEEPSPEC_VLLM, or the PATH,
 names one.
 """
 

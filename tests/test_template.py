@@ -45,7 +45,7 @@ DEEPSEEK = (
     + ASK
     + "{% if add_generation_prompt %}{{ '<think>' if thinking else '</think>' }}{% endif %}"
 )
-# Granite's published rules: `thinking` changes the system message that stands in where there is none.
+# Granite's published rules: `thinking` changes the system message that is written if there is none.
 GRANITE = (
     "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are Granite.' }}"
     "{% if thinking %}{{ ' Think first.' }}{% endif %}{{ '<|im_end|>\\n' }}{% endif %}"

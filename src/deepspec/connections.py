@@ -144,23 +144,23 @@ def lasting(error: Exception, way: Connection, first: bool) -> ServerError | Non
     if isinstance(tls, ssl.SSLCertVerificationError):
         whose = f", or that of the proxy that {way.proxy} names," if way.proxy else ""
         what = f"the server's certificate{whose} is not trusted: {tls.verify_message}"
-        todo = REMEDIES.get(tls.verify_code, TRUST)
+        step = REMEDIES.get(tls.verify_code, TRUST)
     elif isinstance(error, httpx.ProxyError) and re.match(r"4(?!08|29)\d\d|501", str(error)):
         return proxy_refuses(way, str(error))
     elif first and tls and isinstance(error, httpx.ConnectError) and not isinstance(tls, ssl.SSLEOFError):
         what = f"no https connection{way.via} ({tls.reason or tls}): there seems to be a server of plain http"
-        todo = "write http:// instead of https:// in the server's address"
-        todo += f" or in {way.proxy}" if way.proxy else ""
+        step = "write http:// instead of https:// in the server's address"
+        step += f" or in {way.proxy}" if way.proxy else ""
     elif first and any(isinstance(e, socket.gaierror) and e.errno in NO_SUCH_NAME for e in met):
         whose = f"the proxy that {way.proxy} names" if way.proxy else "this server"
         what = f"the name of {whose} is not known here"
-        todo = f"correct {way.proxy}, or list the server in NO_PROXY" if way.proxy else "correct its address"
+        step = f"correct {way.proxy}, or list the server in NO_PROXY" if way.proxy else "correct its address"
     elif first and isinstance(error, httpx.RemoteProtocolError | httpx.ReadError) and _takes_https(way):
         what = "this server takes https only"
-        todo = "write https:// instead of http:// in the server's address"
+        step = "write https:// instead of http:// in the server's address"
     else:
         return None
-    return ServerError(what, where=way.url, next_step=todo)
+    return ServerError(what, where=way.url, next_step=step)
 
 
 def proxy_refuses(way: Connection, said: str) -> ServerError:

@@ -334,11 +334,11 @@ class Servers:
             raise proxy_refuses(way, text)
         if status in (401, 403):
             what = "refuses the" if way.login or way.keyed else "asks for an"
-            kind, todo = "API key", f"put the right key in the environment variable {way.key_variable}"
+            kind, step = "API key", f"put the right key in the environment variable {way.key_variable}"
             if way.login:
-                kind, todo = "user and password", "correct them in the server's address"
-            todo += f", or list the server in NO_PROXY if {way.proxy} is to blame" if way.proxy else ""
-            raise Refused(f"the server {what} {kind} ({text})", where=server.name, next_step=todo)
+                kind, step = "user and password", "correct them in the server's address"
+            step += f", or list the server in NO_PROXY if {way.proxy} is to blame" if way.proxy else ""
+            raise Refused(f"the server {what} {kind} ({text})", where=server.name, next_step=step)
         if self._retry.is_retryable_status_code(status):
             asks = response.headers.get("retry-after", "")
             try:

@@ -51,7 +51,7 @@ def _processor() -> str:
 
 
 def read_joules(device: torch.device) -> float | None:
-    """A meter's reading in joules since some fixed moment; None where there is no meter to read.
+    """A meter's reading in joules since some fixed moment; None if there is no meter to read.
 
     On a GPU its own consumption, on a CPU that of all packages. Only differences mean anything.
     """

@@ -74,8 +74,8 @@ def check_model(
         listed = servers.models(server)
     except (Refused, NoList) as error:
         if model is None:
-            todo = f"{error.next_step}; if only /v1/models is closed, give --model NAME"
-            raise type(error)(error.what, where=error.where, next_step=todo) from error
+            step = f"{error.next_step}; if only /v1/models is closed, give --model NAME"
+            raise type(error)(error.what, where=error.where, next_step=step) from error
         if first:
             warn(f"{server.name} does not list its models ({error.what}); it is asked for {model!r}")
         listed = {model: Listed("unknown", None)}

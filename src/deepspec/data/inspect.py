@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from deepspec.data.conversations import Conversation, prompt_id, prompt_messages, tools_of
+from deepspec.data.conversations import Conversation, prompt_id
 from deepspec.data.messages import last_trained
 from deepspec.data.template import continued
-from deepspec.data.tokens import Encoded, UnembeddedError, encode_turns, prompt_ids
+from deepspec.data.tokens import Encoded, UnembeddedError, conversation_prompt, encode_turns
 from deepspec.errors import DataError
 from deepspec.log import Bar
 
@@ -169,14 +169,7 @@ def row_sequences(
     """The uncut training sequences of a row, or the prompt of an unanswered one. Raises DataError."""
     if last_trained(conversation.messages) is not None:
         return encode_turns(tokenizer, conversation, thinking, vocab_size=vocab_size)
-    ids = prompt_ids(
-        tokenizer,
-        prompt_messages(conversation),
-        thinking,
-        tools=tools_of(conversation),
-        where=conversation.where,
-        vocab_size=vocab_size,
-    )
+    ids = conversation_prompt(tokenizer, conversation, thinking, vocab_size)
     return [Encoded(ids, [0] * len(ids), conversation.id)]
 
 

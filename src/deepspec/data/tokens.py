@@ -17,6 +17,7 @@ from deepspec.data.conversations import (
     answer_ids_by_turn,
     cut_turns,
     last_answer,
+    prompt_messages,
     tools_of,
 )
 from deepspec.data.messages import Message, is_trained
@@ -82,6 +83,20 @@ def prompt_ids(
     ids = chat.ids(chat.write(messages, ask=True))
     check_embedded(tokenizer, ids, vocab_size, where)
     return ids
+
+
+def conversation_prompt(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, thinking: bool, vocab_size: int | None
+) -> list[int]:
+    """`prompt_ids` of what a conversation asks: its messages before the first answer, with its tools."""
+    return prompt_ids(
+        tokenizer,
+        prompt_messages(conversation),
+        thinking,
+        tools=tools_of(conversation),
+        where=conversation.where,
+        vocab_size=vocab_size,
+    )
 
 
 def check_embedded(

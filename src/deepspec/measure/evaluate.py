@@ -19,11 +19,11 @@ import torch
 
 from deepspec.conditions import SEVERAL, Conditions
 from deepspec.config import HELD_OUT_ROWS
-from deepspec.data.conversations import Conversation, prompt_messages, read_conversations, tools_of
+from deepspec.data.conversations import Conversation, read_conversations
 from deepspec.data.identity import row_seed
 from deepspec.data.skipping import Skipped, nothing_left, refuse
 from deepspec.data.template import template_conditions, template_date
-from deepspec.data.tokens import prompt_ids, require_tokenizer, system_hash
+from deepspec.data.tokens import conversation_prompt, require_tokenizer, system_hash
 from deepspec.decode.engine import Decoder, Generation, Request
 from deepspec.drafts.base import Draft
 from deepspec.drafts.lookup import PromptLookup
@@ -87,14 +87,7 @@ def load_prompts(
     for c in spread(list(seen.values()), limit):
         text = c.messages[-1]["content"] if c.messages else ""
         try:
-            ids = prompt_ids(
-                tokenizer,
-                prompt_messages(c),
-                thinking,
-                tools=tools_of(c),
-                where=c.where,
-                vocab_size=spec.vocab_size,
-            )
+            ids = conversation_prompt(tokenizer, c, thinking, spec.vocab_size)
             if most is not None and len(ids) >= most:
                 raise DataError(
                     f"the prompt is {len(ids)} tokens, and {spec.name} reads at most {most}",

@@ -70,7 +70,7 @@ def number(value: Any, digits: int = 2) -> str:
 
 def estimate(value: Mapping[str, Any] | None, suffix: str = "") -> tuple[str, str]:
     """An estimate as ("1.92×", "[1.85, 2.01]"). The second is empty without an interval, or if the interval
-    has no width, as that of a single prompt: it would look exact and says nothing."""
+    has no width, as over a single prompt: it would look exact although nothing is known."""
     if not value or not is_number(value.get("value")):
         return MISSING, ""
     low, high = value.get("low"), value.get("high")
