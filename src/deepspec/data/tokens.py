@@ -88,7 +88,7 @@ def prompt_ids(
 def conversation_prompt(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, thinking: bool, vocab_size: int | None
 ) -> list[int]:
-    """`prompt_ids` of what a conversation asks: its messages before the first answer, with its tools."""
+    """`prompt_ids` of what a conversation asks: its messages before the last answer, with its tools."""
     return prompt_ids(
         tokenizer,
         prompt_messages(conversation),
