@@ -155,7 +155,8 @@ def mask_token(target: Target, chosen: int | None = None) -> int:
             return candidate
     raise RecipeError(
         f"{target.spec.name} has no token to spare for the mask: every id is text or used otherwise",
-        next_step="train Eagle-3, which needs no mask token (such as `eagle3/generic`)",
+        next_step="name a special token that the target never writes (draft.mask_token_id=ID), or train "
+        "Eagle-3, which needs no mask token (such as `eagle3/generic`)",
     )
 
 
