@@ -121,8 +121,8 @@ class Decoder:
     been without them, and the next `step` hands out what this one gave them.
 
     policy: how many of a round's proposals are verified; None verifies all. A policy that asks for none
-    leaves the draft alone, which observes what it missed before it proposes again. temperatures: [γ], what the
-    draft's confidence logits are divided by before the policy sees them (`deepspec calibrate`).
+    leaves the draft alone, which observes what it missed before it proposes again. temperatures: [γ], what
+    the draft's confidence logits are divided by before the policy sees them (`deepspec calibrate`).
     """
 
     def __init__(

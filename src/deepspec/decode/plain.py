@@ -1,4 +1,4 @@
-"""Rounds without a draft: plain decoding in a draft's shape, and a draft that is left alone until it proposes.
+"""Rounds without a draft: plain decoding in a draft's shape, and a draft that waits until it proposes.
 
 R rows, Q observed tokens per row, m captured layers, d hidden width, V vocabulary.
 """
@@ -102,16 +102,7 @@ class Deferred:
             )
             features = None
             if self.feature_layers:
-                parts = [
-                    torch.cat(
-                        [
-                            p.features[row, : len(p.tokens[row])]
-                            for p, row in rows[slot]
-                            if p.features is not None
-                        ]
-                    )
-                    for slot in group
-                ]
+                parts = [torch.cat([_features(p, row) for p, row in rows[slot]]) for slot in group]
                 features = pad_sequence(parts, batch_first=True)
             self.draft.observe(group, features, tokens, following)
 
@@ -125,6 +116,12 @@ class Deferred:
         for slot in slots:
             self.waiting.pop(slot, None)
         return found
+
+
+def _features(piece: Piece, row: int) -> Tensor:
+    """[Q, m*d] of one row's tokens, without the padding."""
+    assert piece.features is not None
+    return piece.features[row, : len(piece.tokens[row])]
 
 
 def joined(parts: Iterable[Ints]) -> list[int]:
