@@ -7,21 +7,16 @@ residual stream after chosen layers.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
-from transformers.utils import logging as hf_logging
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
-from deepspec.errors import NonFiniteError, TargetError, first_line
-from deepspec.log import note, progress
+from deepspec.errors import NonFiniteError, TargetError
+from deepspec.log import note
 from deepspec.maths.slots import Ints, Ragged, Rows, causal_rows_mask
 from deepspec.pocket import packaged
 from deepspec.targets.anatomy import (
@@ -34,11 +29,9 @@ from deepspec.targets.anatomy import (
 from deepspec.targets.cache import SlotCache, can_roll_back
 from deepspec.targets.gguf import load_gguf
 from deepspec.targets.gguf_file import find_gguf, read_gguf
-from deepspec.targets.hub import check_whole, unreadable
+from deepspec.targets.lean import LeanDecoder, lean_decoder
+from deepspec.targets.loading import load_model, loading_bars
 from deepspec.targets.spec import TargetSpec, read_tokenizer
-
-LONG = 10**9
-"""Bytes of weights from which loading shows a bar."""
 
 
 class StepOutput(NamedTuple):
@@ -70,6 +63,8 @@ class Target:
         self.embedding = find_embedding(model, self._config, spec.family, spec.name)
         self.head = find_head(model, self._config, spec.family, spec.name, self.device)
         self._cache = SlotCache(spec.num_layers)
+        self._lean: LeanDecoder | None = None
+        self._lean_sought = False
         self._steady_length = steady_length(self._config)
         self._tokens: dict[int, list[int]] = {}
         self._captured: dict[int, Tensor] = {}
@@ -99,10 +94,10 @@ class Target:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         file = find_gguf(path)
         if file is not None:
-            with _bars(path):
+            with loading_bars(path):
                 model = load_gguf(read_gguf(file, name), name, dtype, device, device_map)
         else:
-            model, device_map = _load(spec, path, dtype, device, device_map)
+            model, device_map = load_model(spec, path, dtype, device, device_map)
         target = cls(spec, model if device_map is not None else model.to(device), read_tokenizer(path))
         target.check_head()
         if not target.cached:
@@ -235,8 +230,16 @@ class Target:
     def _step_cached(self, slots: Ints, tokens: Ragged, layers: Ints) -> StepOutput:
         """The new tokens alone, over the keys and values of the slots."""
         rows = Rows(tuple(slots), tuple(self.length(s) for s in slots), max(map(len, tokens)))
-        self._hook(tuple(layers))
         self._check_length(max(s + len(new) for s, new in zip(rows.starts, tokens, strict=True)))
+        if not self._lean_sought:
+            self._hook(())
+            found = lean_decoder(self.decoder, self._config, self.embedding.weight, self._cache.stores)
+            self._lean, self._lean_sought = found, True
+        # Somebody's hooks on the decoder expect its module to be called.
+        if self._lean is not None and not (self.decoder._forward_hooks or self.decoder._forward_pre_hooks):
+            self._check_layers(layers)
+            return StepOutput(*self._lean.step(rows.slots, rows.starts, tokens, layers))
+        self._hook(tuple(layers))
         positions = rows.positions(self.device)
         if self._steady_length is not None:
             # Padding may lie past the end, where one position would turn the frequencies of all.
@@ -338,6 +341,13 @@ class Target:
         self._captured.clear()
         if layers == self._hooked:
             return
+        self._check_layers(layers)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [self._capture(i) for i in layers]
+        self._hooked = layers
+
+    def _check_layers(self, layers: Ints) -> None:
         if any(not -1 <= i < self.spec.num_layers - 1 for i in layers):
             raise TargetError(
                 f"feature layers {list(layers)} do not fit {self.spec.name}, "
@@ -345,10 +355,6 @@ class Target:
                 next_step=f"use ids from -1 (the embedding) to {self.spec.num_layers - 2}; "
                 "the last layer's output is never a feature",
             )
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = [self._capture(i) for i in layers]
-        self._hooked = layers
 
     def _capture(self, layer: int) -> Any:
         """Keep a layer's output on every pass. The embedding is what the first layer reads: some families
@@ -390,57 +396,6 @@ class _WatchedLogits(LogitsProcessor):
         bad = ~scores.amax(-1, keepdim=True).isfinite()
         self.broken = bad.any() | self.broken
         return scores.masked_fill(bad, 0.0)
-
-
-# ── loading ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _load(spec: TargetSpec, path: str, dtype: str, device: str, device_map: Any) -> tuple[Any, Any]:
-    """(the model of a directory or a Hub id, the device_map that placed it). Raises TargetError."""
-    if device_map is None and spec.quantised:
-        # Packed weights are often bound to where they were loaded: they cannot be moved afterwards.
-        device_map = {"": device}
-    if device_map is not None and find_spec("accelerate") is None:
-        raise TargetError(
-            f"transformers places the weights of {spec.name} itself (quantised, or `device_map`), and needs "
-            "the accelerate package for it",
-            next_step="pip install accelerate",
-        )
-    try:
-        with _bars(path):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=dtype,
-                device_map=device_map,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except ImportError as error:
-        raise TargetError(
-            f"transformers needs another package to load {spec.name}: {first_line(error)}",
-            next_step="install what it names, or use a checkpoint that is not quantised",
-        ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise unreadable(spec.name, path, error, weights=True) from error
-    check_whole(spec.name, path, info["missing_keys"])
-    return model, device_map
-
-
-@contextmanager
-def _bars(path: str) -> Iterator[None]:
-    """transformers' own progress bars if loading takes long (a download, or weights that take seconds to
-    read), or plain lines if there is no terminal."""
-    weights = [f for kind in ("*.safetensors", "*.bin") for f in Path(path).glob(kind) if f.is_file()]
-    long = not Path(path).is_dir() or sum(f.stat().st_size for f in weights) > LONG
-    usual = hf_logging.is_progress_bar_enabled()
-    if not (long and sys.stderr.isatty()):
-        hf_logging.disable_progress_bar()
-    try:
-        with nullcontext() if sys.stderr.isatty() else progress(f"loading {path}", None, count=False):
-            yield
-    finally:
-        if usual:
-            hf_logging.enable_progress_bar()
 
 
 def _padded(rows: Ragged) -> Tensor:
