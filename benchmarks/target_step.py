@@ -33,7 +33,7 @@ DRAFTS = ("pocket-dspark", "pocket-dflash", "pocket-eagle3")
 def both(name: str) -> tuple[Target, Target]:
     """(a target whose steps are lean, the same one stepped through transformers' modules)."""
     lean, general = (Target.from_pretrained(name, dtype="float32", device="cpu") for _ in range(2))
-    general._lean_sought = True
+    general._lean = None
     return lean, general
 
 

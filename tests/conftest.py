@@ -52,18 +52,24 @@ SLIDING_WINDOW = 6
 """Of the Gemma-4 target: shorter than the prompts of the tests."""
 
 
+SHAPE: dict[str, Any] = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.2,
+)
+"""Of the Llama target, and of tests that build others."""
+
+
 def llama(vocab_size: int = 64) -> PreTrainedModel:
     return LlamaForCausalLM(
         LlamaConfig(
+            **SHAPE,
             vocab_size=vocab_size,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
             max_position_embeddings=512,
             tie_word_embeddings=False,
-            initializer_range=0.2,
         )
     )
 
@@ -120,8 +126,8 @@ def gemma4() -> PreTrainedModel:
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {"llama": llama, "qwen3": qwen3, "gemma4": gemma4}
 
 
-def save_tiny(build: Callable[[], PreTrainedModel], path: Path, seed: int = 0) -> Path:
-    """Build a model from a seed, move its one-dimensional weights off their initial values, and save it."""
+def tiny_model(build: Callable[[], PreTrainedModel], seed: int = 0) -> PreTrainedModel:
+    """Build a model from a seed, and move its one-dimensional weights off their initial values."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = build()
@@ -129,7 +135,11 @@ def save_tiny(build: Callable[[], PreTrainedModel], path: Path, seed: int = 0) -
         scalars = [b for name, b in model.named_buffers() if name.endswith("layer_scalar")]
         for values in [*vectors, *scalars]:
             values.add_(0.2 * torch.randn_like(values))
-    model.save_pretrained(path)
+    return model
+
+
+def save_tiny(build: Callable[[], PreTrainedModel], path: Path, seed: int = 0) -> Path:
+    tiny_model(build, seed).save_pretrained(path)
     return path
 
 

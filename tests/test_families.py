@@ -22,6 +22,7 @@ import deepspec
 import deepspec.targets.loading as room
 import deepspec.train.loop as training
 from conftest import MODELS, SLIDING_WINDOW, prompts_of, save_tiny
+from conftest import SHAPE as TINY
 from deepspec import families
 from deepspec.checkpoints.draft import load_draft
 from deepspec.config import Recipe
@@ -46,15 +47,9 @@ SLIDING, FULL, CHUNKED, LINEAR = (
     "chunked_attention",
     "linear_attention",
 )
-SHAPE: dict[str, Any] = dict(
+SHAPE: dict[str, Any] = TINY | dict(
     vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
     max_position_embeddings=256,
-    initializer_range=0.2,
     tie_word_embeddings=False,
     pad_token_id=0,
     bos_token_id=1,

@@ -10,20 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import DEVICE
+from conftest import DEVICE, SHAPE, tiny_model
 from deepspec.targets import Target, TargetSpec
+from sequences import Sequences
 
 LAYERS = (-1, 0, 2)
-SHAPE: dict[str, Any] = dict(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=4096,
-    initializer_range=0.2,
-)
 LONG = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0} | {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
@@ -31,12 +22,8 @@ LONG = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_facto
 
 
 def built(kind: str, dtype: torch.dtype = torch.float32, **facts: Any) -> Target:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **{**SHAPE, **facts})
-    model = AutoModelForCausalLM.from_config(config).to(DEVICE, dtype)
-    for name, weights in model.named_parameters():
-        if name.endswith(("norm.weight", "bias")):
-            torch.nn.init.normal_(weights.data, mean=float(name.endswith("norm.weight")), std=0.3)
+    config = AutoConfig.for_model(kind, **(SHAPE | dict(vocab_size=64, max_position_embeddings=4096) | facts))
+    model = tiny_model(lambda: AutoModelForCausalLM.from_config(config)).to(DEVICE, dtype)
     return Target(TargetSpec(kind, config.to_dict()), model)
 
 
@@ -71,30 +58,14 @@ def test_ragged_lean_steps_equal_whole_passes_of_transformers(
     models: dict[str, Target], name: str, pieces: list[list[int]], slots: list[int]
 ) -> None:
     """A wrong place, mask or position would move the numbers by far more than rounding does."""
-    target = models[name]
-    generator = torch.Generator().manual_seed(len(pieces))
-    named = list(zip(slots, pieces, strict=False))
-    rows = {slot: torch.randint(64, (sum(p),), generator=generator).tolist() for slot, p in named}
-    for slot in rows:
-        target.open(slot)
-    done = dict.fromkeys(rows, 0)
-    found: dict[int, list[Any]] = {slot: [] for slot in rows}
+    sequences = Sequences(models[name], LAYERS, seed=len(pieces))
+    for slot in slots[: len(pieces)]:
+        sequences.reopen(slot)
     for turn in range(3):
-        new = {s: p[turn] for s, p in named if turn < len(p)}
-        if not new:
-            break
-        tokens = [rows[s][done[s] : done[s] + n] for s, n in new.items()]
-        step = target.step(list(new), tokens, LAYERS)
-        for i, (slot, n) in enumerate(new.items()):
-            found[slot].append((step.last_hidden[i, :n], step.features[i, :n]))
-            done[slot] += n
-    assert target._lean is not None
-    for slot, ids in rows.items():
-        whole = target.read(torch.tensor([ids]), LAYERS)
-        last, features = (torch.cat(parts) for parts in zip(*found[slot], strict=True))
-        torch.testing.assert_close(last, whole.last_hidden[0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(features, whole.features[0], rtol=1e-4, atol=1e-4)
-        target.free(slot)
+        new = {s: p[turn] for s, p in zip(slots, pieces, strict=False) if turn < len(p)}
+        if new:
+            sequences.step(new)
+    assert models[name]._lean is not None
 
 
 def test_tokens_past_the_first_table_of_positions(models: dict[str, Target]) -> None:
@@ -152,6 +123,8 @@ def test_weights_stay_one_copy_that_modules_and_lean_steps_share() -> None:
     assert all(torch.equal(v, before[k]) for k, v in target.model.state_dict().items())
     attention = target.decoder.layers[0].self_attn
     fused = target._lean.layers[0].qkv
+    # Inference tensors, which a step makes, may not take part in anything that is differentiated.
+    assert not attention.k_proj.weight.is_inference()
     assert attention.k_proj.weight.untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()
     with torch.no_grad():
         attention.v_proj.weight.mul_(2)

@@ -6,7 +6,6 @@ R rows, Q observed tokens per row, m captured layers, d hidden width, V vocabula
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +96,7 @@ class Deferred:
             widths[sum(len(p.tokens[row]) for p, row in rows[slot]).bit_length()].append(slot)
         for group in widths.values():
             tokens, following = (
-                [joined(getattr(p, name)[row] for p, row in rows[slot]) for slot in group]
+                [[t for p, row in rows[slot] for t in getattr(p, name)[row]] for slot in group]
                 for name in ("tokens", "next_tokens")
             )
             features = None
@@ -122,7 +121,3 @@ def _features(piece: Piece, row: int) -> Tensor:
     """[Q, m*d] of one row's tokens, without the padding."""
     assert piece.features is not None
     return piece.features[row, : len(piece.tokens[row])]
-
-
-def joined(parts: Iterable[Ints]) -> list[int]:
-    return [token for part in parts for token in part]

@@ -77,9 +77,14 @@ class SlotStore:
         Returns (the first row's place, positions of each place)."""
         for slot in rows.slots:
             self.places.setdefault(slot, len(self.places))
-        self._reserve(len(self.places), rows.end, like, (keys, values))
-        assert self.keys is not None
-        return self._together(rows.slots).start, self.keys.shape[1]
+        places, positions = (0, 0) if self.keys is None else self.keys.shape[:2]
+        if len(self.places) > places or rows.end > positions:
+            places = max(places, len(self.places))
+            if rows.end > positions:
+                positions = max(64, 2 * positions, rows.end)
+            self.keys = _grown(self.keys, like.new_zeros(places, positions, *keys))
+            self.values = _grown(self.values, like.new_zeros(places, positions, *values))
+        return self._together(rows.slots).start, positions
 
     def extend(self, keys: Tensor, values: Tensor, rows: Rows, places: Tensor) -> tuple[Tensor, Tensor]:
         """As `write`, after `reserve`, for packed keys and values [T, H, D] that go to the flattened
@@ -118,16 +123,6 @@ class SlotStore:
         old, new = torch.tensor(moved, device=self.keys.device).unbind(1)
         self.keys[new], self.values[new] = self.keys[old], self.values[old]
         self.places = {slot: place for place, slot in enumerate(order)}
-
-    def _reserve(self, places: int, positions: int, like: Tensor, heads: tuple[Ints, Ints]) -> None:
-        have = (0, 0) if self.keys is None else self.keys.shape[:2]
-        if places <= have[0] and positions <= have[1]:
-            return
-        room = (max(places, have[0]), have[1])
-        if positions > have[1]:
-            room = (room[0], max(64, 2 * have[1], positions))
-        self.keys = _grown(self.keys, like.new_zeros((*room, *heads[0])))
-        self.values = _grown(self.values, like.new_zeros((*room, *heads[1])))
 
 
 def _grown(old: Tensor | None, new: Tensor) -> Tensor:

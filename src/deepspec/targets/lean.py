@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from deepspec import families
 from deepspec.drafts.layers import ACTIVATIONS
-from deepspec.maths.slots import Ints, Ragged, Rows, SlotStore
+from deepspec.maths.slots import Ints, Ragged, Rows, SlotStore, causal_rows_mask
 
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -78,7 +78,7 @@ class _Step:
 
 
 class LeanDecoder:
-    """The layers of a decoder that `fits`, over slots."""
+    """The layers of a decoder, one that `lean_decoder` took, over slots."""
 
     def __init__(self, decoder: Any, config: Any, embedding: Tensor, stores: Sequence[SlotStore]) -> None:
         attention = decoder.layers[0].self_attn
@@ -172,27 +172,24 @@ class LeanDecoder:
         spans = list(zip(rows.starts, counts, strict=True))
         positions = [p for start, count in spans for p in range(start, start + count)]
         places = [(first + r) * room + p for r, (s, n) in enumerate(spans) for p in range(s, s + n)]
-        flat, total, ragged = [*ids, *positions, *places, *rows.starts], len(ids), min(counts) < width
+        flat, total, ragged = [*ids, *positions, *places], len(ids), min(counts) < width
         if ragged:
             offsets = [sum(counts[:r]) for r in range(len(counts))]
             flat += [o + min(q, n - 1) for o, n in zip(offsets, counts, strict=True) for q in range(width)]
             flat += [r * width + q for r, n in enumerate(counts) for q in range(n)]
         sent = torch.tensor(flat).to(self.embedding.device, non_blocking=True)
-        sizes = [total, total, total, len(counts)]
-        parts = sent.split([*sizes, len(counts) * width, total] if ragged else sizes)
+        parts = sent.split([total, total, total, *([len(counts) * width, total] if ragged else [])])
         causal = len(counts) == 1 and rows.starts[0] == 0 and width > 1
         alone = width == 1 and len(set(rows.starts)) == 1
-        mask = None if causal or alone else self._mask(parts[3], rows)
-        padding, packing = parts[4:] if ragged else (None, None)
+        mask = None if causal or alone else self._mask(rows)
+        padding, packing = parts[3:] if ragged else (None, None)
         return _Step(rows, parts[0], parts[1], parts[2], mask, causal, padding, packing)
 
-    def _mask(self, starts: Tensor, rows: Rows) -> Tensor:
+    def _mask(self, rows: Rows) -> Tensor:
         """[R, 1, Q*H/G, K]: 0 where token i of a row sees a key, -inf elsewhere."""
-        positions = starts[:, None] + torch.arange(rows.width, device=starts.device)
-        hidden = torch.arange(rows.end, device=starts.device) > positions[..., None]
-        group = self.heads // self.kv_heads
-        mask = torch.zeros(hidden.shape, dtype=self.embedding.dtype, device=starts.device)
-        return mask.masked_fill_(hidden, -math.inf).repeat(1, group, 1)[:, None]
+        seen = causal_rows_mask(rows, self.embedding.device)
+        mask = torch.zeros(seen.shape, dtype=self.embedding.dtype, device=seen.device)
+        return mask.masked_fill_(~seen, -math.inf).repeat(1, 1, self.heads // self.kv_heads, 1)
 
     def _rotary(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin [at least `length`, 1, D] by position, from the model's own module. The sine's first
@@ -224,12 +221,15 @@ def _fused(linears: Sequence[nn.Linear]) -> Tensor:
     return fused
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def lean_decoder(
     decoder: Any, config: Any, embedding: Tensor, stores: Sequence[SlotStore]
 ) -> LeanDecoder | None:
     """The decoder's layers as a `LeanDecoder` over one store each, or None if it needs the general path: its
     parts are others, its layers have a window, its weights are packed or on several devices, or its numbers
-    are not reproduced."""
+    are not reproduced. The fused weights are ordinary tensors, also if the first step comes under inference
+    mode: the model's modules keep them."""
     if not _fits(decoder, config, embedding):
         return None
     lean = LeanDecoder(decoder, config, embedding, [SlotStore() for _ in stores])
@@ -278,14 +278,9 @@ def _layer_fits(layer: Any, eps: float) -> bool:
         return False
     if {name for name, _ in mlp.named_children()} != MLP_PARTS:
         return False
-    linears = [getattr(attention, name) for name in ATTENTION_PARTS] + [
-        mlp.gate_proj,
-        mlp.up_proj,
-        mlp.down_proj,
-    ]
-    if any(type(linear) is not nn.Linear for linear in linears) or any(
-        m.bias is not None for m in linears[-3:]
-    ):
+    inner = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    linears = [*(getattr(attention, name) for name in ATTENTION_PARTS), *inner]
+    if any(type(linear) is not nn.Linear for linear in linears) or any(m.bias is not None for m in inner):
         return False
     if len({getattr(attention, name).bias is None for name in ("q_proj", "k_proj", "v_proj")}) != 1:
         return False

@@ -8,6 +8,7 @@ residual stream after chosen layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,8 +64,6 @@ class Target:
         self.embedding = find_embedding(model, self._config, spec.family, spec.name)
         self.head = find_head(model, self._config, spec.family, spec.name, self.device)
         self._cache = SlotCache(spec.num_layers)
-        self._lean: LeanDecoder | None = None
-        self._lean_sought = False
         self._steady_length = steady_length(self._config)
         self._tokens: dict[int, list[int]] = {}
         self._captured: dict[int, Tensor] = {}
@@ -231,10 +230,6 @@ class Target:
         """The new tokens alone, over the keys and values of the slots."""
         rows = Rows(tuple(slots), tuple(self.length(s) for s in slots), max(map(len, tokens)))
         self._check_length(max(s + len(new) for s, new in zip(rows.starts, tokens, strict=True)))
-        if not self._lean_sought:
-            self._hook(())
-            found = lean_decoder(self.decoder, self._config, self.embedding.weight, self._cache.stores)
-            self._lean, self._lean_sought = found, True
         # Somebody's hooks on the decoder expect its module to be called.
         if self._lean is not None and not (self.decoder._forward_hooks or self.decoder._forward_pre_hooks):
             self._check_layers(layers)
@@ -253,6 +248,12 @@ class Target:
             use_cache=True,
         )
         return self._output(output)
+
+    @cached_property
+    def _lean(self) -> LeanDecoder | None:
+        """The decoder for lean steps, compared with the model once; None if it takes the general path."""
+        self._hook(())
+        return lean_decoder(self.decoder, self._config, self.embedding.weight, self._cache.stores)
 
     def _step_again(self, slots: Ints, tokens: Ragged, layers: Ints) -> StepOutput:
         """One pass over everything in the slots, for models whose state cannot be rolled back."""
