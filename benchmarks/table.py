@@ -21,7 +21,8 @@ OPENING = """# Benchmarks
 Every figure on this page was measured on a CPU; nothing here was measured on a GPU yet. Brackets hold 95%
 intervals over prompts. τ is the mean number of tokens that one round of drafting and checking yields, and T
 is the temperature. "–" means that the run did not report the figure. The last column is the number of the
-run, which is listed under the table.
+run, which is listed under the table. Runs before 2026-11-29 compare with a slower plain step (the log has its
+figures), so their speed-ups are higher than the same drafts would have today.
 
 `python benchmarks/table.py --write` generates this page from `benchmarks/results.yaml`. After a
 measurement, add its command, date, hardware and figures there. What was tried and dropped is in the
