@@ -22,6 +22,7 @@ from transformers.utils import logging as hf_logging
 
 from deepspec.errors import NonFiniteError, TargetError, first_line
 from deepspec.log import note, progress
+from deepspec.maths.host import sent
 from deepspec.maths.slots import Ints, Ragged, Rows, causal_rows_mask
 from deepspec.pocket import packaged
 from deepspec.targets.anatomy import (
@@ -182,7 +183,7 @@ class Target:
         """
         self._hook(tuple(layers))
         self._check_length(input_ids.shape[1])
-        output = self.decoder(input_ids=input_ids.to(self.device), use_cache=False)
+        output = self.decoder(input_ids=sent(input_ids, self.device), use_cache=False)
         return self._output(output)
 
     @torch.no_grad()
