@@ -7,6 +7,8 @@ CHUNK_BYTES = 24 * 2**20
 CPU_ROWS, CPU_MOST_ROWS = 112, 448
 """Fewest rows of a chunk for each thread of a CPU, and where more threads stop to matter. A matrix product
 packs the whole head again for every chunk: 41 rows at V = 151,936 take 1.8 times as long as one piece."""
+BLOCK_BYTES = 2**20
+"""Bytes of the part of a chunk that a CPU works on at a time, number by number: it stays in the cache."""
 GPU_ROWS, GPU_BYTES = 512, 256 * 2**20
 """Rows of a chunk on an accelerator, or the bytes of a smaller vocabulary's. A chunk reads the head from
 memory once, so its arithmetic intensity is its number of rows; an H200 needs 184 of them."""

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepspec.maths.chunking import default_chunk_rows
+from deepspec.maths.chunking import BLOCK_BYTES, default_chunk_rows
 from deepspec.maths.finite import largest_of
 from deepspec.maths.formed import needs_gradient, with_gradients
 from deepspec.maths.head import Head
@@ -30,8 +30,6 @@ from deepspec.maths.host import sent
 from deepspec.maths.pieces import Piece, pieces
 from deepspec.maths.terms import TERMS
 
-BLOCK_BYTES = 2**20
-"""Bytes of a block of float32 logits on a CPU: two or three blocks fit its second-level cache."""
 EXTREME = 1e6
 """Numbers above this, in a row that has no weight, are read as zeros: products with them could overflow."""
 
