@@ -35,6 +35,7 @@ from deepspec.maths.slots import Rows
 from deepspec.maths.verify import Sampling
 from reference.drafts import naive_block_rows, naive_markov, naive_unroll
 from reference.losses import plain_confidence_loss, plain_terms
+from reference.step import plain_block_loss, plain_unroll_loss
 
 VOCAB = 23
 HIDDEN = 12
@@ -568,6 +569,22 @@ def test_decoding_a_draft_that_is_being_trained_keeps_no_graph(make: Callable[[]
     stores = [draft.store] if isinstance(draft, Eagle3Draft) else draft.stores
     assert not any(s.keys.requires_grad or s.values.requires_grad for s in stores)
     assert not propose(draft, [0], batch, [0], [5]).q.requires_grad
+
+
+@every_draft
+def test_the_loss_and_every_gradient_are_those_of_the_plain_step(make: Callable[[], Any]) -> None:
+    """Rows of different lengths, dummies, a teacher that several rows share: dense masks, whole logits."""
+    draft, batch = make(), make_batch((30, 17), 30, seed=4)
+    plan = draft.plan(batch, 9, torch.Generator().manual_seed(0))
+    found = draft(batch, DSPARK_LOSS, plan, False)
+    gradients_found = gradients(draft, found)
+    if plan is None:
+        total = plain_unroll_loss(draft, batch)
+    else:
+        total = plain_block_loss(draft, batch, DSPARK_LOSS, plan)
+    close(found.total, total)
+    for name, gradient in gradients(draft, LossSums(total, found.weight, {})).items():
+        close(gradients_found[name], gradient)
 
 
 # ── what may not matter ───────────────────────────────────────────────────────────────────────────────
