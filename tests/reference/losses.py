@@ -34,27 +34,26 @@ def plain_terms(
     logits = plain_logits(hidden, head)
     if markov is not None:
         logits = logits + markov[0] @ markov[1].T
-    ids = list(range(head.vocab_size)) if head.kept is None else head.kept.tolist()
+    ids = torch.arange(head.vocab_size, device=logits.device) if head.kept is None else head.kept
     log_p = logits - torch.logsumexp(logits, dim=1, keepdim=True)
     p = log_p.exp()
-    best = torch.tensor([ids[i] for i in logits.argmax(1).tolist()], device=logits.device)
+    best = ids[logits.argmax(1)]
     found: dict[str, Tensor] = {}
     if labels is not None:
-        found["ce"] = torch.stack(
-            [
-                -log_p[row, ids.index(label)] if label in ids else log_p[row, 0] * 0
-                for row, label in enumerate(labels.tolist())
-            ]
-        )
+        known = (labels[:, None] == ids).any(1) if head.kept is not None else torch.ones_like(labels).bool()
+        place = (labels[:, None] == ids).int().argmax(1) if head.kept is not None else labels
+        found["ce"] = torch.where(known, -log_p.gather(1, place[:, None]).squeeze(1), log_p[:, 0] * 0)
         found["correct"] = best == labels
     if teacher_hidden is not None and teacher_head is not None:
         teacher_logits = plain_logits(teacher_hidden, teacher_head).detach()
         full = torch.softmax(teacher_logits, dim=1)
-        t = full[:, ids] / full[:, ids].sum(1, keepdim=True)
+        t, p_full = full, p.detach()
+        if head.kept is not None:
+            t = full[:, ids] / full[:, ids].sum(1, keepdim=True)
+            p_full = torch.zeros_like(full)
+            p_full[:, ids] = p.detach()
         found["soft_ce"] = -(t * log_p).sum(1)
         found["l1"] = (p - t).abs().sum(1)
-        p_full = torch.zeros_like(full)
-        p_full[:, ids] = p.detach()
         found["accept"] = 1 - 0.5 * (p_full - full).abs().sum(1)
         found["correct"] = best == teacher_logits.argmax(1)
     return found

@@ -1,0 +1,316 @@
+"""A draft's training step next to its floor and to a plain version: processor time, in turns, same batches.
+
+    python benchmarks/train_step.py [--cases wide,long,…] [--threads 1] [--rounds 5] [--json]
+    python benchmarks/train_step.py --growth        one dimension doubled at a time
+
+The floor is the step's matrix products alone: into memory that is there already, whole where we work in chunks,
+a block's context exactly up to its anchor, causal attention as half a square, a teacher once for each position
+that some row learns from. The plain version (`tests/reference/step.py`) has dense masks, whole logits and
+autograd. Each round runs every version once, in turns; a version's figure is its median. Features are given,
+and AdamW's step is part of ours and of the plain version. Loss and gradients are compared before the clock runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("src", "tests")]
+
+from deepspec.drafts import ALGORITHMS, LossSettings
+from deepspec.drafts.base import NeuralDraft
+from deepspec.drafts.spec import new_spec
+from deepspec.maths.blocks import FeatureBatch, unroll_masks
+from deepspec.maths.head import Embedding, Head
+from reference.step import plain_block_loss, plain_unroll_loss
+
+LOSSES = {
+    "dspark": LossSettings(ce=0.1, l1=0.9, confidence=1.0),
+    "dflash": LossSettings(ce=1.0),
+    "eagle3": LossSettings(),
+}
+Product = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one step. Two query heads, of 64 numbers each or 32 in a narrow draft, share a key head."""
+
+    algorithm: str
+    hidden: int
+    vocab: int
+    length: int
+    anchors: int = 64
+    sequences: int = 1
+    layers: int = 2
+    rank: int = 256
+    block: int = 7
+
+    @property
+    def head_dim(self) -> int:
+        return 64 if self.hidden >= 256 else 32
+
+    @property
+    def heads(self) -> int:
+        return self.hidden // self.head_dim
+
+
+CASES = {
+    "wide-dspark": Case("dspark", 512, 151_936, 512),
+    "wide-dflash": Case("dflash", 512, 151_936, 512),
+    "long-dspark": Case("dspark", 256, 4_096, 4_096, anchors=512),
+    "long-dflash": Case("dflash", 256, 4_096, 4_096, anchors=512),
+    "eagle3": Case("eagle3", 256, 32_000, 512, layers=1),
+    "tiny-dspark": Case("dspark", 128, 2_048, 256, sequences=4),
+    "tiny-dflash": Case("dflash", 128, 2_048, 256, sequences=4),
+    "tiny-eagle3": Case("eagle3", 128, 2_048, 256, sequences=4, layers=1),
+}
+GROWTH = {
+    "anchors": [replace(CASES["long-dspark"], anchors=a) for a in (128, 256, 512)],
+    "S": [replace(CASES["long-dspark"], length=s) for s in (1024, 2048, 4096)],
+    "S, unrolled": [replace(CASES["tiny-eagle3"], length=s, sequences=1) for s in (512, 1024, 2048)],
+    "V": [replace(CASES["wide-dspark"], vocab=v) for v in (16_384, 32_768, 65_536)],
+}
+
+
+def make_draft(case: Case) -> NeuralDraft:
+    config = {
+        "model_type": "qwen3",
+        "hidden_size": case.hidden,
+        "intermediate_size": 3 * case.hidden,
+        "num_attention_heads": case.heads,
+        "num_key_value_heads": case.heads // 2,
+        "head_dim": case.head_dim,
+        "vocab_size": case.vocab,
+        "num_hidden_layers": 12,
+    }
+    heads = (
+        {"markov_rank": min(case.rank, case.hidden), "confidence": True} if case.algorithm == "dspark" else {}
+    )
+    spec = new_spec(
+        config,
+        algorithm=case.algorithm,
+        num_layers=case.layers,
+        block=case.block,
+        mask_token_id=3,
+        target_layer_ids=(1, 3, 5, 7, 9),
+        **heads,
+    )
+    torch.manual_seed(0)
+    draft = ALGORITHMS[case.algorithm].build(spec)
+    weight = torch.randn(case.vocab, case.hidden) * 3 * case.hidden**-0.5
+    draft.bind(Embedding(weight), Head(weight))
+    if case.algorithm == "dspark":
+        torch.nn.init.normal_(draft.markov_head.markov_w2.weight, std=0.02)  # type: ignore[union-attr]
+    return draft
+
+
+def make_batch(case: Case, seed: int) -> FeatureBatch:
+    """The first fifth of every sequence is its prompt."""
+    random = torch.Generator().manual_seed(seed)
+    shape = (case.sequences, case.length)
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask[:, : case.length // 5] = False
+    return FeatureBatch(
+        torch.randint(5, case.vocab, shape, generator=random),
+        mask,
+        torch.randn(*shape, 5 * case.hidden, generator=random),
+        torch.randn(*shape, case.hidden, generator=random),
+        torch.full((case.sequences,), case.length),
+    )
+
+
+# ── the floor ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Floor:
+    """Matrix products of one step, on numbers that do not matter."""
+
+    def __init__(self) -> None:
+        self.memory: dict[str, Tensor] = {}
+
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        """Memory that is there, by its role: a floor pays for no pages."""
+        size = torch.Size(shape).numel()
+        if name not in self.memory or self.memory[name].numel() < size:
+            self.memory[name] = torch.randn(size)
+        return self.memory[name][:size].view(shape)
+
+    def product(self, rows: int, inner: int, columns: int) -> Product:
+        left, right = self.tensor("left", rows, inner), self.tensor("right", inner, columns)
+        return left, right, self.tensor("out", rows, columns)
+
+    def linear(self, rows: int, inner: int, columns: int, *, inputs: bool = True) -> Iterator[Product]:
+        """Forwards, gradient of the weight and, with `inputs`, of what it reads."""
+        yield self.product(rows, inner, columns)
+        yield self.product(columns, rows, inner)
+        if inputs:
+            yield self.product(rows, columns, inner)
+
+    def attention(self, case: Case, queries: int, keys: int) -> Iterator[Product]:
+        """Scores and mix, and the four products back, for all heads."""
+        rows, dim = queries * 2, case.head_dim
+        for _ in range(case.heads // 2):
+            yield from (
+                self.product(rows, dim, keys),
+                self.product(rows, keys, dim),
+                self.product(rows, dim, keys),
+            )
+            yield from (
+                self.product(keys, rows, dim),
+                self.product(rows, keys, dim),
+                self.product(keys, rows, dim),
+            )
+
+    def products(self, case: Case, batch: FeatureBatch, plan: Any) -> Iterator[Product]:
+        d, inner, kv = case.hidden, case.heads * case.head_dim, case.heads * case.head_dim // 2
+        tokens = case.sequences * case.length
+        yield from self.linear(tokens, 5 * d, d, inputs=False)
+        if plan is None:
+            masks = unroll_masks(batch.loss_mask, batch.lengths, case.block)
+            rows, passes, read = int(masks.sum()), case.block, 2 * d
+            slots, taught = tokens, int(masks[0].sum())
+        else:
+            rows, passes, read, slots = (
+                int(plan.valid.sum()),
+                case.layers,
+                d,
+                int(plan.kept.sum()) * case.block,
+            )
+            taught = sum(len(t[v].unique()) for t, v in zip(plan.teacher_index, plan.valid, strict=True))
+        for _ in range(passes):
+            if plan is not None:
+                yield from self.linear(tokens, d, 2 * kv)
+            for before, after in ((read, inner), (read, 2 * kv), (inner, d), (d, 6 * d), (3 * d, d)):
+                yield from self.linear(slots, before, after)
+            for row in range(case.sequences):
+                keys = case.length // 2
+                if plan is not None:
+                    keys = int(plan.anchors[row][plan.kept[row]].double().mean()) + case.block
+                yield from self.attention(case, slots // case.sequences, keys)
+        yield self.product(rows, d, case.vocab)
+        yield self.product(rows, case.vocab, d)
+        if LOSSES[case.algorithm].l1 or plan is None:
+            yield self.product(taught, d, case.vocab)
+        if case.algorithm == "dspark":
+            yield from self.linear(rows, min(case.rank, d), case.vocab)
+
+    def run(self, case: Case, batch: FeatureBatch, plan: Any) -> None:
+        for left, right, out in self.products(case, batch, plan):
+            torch.mm(left, right, out=out)
+
+
+# ── what is measured ──────────────────────────────────────────────────────────────────────────────────
+
+
+def ours(draft: NeuralDraft, batch: FeatureBatch, loss: LossSettings, plan: Any) -> Tensor:
+    return draft(batch, loss, plan, False).total
+
+
+def plain(draft: NeuralDraft, batch: FeatureBatch, loss: LossSettings, plan: Any) -> Tensor:
+    if plan is None:
+        return plain_unroll_loss(draft, batch)
+    return plain_block_loss(draft, batch, loss, plan)
+
+
+VERSIONS = {"ours": ours, "plain": plain}
+
+
+def optimised(draft: NeuralDraft) -> Callable[[], None]:
+    adamw = torch.optim.AdamW(draft.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad()
+
+    return step
+
+
+def agreement(case: Case, draft: NeuralDraft, batch: FeatureBatch, plan: Any) -> float:
+    """Largest relative difference of the loss and of any gradient between ours and the plain version."""
+    found = []
+    for version in VERSIONS.values():
+        draft.zero_grad()
+        total = version(draft, batch, LOSSES[case.algorithm], plan)
+        total.backward()
+        found.append([total.detach(), *(p.grad for p in draft.parameters() if p.grad is not None)])
+    draft.zero_grad()
+    return max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(*found, strict=True))
+
+
+def measure(case: Case, rounds: int, names: list[str]) -> dict[str, Any]:
+    """Processor seconds of each version, by round, and their ratios."""
+    draft, floor, loss = make_draft(case), Floor(), LOSSES[case.algorithm]
+    batches = [make_batch(case, seed) for seed in range(2)]
+    plans = [draft.plan(b, case.anchors, torch.Generator().manual_seed(s)) for s, b in enumerate(batches)]
+    difference = agreement(case, draft, batches[0], plans[0]) if "plain" in names else None
+    step = optimised(draft)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds + 1):
+        batch, plan = batches[turn % 2], plans[turn % 2]
+        for name in names if turn % 2 else reversed(names):
+            began = time.process_time()
+            if name == "floor":
+                floor.run(case, batch, plan)
+            else:
+                VERSIONS[name](draft, batch, loss, plan).backward()
+                step()
+            if turn:
+                seconds[name].append(time.process_time() - began)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = {
+        f"ours/{name}": [a / b for a, b in zip(seconds["ours"], seconds[name], strict=True)]
+        for name in names
+        if name != "ours"
+    }
+    return {"seconds": medians, "ratios": ratios, "difference": difference}
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--growth", action="store_true", help="ours and the floor, one dimension doubled at a time"
+    )
+    parser.add_argument("--without-plain", action="store_true", help="leave the plain version out")
+    parser.add_argument("--json", action="store_true")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    names = ["ours", "floor"] if chosen.growth or chosen.without_plain else ["ours", "plain", "floor"]
+    cases = {f"{what} {i}": c for what, row in GROWTH.items() for i, c in enumerate(row)}
+    if not chosen.growth:
+        cases = {name: CASES[name] for name in chosen.cases.split(",")}
+    report = {}
+    for name, case in cases.items():
+        report[name] = found = measure(case, chosen.rounds, names)
+        if not chosen.json:
+            parts = [f"{what} {spread(values)}" for what, values in found["ratios"].items()]
+            parts += [f"{what} {value:.3f} s" for what, value in found["seconds"].items()]
+            if found["difference"] is not None:
+                parts.append(f"difference {found['difference']:.1e}")
+            print(f"{name:14s} " + "   ".join(parts), flush=True)
+    if chosen.json:
+        print(json.dumps({"threads": chosen.threads, "rounds": chosen.rounds, "cases": report}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
