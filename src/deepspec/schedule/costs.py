@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from deepspec.schedule.policies import Floats, Lengths, Rate
 
 FORMAT = 1
-AGAIN = "measure this machine: deepspec profile TARGET/DRAFT --out FILE"
+AGAIN = "measure it: deepspec profile DRAFT --target TARGET --out FILE"
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class StepCosts:
     """Seconds of a round's parts, by rows in flight, new tokens and context.
 
     rows [A], widths [B] from 1, contexts [C]: rising. target [A, B, C]: one pass of the target over
-    rows × width new tokens, logits included. propose [A, C]: the draft's proposals, `observe` included; None
-    without a draft. prefill_lengths [P], prefill [P]: reading one prompt, its first token included. rest [A]:
-    everything else in a round. watts: the mean power while the target decoded; None without a meter. notes:
-    what is not measured.
+    rows × width new tokens, logits included. propose [A, C]: what a draft adds to a round apart from a wider
+    pass (its proposals, `observe`, deciding on them); None without a draft. prefill_lengths [P], prefill [P]:
+    reading one prompt, its first token included. rest [A]: everything else in a plain round. watts: the mean
+    power while the target decoded; None without a meter. notes: what is not measured.
     """
 
     rows: NDArray[np.int64]
