@@ -30,7 +30,7 @@ def table(seed: int = 0, points: int = 3) -> StepCosts:
     shape = (points,) * 3
     return StepCosts(
         axis(1), axis(1), axis(16), rising(*shape), rising(points, points), axis(8), rising(points),
-        rising(points), IDENTITY, 12.5, ("a note",),
+        rising(points), IDENTITY, 12.5, ("a note",), rising(points),
     )  # fmt: skip
 
 
@@ -47,7 +47,9 @@ def test_every_lookup_equals_the_plain_one(seed: int, points: int, rows: float, 
     assert costs.rest_seconds(rows) == pytest.approx(rest, rel=1e-9)
     lengths = [costs.prefill_lengths.tolist()]
     prefill = looked_up(lengths, costs.prefill.tolist(), (context,))
-    assert costs.prefill_seconds(context) == pytest.approx(prefill, rel=1e-9)
+    assert costs.prefill_seconds(context, drafted=False) == pytest.approx(prefill, rel=1e-9)
+    observed = prefill + looked_up(lengths, costs.observe.tolist(), (context,))
+    assert costs.prefill_seconds(context) == pytest.approx(observed, rel=1e-9)
 
 
 @settings(max_examples=30, deadline=None)
@@ -97,7 +99,17 @@ def test_a_written_table_is_read_back_whole(tmp_path: Path):
     write_costs(path, costs)
     again = read_costs(path, target="t1", draft="d1", machine="a machine")
     assert (again.identity, again.watts, again.notes) == (costs.identity, costs.watts, costs.notes)
-    for name in ("rows", "widths", "contexts", "target", "propose", "prefill_lengths", "prefill", "rest"):
+    for name in (
+        "rows",
+        "widths",
+        "contexts",
+        "target",
+        "propose",
+        "prefill_lengths",
+        "prefill",
+        "rest",
+        "observe",
+    ):
         np.testing.assert_array_equal(getattr(again, name), getattr(costs, name))
 
 

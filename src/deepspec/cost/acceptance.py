@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +63,7 @@ def from_results(
     wanted = [r for r in found if temperature is None or r["conditions"].get("temperature") == temperature]
     if len(wanted) != 1:
         raise DataError(
-            f"the file has {len(wanted)} results" + ("" if temperature is None else f" at T={temperature:g}"),
+            f"the file has {len(wanted)} results{'' if temperature is None else f' at T={temperature:g}'}",
             where=where,
             next_step="choose one with --temperature",
         )
@@ -82,26 +82,23 @@ def from_results(
     row, overall = named[0], named[0]["overall"]
     if row["block"] != block:
         raise MismatchError(
-            f"{row['method']} proposed {row['block']} tokens per round there, and this draft proposes {block}",
+            f"{row['method']} proposed {row['block']} tokens per round, and this draft proposes {block}",
             where=where,
             next_step=again,
         )
     survival, tau, rounds = overall.get("survival") or [], overall.get("tau") or {}, overall.get("rounds")
     if not rounds or not all(map(is_number, survival)) or not is_number(tau.get("value")):
         raise DataError("the draft has no rounds of verification in this file", where=where, next_step=again)
-    kept, answers = tau["value"] * rounds, overall["prompts"]
-    gain = tau["value"] - 1
-    return Acceptance(
-        tuple(survival),
-        f"{row['method']} on {answers} prompts at T={conditions['temperature']:g}",
-        *((tau[end] - 1) / gain if gain > 0 and is_number(tau.get(end)) else 1.0 for end in ("low", "high")),
-        lost=max(rounds * (1 + sum(survival)) - kept, 0.0) / answers,
-    )
+    kept, answers, gain = tau["value"] * rounds, overall["prompts"], tau["value"] - 1
+    ends = ((tau[end] - 1) / gain if gain > 0 and is_number(tau.get(end)) else 1.0 for end in ("low", "high"))
+    source = f"{row['method']} on {answers} prompts at T={conditions['temperature']:g}"
+    lost = max(rounds * (1 + sum(survival)) - kept, 0.0) / answers
+    return Acceptance(tuple(survival), source, next(ends), next(ends), lost)
 
 
 def from_counters(text: str, where: str, block: int | None = None) -> Acceptance:
-    """The acceptance that a server counted: the text of vLLM's /metrics, or SGLang's answers (JSON, or one per
-    line) with their `meta_info`. Raises DataError if it holds no rounds, MismatchError for another γ."""
+    """The acceptance that a server counted: the text of vLLM's /metrics, or SGLang's answers (JSON, or one
+    per line) with their `meta_info`. Raises DataError if it has no rounds, MismatchError for another γ."""
     counted = _vllm(text) if "vllm:spec_decode" in text else _sglang(text)
     if counted is None:
         raise DataError(
@@ -112,7 +109,7 @@ def from_counters(text: str, where: str, block: int | None = None) -> Acceptance
         )
     if block is not None and len(counted.survival) != block:
         raise MismatchError(
-            f"the server verified {len(counted.survival)} proposals per round, and this draft proposes {block}",
+            f"the server verified {len(counted.survival)} proposals per round, not the draft's {block}",
             where=where,
             next_step="give the counters of a server that runs this draft with all its proposals",
         )
@@ -120,14 +117,14 @@ def from_counters(text: str, where: str, block: int | None = None) -> Acceptance
 
 
 def _vllm(text: str) -> Acceptance | None:
-    """Sums over all engines of vLLM's counters; only their first position tells how many rounds there were."""
-    totals: Counter[str] = Counter()
-    positions: Counter[int] = Counter()
+    """Sums over all engines of vLLM's counters; None before their first round."""
+    totals: dict[str, float] = defaultdict(float)
+    positions: dict[int, float] = defaultdict(float)
     for name, labels, value in re.findall(r"^vllm:spec_decode_(\w+?)(?:_total)?(\{.*\})? (\S+)$", text, re.M):
-        totals[name] += float(value)  # type: ignore[assignment]
+        totals[name] += float(value)
         if name == "num_accepted_tokens_per_pos":
             at = re.search(r'position="(\d+)"', labels)
-            positions[int(at[1]) if at else 0] += float(value)  # type: ignore[assignment]
+            positions[int(at[1]) if at else 0] += float(value)
     rounds = totals["num_drafts"]
     if not rounds or not positions:
         return None
@@ -169,7 +166,7 @@ def _sglang(text: str) -> Acceptance | None:
 
 def published(target: str, algorithm: str, domains: Sequence[str] = ()) -> Acceptance:
     """The published acceptance of an algorithm's draft for a target: the mean of domains, and as its interval
-    their extremes. Only τ is published; every position is taken to be equally likely after the ones before.
+    their extremes. Only τ is published; all positions are taken to be equally likely after those before.
 
     Raises DataError for what is not published.
     """
@@ -184,9 +181,10 @@ def published(target: str, algorithm: str, domains: Sequence[str] = ()) -> Accep
     lengths = dict(zip(PUBLISHED["domains"], known[algorithm], strict=True))
     chosen = [lengths[d] for d in domains or lengths]
     mean = sum(chosen) / len(chosen)
-    source = f"published ({PUBLISHED['source']}, T=1, {', '.join(domains) or 'mean of nine domains'}), flat over positions"
-    ends = ((end - 1) / (mean - 1) for end in (min(chosen), max(chosen)))
-    return Acceptance(flat(mean, PUBLISHED["block"]), source, *ends)
+    of = ", ".join(domains) or f"mean of {len(lengths)} domains"
+    source = f"published ({PUBLISHED['source']}, T=1, {of}), taken to be alike at all positions"
+    low, high = ((end - 1) / (mean - 1) for end in (min(chosen), max(chosen)))
+    return Acceptance(flat(mean, PUBLISHED["block"]), source, low, high)
 
 
 def flat(tau: float, block: int) -> tuple[float, ...]:
@@ -199,8 +197,8 @@ def flat(tau: float, block: int) -> tuple[float, ...]:
 
 
 def thresholds(report: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """(proposals verified, proposals accepted) per row and round, if all whose calibrated survival is above a
-    threshold are verified, for falling thresholds; from the reliability bins of a report of `calibrate`.
+    """(proposals verified, proposals accepted) per row and round, if those are verified whose calibrated
+    survival is above a threshold, for falling thresholds; from the bins of a report of `calibrate`.
 
     Survival falls along a row, so a threshold cuts each row once, and the positions' bins are all it takes.
     """
@@ -210,7 +208,8 @@ def thresholds(report: Mapping[str, Any]) -> list[tuple[float, float]]:
 
 
 def read_calibration(path: Path, draft_hash: str | None, block: int) -> dict[str, Any]:
-    """A report of `deepspec calibrate`. Raises DataError for another file, MismatchError for another draft."""
+    """A report of `deepspec calibrate`. Raises DataError for another file, MismatchError for a draft of
+    another hash or γ."""
     try:
         report = json.loads(path.read_text("utf-8"))
         made_for, points = report["conditions"]["draft_hash"], thresholds(report)
@@ -220,8 +219,8 @@ def read_calibration(path: Path, draft_hash: str | None, block: int) -> dict[str
         raise DataError("this is not a report of `deepspec calibrate`", where=str(path)) from error
     if report["block"] != block or (draft_hash is not None and made_for != draft_hash):
         raise MismatchError(
-            f"this calibration is of another draft ({report['draft']}, {report['block']} proposals), or of other "
-            "weights, than the step costs",
+            f"this calibration is of another draft ({report['draft']}, {report['block']} proposals) than "
+            "the step costs, or of other weights",
             where=str(path),
             next_step="run `deepspec calibrate` for this draft again",
         )

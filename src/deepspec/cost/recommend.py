@@ -1,7 +1,7 @@
 """Which length of speculation pays at which load: acceptance × step costs.
 
-N users, each with one request at a time; a request reads P tokens and writes A. K proposals are verified per row
-and round, of which E are accepted on average.
+N users, each with one request at a time; a request reads P tokens and writes A. K proposals are verified per
+row and round, of which E are accepted on average.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def tokens_per_second(
 ) -> float:
     """Tokens per second of a closed loop in steady state.
 
-    Each answer takes the reading of its prompt, for which the other rows wait and which gives its first token,
-    and its share of the rounds. lost: tokens of its last round that are accepted and cut off.
+    Each answer takes the reading of its prompt, for which the other rows wait and which gives its first
+    token, and its share of the rounds. lost: tokens of its last round that are accepted and cut off.
     """
     rounds = (load.answer - 1 + lost) / (1 + accepted)
     context = load.prompt + load.answer / 2
     each = costs.round_seconds(load.users, load.users * (1 + verified), context, drafted=verified > 0)
-    seconds = costs.prefill_seconds(load.prompt) + rounds * each / load.users
+    seconds = costs.prefill_seconds(load.prompt, drafted=verified > 0) + rounds * each / load.users
     return float(load.answer / seconds)
 
 

@@ -1,40 +1,45 @@
-"""Profiling: what the target's passes and the draft's proposals take here, as a table of step costs.
+"""Profiling: what the parts of the decoder's rounds take on this machine, as a table of step costs.
 
-R rows, w new tokens per row, C tokens held per row. Every sweep measures each point of the grid once, in an
-order of its own, so that a machine whose speed drifts slows them all alike; the table has the medians.
+A pass that is timed alone finds its weights in the caches, and one that follows other shapes finds nothing
+there; so whole rounds are run, and the calls in them are timed. Every sweep measures each point of the grid,
+and the table has the medians.
 """
 
 from __future__ import annotations
 
 import random
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from itertools import product
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from deepspec.decode.engine import Decoder, Request
-from deepspec.drafts.base import Draft, NeuralDraft
+from deepspec.decode.plain import NoDraft
+from deepspec.drafts.base import Draft, NeuralDraft, Proposal
 from deepspec.errors import DataError
 from deepspec.files import ResumableLog
 from deepspec.log import note, progress
-from deepspec.maths.verify import Sampling
+from deepspec.maths.slots import Ints
+from deepspec.maths.verify import Sampling, Samplings
 from deepspec.measure.evaluate import fingerprint, partial_path
 from deepspec.schedule.costs import Identity, StepCosts, monotone, write_costs
+from deepspec.schedule.policies import Fixed
 from deepspec.targets import Target
 from deepspec.this_machine import clock, read_joules, this_machine
 
 ROWS, WIDTHS, CONTEXTS = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8), (64, 256)
 """The usual grid; a draft's whole block, with its anchor, replaces what is wider."""
-SHORT_PROMPT = 8
-"""Tokens of the shortest prompt whose reading is timed."""
+SHORT_PROMPT, SHORT_PROMPTS = 8, 4
+"""Tokens of the shortest prompts whose reading is timed, and how many there are in each sweep and context."""
 ROUNDS = 3
-"""Whole rounds of the decoder, at each number of rows of a sweep, whose rest is timed."""
+"""Rounds at each point of a sweep."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +62,18 @@ class Grid:
                 raise DataError(f"the {name} of the grid are {list(axis)}, and have to rise from 1 or more")
         if found.widths[0] != 1:
             raise DataError("the grid has no pass of one new token per row, which plain decoding takes")
-        longest = found.contexts[-1] + found.widths[-1] + ROUNDS
-        if target.room(longest, 1) < 1:
+        if target.room(found.contexts[-1], found.budget) < found.budget:
             raise DataError(
-                f"a context of {found.contexts[-1]} tokens and a round fill {longest} of the "
-                f"{target.max_length} tokens that {target.spec.name} reads",
+                f"a context of {found.contexts[-1]} tokens and the rounds after it may fill "
+                f"{found.contexts[-1] + found.budget}, and {target.spec.name} reads {target.max_length}",
                 next_step="give shorter --contexts",
             )
         return found
+
+    @property
+    def budget(self) -> int:
+        """New tokens that a row may get while it is measured."""
+        return (ROUNDS * len(self.rows) * len(self.widths) + 1) * self.widths[-1]
 
 
 def identity_of(target: Target, draft: NeuralDraft | None) -> Identity:
@@ -105,37 +114,35 @@ def profile(
         kept = [] if log is None else [line for _, line in log.records()]
         if kept:
             note(f"{len(kept)} sweeps were measured before; continuing with the rest")
-        bench, spent = None, 0.0
-        meter = read_joules(target.device)
+        spent, meter = 0.0, read_joules(target.device)
         with progress("profiling", max(sweeps, len(kept))) as bar:
             bar.update(len(kept))
+            if len(kept) < max(3, sweeps):
+                sweep(target, draft, replace(grid, contexts=grid.contexts[:1]), sampling, 0)  # one-time costs
             while len(kept) < max(3, sweeps) and (len(kept) < 3 or time.perf_counter() - began < seconds):
-                bench = bench or _Bench(target, draft, grid, sampling)
                 start = clock(target.device)
-                kept.append(bench.sweep(len(kept)))
+                kept.append(sweep(target, draft, grid, sampling, len(kept)))
                 spent += clock(target.device) - start
                 bar.update()
                 if log is not None:
                     log.write(kept[-1])
                     log.sync()
         after = read_joules(target.device)
-    if bench is not None:
-        bench.close()
     watts = (after - meter) / spent if meter is not None and after is not None and spent else None
-    costs = _table(kept, grid, identity_of(target, draft), watts)
+    costs = table_of(kept, grid, identity_of(target, draft), watts)
     if out is not None:
         write_costs(out, costs)
         partial_path(out).unlink(missing_ok=True)
     return costs
 
 
-def _table(
+def table_of(
     sweeps: Sequence[dict[str, Any]], grid: Grid, identity: Identity, watts: float | None
 ) -> StepCosts:
     """The medians of all sweeps, made monotone. What a draft adds to the rest of a round is its own."""
-    target, propose, prefill, rest, drafted = (
+    target, propose, prefill, observe, rest, drafted = (
         np.median([sweep[name] for sweep in sweeps], axis=0)
-        for name in ("target", "propose", "prefill", "rest", "drafted")
+        for name in ("target", "propose", "prefill", "observe", "rest", "drafted")
     )
     return StepCosts(
         np.array(grid.rows),
@@ -148,6 +155,7 @@ def _table(
         monotone(rest),
         identity,
         watts,
+        observe=None if identity.draft is None else monotone(observe),
     )
 
 
@@ -156,135 +164,107 @@ def _prompts(grid: Grid) -> list[int]:
     return sorted({min(SHORT_PROMPT, grid.contexts[0]), *grid.contexts})
 
 
-class _Bench:
-    """Slots that hold the grid's contexts, as many rows of each as the grid has, and one for prompts.
+def sweep(
+    target: Target, draft: NeuralDraft | None, grid: Grid, sampling: Sampling, number: int
+) -> dict[str, Any]:
+    """Seconds of every point of a fitted grid once, in an order that `number` decides, as lists by name.
 
-    They are filled once: a pass that was timed is rolled back.
+    Plain rounds give the passes of one token per row, rounds with proposals the wider ones.
     """
+    order, most = random.Random(number), grid.widths[-1] - 1
+    proposer = draft or _Guesses(most, target.vocab_size)
+    shape = (len(grid.rows), len(grid.widths), len(grid.contexts))
+    passes, proposals = np.zeros(shape), np.zeros((shape[0], shape[2]))
+    rests: dict[bool, list[list[float]]] = {True: [[] for _ in grid.rows], False: [[] for _ in grid.rows]}
+    reads: dict[bool, dict[int, list[float]]] = {True: defaultdict(list), False: defaultdict(list)}
+    for c in order.sample(range(shape[2]), shape[2]):
+        for drafted in (False, True)[: 2 if most else 1]:
+            stage = _Stage(target, proposer if drafted else None, grid, sampling, order)
+            reads[drafted][_prompts(grid)[0]] += stage.fill(_prompts(grid)[0], SHORT_PROMPTS)
+            stage.shrink(0)
+            reads[drafted][grid.contexts[c]] += stage.fill(grid.contexts[c], grid.rows[-1])
+            for a in reversed(range(shape[0])):
+                stage.shrink(grid.rows[a])
+                found = []
+                for b in order.sample(range(1, shape[1]), shape[1] - 1) if drafted else [0]:
+                    passes[a, b, c], propose, rest = stage.rounds(grid.widths[b] - 1)
+                    found.append(propose)
+                    rests[drafted][a].append(rest)
+                proposals[a, c] = np.median(found)
+            stage.shrink(0)
+    prefill, observed = ([float(np.median(reads[kind][n])) for n in _prompts(grid)] if reads[kind] else [0.0]
+                         for kind in (False, True))  # fmt: skip
+    plain, drafted_rest = ([float(np.median(each)) if each else 0.0 for each in rests[kind]]
+                           for kind in (False, True))  # fmt: skip
+    return {
+        "target": passes.tolist(),
+        "propose": proposals.tolist(),
+        "prefill": prefill,
+        "observe": np.maximum(np.subtract(observed, prefill), 0.0).tolist(),
+        "rest": plain,
+        "drafted": drafted_rest,
+    }
 
-    def __init__(self, target: Target, draft: NeuralDraft | None, grid: Grid, sampling: Sampling) -> None:
-        self.target, self.draft, self.grid, self.sampling = target, draft, grid, sampling
-        self.layers = draft.feature_layers if draft else ()
-        self.random = torch.Generator().manual_seed(0)
-        most = grid.rows[-1]
-        # The first slots are the decoder's.
-        self.slots = {c: range(i * most, (i + 1) * most) for i, c in enumerate(grid.contexts, start=1)}
-        with progress("filling contexts", len(self.slots)) as bar:
-            for context, slots in self.slots.items():
-                for slot in slots:
-                    self._open(slot, context)
-                bar.update()
-        self.sweep(-1)  # one-time costs belong to no sweep
 
-    def close(self) -> None:
-        for slot in (slot for slots in self.slots.values() for slot in slots):
-            self._free(slot)
+class _Guesses(NoDraft):
+    """Proposes token 0 again and again, for passes of any width without a draft."""
 
-    def _free(self, slot: int) -> None:
-        self.target.free(slot)
-        if self.draft:
-            self.draft.free(slot)
+    def __init__(self, block: int, vocabulary: int) -> None:
+        self.max_proposals, self.vocabulary = block, vocabulary
 
-    def _tokens(self, count: int) -> list[int]:
-        return torch.randint(0, self.target.vocab_size, (count,), generator=self.random).tolist()
+    def propose(self, slots: Ints, anchors: Ints, samplings: Samplings, uniforms: Tensor) -> Proposal:
+        q = torch.zeros(*uniforms.shape, self.vocabulary, device=uniforms.device)
+        q[..., 0] = 1.0
+        return Proposal(torch.zeros(uniforms.shape, dtype=torch.long, device=uniforms.device), q, None)
 
-    def _open(self, slot: int, context: int) -> float:
-        """Read a prompt into a slot; seconds until its first new token is known."""
-        prompt, began = self._tokens(context), clock(self.target.device)
-        self.target.open(slot)
-        output = self.target.step([slot], [prompt], self.layers)
-        int(self.target.logits(output.last_hidden[0, -1:]).argmax())
-        if self.draft:
-            self.draft.open(slot)
-            self.draft.observe([slot], output.features, [prompt], [[*prompt[1:], 0]])
-        return clock(self.target.device) - began
 
-    def sweep(self, number: int) -> dict[str, Any]:
-        """Seconds of every point once, in an order that `number` decides."""
-        grid, order = self.grid, random.Random(number)
-        places: list[Any] = list(product(*(range(len(axis)) for axis in asdict(grid).values())))
-        order.shuffle(places)
-        target = np.zeros(tuple(map(len, asdict(grid).values())))
-        propose = np.zeros((len(grid.rows), len(grid.contexts)))
-        for a, b, c in places:
-            target[a, b, c] = self._pass(grid.rows[a], grid.widths[b], grid.contexts[c])
-            if self.draft is not None and b == 0:
-                propose[a, c] = self._proposals(self.draft, grid.rows[a], grid.contexts[c])
-        prefill = []
-        for length in _prompts(grid):
-            prefill.append(self._open(0, length))
-            self._free(0)
-        plain = self._rests(None)
-        return {
-            "target": target.tolist(),
-            "propose": propose.tolist(),
-            "prefill": prefill,
-            "rest": plain,
-            "drafted": self._rests(self.draft) if self.draft else plain,
-        }
+class _Stage:
+    """A decoder whose rows hold random prompts, and whose rounds are timed."""
 
-    def _pass(self, rows: int, width: int, context: int) -> float:
-        slots = self.slots[context][:rows]
-        tokens = [self._tokens(width) for _ in slots]
-        began = clock(self.target.device)
-        output = self.target.step(slots, tokens, self.layers)
-        self.target.logits(output.last_hidden)
-        spent = clock(self.target.device) - began
-        for slot in slots:
-            self.target.rollback(slot, context)
-        return spent
+    def __init__(
+        self, target: Target, draft: Draft | None, grid: Grid, sampling: Sampling, order: random.Random
+    ) -> None:
+        self.device, self.vocabulary, self.order = target.device, target.vocab_size, order
+        self.grid, self.sampling = grid, sampling
+        self.target = _Watched(target, ("step", "logits"), self.device)
+        self.draft = None if draft is None else _Watched(draft, ("propose", "observe"), self.device)
+        self.decoder = Decoder(cast(Target, self.target), cast(Draft, self.draft), max_rows=grid.rows[-1])
 
-    def _proposals(self, draft: NeuralDraft, rows: int, context: int) -> float:
-        """One `propose`, and one `observe` of half a block, as a round has them."""
-        slots, block = self.slots[context][:rows], draft.max_proposals
-        accepted = block // 2 + 1
-        tokens = [self._tokens(accepted) for _ in slots]
-        output = self.target.step(slots, tokens, self.layers)
-        for slot in slots:
-            self.target.rollback(slot, context)
-        uniforms = torch.rand(rows, block, generator=self.random).to(self.target.device)
-        began = clock(self.target.device)
-        draft.propose(slots, [row[0] for row in tokens], [self.sampling] * rows, uniforms)
-        draft.observe(slots, output.features, tokens, [[*row[1:], 0] for row in tokens])
-        spent = clock(self.target.device) - began
-        for slot in slots:
-            draft.lengths[slot] = context
-        return spent
+    def fill(self, context: int, rows: int) -> list[float]:
+        """Fill rows, at most all, with prompts; the seconds of each."""
+        found = []
+        for _ in range(min(rows, self.decoder.max_rows)):
+            prompt = self.order.choices(range(self.vocabulary), k=context)
+            self.decoder.submit(Request(prompt, self.grid.budget, sampling=self.sampling))
+            began = clock(self.device)
+            self.decoder.step()
+            found.append(clock(self.device) - began)
+        return found
 
-    def _rests(self, draft: NeuralDraft | None) -> list[float]:
-        """What a round of the decoder takes beyond the pass and the proposals, by rows."""
-        watched = [_Watched(self.target, ("step", "logits"))]
-        if draft is not None:
-            watched.append(_Watched(draft, ("propose", "observe")))
-        target, proposer = cast(Target, watched[0]), cast(Draft, watched[1]) if draft else None
-        decoder = Decoder(target, proposer, max_rows=self.grid.rows[-1])
-        rounds = (ROUNDS + 1) * len(self.grid.rows)
-        for _ in range(decoder.max_rows):
-            prompt = self._tokens(_prompts(self.grid)[0])
-            decoder.submit(Request(prompt, rounds * (self.grid.widths[-1] + 1), sampling=self.sampling))
-        while decoder.waiting:
-            decoder.step()
-        rests = []
-        for rows in reversed(self.grid.rows):
-            while len(decoder.rows) > rows:
-                decoder.cancel(decoder.rows[-1].answer.key)
-            found = []
-            for _ in range(ROUNDS if decoder.rows else 0):
-                before, began = sum(each.spent for each in watched), clock(self.target.device)
-                decoder.step()
-                whole = clock(self.target.device) - began
-                found.append(whole - (sum(each.spent for each in watched) - before))
-            rests.append(float(np.median(found)))
-        while decoder.rows:
-            decoder.cancel(decoder.rows[-1].answer.key)
-        return rests[::-1]
+    def shrink(self, rows: int) -> None:
+        while len(self.decoder.rows) > rows:
+            self.decoder.cancel(self.decoder.rows[-1].answer.key)
+
+    def rounds(self, length: int) -> tuple[float, float, float]:
+        """Medians of (pass, proposals, rest) in rounds that verify `length` proposals of each row."""
+        found = []
+        self.decoder.policy = Fixed(length) if self.draft else None
+        for _ in range(ROUNDS):
+            self.target.spent, began = 0.0, clock(self.device)
+            if self.draft:
+                self.draft.spent = 0.0
+            self.decoder.step()
+            parts = (self.target.spent, self.draft.spent if self.draft else 0.0)
+            found.append((*parts, clock(self.device) - began - sum(parts)))
+        pass_, propose, rest = np.median(found, axis=0).tolist()
+        return pass_, propose, rest
 
 
 class _Watched:
     """A target or a draft: everything as it is, and the time that some of its calls take."""
 
-    def __init__(self, inner: Target | NeuralDraft, names: Sequence[str]) -> None:
-        self._inner, self._names, self.spent = inner, names, 0.0
+    def __init__(self, inner: Target | Draft, names: Sequence[str], device: torch.device) -> None:
+        self._inner, self._names, self._device, self.spent = inner, names, device, 0.0
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
@@ -292,9 +272,9 @@ class _Watched:
             return found
 
         def timed(*given: Any) -> Any:
-            began = clock(self._inner.device)
+            began = clock(self._device)
             answer = found(*given)
-            self.spent += clock(self._inner.device) - began
+            self.spent += clock(self._device) - began
             return answer
 
         return timed

@@ -52,8 +52,9 @@ class StepCosts:
     rows [A], widths [B] from 1, contexts [C]: rising. target [A, B, C]: one pass of the target over
     rows × width new tokens, logits included. propose [A, C]: what a draft adds to a round apart from a wider
     pass (its proposals, `observe`, deciding on them); None without a draft. prefill_lengths [P], prefill [P]:
-    reading one prompt, its first token included. rest [A]: everything else in a plain round. watts: the mean
-    power while the target decoded; None without a meter. notes: what is not measured.
+    reading one prompt, its first token included; observe [P]: what a draft adds to that. rest [A]:
+    everything else in a plain round. watts: the mean power while the target decoded; None without a meter.
+    notes: what is not measured.
     """
 
     rows: NDArray[np.int64]
@@ -67,6 +68,7 @@ class StepCosts:
     identity: Identity
     watts: float | None = None
     notes: tuple[str, ...] = ()
+    observe: Floats | None = None
 
     def pass_seconds(self, rows: ArrayLike, tokens: ArrayLike, context: ArrayLike) -> Floats:
         """One pass of the target with T new tokens in R rows that hold `context` tokens each; elementwise.
@@ -85,9 +87,10 @@ class StepCosts:
             return np.zeros(points[0].shape)
         return interpolated((self.rows, self.contexts), self.propose, points)
 
-    def prefill_seconds(self, length: ArrayLike) -> Floats:
-        """Reading one prompt of so many tokens."""
-        return interpolated((self.prefill_lengths,), self.prefill, (np.asarray(length, float),))
+    def prefill_seconds(self, length: ArrayLike, drafted: bool = True) -> Floats:
+        """Reading one prompt of so many tokens. drafted: whether a draft observes it."""
+        table = self.prefill + self.observe if drafted and self.observe is not None else self.prefill
+        return interpolated((self.prefill_lengths,), table, (np.asarray(length, float),))
 
     def rest_seconds(self, rows: ArrayLike) -> Floats:
         """Everything in a round but the target's pass and the proposals."""
@@ -99,6 +102,12 @@ class StepCosts:
         """A whole round that verifies T tokens, anchors included. drafted: whether the draft proposes."""
         proposals = self.propose_seconds(rows, context) if drafted else 0.0
         return self.pass_seconds(rows, tokens, context) + proposals + self.rest_seconds(rows)
+
+    def record(self) -> dict[str, Any]:
+        """The table as JSON data."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        listed = {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in found.items()}
+        return listed | {"format": FORMAT, "identity": asdict(self.identity)}
 
     def rate(self, rows: int, context: float) -> Rate:
         """Steps per second by the tokens that one step verifies, anchors included: the function that
@@ -154,9 +163,7 @@ def monotone(table: Floats) -> Floats:
 
 def write_costs(path: Path, costs: StepCosts) -> None:
     """Write a table as a JSON file, whole or not at all."""
-    record = {field.name: getattr(costs, field.name) for field in fields(costs)}
-    listed = {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in record.items()}
-    write_json(path, listed | {"format": FORMAT, "identity": asdict(costs.identity)})
+    write_json(path, costs.record())
 
 
 def read_costs(
@@ -212,6 +219,7 @@ def _from_record(record: dict[str, Any]) -> StepCosts:
         Identity(**record["identity"]),
         record.get("watts"),
         tuple(record.get("notes", ())),
+        None if record.get("observe") is None else _seconds(record, "observe", (len(lengths),)),
     )
 
 
