@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -97,7 +98,10 @@ def recommend(
         for load in loads
     }
     cells = break_even(table, accepted)
+    lengths = {_length(found[0], spec.proposals) for found in ranked.values()}
     notes = [f"acceptance: {accepted.source}", *table.notes]
+    if to is Server.sglang and spec.algorithm != "eagle3" and lengths - {0, spec.proposals}:
+        notes.append(f"SGLang verifies whole blocks: the commands verify all {spec.proposals} proposals")
     notes += dict.fromkeys(line for load in loads for line in beyond(table, load))
     launch = {n: _launch(to, spec, name, draft, found[0]) for n, found in ranked.items()}
     pretended = {n: rehearsal(accepted, _length(found[0], spec.proposals)) for n, found in ranked.items()}
@@ -125,10 +129,9 @@ def _draft(draft: str, target: str | None) -> tuple[DraftSpec, str, dict[str, An
     from deepspec.checkpoints.draft import check_draft
     from deepspec.config import load_recipe
     from deepspec.planning import describe, target_facts
-    from deepspec.recipe_files import recipe_names
     from deepspec.targets import TargetSpec
 
-    if draft in recipe_names() or draft.endswith((".yaml", ".yml")):
+    if _is_recipe(draft):
         recipe = load_recipe(draft)
         name = target or recipe.target
         config = target_facts(name)[0]
@@ -229,27 +232,37 @@ def _launch(to: Server, spec: DraftSpec, target: str, draft: str, choice: Choice
     from deepspec.checkpoints.servers import launch_commands
     from deepspec.pocket import packaged
 
-    out, length = Path(f"{Path(draft).name}-{to.value}"), _length(choice, spec.proposals)
+    length, planned = _length(choice, spec.proposals), _is_recipe(draft)
+    trained = f"runs/{Path(draft).stem}" if planned else draft
+    out = Path(f"{Path(trained).name}-{to.value}")
     lines = launch_commands(to.value, spec, packaged(target), out, proposals=length)
-    export = f"deepspec export {draft} --to {to.value} --target {target} --out {out}"
-    return [export, *lines] if length else lines
+    export = f"deepspec export {trained} --to {to.value} --target {target} --out {out}"
+    training = [f"deepspec train {draft}"] if planned else []
+    return [*training, export, *lines] if length else lines
+
+
+def _is_recipe(draft: str) -> bool:
+    """A ready-made draft has the name of the recipe that it was trained with; the draft is meant."""
+    from deepspec.pocket import DRAFTS
+    from deepspec.recipe_files import recipe_names
+
+    return draft not in DRAFTS and (draft in recipe_names() or draft.endswith((".yaml", ".yml")))
 
 
 def _print(n: int, found: list[Choice], launch: list[str], pretended: dict[str, Any], to: Server) -> None:
-    table = table_of(
-        "choice", "verified", "accepted", "tokens/s", "interval", "per user", "J/token", "per M tokens"
-    )
-    for choice in found:
-        interval = f"{choice.low:.1f}–{choice.high:.1f}" if choice.low < choice.high else "–"
+    energy = {"J/token": [c.joules for c in found], "per M tokens": [c.cost for c in found]}
+    shown = {head: column for head, column in energy.items() if None not in column}
+    table = table_of("choice", "verified", "accepted", "tokens/s", "interval", "per user", *shown)
+    for i, choice in enumerate(found):
+        interval = f"{choice.low:.4g}–{choice.high:.4g}" if choice.low < choice.high else "–"
         table.add_row(
-            choice.name + ("" if choice.pays else " (too slow)"),
+            choice.name + ("" if choice.pays else " (slow)"),
             f"{choice.verified:.1f}",
             f"{choice.accepted:.2f}",
-            f"{choice.tokens_per_s:.1f}",
+            f"{choice.tokens_per_s:.4g}",
             interval,
-            f"{choice.per_user:.1f}",
-            "–" if choice.joules is None else f"{choice.joules:.3g}",
-            "–" if choice.cost is None else f"{choice.cost:.3g}",
+            f"{choice.per_user:.3g}",
+            *(f"{column[i]:.3g}" for column in shown.values()),
         )
     table.title, table.title_justify = f"{n} user{'s' * (n > 1)}", "left"
     console = stdout()
@@ -266,7 +279,7 @@ def _print(n: int, found: list[Choice], launch: list[str], pretended: dict[str, 
     for line in launch:
         typer.echo(line)
     if best is not plain and to.value in pretended:
-        typer.echo(f"rehearse with {pretended[to.value]}")
+        typer.echo(f"to rehearse this acceptance: {json.dumps(pretended[to.value])}")
 
 
 def _print_map(cells: list[Cell]) -> None:

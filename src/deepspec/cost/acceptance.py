@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -212,9 +211,9 @@ def read_calibration(path: Path, draft_hash: str | None, block: int) -> dict[str
     another hash or γ."""
     try:
         report = json.loads(path.read_text("utf-8"))
-        made_for, points = report["conditions"]["draft_hash"], thresholds(report)
-        if not points or not all(math.isfinite(x) for pair in points for x in pair):
+        if not report["rounds"] > 0 or not thresholds(report):
             raise ValueError
+        made_for = report["conditions"]["draft_hash"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError("this is not a report of `deepspec calibrate`", where=str(path)) from error
     if report["block"] != block or (draft_hash is not None and made_for != draft_hash):

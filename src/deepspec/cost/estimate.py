@@ -35,6 +35,7 @@ def estimated(
                 names | machine.numbers(names["width"]),
                 passes=passes,
                 rows=rows,
+                block=block,
             )
         )
 
