@@ -40,6 +40,8 @@ COMMANDS = (
     ["train"],
     ["eval"],
     ["calibrate"],
+    ["profile"],
+    ["recommend"],
     ["verify"],
     ["compare"],
     ["report"],

@@ -753,7 +753,7 @@ def test_rounds_are_timed_apart_from_the_prefills(llama_dir: Path, monkeypatch):
     """A clock that ticks once at every look."""
     target = Target.from_pretrained(llama_dir, dtype="float32", device="cpu")
     ticks = iter(range(1000))
-    monkeypatch.setattr(profile, "_clock", lambda target: float(next(ticks)))
+    monkeypatch.setattr(profile, "clock", lambda device: float(next(ticks)))
     requests = [Request([5, 6, 7 + i], 6 + 2 * i, i, str(i), Sampling(1.0)) for i in range(3)]
     answers, prefills, rounds = profile._timed(target, requests, slots=2)
     assert {g.key: len(g.token_ids) for g in answers} == {"0": 6, "1": 8, "2": 10}

@@ -26,15 +26,17 @@ GGUF = "gguf"
 
 
 class Server(NamedTuple):
-    """launch: the commands that start it with a draft."""
+    """launch: the commands that start it with a draft; plain: the one that starts it without."""
 
     title: str
+    plain: str
     launch: tuple[str, ...]
 
 
 SERVERS: dict[str, Server] = {
     "vllm": Server(
         "vLLM",
+        "vllm serve $target",
         (
             "vllm serve $target --speculative-config "
             '\'{"method": "$method", "model": "$draft", "num_speculative_tokens": $proposals}\'',
@@ -42,6 +44,7 @@ SERVERS: dict[str, Server] = {
     ),
     "sglang": Server(
         "SGLang",
+        "python -m sglang.launch_server --model-path $target",
         (
             "python -m sglang.launch_server --model-path $target --speculative-algorithm $METHOD "
             "--speculative-draft-model-path $draft --speculative-num-steps $steps --speculative-eagle-topk 1 "
@@ -50,6 +53,7 @@ SERVERS: dict[str, Server] = {
     ),
     "llamacpp": Server(
         "llama.cpp",
+        "llama-server -m $served --jinja",
         (
             "python convert_hf_to_gguf.py $target --outfile $served",
             "python convert_hf_to_gguf.py $draft --target-model-dir $target --outfile $file",
@@ -214,16 +218,23 @@ def refuse(to: str, facts: Facts) -> None:
 
 
 def launch_commands(
-    to: str, spec: DraftSpec, target: str, draft: Path, served: Path | None = None
+    to: str,
+    spec: DraftSpec,
+    target: str,
+    draft: Path,
+    served: Path | None = None,
+    proposals: int | None = None,
 ) -> list[str]:
     """The commands that serve an exported draft with its target.
 
-    served: the target's GGUF file, if there is one already; llama.cpp needs it.
+    served: the target's GGUF file, if there is one already; llama.cpp needs it. proposals: of each round that
+    are verified, if not all: 0 serves the target alone, and a block draft in SGLang verifies all or none.
     """
     if to == GGUF:
-        convert, _, start = launch_commands("llamacpp", spec, target, draft, served)
+        convert, _, start = launch_commands("llamacpp", spec, target, draft, served, proposals)
         return [start] if served else [convert, start]
-    method, count = served_as(spec).method, spec.proposals
+    method = served_as(spec).method
+    count = spec.proposals if proposals is None else proposals
     # vLLM takes the draft inside quoted JSON; for the others it is a separate word.
     inside = json.dumps(str(draft))[1:-1].replace("'", "'\\''")
     words = {
@@ -236,6 +247,7 @@ def launch_commands(
         "proposals": count,
         # SGLang drafts a block in one step, and it counts the anchor as one of the tokens that it verifies.
         "steps": count if method == "eagle3" else 1,
-        "window": spec.block if method == "dflash" else spec.block + 1,
+        "window": {"dflash": spec.block, "dspark": spec.block + 1, "eagle3": count + 1}[method],
     }
-    return [Template(line).substitute(words) for line in SERVERS[to].launch]
+    lines = SERVERS[to].launch if count else (SERVERS[to].plain,)
+    return [Template(line).substitute(words) for line in lines]

@@ -26,7 +26,9 @@ from deepspec.cli import (
     generate,
     inspect,
     plan,
+    profile,
     quickstart,
+    recommend,
     report,
     target_convert,
     train,
@@ -46,6 +48,7 @@ KEPT = {
     "train": _RUN,
     "eval": "with --out, the prompts measured so far are kept; the same command continues from there",
     "calibrate": "the prompts answered so far are kept; the same command continues from there",
+    "profile": "the sweeps finished so far are kept; the same command continues from there",
     "regenerate": _PARTS,
     "cache": _PARTS,
     "download": _WHOLE,
@@ -100,6 +103,8 @@ app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("eval")(eval_command.evaluate)
 app.command("calibrate")(calibrate.calibrate)
+app.command("profile")(profile.profile)
+app.command("recommend")(recommend.recommend)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("verify")(verify.verify)

@@ -110,6 +110,19 @@ def sampling_of(temperature: float, top_k: int = 0, top_p: float = 1.0) -> Sampl
         raise UserError(str(error)) from error
 
 
+def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
+    """The whole numbers, rising, of an option such as 1,2,4; None if it is not given. Raises UserError."""
+    if text is None:
+        return None
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or found[0] < 1 or list(found) != sorted(set(found)):
+        raise UserError(f"{option} {text} is not a rising list of whole numbers", next_step="write 1,2,4")
+    return found
+
+
 def prompt_file(name: str | None, target: str) -> Path:
     """The file of prompts with this name. None is pocket:test, for the pocket target only."""
     from deepspec.pocket import prompts_path

@@ -65,11 +65,11 @@ class FromRow:
             f"{row.launch * 1e3:g} ms to each layer of a decoding step in process"
         ]
 
-    def _pass(self, flops: Figure, width: float) -> Figure:
+    def pass_seconds(self, flops: Figure, width: float) -> Figure:
         """Seconds of passes over whole sequences, in numbers of `width` bytes."""
         return figure("s", "flops / (peak * share)", self.machine.numbers(width), flops=flops)
 
-    def _decoding_step(
+    def decoding_step(
         self, names: Names, sequences: float, each: float, context: float, eager: bool = True
     ) -> Figure:
         """Seconds of one decoding step of some sequences with `each` new tokens after `context` others.
@@ -100,8 +100,8 @@ class FromRow:
             "answers / batch * step + prefill + rows * layers * launch",
             names,
             batch=batch,
-            step=self._decoding_step(names, batch, 1, names["length"], eager),
-            prefill=self._pass(prompts, names["width"]),
+            step=self.decoding_step(names, batch, 1, names["length"], eager),
+            prefill=self.pass_seconds(prompts, names["width"]),
             launch=self.machine.launch if eager else 0.0,
         )
 
@@ -109,11 +109,11 @@ class FromRow:
         return figure("s", "epoch / steps", epoch=self.cache(inputs), steps=inputs.per_epoch)
 
     def draft_step(self, inputs: Inputs) -> Figure:
-        epoch = self._pass(operations(inputs)["training, an epoch"], inputs.names["draft_width"])
+        epoch = self.pass_seconds(operations(inputs)["training, an epoch"], inputs.names["draft_width"])
         return figure("s", "epoch / steps", epoch=epoch, steps=inputs.per_epoch)
 
     def cache(self, inputs: Inputs) -> Figure:
-        return self._pass(operations(inputs)["features, an epoch"], inputs.names["width"])
+        return self.pass_seconds(operations(inputs)["features, an epoch"], inputs.names["width"])
 
     def held_out(self, inputs: Inputs) -> Figure:
         names, recipe = inputs.names, inputs.recipe
@@ -128,11 +128,11 @@ class FromRow:
             "s",
             "prompts * prefill + ceil(prompts / rows) * new_tokens / tau * (verify + propose)",
             prompts=recipe.eval_prompts,
-            prefill=self._decoding_step(names, 1, prompt, prompt),
+            prefill=self.decoding_step(names, 1, prompt, prompt),
             rows=rows,
             new_tokens=recipe.eval_max_new_tokens,
             tau=ASSUMED_TAU,
-            verify=self._decoding_step(names, rows, names["block"] + 1, prompt + recipe.eval_max_new_tokens),
+            verify=self.decoding_step(names, rows, names["block"] + 1, prompt + recipe.eval_max_new_tokens),
             propose=propose,
         )
 
