@@ -7,21 +7,16 @@ residual stream after chosen layers.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
-from transformers.utils import logging as hf_logging
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
-from deepspec.errors import NonFiniteError, TargetError, first_line
-from deepspec.log import note, progress
+from deepspec.errors import NonFiniteError, TargetError
+from deepspec.log import note
 from deepspec.maths.slots import Ints, Ragged, Rows, causal_rows_mask
 from deepspec.pocket import packaged
 from deepspec.targets.anatomy import (
@@ -34,11 +29,8 @@ from deepspec.targets.anatomy import (
 from deepspec.targets.cache import SlotCache, can_roll_back
 from deepspec.targets.gguf import load_gguf
 from deepspec.targets.gguf_file import find_gguf, read_gguf
-from deepspec.targets.hub import check_whole, unreadable
+from deepspec.targets.load import bars, load_model, own_device
 from deepspec.targets.spec import TargetSpec, read_tokenizer
-
-LONG = 10**9
-"""Bytes of weights from which loading shows a bar."""
 
 
 class StepOutput(NamedTuple):
@@ -83,27 +75,30 @@ class Target:
         dtype: str = "auto",
         device: str = "auto",
         device_map: str | dict[str, Any] | None = None,
+        place: Callable[[Any, str], Any] | None = None,
     ) -> Target:
         """Load a local directory, a GGUF file, a Hub id, or the built-in `pocket`.
 
         dtype: "auto" (the checkpoint's; of a GGUF file, see docs/targets.md), "float32", "bfloat16" or
         "float16". device: "auto" is the
-        accelerator if there is one. device_map: as transformers takes it ("auto", "balanced", or modules
-        to devices), to spread the layers over several; `device` then has no effect. A quantised checkpoint is
+        accelerator if there is one (under torchrun, each process its own). device_map: as transformers takes
+        it ("auto", "balanced", or modules to devices), to spread the layers over several; `device` then has
+        no effect. place: (model on the host, name) -> the model where it is to run. A quantised checkpoint is
         loaded as transformers loads it. A missing tokenizer is not an error. Raises TargetError.
         """
         name = str(name_or_path)
         spec = TargetSpec.from_pretrained(name)
         path = packaged(name)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cpu" if place else own_device() if device == "auto" else device
         file = find_gguf(path)
         if file is not None:
-            with _bars(path):
+            with bars(path):
                 model = load_gguf(read_gguf(file, name), name, dtype, device, device_map)
         else:
-            model, device_map = _load(spec, path, dtype, device, device_map)
-        target = cls(spec, model if device_map is not None else model.to(device), read_tokenizer(path))
+            model, device_map = load_model(spec, path, dtype, device, device_map)
+        if device_map is None:
+            model = place(model, name) if place else model.to(device)
+        target = cls(spec, model, read_tokenizer(path))
         target.check_head()
         if not target.cached:
             note(
@@ -219,6 +214,11 @@ class Target:
         passes through every mask."""
         self.rollback(slot, length)
         self._cache.wipe(slot, length)
+
+    def release(self) -> None:
+        """Give back the memory of all slots, none of which may be in use."""
+        self._cache, self._tokens = SlotCache(self.spec.num_layers), {}
+        self._captured.clear()
 
     @torch.inference_mode()
     def step(self, slots: Ints, tokens: Ragged, layers: Ints = ()) -> StepOutput:
@@ -390,57 +390,6 @@ class _WatchedLogits(LogitsProcessor):
         bad = ~scores.amax(-1, keepdim=True).isfinite()
         self.broken = bad.any() | self.broken
         return scores.masked_fill(bad, 0.0)
-
-
-# ── loading ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _load(spec: TargetSpec, path: str, dtype: str, device: str, device_map: Any) -> tuple[Any, Any]:
-    """(the model of a directory or a Hub id, the device_map that placed it). Raises TargetError."""
-    if device_map is None and spec.quantised:
-        # Packed weights are often bound to where they were loaded: they cannot be moved afterwards.
-        device_map = {"": device}
-    if device_map is not None and find_spec("accelerate") is None:
-        raise TargetError(
-            f"transformers places the weights of {spec.name} itself (quantised, or `device_map`), and needs "
-            "the accelerate package for it",
-            next_step="pip install accelerate",
-        )
-    try:
-        with _bars(path):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=dtype,
-                device_map=device_map,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except ImportError as error:
-        raise TargetError(
-            f"transformers needs another package to load {spec.name}: {first_line(error)}",
-            next_step="install what it names, or use a checkpoint that is not quantised",
-        ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise unreadable(spec.name, path, error, weights=True) from error
-    check_whole(spec.name, path, info["missing_keys"])
-    return model, device_map
-
-
-@contextmanager
-def _bars(path: str) -> Iterator[None]:
-    """transformers' own progress bars if loading takes long (a download, or weights that take seconds to
-    read), or plain lines if there is no terminal."""
-    weights = [f for kind in ("*.safetensors", "*.bin") for f in Path(path).glob(kind) if f.is_file()]
-    long = not Path(path).is_dir() or sum(f.stat().st_size for f in weights) > LONG
-    usual = hf_logging.is_progress_bar_enabled()
-    if not (long and sys.stderr.isatty()):
-        hf_logging.disable_progress_bar()
-    try:
-        with nullcontext() if sys.stderr.isatty() else progress(f"loading {path}", None, count=False):
-            yield
-    finally:
-        if usual:
-            hf_logging.enable_progress_bar()
 
 
 def _padded(rows: Ragged) -> Tensor:
