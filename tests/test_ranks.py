@@ -108,9 +108,9 @@ def test_two_and_four_ranks_have_the_losses_of_one(scene, alone, tmp_path):
     """Eleven rows in batches of four: a last batch has three, so that one of four ranks has none."""
     for world in (2, 4):
 
-        def work(rank: int) -> None:
+        def work(rank: int, runs: Path = tmp_path / str(world)) -> None:
             for algorithm in alone:
-                train_draft(recipe_of(scene, algorithm), tmp_path / str(world))
+                train_draft(recipe_of(scene, algorithm), runs)
 
         in_ranks(world, work, tmp_path)
         for algorithm, run in alone.items():

@@ -25,14 +25,6 @@ from talking import train_in
 from test_train import metrics_of, recipe_for, rows_for, same_state
 
 RECIPE = recipe_for("dspark", precision="bfloat16")
-FILES = (
-    "optimizer.pt",
-    "progress.json",
-    "model.safetensors",
-    "config.json",
-    "deepspec.json",
-    "manifest.json",
-)
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +62,13 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
-@pytest.mark.parametrize("name", FILES)
+WEIGHTY = ("optimizer.pt", "progress.json", "model.safetensors", "config.json", "deepspec.json")
+OLDER = ("manifest.json", "missing")
+"""A checkpoint from before there were manifests, which resumes."""
+FILES = [(name, kind) for name in (*WEIGHTY, "manifest.json") for kind in DAMAGE if (name, kind) != OLDER]
+
+
+@pytest.mark.parametrize(("name", "kind"), FILES)
 def test_newest_whole_checkpoint_is_found_whatever_file_is_damaged(trained, copied, capsys, name, kind):
     newest = copied / "checkpoints" / "step_6"
     DAMAGE[kind](newest / name)

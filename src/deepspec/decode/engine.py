@@ -14,15 +14,17 @@ from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import NamedTuple, NoReturn, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from deepspec.decode.plain import Deferred, NoDraft
 from deepspec.decode.settle import LOGITS, Fault, Settled, first_layer, settle
 from deepspec.drafts.base import Draft, NeuralDraft, Proposal
 from deepspec.errors import NonFiniteError, UserError
 from deepspec.maths.slots import Ints, Ragged
-from deepspec.maths.verify import Sampling, Samplings, defined, draw, verify, warp
-from deepspec.schedule.policies import Policy
+from deepspec.maths.verify import Sampling, defined, draw, verify, warp
+from deepspec.schedule.policies import Load, Policy
 from deepspec.targets import Target
 
 
@@ -79,26 +81,6 @@ class Event(NamedTuple):
     finished: bool
 
 
-class NoDraft:
-    """Plain decoding in the draft's shape: proposes nothing, so every round commits one token."""
-
-    name = "plain"
-    max_proposals = 0
-    feature_layers: tuple[int, ...] = ()
-
-    def open(self, slot: int) -> None:
-        pass
-
-    def free(self, slot: int) -> None:
-        pass
-
-    def observe(self, slots: Ints, features: Tensor | None, tokens: Ragged, next_tokens: Ragged) -> None:
-        pass
-
-    def propose(self, slots: Ints, anchors: Ints, samplings: Samplings, uniforms: Tensor) -> Proposal:
-        return Proposal(torch.zeros(len(slots), 0, dtype=torch.long), torch.zeros(len(slots), 0, 0), None)
-
-
 @dataclass(eq=False)
 class Row:
     """A request in flight: `anchor` is its last committed token, not yet in the target's cache."""
@@ -138,8 +120,9 @@ class Decoder:
     which the error names by their keys, are dropped with nothing committed; the others are as they would have
     been without them, and the next `step` hands out what this one gave them.
 
-    policy: how many of a round's proposals are verified; None verifies all. temperatures: [γ], what the
-    draft's confidence logits are divided by before the policy sees them (`deepspec calibrate`).
+    policy: how many of a round's proposals are verified; None verifies all. A policy that asks for none
+    leaves the draft alone, which observes what it missed before it proposes again. temperatures: [γ], what
+    the draft's confidence logits are divided by before the policy sees them (`deepspec calibrate`).
     """
 
     def __init__(
@@ -153,6 +136,8 @@ class Decoder:
     ) -> None:
         assert max_rows >= 1, "a decoder needs at least one slot"
         self.target, self.draft = target, draft or NoDraft()
+        if policy is not None and draft is not None:
+            self.draft = Deferred(draft)
         self.policy, self.temperatures = policy, torch.tensor(temperatures or [1.0])
         if draft is not None and temperatures and len(temperatures) != draft.max_proposals:
             raise UserError(
@@ -288,10 +273,13 @@ class Decoder:
         samplings = [r.request.sampling for r in rows]
         uniforms = torch.stack([torch.rand(2 * gamma + 1, generator=r.random) for r in rows])
         uniforms = uniforms.to(self.target.device)
-        proposal = draft.propose(slots, anchors, samplings, uniforms[:, :gamma])
+        held = [self.target.length(slot) for slot in slots]
+        load = Load(len(rows), sum(held) / len(rows))
+        asked = draft if self.policy is None or self.policy.proposes(load) else NoDraft()
+        proposal = asked.propose(slots, anchors, samplings, uniforms[:, :gamma])
         # After the anchor, the target's context may have room for fewer than γ proposals.
-        wanted = zip(map(self.target.length, slots), self._lengths(proposal), strict=True)
-        counts = [max(self.target.room(held + 1, n), 0) for held, n in wanted]
+        wanted = zip(held, self._lengths(proposal, load), strict=True)
+        counts = [max(self.target.room(each + 1, n), 0) for each, n in wanted]
         tokens = [row[:n] for row, n in zip(proposal.tokens.tolist(), counts, strict=True)]
         settled = self._settled(rows, tokens, proposal, uniforms[:, gamma:])
         decided = zip(tokens, settled.accepted, settled.next_token, strict=True)
@@ -302,6 +290,9 @@ class Decoder:
         if features is not None:
             features = features[:, : max(map(len, observed))]
         draft.observe(slots, features, observed, new)
+        if self.policy is not None:
+            sound = [i not in settled.faults for i in range(len(rows))]
+            self.policy.learn(np.array(counts) * sound, np.array(settled.accepted) * sound)
         confidences = None if proposal.confidence is None else proposal.confidence.tolist()
         events = []
         for i, row in enumerate(rows):
@@ -366,14 +357,14 @@ class Decoder:
     def _watch(self, row: Row, count: int, accepted: int, q: Tensor) -> None:
         """Hears of each verdict before its tokens are committed. q [γ, V]: what proposals were drawn from."""
 
-    def _lengths(self, proposal: Proposal) -> list[int]:
+    def _lengths(self, proposal: Proposal, load: Load) -> list[int]:
         """How many proposals of each row the policy verifies."""
         rows, block = proposal.tokens.shape
         if self.policy is None or not block:
             return [block] * rows
         logits = torch.zeros(rows, block) if proposal.confidence is None else proposal.confidence.cpu()
         confidences = (logits.double() / self.temperatures).sigmoid().numpy()
-        return [int(n) for n in self.policy.lengths(confidences)]
+        return [int(n) for n in self.policy.lengths(confidences, load)]
 
     def _refuse(self, broken: Sequence[tuple[Row, Fault]]) -> NoReturn:
         """Drop rows that rest on infinities or NaN, and raise NonFiniteError for the first one's reason."""
@@ -388,9 +379,10 @@ class Decoder:
         answer = row.answer
         full = len(answer.token_ids) == row.request.max_new_tokens
         # Rounds continue while the anchor's index is below the maximum length (method.md 1), so a draft runs
-        # one more if the last filled the budget exactly; plain decoding has nothing to gain from it.
+        # one more if the last filled the budget exactly. It can keep nothing: with a policy it is left out.
         cut = bool(answer.kept) and answer.kept[-1] <= answer.accepted[-1]
-        finished = answer.stopped or (full and (cut or self.draft.max_proposals == 0))
+        needless = cut or self.policy is not None or self.draft.max_proposals == 0
+        finished = answer.stopped or (full and needless)
         if finished:
             self._close(row)
         return Event(tokens, answer, finished)

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,42 +28,60 @@ DELAY = 2
 ahead does not know the newest ones yet."""
 
 
+class Load(NamedTuple):
+    """rows in flight, and the mean number of tokens that the target holds for each of them."""
+
+    rows: int
+    context: float
+
+
 class Policy(Protocol):
     """What the decoder asks in every round."""
 
-    def lengths(self, confidences: Floats) -> Lengths:
+    def proposes(self, load: Load) -> bool:
+        """Asked before the draft runs: False makes this a plain round, in which the draft does no work."""
+        return True
+
+    def lengths(self, confidences: Floats, load: Load) -> Lengths:
         """[R] proposals to verify, each in 0…γ."""
+
+    def learn(self, proposed: Lengths, accepted: Lengths) -> None:
+        """Told after every round how many proposals of each row [R] were verified, and accepted."""
+        return None
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(Policy):
     """The same length for every row; 0 verifies no proposal."""
 
     length: int
 
-    def lengths(self, confidences: Floats) -> Lengths:
+    def proposes(self, load: Load) -> bool:
+        return self.length > 0
+
+    def lengths(self, confidences: Floats, load: Load) -> Lengths:
         rows, block = confidences.shape
         return np.full(rows, min(self.length, block))
 
 
 @dataclass(frozen=True)
-class Threshold:
+class Threshold(Policy):
     """Each row up to its first confidence below `least`: needs no step costs."""
 
     least: float
 
-    def lengths(self, confidences: Floats) -> Lengths:
+    def lengths(self, confidences: Floats, load: Load) -> Lengths:
         return np.logical_and.accumulate(confidences >= self.least, axis=1).sum(axis=1)
 
 
 @dataclass(frozen=True)
-class EarlyStop:
+class EarlyStop(Policy):
     """DSpark's Algorithm 1: admit tokens in the order of their survival while throughput rises, and stop at
     the first drop. Looking past a drop would decide on a token by what was drawn after it."""
 
     rate: Rate
 
-    def lengths(self, confidences: Floats) -> Lengths:
+    def lengths(self, confidences: Floats, load: Load) -> Lengths:
         survivals = confidences.cumprod(axis=1)
         order, throughput = ranked(survivals, self.rate)
         drops = np.flatnonzero(np.diff(throughput) <= 0)
@@ -71,7 +89,7 @@ class EarlyStop:
 
 
 @dataclass
-class Budget:
+class Budget(Policy):
     """The number of tokens that would have been best `DELAY` rounds ago, spent on this round's likeliest.
 
     Step costs are staircases, so the best budget is sought globally; that is lossless only because the
@@ -81,7 +99,7 @@ class Budget:
     rate: Rate
     earlier: deque[Floats] = field(default_factory=lambda: deque(maxlen=DELAY))
 
-    def lengths(self, confidences: Floats) -> Lengths:
+    def lengths(self, confidences: Floats, load: Load) -> Lengths:
         survivals = confidences.cumprod(axis=1)
         full = len(self.earlier) == DELAY
         share = best_share(self.earlier[0], self.rate) if full else 1.0
