@@ -270,11 +270,11 @@ def prompts_of(target: Target, lengths: Sequence[int], seed: int = 0) -> list[li
 def teach(draft: NeuralDraft, target: Target, rows: Sequence[Sequence[int]], steps: int) -> NeuralDraft:
     """Fit a draft to a few token sequences: some steps make it right sometimes, many nearly always."""
     width = max(map(len, rows))
-    ids = torch.tensor([[*r, *[0] * (width - len(r))] for r in rows], device=target.device)
-    lengths = torch.tensor([len(r) for r in rows], device=target.device)
+    ids = torch.tensor([[*r, *[0] * (width - len(r))] for r in rows])
+    lengths = torch.tensor([len(r) for r in rows])
     found = target.read(ids, draft.feature_layers)
     assert found.features is not None
-    real = torch.arange(width, device=target.device) < lengths[:, None]
+    real = torch.arange(width) < lengths[:, None]
     batch = FeatureBatch(ids, real, found.features, found.last_hidden, lengths)
     optimiser = torch.optim.AdamW(draft.parameters(), lr=2e-2, weight_decay=0, fused=True)
     generator = torch.Generator().manual_seed(0)

@@ -14,13 +14,13 @@ from deepspec.maths.blocks import (
     Blocks,
     FeatureBatch,
     anchor_candidates,
-    block_attention_mask,
     make_blocks,
     sample_anchors,
     unroll_ids,
     unroll_masks,
     unroll_teacher_index,
 )
+from reference.attention import block_mask
 from reference.blocks import (
     naive_attention,
     naive_block,
@@ -290,13 +290,13 @@ def test_a_slot_sees_context_strictly_before_its_anchor_and_its_own_block_both_w
         block=2,
         mask_token_id=MASK,
     )
-    seen = block_attention_mask(blocks, 4).int().tolist()
+    seen = block_mask(blocks.anchors, blocks.kept, 2, 4, None).int().tolist()
     assert seen == [
         [
             [1, 1, 0, 0, 1, 1, 0, 0],
             [1, 1, 0, 0, 1, 1, 0, 0],
-            [0, 0, 0, 0, 0, 0, 0, 0],
-            [0, 0, 0, 0, 0, 0, 0, 0],
+            [0, 0, 0, 0, 0, 0, 1, 1],
+            [0, 0, 0, 0, 0, 0, 1, 1],
         ]
     ]
 
@@ -305,7 +305,8 @@ def test_a_slot_sees_context_strictly_before_its_anchor_and_its_own_block_both_w
 @settings(max_examples=50, deadline=None)
 def test_attention_is_what_a_plain_loop_makes_it(drawn: Drawn) -> None:
     length = len(drawn.ids[0])
-    found = block_attention_mask(drawn.blocks(), length, drawn.segment_ids).tolist()
+    blocks = drawn.blocks()
+    found = block_mask(blocks.anchors, blocks.kept, drawn.block, length, drawn.segment_ids).tolist()
     for row, (anchors, kept) in enumerate(zip(drawn.anchors, drawn.kept, strict=True)):
         assert found[row] == naive_attention(
             anchors, kept, block=drawn.block, length=length, documents=drawn.document(row)

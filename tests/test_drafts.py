@@ -119,16 +119,16 @@ def make_batch(lengths: tuple[int, ...] = (11, 8), width: int = 11, seed: int = 
     features = torch.randn(rows, width, HIDDEN * len(LAYERS), generator=random).double()
     last_hidden = torch.randn(rows, width, HIDDEN, generator=random).double()
     return FeatureBatch(
-        input_ids=(ids * real).to(DEVICE),
-        loss_mask=((torch.arange(width) >= 2) & real).to(DEVICE),
+        input_ids=ids * real,
+        loss_mask=(torch.arange(width) >= 2) & real,
         features=(features * real[..., None]).to(DEVICE),
         last_hidden=(last_hidden * real[..., None]).to(DEVICE),
-        lengths=torch.tensor(lengths, device=DEVICE),
+        lengths=torch.tensor(lengths),
     )
 
 
-ANCHORS = torch.tensor([[2, 5, 8], [3, 6, 0]], device=DEVICE)
-KEPT = torch.tensor([[True, True, True], [True, True, False]], device=DEVICE)
+ANCHORS = torch.tensor([[2, 5, 8], [3, 6, 0]])
+KEPT = torch.tensor([[True, True, True], [True, True, False]])
 DSPARK_LOSS = LossSettings(ce=0.1, l1=0.9, confidence=1.0, decay_gamma=3.0)
 
 
@@ -347,8 +347,8 @@ def test_proposals_come_from_the_distributions_that_training_makes(
     ids = batch.input_ids.clone()
     ids[0, anchor + 1 : anchor + 1 + BLOCK - skip] = proposal.tokens[0]
     told = replace(batch, input_ids=ids, loss_mask=torch.ones_like(ids, dtype=torch.bool))
-    anchors = torch.tensor([[anchor], [0]], device=DEVICE)
-    blocks = draft.blocks(told, anchors, torch.tensor([[True], [False]], device=DEVICE))
+    anchors = torch.tensor([[anchor], [0]])
+    blocks = draft.blocks(told, anchors, torch.tensor([[True], [False]]))
     assert blocks.labels[0, 0, skip:].tolist() == proposal.tokens[0].tolist()
     with torch.no_grad():
         hidden = draft.backbone(told, blocks)
@@ -649,15 +649,15 @@ def test_packed_documents_are_each_document_alone(make: Callable[[], Any]) -> No
         parts = [row[:n] for row, n in zip(values, lengths, strict=True)]
         return torch.cat([*parts, torch.zeros_like(values[0, :2])])[None]
 
-    documents = torch.tensor([[0] * 11 + [1] * 8 + [-1] * 2], device=DEVICE)
+    documents = torch.tensor([[0] * 11 + [1] * 8 + [-1] * 2])
     together = FeatureBatch(
         packed(batch.input_ids),
         # The first document supervised to its last token, which the second one follows at once.
         packed(batch.loss_mask),
         packed(batch.features),
         packed(batch.last_hidden),
-        torch.tensor([19], device=DEVICE),
-        position_ids=torch.tensor([[*range(11), *range(8), 0, 0]], device=DEVICE),
+        torch.tensor([19]),
+        position_ids=torch.tensor([[*range(11), *range(8), 0, 0]]),
         segment_ids=documents,
     )
     anchors = torch.cat([ANCHORS[0], ANCHORS[1, :2] + 11])[None]

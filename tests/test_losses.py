@@ -321,8 +321,91 @@ def test_no_rows_is_a_loss_of_zero() -> None:
 
 def test_default_chunk_is_bounded_in_bytes_and_never_empty() -> None:
     assert default_chunk_rows(4096) >= 1024
-    assert 16 * 2**20 <= default_chunk_rows(151_936) * 151_936 * 4 <= 32 * 2**20
-    assert default_chunk_rows(10**9) == 1
+    assert default_chunk_rows(151_936) * 151_936 * 4 <= 72 * 2**20
+    assert default_chunk_rows(10**9) >= 1
+
+
+def test_a_chunk_has_rows_enough_for_products_at_full_speed() -> None:
+    """41 rows at V = 151,936 took 1.8 times as long as one piece, and two threads shared them badly."""
+    assert default_chunk_rows(151_936) == 112
+    assert default_chunk_rows(151_936, threads=2) == 224
+    assert default_chunk_rows(151_936, threads=64) == 448
+    assert default_chunk_rows(151_936, accelerated=True) == 512
+    assert default_chunk_rows(4096, accelerated=True) == 16_384
+
+
+@given(
+    teacher_of=st.lists(st.integers(0, 5), min_size=1, max_size=20),
+    terms=st.sets(st.sampled_from(EVERY_TERM), min_size=1),
+    kept=st.sampled_from([None, 6]),
+    chunk_rows=st.sampled_from([1, 2, 3, 7, None]),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_shared_teacher_is_a_teacher_of_each_rows_own(
+    teacher_of: list[int], terms: set[str], kept: int | None, chunk_rows: int | None
+) -> None:
+    """Guards rows that meet the wrong teacher once they are put in the order of their teachers' chunks."""
+    case = make_case(sorted(terms), rows=len(teacher_of), kept=kept, softcap=3.0)
+    of, distinct = torch.tensor(teacher_of), make_case([], rows=6).teacher_hidden
+    case.teacher_hidden = distinct[of]
+    shared = head_loss(
+        case.hidden,
+        case.head,
+        weights=case.weights,
+        chunk_rows=chunk_rows,
+        teacher_of=of,
+        **{**case.arguments(), "teacher_hidden": distinct},
+    )
+    own = case.ours()
+    assert_close([shared.total, shared.accept], [own.total, own.accept], 1e-12)
+    assert torch.equal(shared.correct, own.correct)
+    assert_close(list(shared.rows.values()), list(own.rows.values()), 1e-12)
+    assert_close(gradients(shared.total, case), gradients(own.total, case), 1e-12)
+
+
+def test_each_shared_teacher_is_computed_once() -> None:
+    """Eagle-3 learns from each position at each of its steps: seven times the same product."""
+    case = make_case(["soft_ce"], rows=21, markov=False, dtype=torch.float32)
+    of = torch.arange(7).repeat(3)
+    rows: list[int] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func._overloadpacket is torch.ops.aten.mm and args[1].shape == (6, 13):
+                rows.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    arguments = {**case.arguments(), "teacher_hidden": case.teacher_hidden[:7]}
+    with Products():
+        head_loss(case.hidden, case.head, weights=case.weights, teacher_of=of, chunk_rows=4, **arguments)
+    assert rows == [4, 3]
+
+
+@pytest.mark.parametrize("terms", [["ce"], ["soft_ce"], DSPARK])
+def test_metrics_that_are_not_wanted_change_no_gradient(terms: list[str]) -> None:
+    case = make_case(terms)
+    full = case.ours()
+    lean = head_loss(
+        case.hidden, case.head, weights=case.weights, accept=False, correct=False, **case.arguments()
+    )
+    assert lean.accept is None and lean.correct is None
+    assert torch.equal(lean.total, full.total)
+    assert all(map(torch.equal, gradients(lean.total, case), gradients(full.total, case)))
+
+
+def test_a_gradient_is_handed_over_without_a_copy_unless_it_is_asked_for_twice() -> None:
+    """The gradient of W2 is 156 MB at V = 151,936, and was multiplied into a copy of that size."""
+    case = make_case(DSPARK, dtype=torch.float32)
+    storages: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        storages.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        total = case.ours().total
+    (total * 0.5).backward()
+    assert {t.grad.untyped_storage().data_ptr() for t in case.inputs()} <= set(storages)
 
 
 def test_the_chunk_size_is_known_without_torch() -> None:

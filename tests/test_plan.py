@@ -317,17 +317,29 @@ def loss_of(algorithm: str) -> LossSettings:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(("rows", "length", "anchors", "block"), [(2, 96, 24, 4), (1, 150, 40, 7)])
-def test_operations_of_a_draft_are_those_that_torch_counts(algorithm, rows, length, anchors, block):
+def test_operations_of_a_draft_are_those_that_torch_counts(
+    algorithm, rows, length, anchors, block, monkeypatch
+):
+    """Attention is written out, in groups of one block: torch counts no flash kernel on a CPU."""
+    monkeypatch.setattr("deepspec.drafts.attention._has_flash", lambda q: False)
+    monkeypatch.setattr("deepspec.drafts.dflash.CPU_BLOCKS", 1)
     spec = tiny_spec(algorithm, block=block)
     draft, batch = tiny_draft(spec), tiny_batch(spec, rows, length)
     plan: Any = draft.plan(batch, anchors, torch.Generator().manual_seed(0))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False) as counter:
         draft(batch, loss_of(algorithm), plan, False).total.backward()
     supervised = length - length // 3
     drawn = min(anchors, supervised - 1)
     slots = block * supervised if algorithm == "eagle3" else drawn * slots_that_count(supervised, block)
+    # Written out, causal attention is computed whole.
+    keys = length if plan is None else plan.anchors.double().mean().item()
+    taught = (
+        rows * supervised
+        if plan is None
+        else sum(len(t[v].unique()) for t, v in zip(*plan[-2:], strict=True))
+    )
     names = draft_dimensions(spec, 0, "float32")
-    ours = draft_flops(names, rows, length, length, drawn).value + head_flops(names, rows * slots, 1.0).value
+    ours = draft_flops(names, rows, length, keys, drawn).value + head_flops(names, rows * slots, taught).value
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
@@ -643,12 +655,10 @@ def test_step_takes_the_memory_that_its_plan_says(
 ):
     """Features, activations and the loss of a large step, in a process of its own. A chunk of the vocabulary
     is an eighth of the usual one, as the step is smaller than a real one too."""
-    for room in ("cost.formulas", "maths.chunking"):
-        monkeypatch.setattr(f"deepspec.{room}.CHUNK_BYTES", CHUNK_BYTES // 8)
+    monkeypatch.setattr("deepspec.maths.chunking.CHUNK_BYTES", CHUNK_BYTES // 8)
     parts = (
         "features of a micro-batch",
         "activations of a micro-batch",
-        "scores in passing",
         "head and loss",
     )
     overrides = [f"optim.batch_size={rows}", f"data.max_length={length}", "num_anchors=48"]

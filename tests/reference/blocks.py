@@ -76,7 +76,8 @@ def naive_dummy(ids: Ints, *, block: int, mask_token_id: int) -> list[Slot]:
 def naive_attention(
     anchors: Ints, kept: Sequence[bool], *, block: int, length: int, documents: Ints | None
 ) -> list[list[bool]]:
-    """[A*γ][S + A*γ]: who sees whom. Context strictly before the anchor, and the own block."""
+    """[A*γ][S + A*γ]: who sees whom. Context strictly before the anchor, and the own block; a
+    dummy sees its own block only."""
     rows = []
     for a, anchor in enumerate(anchors):
         for _ in range(block):
@@ -84,7 +85,7 @@ def naive_attention(
                 kept[a] and key < anchor and (documents is None or documents[key] == documents[anchor])
                 for key in range(length)
             ]
-            row += [kept[a] and other == a for other in range(len(anchors)) for _ in range(block)]
+            row += [other == a for other in range(len(anchors)) for _ in range(block)]
             rows.append(row)
     return rows
 

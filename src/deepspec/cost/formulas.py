@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepspec.features.formats import STORED_BYTES, TOKEN_BYTES, scale_bytes
-from deepspec.maths.chunking import CHUNK_BYTES
+from deepspec.maths.chunking import default_chunk_rows
 
 FUNCTIONS = {"min": min, "max": max, "ceil": math.ceil}
 
@@ -115,42 +115,40 @@ def activation_bytes(draft: Names, sequences: float, length: float, anchors: flo
     """Bytes that the draft's forward pass keeps for its backward pass, for one micro-batch.
 
     Counted in the layers' code. A norm keeps its input and its normalised input in float32 (4 bytes), a
-    projection its input, attention its queries, keys and values, these spread over the query heads, the MLP
-    four vectors of its width. A block draft keeps its mask once for each layer. An unrolled draft (Eagle-3)
-    keeps the scores of every step after the first: softmax in float32, and a copy in the draft's own format
-    (`score`). Fused kernels keep less.
+    projection its input, attention its queries, keys, values, output and the logarithms of its sums (4 bytes
+    a head), the MLP four vectors of its width.
     """
     if not draft["parallel"]:
         formula = (
-            "sequences * length * block * (4 * (8 * hidden + 2 * draft_queries + draft_kv)"
-            " + draft_width * (4 * hidden + 6 * draft_queries + 4 * draft_mlp)"
-            " + score * draft_heads * (length + block / 2) * (block - 1) / block)"
+            "sequences * length * block * (4 * (8 * hidden + 2 * draft_queries + draft_kv + draft_heads)"
+            " + draft_width * (4 * hidden + 3 * draft_queries + draft_kv + 4 * draft_mlp))"
         )
     else:
         formula = (
-            "sequences * (anchors * block * (draft_layers * (4 * (4 * hidden + 2 * draft_queries + draft_kv)"
-            " + draft_width * (2 * hidden + 5 * draft_queries + 4 * draft_mlp + length + anchors * block))"
+            "sequences * (anchors * block * (draft_layers"
+            " * (4 * (4 * hidden + 2 * draft_queries + draft_kv + draft_heads)"
+            " + draft_width * (2 * hidden + 3 * draft_queries + draft_kv + 4 * draft_mlp))"
             " + 4 * 2 * hidden + draft_width * hidden)"
-            " + length * (draft_layers * (4 * draft_kv + draft_width * 2 * draft_queries)"
+            " + length * (draft_layers * (4 + draft_width) * draft_kv"
             " + 4 * 2 * hidden + draft_width * hidden))"
         )
-    width = draft["draft_width"]
-    score = 4 if width == 4 else 4 + width
-    return figure("bytes", formula, draft, sequences=sequences, length=length, anchors=anchors, score=score)
+    return figure("bytes", formula, draft, sequences=sequences, length=length, anchors=anchors)
 
 
-def passing_bytes(draft: Names, sequences: float, length: float) -> Figure:
-    """Bytes of an unrolled draft's scores of one step, written out several times between product and softmax;
-    block drafts leave theirs to a fused kernel."""
-    formula = "sequences * draft_heads * length * length * (2 * draft_width + 2 * 4)"
-    return figure("bytes", formula, draft, sequences=0 if draft["parallel"] else sequences, length=length)
-
-
-def head_bytes(draft: Names, loss_rows: float) -> Figure:
-    """Bytes that the loss holds besides its rows: six tensors as wide as a chunk of the vocabulary, gradients
-    of the hidden rows, and of W₂ in float32 twice."""
-    formula = "6 * chunk + loss_rows * 4 * (2 * hidden + rank) + 8 * own_vocab * rank"
-    return figure("bytes", formula, draft, chunk=CHUNK_BYTES, loss_rows=loss_rows)
+def head_bytes(draft: Names, loss_rows: float, accelerated: bool) -> Figure:
+    """Bytes that the loss holds besides its rows: logits of a chunk, of draft and teacher, and two tensors
+    to work in, as wide on an accelerator and small on a CPU; gradients of the hidden rows; W₂'s in float32
+    and, of a draft in bfloat16, in its own format."""
+    formula = "tensors * chunk * 4 * own_vocab + loss_rows * draft_width * (2 * hidden + rank)"
+    return figure(
+        "bytes",
+        formula + " + numbers * own_vocab * rank",
+        draft,
+        loss_rows=loss_rows,
+        tensors=4 if accelerated else 2,
+        chunk=default_chunk_rows(int(draft["vocab"]), accelerated),
+        numbers=4 if draft["draft_width"] == 4 else 4 + draft["draft_width"],
+    )
 
 
 def slot_bytes(names: Names, sequences: float, context: float) -> Figure:
@@ -159,9 +157,9 @@ def slot_bytes(names: Names, sequences: float, context: float) -> Figure:
     return figure("bytes", formula, names, sequences=sequences, context=context)
 
 
-# Floating-point operations: 2 for each weight and row forwards, 4 more backwards. Scores and their use are
-# counted whole, also where a kernel skips what a mask hides: 4 for each query width and key forwards, 8 more
-# backwards.
+# Floating-point operations: 2 for each weight and row forwards, 4 more backwards. Attention takes 4 for each
+# query width and key forwards, and 10 more backwards, where scores are computed again. The target's scores
+# are counted whole, also where a kernel skips what a mask hides.
 
 
 def forward_flops(target: Names, tokens: float, keys: float, *, logits: float = 0.0) -> Figure:
@@ -175,27 +173,28 @@ def draft_flops(draft: Names, sequences: float, length: float, keys: float, anch
     """Operations of the draft's layers, forwards and backwards; its head is `head_flops`.
 
     `fc` needs no gradient of the features it reads: 4 a weight instead of 6. A block draft's context passes
-    `fc` and the key and value weights only; its slots meet the context and all slots of the sequence.
-    keys: context positions that a token meets, on average over tokens.
+    `fc` and the key and value weights only; its slots meet the context before their anchor and their block.
+    keys: context positions that a query meets, on average.
     """
     if not draft["parallel"]:
         formula = (
             "sequences * length * (4 * fc"
-            " + block * (6 * (row_weights + kv_weights) + 12 * draft_queries * keys))"
+            " + block * (6 * (row_weights + kv_weights) + 14 * draft_queries * keys))"
         )
     else:
         formula = (
             "sequences * (length * (4 * fc + draft_layers * 6 * kv_weights) + anchors * block * draft_layers"
-            " * (6 * (row_weights + kv_weights) + 12 * draft_queries * (keys + anchors * block)))"
+            " * (6 * (row_weights + kv_weights) + 14 * draft_queries * (keys + block)))"
         )
     return figure("FLOPs", formula, draft, sequences=sequences, length=length, keys=keys, anchors=anchors)
 
 
-def head_flops(draft: Names, loss_rows: float, taught: float) -> Figure:
+def head_flops(draft: Names, loss_rows: float, teachers: float) -> Figure:
     """Operations of the draft's head forwards and back to its rows (the weight is frozen), of W₂ with its
-    gradient, and of the target's head on a teacher's rows. taught: share of the rows with a teacher."""
-    formula = "loss_rows * (4 * own_vocab * hidden + 6 * own_vocab * rank + taught * 2 * vocab * hidden)"
-    return figure("FLOPs", formula, draft, loss_rows=loss_rows, taught=taught)
+    gradient, and of the target's head on the rows of the teachers: a teacher is computed once for all rows
+    that learn from it."""
+    formula = "loss_rows * (4 * own_vocab * hidden + 6 * own_vocab * rank) + teachers * 2 * vocab * hidden"
+    return figure("FLOPs", formula, draft, loss_rows=loss_rows, teachers=teachers)
 
 
 def slots_that_count(supervised: float, block: int) -> float:

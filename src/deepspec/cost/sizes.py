@@ -54,7 +54,7 @@ def memory_figures(inputs: Inputs) -> dict[str, Figure]:
     micro = min(recipe.optim.micro_batch_size or recipe.optim.batch_size, recipe.optim.batch_size)
     length = names["longest"]
     anchors = min(recipe.num_anchors, length)
-    loss_rows = micro * (anchors * names["block"] if names["parallel"] else length)
+    loss_rows = micro * names["block"] * (anchors if names["parallel"] else length)
     rows = min(HELD_OUT_ROWS, recipe.eval_prompts)
     context = names["prompts"] / names["rows"] + recipe.eval_max_new_tokens + names["block"] + 1
     each = formulas.state_bytes_per_parameter(recipe.precision, recipe.optim.states)
@@ -66,8 +66,7 @@ def memory_figures(inputs: Inputs) -> dict[str, Figure]:
     step = {
         "features of a micro-batch": figure("bytes", features, names, sequences=micro, length=length),
         "activations of a micro-batch": formulas.activation_bytes(names, micro, length, anchors),
-        "scores in passing": formulas.passing_bytes(names, micro, length),
-        "head and loss": formulas.head_bytes(names, loss_rows),
+        "head and loss": formulas.head_bytes(names, loss_rows, inputs.machine.memory is not None),
     }
     laws = "sequences * (2 * block + 1) * vocab * 4 * copies"
     held_out = {

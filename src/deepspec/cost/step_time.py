@@ -24,11 +24,14 @@ def operations(inputs: Inputs) -> dict[str, Figure]:
     """Operations of answering everything once, and of one epoch of features and of training."""
     names = inputs.names
     rows, padded, reach = names["rows"], names["tokens"] * names["padding"], names["reach"] * names["padding"]
-    layers = draft_flops(names, rows, padded / rows, reach, names["anchors"])
+    # An anchor is anywhere in the answer; a row of an unrolled draft meets half its sequence.
+    keys = reach - names["answers"] / rows / 2 if names["parallel"] else reach / 2
+    layers = draft_flops(names, rows, padded / rows, keys, names["anchors"])
     # Without a teacher in the loss, the target's head runs only in the steps whose metrics are logged.
     taught = 1.0 if inputs.taught else 1 / LOG_EVERY
     blocks, unrolled = rows * names["anchors"] * names["slots"], names["answers"] * names["block"]
-    heads = head_flops(names, blocks if names["parallel"] else unrolled, taught)
+    loss_rows = blocks if names["parallel"] else unrolled
+    heads = head_flops(names, loss_rows, taught * min(loss_rows, names["answers"]))
     logits = names["answers"] + rows
     return {
         "regeneration": forward_flops(names, names["tokens"], names["reach"] / 2, logits=logits),

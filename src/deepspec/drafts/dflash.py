@@ -9,21 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from deepspec.drafts import LossSettings
+from deepspec.drafts.attention import CPU_BLOCKS, GPU_BLOCKS, block_attention, staircase
 from deepspec.drafts.base import LossSums, NeuralDraft, Proposal, choose, log_odds, tau_sums
-from deepspec.drafts.layers import DraftLayer, Rotation, initialise, inverse_frequencies, rotation
+from deepspec.drafts.layers import DraftLayer, initialise, inverse_frequencies, rotation
 from deepspec.drafts.spec import DraftSpec
-from deepspec.maths.blocks import (
-    Blocks,
-    FeatureBatch,
-    block_attention_mask,
-    make_blocks,
-    sample_anchors,
-    with_last_hidden,
-)
+from deepspec.maths.blocks import Blocks, FeatureBatch, make_blocks, sample_anchors, with_last_hidden
+from deepspec.maths.host import sent
 from deepspec.maths.losses import head_loss, position_weights
 from deepspec.maths.slots import Ints, Ragged, SlotStore
 from deepspec.maths.terms import TERMS
 from deepspec.maths.verify import Samplings
+
+SHARED = 0.9
+"""Largest ratio of distinct teachers to rows for which a teacher is computed once for all its rows: each row
+then reads a copy."""
 
 
 class DFlashDraft(NeuralDraft):
@@ -66,73 +65,103 @@ class DFlashDraft(NeuralDraft):
     def backbone(self, batch: FeatureBatch, blocks: Blocks) -> Tensor:
         """[B, A, γ, d] hidden rows after the final norm."""
         rows, count, block = blocks.input_ids.shape
-        length = batch.input_ids.shape[1]
         context = self.context(batch.features)
-        positions = torch.arange(length, device=context.device)
-        offsets = blocks.positions
+        device = context.device
+        positions, offsets = torch.arange(batch.input_ids.shape[1]), blocks.positions
         if batch.position_ids is not None:
             positions = batch.position_ids
-            first = batch.position_ids.gather(1, blocks.anchors)[..., None]
-            offsets = first + torch.arange(block, device=context.device)
-        context_turn = rotation(positions, self.frequencies, context.dtype)
-        block_turn = rotation(offsets.flatten(1), self.frequencies, context.dtype)
-        mask = block_attention_mask(blocks, length, batch.segment_ids)[:, None]
-        hidden = self.embedding(blocks.input_ids.flatten(1)).to(context.dtype)
+            offsets = positions.gather(1, blocks.anchors)[..., None] + torch.arange(block)
+        context_turn = rotation(sent(positions, device), self.frequencies, context.dtype)
+        block_turn = rotation(sent(offsets.flatten(1), device), self.frequencies, context.dtype)
+        size = CPU_BLOCKS if device.type == "cpu" else GPU_BLOCKS
+        stairs = staircase(blocks.anchors, blocks.kept, batch.segment_ids, size)
+        anchors = sent(blocks.anchors, device)
+        hidden = self.embedding(sent(blocks.input_ids.flatten(1), device)).to(context.dtype)
         for layer in self.layers:
             assert isinstance(layer, DraftLayer)
-            keys, values = layer.self_attn.keys_values(context, context_turn)
-            hidden = self._layer(layer, hidden, keys, values, block_turn, mask)
+            attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+            mixed = block_attention(
+                attention.queries(normed, block_turn),
+                attention.keys_values(context, context_turn),
+                attention.keys_values(normed, block_turn),
+                anchors,
+                stairs,
+                attention.scale,
+            )
+            hidden = layer.finish(hidden, attention.project(mixed))
         return self.norm(hidden).view(rows, count, block, -1)
 
     def forward(
         self, batch: FeatureBatch, loss: LossSettings, blocks: Blocks, measure: bool = True
     ) -> LossSums:
-        """Loss sums over the valid slots. With `measure`, acceptance against the target's own
-        distribution is computed even where no loss term needs it, if the batch has last hidden states."""
+        """Loss sums over the valid slots. With `measure`, metrics come with them, and acceptance against the
+        target's own distribution even where no loss term needs it, if the batch has last hidden states.
+
+        Which slots count, and what they read, is known on the host: nothing here waits for the device."""
         hidden = self.backbone(batch, blocks)
-        # The older layout's slot 0 proposes nothing and is never valid: the first proposal is slot 1.
-        valid = blocks.valid[..., self.spec.block - self.max_proposals :]
-        decay = position_weights(self.max_proposals, loss.decay_gamma).to(hidden.device)
-        weights = decay.expand(valid.shape)[valid]
+        device = hidden.device
         taught = with_last_hidden(self.algorithm.reads(loss))
         assert not taught or batch.last_hidden is not None, (
             "this loss learns from last hidden states: the source has none"
         )
-        teacher = None
+        place = blocks.valid.flatten().nonzero()[:, 0]
+        picked = sent(place, device)
+        # The older layout's slot 0 proposes nothing and is never valid: the first proposal is slot 1.
+        skip = self.spec.block - self.max_proposals
+        decay = position_weights(self.max_proposals, loss.decay_gamma)
+        weights = sent(decay[place % self.spec.block - skip], device)
+        teacher = teacher_of = None
         if batch.last_hidden is not None and (measure or taught):
-            where = torch.arange(len(valid), device=valid.device)[:, None, None].expand(blocks.valid.shape)
-            teacher = batch.last_hidden[where[blocks.valid], blocks.teacher_index[blocks.valid]]
+            rows = torch.arange(len(blocks.valid))[:, None, None] * batch.last_hidden.shape[1]
+            where = (rows + blocks.teacher_index).flatten()[place]
+            distinct, of = where.unique(return_inverse=True)
+            if len(distinct) <= SHARED * len(where):
+                where, teacher_of = distinct, of
+            teacher = batch.last_hidden.flatten(0, 1).index_select(0, sent(where, device))
+        previous = sent(blocks.previous, device)
         found = head_loss(
-            hidden[blocks.valid],
+            hidden.flatten(0, 2).index_select(0, picked),
             self.head,
             weights={name: weights * a for name in TERMS if (a := getattr(loss, name, 0.0))},
-            labels=blocks.labels[blocks.valid],
+            labels=sent(blocks.labels.flatten()[place], device),
             teacher_hidden=teacher,
             teacher_head=self.teacher_head if teacher is not None else None,
-            markov=self.markov_rows(blocks, hidden),
+            teacher_of=teacher_of,
+            markov=self.markov_rows(previous, hidden, picked),
+            accept=measure or loss.confidence > 0,
+            correct=measure,
         )
         total, metrics = found.total, {f"{k}_sum": v for k, v in found.terms.items()}
-        confidence = self.confidence_term(loss, blocks, hidden, found.accept, weights)
+        confidence = self.confidence_term(loss, previous, hidden, picked, found.accept, weights)
         if confidence is not None:
             total = total + loss.confidence * confidence
             metrics["confidence_sum"] = confidence.detach()
-        # Without the teacher, being right about the data stands in for acceptance.
-        rate = found.accept if found.accept is not None else found.correct.float()
-        accept = torch.zeros(valid.shape, dtype=rate.dtype, device=rate.device)
-        accept[valid] = rate
-        metrics |= tau_sums(accept, valid.to(rate.dtype))
-        metrics["accept_num"] = accept.sum((0, 1))
-        metrics["accept_den"] = valid.sum((0, 1))
+        if measure:
+            # Without the teacher, being right about the data stands in for acceptance.
+            rate = found.accept if found.accept is not None else found.correct
+            assert rate is not None
+            valid = sent(blocks.valid, device).to(weights.dtype)
+            accept = torch.zeros_like(valid).flatten().index_copy_(0, picked, rate.to(valid.dtype))
+            accept, valid = accept.view_as(valid)[..., skip:], valid[..., skip:]
+            metrics |= tau_sums(accept, valid)
+            metrics["accept_num"], metrics["accept_den"] = accept.sum((0, 1)), valid.sum((0, 1))
         return LossSums(total, weights.sum(), metrics)
 
-    def markov_rows(self, blocks: Blocks, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(z [N, r], W2 [V, r]) of the valid slots if there is a sequential head; DFlash has none."""
+    def markov_rows(self, previous: Tensor, hidden: Tensor, picked: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(z [N, r], W2 [V, r]) of the `picked` slots [N], counted over all, if there is a sequential head;
+        DFlash has none. previous: [B, A, γ] tokens; hidden: [B, A, γ, d]."""
         return None
 
     def confidence_term(
-        self, loss: LossSettings, blocks: Blocks, hidden: Tensor, accept: Tensor | None, weights: Tensor
+        self,
+        loss: LossSettings,
+        previous: Tensor,
+        hidden: Tensor,
+        picked: Tensor,
+        accept: Tensor | None,
+        weights: Tensor,
     ) -> Tensor | None:
-        """Weighted sum of the confidence loss; DFlash has no such head."""
+        """Weighted sum of the confidence loss of the `picked` slots; DFlash has no such head."""
         return None
 
     # ── decoding ──────────────────────────────────────────────────────────────────────────────────
@@ -174,30 +203,13 @@ class DFlashDraft(NeuralDraft):
             mask = torch.cat([seen, own], dim=-1)[:, None, None]
         for layer, store in zip(self.layers, self.stores, strict=True):
             assert isinstance(layer, DraftLayer)
-            keys, values = store.read(rows.slots, longest)
-            hidden = self._layer(layer, hidden, keys, values, turn, mask)
+            attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+            pairs = zip(store.read(rows.slots, longest), attention.keys_values(normed, turn), strict=True)
+            keys, values = (torch.cat(pair, dim=2) for pair in pairs)
+            hidden = layer.finish(
+                hidden, attention.attend(attention.queries(normed, turn), keys, values, mask)
+            )
         return self.norm(hidden)
-
-    def _layer(
-        self,
-        layer: DraftLayer,
-        hidden: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        turn: Rotation,
-        mask: Tensor | None,
-    ) -> Tensor:
-        """One layer: block rows over the given context keys and values and over themselves."""
-        normed = layer.input_layernorm(hidden)
-        attention = layer.self_attn
-        own_keys, own_values = attention.keys_values(normed, turn)
-        attended = attention.attend(
-            attention.queries(normed, turn),
-            torch.cat([keys, own_keys], dim=2),
-            torch.cat([values, own_values], dim=2),
-            mask,
-        )
-        return layer.finish(hidden, attended)
 
     @torch.inference_mode()
     def propose(self, slots: Ints, anchors: Ints, samplings: Samplings, uniforms: Tensor) -> Proposal:

@@ -15,7 +15,6 @@ from deepspec.drafts.base import Proposal, choose, log_odds
 from deepspec.drafts.dflash import DFlashDraft
 from deepspec.drafts.heads import ConfidenceHead, MarkovHead
 from deepspec.drafts.spec import DraftSpec
-from deepspec.maths.blocks import Blocks
 from deepspec.maths.losses import confidence_loss
 from deepspec.maths.slots import Ints
 from deepspec.maths.verify import Samplings
@@ -44,11 +43,11 @@ class DSparkDraft(DFlashDraft):
 
     # ── training ──────────────────────────────────────────────────────────────────────────────────
 
-    def markov_rows(self, blocks: Blocks, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+    def markov_rows(self, previous: Tensor, hidden: Tensor, picked: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.markov_head is None:
             return None
-        z = self.markov_head(blocks.previous, hidden)
-        return z[blocks.valid], self.markov_head.markov_w2.weight
+        z = self.markov_head(previous, hidden).flatten(0, 2)
+        return z.index_select(0, picked), self.markov_head.markov_w2.weight
 
     def confidence_logits(self, previous: Tensor, hidden: Tensor) -> Tensor | None:
         """[...] logits of previous tokens [...] and hidden rows [..., d]; None without the head."""
@@ -58,11 +57,19 @@ class DSparkDraft(DFlashDraft):
         return self.confidence_head(hidden, embedded)
 
     def confidence_term(
-        self, loss: LossSettings, blocks: Blocks, hidden: Tensor, accept: Tensor | None, weights: Tensor
+        self,
+        loss: LossSettings,
+        previous: Tensor,
+        hidden: Tensor,
+        picked: Tensor,
+        accept: Tensor | None,
+        weights: Tensor,
     ) -> Tensor | None:
         if not loss.confidence:
             return None
-        logits = self.confidence_logits(blocks.previous[blocks.valid], hidden[blocks.valid])
+        logits = self.confidence_logits(
+            previous.flatten().index_select(0, picked), hidden.flatten(0, 2).index_select(0, picked)
+        )
         if logits is None:
             return None
         assert accept is not None

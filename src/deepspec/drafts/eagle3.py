@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from deepspec.drafts import LossSettings
+from deepspec.drafts.attention import spans_of, unroll_attention
 from deepspec.drafts.base import LossSums, NeuralDraft, Proposal, choose, log_odds, tau_sums
-from deepspec.drafts.layers import Attention, DraftLayer, initialise, inverse_frequencies, rotation
+from deepspec.drafts.layers import DraftLayer, initialise, inverse_frequencies, rotation
 from deepspec.drafts.spec import DraftSpec
-from deepspec.maths.blocks import FeatureBatch, unroll_ids, unroll_masks, unroll_teacher_index
+from deepspec.maths.blocks import FeatureBatch, unroll_ids, unroll_masks
+from deepspec.maths.host import sent
 from deepspec.maths.losses import head_loss
 from deepspec.maths.slots import Ints, Ragged, Rows, SlotStore, causal_rows_mask
 from deepspec.maths.verify import Samplings
@@ -64,25 +66,19 @@ class Eagle3Draft(NeuralDraft):
 
     def unroll(self, batch: FeatureBatch) -> list[Tensor]:
         """[B, S, d] hidden state after each of K steps (the layer's output, not normed)."""
-        length = batch.input_ids.shape[1]
-        positions = torch.arange(length, device=batch.input_ids.device)
-        if batch.position_ids is not None:
-            positions = batch.position_ids
-        mask = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()
-        if batch.segment_ids is not None:
-            mask = mask & (batch.segment_ids[:, None, :, None] == batch.segment_ids[:, None, None, :])
         hidden = self._project(batch.features)
+        ids = sent(batch.input_ids, hidden.device)
+        positions = torch.arange(ids.shape[1]) if batch.position_ids is None else batch.position_ids
+        positions, spans = sent(positions, hidden.device), spans_of(batch.segment_ids)
         attention = self.layer.self_attn
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
+        columns: list[tuple[Tensor, Tensor]] = []
         states = []
         for step in range(self.spec.block):
-            x = self._attention_input(hidden, unroll_ids(batch.input_ids, step))
+            x = self._attention_input(hidden, unroll_ids(ids, step))
             turn = rotation(positions + step, self.frequencies, x.dtype)
-            new_keys, new_values = attention.keys_values(x, turn)
-            keys.append(attention.spread(new_keys))
-            values.append(attention.spread(new_values))
-            mixed = _attend_own_column(attention, attention.queries(x, turn), keys, values, mask)
+            columns.append(attention.keys_values(x, turn))
+            queries = attention.queries(x, turn)
+            mixed = unroll_attention(queries, columns[0], columns[1:], spans, attention.scale)
             states.append(self._finish(hidden, attention.project(mixed)))
             hidden = self._fed_back(states[-1])
         return states
@@ -91,36 +87,48 @@ class Eagle3Draft(NeuralDraft):
         self, batch: FeatureBatch, loss: LossSettings, blocks: None = None, measure: bool = True
     ) -> LossSums:
         """Soft cross-entropy of each step against the target's distribution, summed and divided by
-        B*S, padding and prompt included: the published recipe's normalisation."""
+        B*S, padding and prompt included: the published recipe's normalisation. Metrics come with `measure`.
+
+        The steps' rows pass the head together, so that the distribution after a position, which every step
+        learns once, is computed once."""
         rows, length = batch.input_ids.shape
         assert batch.last_hidden is not None, "this loss learns from last hidden states: the source has none"
         masks = unroll_masks(batch.loss_mask, batch.lengths, self.spec.block, batch.segment_ids)
-        device = batch.input_ids.device
-        total = torch.zeros((), device=device)
-        accept = torch.zeros(rows, length, self.spec.block, device=device)
+        device = batch.last_hidden.device
+        places = [mask.flatten().nonzero()[:, 0] for mask in masks]
+        # A row that counts is followed by the position it learns from: no sequence ends in between.
+        taught, teacher_of = torch.cat([p + s + 1 for s, p in enumerate(places)]).unique(return_inverse=True)
+        sizes = [len(p) for p in places]
+        picked = sent(torch.cat(places), device).split(sizes)
+        states = zip(self.unroll(batch), picked, strict=True)
+        hidden = torch.cat([state.flatten(0, 1).index_select(0, p) for state, p in states])
+        decay = self.spec.step_loss_decay ** torch.arange(self.spec.block)
+        found = head_loss(
+            self.norm(hidden),
+            self.head,
+            weights={"soft_ce": sent(decay.repeat_interleave(torch.tensor(sizes)), device)},
+            teacher_hidden=batch.last_hidden.flatten(0, 1).index_select(0, sent(taught, device)),
+            teacher_head=self.teacher_head,
+            teacher_of=teacher_of,
+            accept=measure,
+            correct=measure,
+        )
         metrics: dict[str, Tensor] = {}
-        for step, hidden in enumerate(self.unroll(batch)):
-            mask = masks[step]
-            teacher = unroll_teacher_index(length, step, device).expand(rows, length)[mask]
-            where = torch.arange(rows, device=device)[:, None].expand(rows, length)[mask]
-            weight = torch.full((len(where),), self.spec.step_loss_decay**step, device=device)
-            found = head_loss(
-                self.norm(hidden[mask]),
-                self.head,
-                weights={"soft_ce": weight},
-                labels=None,
-                teacher_hidden=batch.last_hidden[where, teacher],
-                teacher_head=self.teacher_head,
-            )
-            total = total + found.total
-            assert found.accept is not None
-            accept[..., step][mask] = found.accept.to(accept.dtype)
-            metrics[f"soft_ce_{step}_sum"] = found.terms["soft_ce"] / self.spec.step_loss_decay**step
-            metrics[f"correct_{step}_num"] = found.correct.sum()
-        valid = masks.permute(1, 2, 0).to(accept.dtype)
-        metrics |= tau_sums(accept, valid)
-        metrics["accept_num"], metrics["accept_den"] = (accept * valid).sum((0, 1)), valid.sum((0, 1))
-        return LossSums(total, torch.tensor(float(rows * length), device=device), metrics)
+        if measure:
+            assert found.accept is not None and found.correct is not None
+            accept = torch.zeros(self.spec.block, rows * length, dtype=found.accept.dtype, device=device)
+            parts = (found.rows["soft_ce"], found.accept, found.correct)
+            for step, (loss_rows, rate, right) in enumerate(
+                zip(*(x.split(sizes) for x in parts), strict=True)
+            ):
+                accept[step].index_copy_(0, picked[step], rate)
+                metrics[f"soft_ce_{step}_sum"] = loss_rows.sum() / self.spec.step_loss_decay**step
+                metrics[f"correct_{step}_num"] = right.sum()
+            accept = accept.view(-1, rows, length).permute(1, 2, 0)
+            valid = sent(masks, device).permute(1, 2, 0).to(accept.dtype)
+            metrics |= tau_sums(accept, valid)
+            metrics["accept_num"], metrics["accept_den"] = (accept * valid).sum((0, 1)), valid.sum((0, 1))
+        return LossSums(found.total, torch.full((), float(rows * length), device=device), metrics)
 
     # ── decoding ──────────────────────────────────────────────────────────────────────────────────
 
@@ -171,23 +179,3 @@ class Eagle3Draft(NeuralDraft):
         return Proposal(
             torch.stack(tokens, dim=1), torch.stack(q, dim=1), torch.stack(scores, dim=1) if scores else None
         )
-
-
-def _attend_own_column(
-    attention: Attention, queries: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor
-) -> Tensor:
-    """[B, H, S, D]: row i sees step 0's keys where `mask` lets it, and of later steps only column i."""
-    if len(keys) == 1:
-        return nn.functional.scaled_dot_product_attention(
-            queries, keys[0], values[0], attn_mask=mask, scale=attention.scale
-        )
-    scores = torch.matmul(queries, keys[0].transpose(-1, -2)).masked_fill(~mask, float("-inf"))
-    own = torch.stack([(queries * k).sum(-1) for k in keys[1:]], dim=-1)
-    share = torch.softmax(torch.cat([scores, own], dim=-1).float() * attention.scale, dim=-1).to(
-        queries.dtype
-    )
-    length = keys[0].shape[2]
-    mixed = torch.matmul(share[..., :length], values[0])
-    for column, value in enumerate(values[1:]):
-        mixed = mixed + share[..., length + column, None] * value
-    return mixed

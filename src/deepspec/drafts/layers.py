@@ -1,7 +1,7 @@
 """The decoder layers that all drafts are made of. Family facts shape them, not subclasses.
 
 B rows, Q query tokens, K keys, H query heads, G key/value heads, D head dim, d hidden width.
-Grouped-query attention repeats each key/value head for consecutive query heads. Rotary positions use the
+In grouped-query attention, consecutive query heads read the same key/value head. Rotary positions use the
 rotate-half form, always in float32. The epsilon of a norm is inside the root (method.md; 4b for Gemma-4).
 """
 
@@ -84,16 +84,12 @@ class Attention(nn.Module):
             values = F.rms_norm(values, (values.shape[-1],), None, self.shape.eps)
         return rotate(self.k_norm(raw).transpose(1, 2), turn), values.transpose(1, 2)
 
-    def spread(self, x: Tensor) -> Tensor:
-        """Keys or values [B, G, K, D] to [B, H, K, D]: each head is repeated for its group of query heads."""
-        group = self.shape.heads // self.shape.kv_heads
-        return x if group == 1 else x.repeat_interleave(group, dim=1)
-
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Queries [B, H, Q, D] over keys [B, G, K, D] to outputs [B, Q, d]. mask: bool, broadcast to
         [B, 1, Q, K]."""
+        grouped = self.shape.heads != self.shape.kv_heads
         mixed = F.scaled_dot_product_attention(
-            queries, self.spread(keys), self.spread(values), attn_mask=mask, scale=self.scale
+            queries, keys, values, attn_mask=mask, scale=self.scale, enable_gqa=grouped
         )
         return self.project(mixed)
 

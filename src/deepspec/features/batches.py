@@ -176,8 +176,8 @@ def check_finite(batch: FeatureBatch, layers: Sequence[int], who: str, reads: Re
 def batch_of(
     rows: Sequence[Encoded], tokens: Sequence[Tensor], features: Tensor, last_hidden: Tensor | None
 ) -> FeatureBatch:
-    """The batch of rows that are `padded` to `tokens`, on the device of their features."""
-    ids, mask, lengths = (t.to(features.device) for t in tokens)
+    """The batch of rows that are `padded` to `tokens`, which stay on the host."""
+    ids, mask, lengths = tokens
     return FeatureBatch(ids, mask, features, last_hidden, lengths, tuple(row.id for row in rows))
 
 

@@ -248,7 +248,8 @@ def shard_tensors(rows: Sequence[Encoded], source: Source, facts: Mapping[str, A
 def _stored_vectors(batch: FeatureBatch, facts: Mapping[str, Any]) -> dict[str, tuple[Tensor, list[int]]]:
     """features [N, m, d] and hidden [N, d] of the batch's stored positions, row after row, and how many of
     them are each row's. Raises NonFiniteError."""
-    reads = stored_positions(batch.loss_mask, batch.lengths, facts["reads"])
+    found = stored_positions(batch.loss_mask, batch.lengths, facts["reads"])
+    reads = Reads(*(which.to(batch.features.device) for which in found))
     assert batch.last_hidden is not None
     layers = batch.features[reads.features].unflatten(-1, (-1, facts["hidden_size"]))
     check_finite(batch, facts["layers"], facts["target"], reads)

@@ -25,6 +25,8 @@ class FeatureBatch:
     anything finite.
     position_ids [B, S] and segment_ids [B, S] say which packed document a token belongs to and where
     in it; None means one document per row, positions 0…S-1.
+    features and last_hidden are on the draft's device. All else is on the host, where everything that follows
+    from it (anchors, slots, rows that count) is decided without waiting for the device.
     """
 
     input_ids: Tensor
@@ -79,7 +81,7 @@ def sample_anchors(
     A is the largest number of anchors any row got, at least 1. Rows with fewer are filled with dummies.
     """
     candidates = anchor_candidates(loss_mask, segment_ids)
-    scores = torch.rand(candidates.shape, generator=generator, device="cpu").to(candidates.device)
+    scores = torch.rand(candidates.shape, generator=generator)
     # One column more, never a candidate: even a row of a single token then has a place for its dummy.
     scores = torch.nn.functional.pad(scores.masked_fill(~candidates, -1.0), (0, 1), value=-1.0)
     most = int(candidates.sum(1).max()) if candidates.numel() else 0
@@ -132,21 +134,6 @@ def make_blocks(
     ids[..., 0] = torch.where(kept, anchor_tokens, ids[..., 0])
     previous = torch.cat([anchor_tokens[..., None], labels[..., :-1]], dim=-1)
     return Blocks(anchors, kept, ids, positions, labels, previous, (index - 1).clamp(min=0), valid)
-
-
-def block_attention_mask(blocks: Blocks, length: int, segment_ids: Tensor | None = None) -> Tensor:
-    """[B, A*γ, S + A*γ] bool: a slot sees context before its anchor, and its own block both ways.
-
-    A dummy sees nothing. With packed documents the context is the anchor's own document.
-    """
-    rows, count = blocks.anchors.shape
-    block = blocks.input_ids.shape[-1]
-    context = torch.arange(length, device=blocks.anchors.device) < blocks.anchors[..., None]
-    if segment_ids is not None:
-        context = context & (segment_ids[:, None, :] == segment_ids.gather(1, blocks.anchors)[..., None])
-    own = torch.eye(count, dtype=torch.bool, device=context.device).expand(rows, count, count)
-    allowed = torch.cat([context, own.repeat_interleave(block, dim=-1)], dim=-1) & blocks.kept[..., None]
-    return allowed.repeat_interleave(block, dim=1)
 
 
 def unroll_ids(input_ids: Tensor, step: int) -> Tensor:

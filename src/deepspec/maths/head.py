@@ -103,6 +103,9 @@ class Head:
         """
         if hidden.dtype == out.dtype:
             torch.mm(hidden, self.weight.t(), out=out)
+        elif out.device.type == "cuda":
+            # The product's own float32 sums, not rounded to the narrow dtype first.
+            torch.mm(hidden, self.weight.t(), out_dtype=out.dtype, out=out)
         else:
             out.copy_(hidden @ self.weight.t())
         if self.scale != 1.0:

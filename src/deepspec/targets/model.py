@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerB
 
 from deepspec.errors import NonFiniteError, TargetError
 from deepspec.log import note
+from deepspec.maths.host import sent
 from deepspec.maths.slots import Ints, Ragged, Rows, causal_rows_mask
 from deepspec.pocket import packaged
 from deepspec.targets.anatomy import (
@@ -177,7 +178,7 @@ class Target:
         """
         self._hook(tuple(layers))
         self._check_length(input_ids.shape[1])
-        output = self.decoder(input_ids=input_ids.to(self.device), use_cache=False)
+        output = self.decoder(input_ids=sent(input_ids, self.device), use_cache=False)
         return self._output(output)
 
     @torch.no_grad()
