@@ -51,7 +51,7 @@ def nothing_expensive(scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def expensive(*words: Any, **options: Any) -> Any:
         raise AssertionError("weights were loaded, or the machine was measured, before the refusal")
 
-    monkeypatch.setattr("deepspec.targets.model.AutoModelForCausalLM.from_pretrained", expensive)
+    monkeypatch.setattr("deepspec.targets.loading.AutoModelForCausalLM.from_pretrained", expensive)
     monkeypatch.setattr("deepspec.planning.measure", expensive)
     monkeypatch.setattr("deepspec.planning.kept_speeds", lambda target: None)
     monkeypatch.chdir(scene)

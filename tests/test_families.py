@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import deepspec
-import deepspec.targets.model as room
+import deepspec.targets.loading as room
 import deepspec.train.loop as training
 from conftest import MODELS, SLIDING_WINDOW, prompts_of, save_tiny
 from deepspec import families
@@ -34,6 +34,9 @@ from talking import recipe_tree, train_in
 PAGE = Path(__file__).parent.parent / "docs" / "targets.md"
 WRITE = "DEEPSPEC_WRITE_DOCS"
 CHECKS = ("features", "logits", "roll-back", "train", "eval")
+
+LEAN = {"Llama", "Qwen3"}
+"""Families whose steps are those of `targets/lean.py`; the others are called module by module."""
 
 # ── tiny configs ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -260,6 +263,19 @@ def test_hybrids_are_the_ones_read_anew(load: Callable[[str], Target]) -> None:
     # Llama 4 tunes its attention by one position for all rows; DeepSeek-V3.2 keeps an index beside its keys.
     other = {"Llama 4", "DeepSeek-V3.2"}
     assert {name for name in FAMILIES if not load(name).cached} == hybrid | other
+
+
+def test_dense_llamas_take_lean_steps(load: Callable[[str], Target]) -> None:
+    """Others (windows, experts, factors between the layers, norms of their own) take transformers' path."""
+    taken = set()
+    for name in FAMILIES:
+        target = load(name)
+        target.open(0)
+        target.step([0], [[3, 5, 7]])
+        target.free(0)
+        if target._lean is not None:
+            taken.add(name)
+    assert taken == LEAN
 
 
 # ── training and evaluation ───────────────────────────────────────────────────────────────────────────

@@ -48,7 +48,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(read, "read_tensors", refuse)
     monkeypatch.setattr(Target, "from_pretrained", refuse)
-    monkeypatch.setattr("deepspec.targets.model.AutoModelForCausalLM.from_pretrained", refuse)
+    monkeypatch.setattr("deepspec.targets.loading.AutoModelForCausalLM.from_pretrained", refuse)
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")

@@ -194,15 +194,15 @@ def test_fault_in_a_round_commits_nothing_and_hands_out_the_other_rows_events(ta
 
 def test_infinity_in_one_layer_that_only_the_draft_reads_is_the_targets_fault(targets, monkeypatch):
     target, draft = targets["llama"], tiny_draft(targets["llama"], "dflash")
-    output = Target._output
+    step = Target._step_cached
 
-    def overflowing(self: Target, found: Any) -> StepOutput:
-        last, features = output(self, found)
+    def overflowing(self: Target, *what: Any) -> StepOutput:
+        last, features = step(self, *what)
         assert features is not None
         features[:, 0, 40] = math.inf
         return StepOutput(last, features)
 
-    monkeypatch.setattr(Target, "_output", overflowing)
+    monkeypatch.setattr(Target, "_step_cached", overflowing)
     with pytest.raises(NonFiniteError, match="infinities or NaN in layer 1, ") as caught:
         generate(target, draft, prompts_of(target, (6,)), 4)
     assert caught.value.next_step == NonFiniteError.OF_TARGET

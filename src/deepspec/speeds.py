@@ -32,7 +32,7 @@ from deepspec.log import note, open_trackers, progress
 from deepspec.maths.blocks import FeatureBatch
 from deepspec.maths.verify import Sampling
 from deepspec.targets import Target
-from deepspec.this_machine import read_joules, this_machine
+from deepspec.this_machine import clock, read_joules, this_machine
 from deepspec.train.build import build_draft, feature_layers, read_rules
 from deepspec.train.loop import train_step
 from deepspec.train.optimizer import Optimizer
@@ -110,21 +110,14 @@ def measure(recipe: Recipe, prompts: Sequence[Conversation], *, slots: int, max_
     return found
 
 
-def _clock(target: Target) -> float:
-    """The time now, once the device has finished everything asked of it."""
-    if target.device.type == "cuda":
-        torch.cuda.synchronize(target.device)
-    return time.perf_counter()
-
-
 def _decode(
     target: Target, draft: Draft, requests: Sequence[Request], slots: int
 ) -> tuple[list[Generation], float]:
     """(answers, seconds)."""
     decoder = Decoder(target, draft, max_rows=min(slots, len(requests)))
-    began = _clock(target)
+    began = clock(target.device)
     found = list(decoder.run(requests))
-    return found, _clock(target) - began
+    return found, clock(target.device) - began
 
 
 def _timed(
@@ -139,9 +132,9 @@ def _timed(
     rounds: list[tuple[int, float]] = []
     while not decoder.idle:
         rows, prefill = len(decoder.rows), decoder.waiting and len(decoder.rows) < decoder.max_rows
-        began = _clock(target)
+        began = clock(target.device)
         answers += [event.answer for event in decoder.step() if event.finished]
-        spent = _clock(target) - began
+        spent = clock(target.device) - began
         if prefill:
             prefills.append(spent)
         else:
@@ -212,9 +205,9 @@ def _caching(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> float:
     """
     layers = feature_layers(recipe, target.spec.config)
     plan = plan_cache(rows, target, layers, read_rules(recipe), about={})
-    began = _clock(target)
+    began = clock(target.device)
     shard_tensors(rows, online(target, plan.facts["layers"]), plan.facts)
-    spent = _clock(target) - began
+    spent = clock(target.device) - began
     return spent / sum(len(b) * len(rows[b[0]].ids) for b in batch_rows(rows, plan.facts["batch_tokens"]))
 
 
@@ -222,16 +215,16 @@ def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainS
     """A fresh draft of the recipe: steps, a held-out evaluation, a checkpoint."""
     length = recipe.data.max_length
     cut = [replace(r, ids=r.ids[:length], loss_mask=r.loss_mask[:length]) for r in rows]
-    began = _clock(target)
+    began = clock(target.device)
     draft = build_draft(recipe, target, cut)
     optimizer = Optimizer(draft, recipe.optim)
     with tempfile.TemporaryDirectory() as folder:
         open_trackers(recipe.trackers, Path(folder), recipe.name, recipe.model_dump(mode="json")).close()
-        setup = _clock(target) - began
+        setup = clock(target.device) - began
         step, features = _steps(target, draft, optimizer, recipe, cut)
-        began = _clock(target)
+        began = clock(target.device)
         Run(Path(folder), recipe).save(draft, optimizer, Progress(1), target, {})
-        checkpoint = _clock(target) - began
+        checkpoint = clock(target.device) - began
     draft.eval()
     slots = min(HELD_OUT_ROWS, recipe.eval_prompts)
     asked = [Request(cut[i % len(cut)].ids[:64], 1, i, str(i), Sampling(1.0)) for i in range(slots)]
@@ -253,19 +246,19 @@ def _steps(
 
     def source(picked: Sequence[Encoded], width: int) -> FeatureBatch:
         nonlocal reading
-        began = _clock(target)
+        began = clock(target.device)
         batch = online_source(picked, width)
-        reading += _clock(target) - began
+        reading += clock(target.device) - began
         return batch
 
     draft.train()
-    began = _clock(target)
+    began = clock(target.device)
     for done, (_, picked) in enumerate(batches_from(rows, recipe.optim.batch_size, recipe.seed, 0)):
         if done == WARM_UP:
-            began, reading = _clock(target), 0.0
+            began, reading = clock(target.device), 0.0
         counted = done - WARM_UP
-        if counted >= STEPS or (counted >= 2 and _clock(target) - began >= STEP_SECONDS):
+        if counted >= STEPS or (counted >= 2 and clock(target.device) - began >= STEP_SECONDS):
             break
         train_step(draft, source, picked, recipe, done, done % LOG_EVERY == 0, optimizer)
         optimizer.step(0.5)
-    return (_clock(target) - began) / counted, reading / counted
+    return (clock(target.device) - began) / counted, reading / counted

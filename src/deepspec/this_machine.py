@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,13 @@ def this_machine() -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     parts = [gpu or _processor(), f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads"]
     return ", ".join([*parts, platform.system(), f"torch {torch.__version__}"])
+
+
+def clock(device: torch.device) -> float:
+    """The time now in seconds, once the device has finished everything asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def busy() -> float | None:

@@ -57,11 +57,9 @@ class SlotStore:
 
     def write(self, keys: Tensor, values: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Store [R, H, Q, D] keys and values; return all the rows' ([R, H, end, D], same) from position 0."""
-        for slot in rows.slots:
-            self.places.setdefault(slot, len(self.places))
-        self._reserve(len(self.places), rows.end, keys, values)
+        first, _ = self.reserve(rows, keys, keys.shape[1::2], values.shape[1::2])
         assert self.keys is not None and self.values is not None
-        here = self._together(rows.slots)
+        here = slice(first, first + len(rows.slots))
         if len(set(rows.starts)) == 1:
             # Plain slices: cheaper than an index per token, and what a single row always takes.
             new = slice(rows.starts[0], rows.end)
@@ -72,6 +70,23 @@ class SlotStore:
             positions = rows.positions(keys.device)
             self.keys[places, positions] = keys.transpose(1, 2)
             self.values[places, positions] = values.transpose(1, 2)
+        return self.read(rows.slots, rows.end)
+
+    def reserve(self, rows: Rows, like: Tensor, keys: Ints, values: Ints) -> tuple[int, int]:
+        """Make room for a step's tokens. keys, values: their (H, D); dtype and device are those of `like`.
+        Returns (the first row's place, positions of each place)."""
+        for slot in rows.slots:
+            self.places.setdefault(slot, len(self.places))
+        self._reserve(len(self.places), rows.end, like, (keys, values))
+        assert self.keys is not None
+        return self._together(rows.slots).start, self.keys.shape[1]
+
+    def extend(self, keys: Tensor, values: Tensor, rows: Rows, places: Tensor) -> tuple[Tensor, Tensor]:
+        """As `write`, after `reserve`, for packed keys and values [T, H, D] that go to the flattened
+        `places` [T], which are place * positions + position."""
+        assert self.keys is not None and self.values is not None
+        self.keys.flatten(0, 1).index_copy_(0, places, keys)
+        self.values.flatten(0, 1).index_copy_(0, places, values)
         return self.read(rows.slots, rows.end)
 
     def read(self, slots: tuple[int, ...], end: int) -> tuple[Tensor, Tensor]:
@@ -104,19 +119,18 @@ class SlotStore:
         self.keys[new], self.values[new] = self.keys[old], self.values[old]
         self.places = {slot: place for place, slot in enumerate(order)}
 
-    def _reserve(self, places: int, positions: int, keys: Tensor, values: Tensor) -> None:
+    def _reserve(self, places: int, positions: int, like: Tensor, heads: tuple[Ints, Ints]) -> None:
         have = (0, 0) if self.keys is None else self.keys.shape[:2]
         if places <= have[0] and positions <= have[1]:
             return
         room = (max(places, have[0]), have[1])
         if positions > have[1]:
             room = (room[0], max(64, 2 * have[1], positions))
-        self.keys = _grown(self.keys, room, keys)
-        self.values = _grown(self.values, room, values)
+        self.keys = _grown(self.keys, like.new_zeros((*room, *heads[0])))
+        self.values = _grown(self.values, like.new_zeros((*room, *heads[1])))
 
 
-def _grown(old: Tensor | None, room: tuple[int, int], like: Tensor) -> Tensor:
-    new = like.new_zeros((*room, like.shape[1], like.shape[3]))
+def _grown(old: Tensor | None, new: Tensor) -> Tensor:
     if old is not None:
         new[: old.shape[0], : old.shape[1]] = old
     return new

@@ -18,6 +18,11 @@ class SlotCache(Cache):
     def __init__(self, layers: int) -> None:
         super().__init__(layers=[_SlotLayer() for _ in range(layers)])
 
+    @property
+    def stores(self) -> list[SlotStore]:
+        """Each layer's keys and values."""
+        return [layer.store for layer in self.layers]
+
     def step(self, rows: Rows) -> None:
         """Say which slots the next forward pass extends, and from which positions."""
         for layer in self.layers:

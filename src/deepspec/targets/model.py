@@ -30,7 +30,8 @@ from deepspec.targets.anatomy import (
 from deepspec.targets.cache import SlotCache, can_roll_back
 from deepspec.targets.gguf import load_gguf
 from deepspec.targets.gguf_file import find_gguf, read_gguf
-from deepspec.targets.load import bars, load_model, own_device
+from deepspec.targets.lean import LeanDecoder, lean_decoder
+from deepspec.targets.loading import load_model, loading_bars, own_device
 from deepspec.targets.spec import TargetSpec, read_tokenizer
 
 
@@ -63,6 +64,8 @@ class Target:
         self.embedding = find_embedding(model, self._config, spec.family, spec.name)
         self.head = find_head(model, self._config, spec.family, spec.name, self.device)
         self._cache = SlotCache(spec.num_layers)
+        self._lean: LeanDecoder | None = None
+        self._lean_sought = False
         self._steady_length = steady_length(self._config)
         self._tokens: dict[int, list[int]] = {}
         self._captured: dict[int, Tensor] = {}
@@ -93,7 +96,7 @@ class Target:
         device = "cpu" if place else own_device() if device == "auto" else device
         file = find_gguf(path)
         if file is not None:
-            with bars(path):
+            with loading_bars(path):
                 model = load_gguf(read_gguf(file, name), name, dtype, device, device_map)
         else:
             model, device_map = load_model(spec, path, dtype, device, device_map)
@@ -236,8 +239,16 @@ class Target:
     def _step_cached(self, slots: Ints, tokens: Ragged, layers: Ints) -> StepOutput:
         """The new tokens alone, over the keys and values of the slots."""
         rows = Rows(tuple(slots), tuple(self.length(s) for s in slots), max(map(len, tokens)))
-        self._hook(tuple(layers))
         self._check_length(max(s + len(new) for s, new in zip(rows.starts, tokens, strict=True)))
+        if not self._lean_sought:
+            self._hook(())
+            found = lean_decoder(self.decoder, self._config, self.embedding.weight, self._cache.stores)
+            self._lean, self._lean_sought = found, True
+        # Somebody's hooks on the decoder expect its module to be called.
+        if self._lean is not None and not (self.decoder._forward_hooks or self.decoder._forward_pre_hooks):
+            self._check_layers(layers)
+            return StepOutput(*self._lean.step(rows.slots, rows.starts, tokens, layers))
+        self._hook(tuple(layers))
         positions = rows.positions(self.device)
         if self._steady_length is not None:
             # Padding may lie past the end, where one position would turn the frequencies of all.
@@ -339,6 +350,13 @@ class Target:
         self._captured.clear()
         if layers == self._hooked:
             return
+        self._check_layers(layers)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [self._capture(i) for i in layers]
+        self._hooked = layers
+
+    def _check_layers(self, layers: Ints) -> None:
         if any(not -1 <= i < self.spec.num_layers - 1 for i in layers):
             raise TargetError(
                 f"feature layers {list(layers)} do not fit {self.spec.name}, "
@@ -346,10 +364,6 @@ class Target:
                 next_step=f"use ids from -1 (the embedding) to {self.spec.num_layers - 2}; "
                 "the last layer's output is never a feature",
             )
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = [self._capture(i) for i in layers]
-        self._hooked = layers
 
     def _capture(self, layer: int) -> Any:
         """Keep a layer's output on every pass. The embedding is what the first layer reads: some families

@@ -24,7 +24,7 @@ from deepspec.config import Recipe
 from deepspec.errors import RankError, RecipeError, UserError, first_line
 from deepspec.log import console
 from deepspec.targets.anatomy import find_decoder
-from deepspec.targets.load import own_device
+from deepspec.targets.loading import own_device
 
 T = TypeVar("T")
 

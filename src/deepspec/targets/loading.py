@@ -1,4 +1,4 @@
-"""Loading a target's weights: on which device, with which bars, and what can be wrong with them."""
+"""Loading the model of a directory or a Hub id through transformers, with progress bars if it takes long."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def load_model(spec: TargetSpec, path: str, dtype: str, device: str, device_map:
             next_step="pip install accelerate",
         )
     try:
-        with bars(path):
+        with loading_bars(path):
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=dtype,
@@ -64,7 +64,7 @@ def load_model(spec: TargetSpec, path: str, dtype: str, device: str, device_map:
 
 
 @contextmanager
-def bars(path: str) -> Iterator[None]:
+def loading_bars(path: str) -> Iterator[None]:
     """transformers' own progress bars if loading takes long (a download, or weights that take seconds to
     read), or plain lines if there is no terminal."""
     weights = [f for kind in ("*.safetensors", "*.bin") for f in Path(path).glob(kind) if f.is_file()]
