@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import deepspec.train.loop as loop
 from deepspec.config import Recipe, load_recipe
+from deepspec.errors import RecipeError
+from deepspec.targets import Target
+from deepspec.train.dist import joined, shard_target
 from deepspec.train.loop import train_draft
 from kills import in_child, needs_fork
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe
@@ -29,20 +35,16 @@ def started(world: int, work: Callable[[int], object], folder: Path) -> list[int
         port = probe.getsockname()[1]
 
     def rank_work(rank: int) -> None:
-        log = os.open(folder / f"rank-{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        # Not the descriptors alone: pytest has put its own objects there.
+        sys.stdout = sys.stderr = (folder / f"rank-{rank}.log").open("a", buffering=1)
         loop.LOG_EVERY = 1
         facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
         os.environ |= {key: str(value) for key, value in facts.items()} | {"MASTER_ADDR": "127.0.0.1"}
         try:
             work(rank)
         except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            print(f"{type(error).__name__}: {error}")
             raise
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
 
     return [in_child(lambda rank=rank: rank_work(rank)) for rank in range(world)]
 
@@ -109,8 +111,9 @@ def test_two_and_four_ranks_have_the_losses_of_one(scene, alone, tmp_path):
     for world in (2, 4):
 
         def work(rank: int, runs: Path = tmp_path / str(world)) -> None:
-            for algorithm in alone:
-                train_draft(recipe_of(scene, algorithm), runs)
+            with joined():  # one job: to join twice at one port is a race
+                for algorithm in alone:
+                    train_draft(recipe_of(scene, algorithm), runs)
 
         in_ranks(world, work, tmp_path)
         for algorithm, run in alone.items():
@@ -119,3 +122,120 @@ def test_two_and_four_ranks_have_the_losses_of_one(scene, alone, tmp_path):
             assert ours == pytest.approx(losses(run), abs=1e-5)
         for rank in range(1, world):
             assert (tmp_path / f"rank-{rank}.log").read_text() == ""
+
+
+def test_checkpoint_of_two_ranks_continues_on_one_and_on_three(scene, tmp_path):
+    """And three are refused a batch of four, which has to be said before anything is loaded."""
+    six = ("optim.batch_size=6", "optim.max_steps=10")
+    runs = {world: tmp_path / str(world) for world in (1, 2, 3)}
+    stopped = lambda rank: train_draft(interrupted(recipe_of(scene, "dspark", *six)), runs[2])  # noqa: E731
+
+    def interrupted(recipe: Recipe) -> Recipe:
+        """The same recipe, in a process that is told to stop in its sixth step."""
+        real = loop.train_step
+
+        def step(*words: Any) -> Any:
+            if words[4] == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*words)
+
+        loop.train_step = step  # type: ignore[assignment]
+        return recipe
+
+    in_ranks(2, stopped, tmp_path)
+    assert (runs[2] / "tiny-dspark/checkpoints/step_6").is_dir()
+    for world in (1, 3):
+        shutil.copytree(runs[2], runs[world])
+        in_ranks(
+            world, lambda rank, w=world: train_draft(recipe_of(scene, "dspark", *six), runs[w]), tmp_path
+        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "LOG_EVERY", 1)
+        whole = train_draft(recipe_of(scene, "dspark", *six), tmp_path / "whole")
+        patch.setenv("RANK", "0")
+        patch.setenv("WORLD_SIZE", "3")
+        with pytest.raises(RecipeError, match="4 sequences, which 3 processes cannot share") as caught:
+            train_draft(recipe_of(scene, "dspark"), tmp_path / "none")
+    assert "optim.batch_size=3 or 6" in str(caught.value)
+    assert not (tmp_path / "none").exists()
+    for world in (1, 3):
+        ours = losses(runs[world] / "tiny-dspark")
+        assert len(ours) == 10
+        assert ours == pytest.approx(losses(whole.run), abs=1e-5)
+
+
+def test_target_split_over_two_ranks_gives_the_same_features_and_training(scene, alone, tmp_path):
+    """Ranks have micro-batches of different number, and the target's layers must be gathered as often."""
+    more = ("shard_target=true", "optim.micro_batch_tokens=200", "eval_every_steps=20", "optim.max_steps=6")
+    ids = torch.randint(60, (3, 17), generator=torch.Generator().manual_seed(0))
+
+    def work(rank: int) -> None:
+        with joined():
+            target = Target.from_pretrained(str(scene / "target"), dtype="float32", place=shard_target)
+            sizes = [p.to_local().numel() for p in target.decoder.layers.parameters()]  # type: ignore[operator]
+            whole = sum(p.numel() for p in target.decoder.layers.parameters())
+            found = target.read(ids, (-1, 1, 2))
+            torch.save([sum(sizes) / whole, found.features, found.last_hidden], tmp_path / f"features-{rank}")
+            train_draft(recipe_of(scene, "dspark", *more), tmp_path / "split")
+
+    in_ranks(2, work, tmp_path)
+    plain = Target.from_pretrained(str(scene / "target"), dtype="float32").read(ids, (-1, 1, 2))
+    for rank in range(2):
+        share, features, last = torch.load(tmp_path / f"features-{rank}")
+        assert share <= 0.6
+        assert torch.equal(features, plain.features) and torch.equal(last, plain.last_hidden)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "LOG_EVERY", 1)
+        whole = train_draft(recipe_of(scene, "dspark", *more), tmp_path / "whole")
+    assert losses(tmp_path / "split/tiny-dspark") == pytest.approx(losses(whole.run), abs=1e-5)
+    assert whole.held_out_tau is not None
+    taus = [
+        json.loads((r / "checkpoints/best/deepspec.json").read_text())["held_out_tau"]
+        for r in (tmp_path / "split/tiny-dspark", whole.run)
+    ]
+    assert taus[0] == taus[1]
+
+
+def test_rank_that_dies_ends_the_others_with_a_message(scene, tmp_path):
+    def work(rank: int) -> None:
+        real = loop.train_step
+
+        def step(*words: Any) -> Any:
+            if rank == 1 and words[4] == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*words)
+
+        loop.train_step = step  # type: ignore[assignment]
+        train_draft(recipe_of(scene, "dspark"), tmp_path / "runs")
+
+    assert codes(started(2, work, tmp_path)) == [1, -signal.SIGKILL]
+    said = (tmp_path / "rank-0.log").read_text()
+    assert "RankError: another process of this job ended or does not answer" in said
+    assert "the same command continues from the newest checkpoint" in said
+
+
+def test_ranks_with_other_code_recipe_or_data_are_refused_and_named(scene, tmp_path, monkeypatch):
+    def work(rank: int) -> None:
+        if rank:
+            import deepspec.train.facts as facts
+
+            monkeypatch.setattr(facts, "code_hash", lambda room="": "another")
+        more = ["seed=1"] if rank else []
+        answers = scene / "answers.jsonl"
+        if rank:
+            answers = tmp_path / "other.jsonl"
+            shutil.copy(scene / "answers.jsonl", answers)
+            answers.write_bytes(answers.read_bytes().replace(b"red and", b"rot und", 1))
+        train_draft(recipe_of(scene, "dspark", *more), tmp_path / "runs", answers=answers)
+
+    assert codes(started(2, work, tmp_path)) == [1, 1]
+    for rank in range(2):
+        said = (tmp_path / f"rank-{rank}.log").read_text()
+        assert "is not like rank 0" in said
+        for what in (
+            "the code of deepspec: 'another' there",
+            "the recipe's seed: 1 there, 0 on rank 0",
+            "data.train: ",
+        ):
+            assert what in said
+    assert not (tmp_path / "runs").exists()

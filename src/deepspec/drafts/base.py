@@ -136,7 +136,7 @@ class NeuralDraft(nn.Module, Draft):
         for held in vars(self).values():
             for store in held if isinstance(held, list) else [held]:
                 if isinstance(store, SlotStore):
-                    store.keys, store.values, store.places = None, None, {}
+                    store.release()
 
     def rows(self, slots: Ints, width: int) -> Rows:
         """Where the next `width` tokens of each slot go."""

@@ -219,9 +219,16 @@ class Target:
         self.rollback(slot, length)
         self._cache.wipe(slot, length)
 
+    @property
+    def _watched(self) -> bool:
+        """Whether somebody's hooks on the decoder expect its module to be called: those of its shards, too."""
+        return bool(self.decoder._forward_hooks or self.decoder._forward_pre_hooks)
+
     def release(self) -> None:
         """Give back the memory of all slots, none of which may be in use."""
-        self._cache, self._tokens = SlotCache(self.spec.num_layers), {}
+        for store in self._cache.stores:
+            store.release()
+        self._tokens.clear()
         self._captured.clear()
 
     @torch.inference_mode()
@@ -240,12 +247,11 @@ class Target:
         """The new tokens alone, over the keys and values of the slots."""
         rows = Rows(tuple(slots), tuple(self.length(s) for s in slots), max(map(len, tokens)))
         self._check_length(max(s + len(new) for s, new in zip(rows.starts, tokens, strict=True)))
-        if not self._lean_sought:
+        if not self._lean_sought and not self._watched:
             self._hook(())
             found = lean_decoder(self.decoder, self._config, self.embedding.weight, self._cache.stores)
             self._lean, self._lean_sought = found, True
-        # Somebody's hooks on the decoder expect its module to be called.
-        if self._lean is not None and not (self.decoder._forward_hooks or self.decoder._forward_pre_hooks):
+        if self._lean is not None and not self._watched:
             self._check_layers(layers)
             return StepOutput(*self._lean.step(rows.slots, rows.starts, tokens, layers))
         self._hook(tuple(layers))
