@@ -350,7 +350,7 @@ def test_gradients_of_nan_under_a_finite_loss_change_nothing(targets, tmp_path, 
 
     def poisoning(draft: Any, *rest: Any) -> Any:
         loss, sums = real(draft, *rest)
-        optimizer = rest[-1]
+        optimizer = rest[5]
         if rest[3] == 4:
             seen["before"] = [m.detach().clone() for m in optimizer.masters]
             seen["masters"] = optimizer.masters

@@ -25,7 +25,6 @@ from talking import train_in
 from test_train import metrics_of, recipe_for, rows_for, same_state
 
 RECIPE = recipe_for("dspark", precision="bfloat16")
-FILES = ("optimizer.pt", "progress.json", "model.safetensors", "config.json", "deepspec.json")
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +62,13 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
-@pytest.mark.parametrize("name", FILES)
+WEIGHTY = ("optimizer.pt", "progress.json", "model.safetensors", "config.json", "deepspec.json")
+OLDER = ("manifest.json", "missing")
+"""A checkpoint from before there were manifests, which resumes."""
+FILES = [(name, kind) for name in (*WEIGHTY, "manifest.json") for kind in DAMAGE if (name, kind) != OLDER]
+
+
+@pytest.mark.parametrize(("name", "kind"), FILES)
 def test_newest_whole_checkpoint_is_found_whatever_file_is_damaged(trained, copied, capsys, name, kind):
     newest = copied / "checkpoints" / "step_6"
     DAMAGE[kind](newest / name)
@@ -130,10 +134,24 @@ def poison_weights(step: Path) -> None:
     ],
 )
 def test_files_that_do_not_belong_together_are_no_whole_checkpoint(trained, copied, capsys, damage, why):
-    """Files of another step or draft, and checkpoints in which an older version kept NaN."""
+    """Files of another step or draft, and checkpoints in which an older version kept NaN; those have no
+    manifest either."""
+    (copied / "checkpoints/step_6/manifest.json").unlink()
     damage(copied / "checkpoints" / "step_6")
     assert resumed(copied, trained).step == 3
     assert why in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "deepspec.json"])
+def test_one_changed_byte_is_noticed(trained, copied, capsys, name):
+    """A moment that is a little off is as finite, and in as good a shape, as the right one."""
+    newest = copied / "checkpoints/step_6"
+    if name == "optimizer.pt":
+        edit_state(lambda s: s["adamw"]["state"][1]["exp_avg"].view(-1)[0].add_(1e-3))(newest)
+    else:
+        edit_json(newest / name, tokens=7)
+    assert resumed(copied, trained).step == 3
+    assert f"{name} is not as it was written" in " ".join(capsys.readouterr().err.split())
 
 
 def test_run_with_a_torn_checkpoint_ends_as_the_undisturbed_one(targets, whole, copied):

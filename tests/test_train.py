@@ -105,10 +105,10 @@ def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(targets, tmp_path, a
     rows = rows_for(target)
     whole = train_in(tmp_path / "whole", recipe, target, rows, lambda draft: 1.5)
     cut = train_in(tmp_path / "cut", recipe, target, rows, interrupting(1))
-    assert (cut.interrupted, cut.steps) == (True, 2)
+    assert (cut.interrupted, cut.steps) == (signal.SIGINT, 2)
     assert not (tmp_path / "cut" / "checkpoints" / "step_4").exists()
     on = train_in(tmp_path / "cut", recipe, target, rows, lambda draft: 1.5)
-    assert (on.interrupted, on.steps, on.tokens) == (False, 4, whole.tokens)
+    assert (on.interrupted, on.steps, on.tokens) == (0, 4, whole.tokens)
     same_state(tmp_path / "whole/checkpoints/step_4", tmp_path / "cut/checkpoints/step_4")
     assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
     stored = load_file(tmp_path / "cut/checkpoints/step_4/model.safetensors").values()
@@ -467,13 +467,16 @@ def test_run_continues_under_another_recipe_only_if_it_can(targets, tmp_path, ca
     with open_run(tmp_path, load_recipe(path)) as run:
         train_in(run.folder, run.recipe, targets["llama"], rows_for(targets["llama"]))
     kept = (run.folder / "recipe.yaml").read_bytes()
+    changed = load_recipe(path, [override, "optim.micro_batch_size=2"])
+    for force in (False, True) if named else (False,):
+        match = named if force else "its optim.states is" if named else "another recipe: seed was 0 and is 3 "
+        with pytest.raises(RecipeError, match=match.strip()), open_run(tmp_path, changed, force=force):
+            pass
     if named is None:
-        with open_run(tmp_path, load_recipe(path, [override])) as run:
+        with open_run(tmp_path, changed, force=True) as run:
             assert load_recipe(run.folder / "recipe.yaml").seed == 3
-        assert "was started with another recipe; it continues with this one" in capsys.readouterr().err
+        assert "seed was 0 and is 3; it continues with this one" in capsys.readouterr().err
         return
-    with pytest.raises(RecipeError, match=named), open_run(tmp_path, load_recipe(path, [override])):
-        pass
     assert (run.folder / "recipe.yaml").read_bytes() == kept
 
 
@@ -583,8 +586,7 @@ def test_clipping_is_by_the_norm_over_all_parameters():
     recipe = recipe_for("dflash", optim={"lr": 1e-4, "max_steps": 1, "grad_clip": 1.0})
     optimizer = Optimizer(draft, recipe.optim)  # type: ignore[arg-type]
     draft[0].grad, draft[1].grad = torch.tensor([3.0]), torch.tensor([4.0])
-    _, norm = optimizer.step(0.5)
-    assert norm == 5.0
+    assert optimizer.step(0.5).norm == 5.0
     moments = [optimizer.adamw.state[p]["exp_avg"].item() for p in draft]
     assert moments == pytest.approx([0.1 * 3 / 5, 0.1 * 4 / 5])  # (1 - β₁) × the clipped gradient
 

@@ -122,10 +122,12 @@ class OptimConfig(Section):
     grad_clip: Positive = 1.0  # largest global gradient norm
     states: Literal["float32", "8bit"] = "float32"  # AdamW's moments; 8bit needs bitsandbytes
     batch_size: Count = 16  # sequences per step, of all ranks together
-    micro_batch_size: Count | None = None  # sequences at a time, to save memory; None: the whole batch
+    micro_batch_size: Count | None = None  # sequences at a time, to save memory; None: any number
+    micro_batch_tokens: Count | None = None  # tokens at a time, padding included; None: any number
     epochs: Positive | None = None
     max_steps: Count | None = None
     max_minutes: Positive | None = None  # wall-clock budget
+    skip_steps: Annotated[int, Field(ge=0)] = 0  # steps with infinities, NaN or a loss that explodes to skip
 
 
 class Recipe(Section):
@@ -143,9 +145,11 @@ class Recipe(Section):
     num_anchors: Count = 32  # blocks per sequence and step; eagle3 trains on every position instead
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: Annotated[int, Field(ge=0)] = 0
+    shard_target: bool = False  # split the target's layers over the processes of torchrun
     eval_every_steps: Count = 100
     eval_prompts: Count = 24
     eval_max_new_tokens: Count = 48
+    early_stop: Count | None = None  # stop after so many evaluations in a row without a better τ
     checkpoint_every_steps: Count = 100
     trackers: list[TrackerName] = ["tensorboard"]
 

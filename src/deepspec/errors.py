@@ -25,6 +25,12 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def some_rows(names: Sequence[str]) -> str:
+    """The ids of rows, to be shown: the first eight, and how many more there are."""
+    some = [f"row {name!r}" for name in names[:8]]
+    return ", ".join(some + ([f"{len(names) - 8} more"] if len(names) > 8 else []))
+
+
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error and its causes: libraries wrap one another's errors."""
     while error is not None:
@@ -74,6 +80,10 @@ class ServerError(UserError):
     """A server cannot be reached, or its answer is not what was asked for."""
 
 
+class RankError(UserError):
+    """Another process of the same training job ended, or does not answer."""
+
+
 class MismatchError(UserError):
     """A draft does not fit its target."""
 
@@ -99,10 +109,9 @@ class NonFiniteError(TargetError):
     )
 
     def __init__(self, who: str, what: str, rows: Sequence[str] = (), next_step: str = OF_TARGET) -> None:
-        some = [f"row {row!r}" for row in rows[:8]] + ([f"{len(rows) - 8} more"] if len(rows) > 8 else [])
         super().__init__(
             f"{who} gives infinities or NaN in {what}, from which nothing can be learnt or decoded",
-            where=", ".join(some) or None,
+            where=some_rows(rows) or None,
             next_step=next_step,
         )
-        self.rows = tuple(rows)
+        self.part, self.rows = what, tuple(rows)

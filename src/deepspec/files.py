@@ -155,7 +155,11 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         aside.rename(path)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    yield part
+    try:
+        yield part
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)  # on a full disk, its room is needed
+        raise
     for file in part.iterdir():
         fsync(file)
     fsync(part)

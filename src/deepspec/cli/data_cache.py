@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Literal
@@ -60,7 +59,9 @@ def cache(
             next_step="name one: deepspec data cache pocket-dspark --answers answers.jsonl --out features",
         )
     recipes = [load_recipe(name, overrides) for name in names]
-    rank, world = _torchrun()
+    from deepspec.train.dist import launched
+
+    rank, world = launched()
     if world > 1 and answers is None and recipes[0].data.train.startswith("pocket:"):
         raise UserError(
             "several processes would all answer the packaged prompts",
@@ -72,7 +73,7 @@ def cache(
     plan, written = cache_features(
         recipes,
         out,
-        target=load_target(recipes[0].target, device=_own_device(device)),
+        target=load_target(recipes[0].target, device=device),
         answers=answers,
         dtype=dtype,
         max_rows=limit or None,
@@ -104,26 +105,3 @@ def cache(
         typer.echo(without_logins(f"next: {shlex.join([*train, f'data.features=cache:{out}'])}"))
     else:
         note(f"{out}: this process's shards are written; other processes are still writing", style="yellow")
-
-
-def _torchrun() -> tuple[int, int]:
-    """(rank, world size) from torchrun's variables; (0, 1) without it."""
-    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    if rank is None or world is None:
-        return 0, 1
-    if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
-        raise UserError(
-            f"RANK={rank} and WORLD_SIZE={world} are not a rank and the number of processes",
-            next_step="unset both, or start with torchrun",
-        )
-    return int(rank), int(world)
-
-
-def _own_device(device: str) -> str:
-    """The device for this process: under torchrun each one on a machine takes an accelerator of its own."""
-    local = os.environ.get("LOCAL_RANK")
-    if device != "auto" or local is None:
-        return device
-    import torch
-
-    return f"cuda:{int(local) % torch.cuda.device_count()}" if torch.cuda.is_available() else "auto"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -25,15 +26,20 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over; an earlier run of that name is moved aside.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Continue a run although the recipe or the data changed.")
+    ] = False,
 ) -> None:
     """Train a draft, or continue a run where it stopped.
 
     A run is called as its recipe, or as name=NAME says. If data.train is pocket:train, as in the pocket
-    recipes, the target answers these prompts first, which takes minutes.
+    recipes, the target answers these prompts first, which takes minutes. SIGTERM saves and exits with 0;
+    under torchrun all processes train one draft together.
 
     \b
     Example:
       deepspec train pocket-dspark optim.max_minutes=2
+      torchrun --nproc-per-node 8 --no-python deepspec train dspark/qwen3-4b
       deepspec train pocket-dspark --from pocket-dspark thinking=true name=thinker
     """
     from deepspec.config import load_recipe
@@ -43,17 +49,25 @@ def train(
     settings = load_recipe(recipe, overrides or [])
     from deepspec.train.loop import train_draft
 
-    outcome = train_draft(settings, runs, answers=answers, fresh=fresh)
+    outcome = train_draft(settings, runs, answers=answers, fresh=fresh, force=force)
+    if outcome.rank:
+        return  # the first one prints
     typer.echo(f"best checkpoint: {outcome.best}")
     if outcome.held_out_tau is not None:
-        typer.echo(f"held-out τ: {outcome.held_out_tau:.3f} tokens per verify round")
+        tau = f"held-out τ: {outcome.held_out_tau:.3f} tokens per verify round"
+        typer.echo(f"{tau}, after step {outcome.best_step}")
+        if outcome.last_tau is not None and outcome.best_step < outcome.steps:
+            fall = outcome.last_tau - outcome.held_out_tau
+            typer.echo(f"training ended on step {outcome.steps} with {outcome.last_tau:.3f} ({fall:+.3f})")
+    if outcome.skipped:
+        typer.echo(f"skipped: {outcome.skipped} steps, listed above")
     typer.echo(f"trained: {outcome.steps} steps, {outcome.tokens:,} tokens, {outcome.seconds:.0f} s")
     if outcome.interrupted:
         words = ["deepspec", "train", recipe, *(overrides or []), "--runs", str(runs)]
         words += ["--answers", str(answers)] if answers else []
         note(f"interrupted and saved after step {outcome.steps}; to continue:", style="yellow")
         note(f"  {shlex.join(words)}")
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(0 if outcome.interrupted == signal.SIGTERM else INTERRUPTED)
     words = ["deepspec", "eval", "--target", settings.target, "--draft", str(outcome.run)]
     words += [] if settings.target == "pocket" else ["--prompts", "PROMPTS.jsonl"]
     words += ["--thinking"] if settings.thinking else []

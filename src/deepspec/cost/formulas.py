@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepspec.features.formats import STORED_BYTES, TOKEN_BYTES, scale_bytes
-from deepspec.maths.chunking import BLOCK_BYTES, default_chunk_rows
+from deepspec.maths.chunking import default_chunk_rows
 
 FUNCTIONS = {"min": min, "max": max, "ceil": math.ceil}
 
@@ -136,18 +136,16 @@ def activation_bytes(draft: Names, sequences: float, length: float, anchors: flo
 
 
 def head_bytes(draft: Names, loss_rows: float, accelerated: bool) -> Figure:
-    """Bytes that the loss holds: logits of a chunk, of draft and teacher, and tensors to work in, two as wide
-    on an accelerator and three small ones on a CPU; hidden rows and z with their gradients; W₂'s gradient in
-    float32 and, of a draft in bfloat16, in its own format."""
-    formula = "tensors * chunk * 4 * own_vocab + small_tensors"
-    formula += " + loss_rows * draft_width * (4 * hidden + 2 * rank)"
+    """Bytes that the loss holds besides its rows: logits of a chunk, of draft and teacher, and two tensors
+    to work in, as wide on an accelerator and small on a CPU; gradients of the hidden rows; W₂'s in float32
+    and, of a draft in bfloat16, in its own format."""
+    formula = "tensors * chunk * 4 * own_vocab + loss_rows * draft_width * (2 * hidden + rank)"
     return figure(
         "bytes",
         formula + " + numbers * own_vocab * rank",
         draft,
         loss_rows=loss_rows,
         tensors=4 if accelerated else 2,
-        small_tensors=0 if accelerated else 3 * BLOCK_BYTES,
         chunk=default_chunk_rows(int(draft["vocab"]), accelerated),
         numbers=4 if draft["draft_width"] == 4 else 4 + draft["draft_width"],
     )
@@ -160,8 +158,8 @@ def slot_bytes(names: Names, sequences: float, context: float) -> Figure:
 
 
 # Floating-point operations: 2 for each weight and row forwards, 4 more backwards. Attention takes 4 for each
-# query width and key forwards, and 10 more backwards, where the scores are computed again. The scores of the
-# target are counted whole, also where a kernel skips what a mask hides.
+# query width and key forwards, and 10 more backwards, where scores are computed again. The target's scores
+# are counted whole, also where a kernel skips what a mask hides.
 
 
 def forward_flops(target: Names, tokens: float, keys: float, *, logits: float = 0.0) -> Figure:

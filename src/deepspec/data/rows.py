@@ -5,17 +5,22 @@ N tokens of all rows together, R rows, V vocabulary.
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from deepspec.data.tokens import Encoded
+from deepspec.files import atomic_file
 
 COUNTED = 1 << 24
 """Tokens counted at a time, so that counting does not copy all of them."""
@@ -53,6 +58,28 @@ def pack(rows: Iterable[Encoded]) -> Rows:
         names.append(row.id)
     tokens, masks, starts = (torch.from_numpy(np.asarray(flat)) for flat in (ids, mask, offsets))
     return Rows(tokens, masks, starts, names)
+
+
+def write_rows(path: Path, rows: Rows, about: dict[str, Any]) -> None:
+    """Keep rows in a safetensors file, with plain data about them, whole or not at all."""
+    names = torch.frombuffer(bytearray(json.dumps(rows.names).encode()), dtype=torch.uint8)
+    tensors = {"ids": rows.ids, "loss_mask": rows.loss_mask, "offsets": rows.offsets, "names": names}
+    with atomic_file(path) as stream:
+        stream.write(save(tensors, metadata={"about": json.dumps(about)}))
+
+
+def read_rows(path: Path) -> tuple[Rows, dict[str, Any]]:
+    """What `write_rows` kept; the arrays are mapped, not read. Raises ValueError or SafetensorError if the
+    file is not whole."""
+    with safe_open(path, framework="pt") as opened:
+        ids, mask, offsets, names = (
+            opened.get_tensor(name) for name in ("ids", "loss_mask", "offsets", "names")
+        )
+        about = json.loads((opened.metadata() or {})["about"])
+    found = Rows(ids, mask, offsets, json.loads(names.numpy().tobytes()))
+    if len(found) + 1 != len(offsets) or int(offsets[-1]) != len(ids) or len(ids) != len(mask):
+        raise ValueError("its arrays do not belong together")
+    return found, about
 
 
 def distinct(name: str, seen: Counter[str]) -> str:

@@ -16,7 +16,7 @@ from deepspec.drafts import ALGORITHMS, Algorithm
 from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import FeatureBatch
 from deepspec.maths.head import Embedding, Head
-from deepspec.maths.slots import Ints, Ragged, Rows
+from deepspec.maths.slots import Ints, Ragged, Rows, SlotStore
 from deepspec.maths.verify import Sampling, Samplings, draw, most_probable, warp
 
 
@@ -130,6 +130,13 @@ class NeuralDraft(nn.Module, Draft):
 
     def free(self, slot: int) -> None:
         del self.lengths[slot]
+
+    def release(self) -> None:
+        """Give back the memory of all slots, none of which may be in use."""
+        for held in vars(self).values():
+            for store in held if isinstance(held, list) else [held]:
+                if isinstance(store, SlotStore):
+                    store.release()
 
     def rows(self, slots: Ints, width: int) -> Rows:
         """Where the next `width` tokens of each slot go."""

@@ -123,19 +123,22 @@ def batches_from(
 
 
 def announced(
-    batches: Iterator[tuple[int, list[Encoded]]], source: Source
+    batches: Iterator[tuple[int, list[Encoded]]],
+    source: Source,
+    share: Callable[[Sequence[Encoded]], Sequence[Encoded]] = lambda rows: rows,
 ) -> Generator[tuple[int, list[Encoded]], None, None]:
-    """The same endless batches; a source that works ahead hears of each one a step before it is read.
+    """The same endless batches; a source that works ahead hears of the share that will be read of each one, a
+    step before it is read.
 
     Closing them closes the source.
     """
     expect, close = (getattr(source, name, lambda *rows: None) for name in ("expect", "close"))
     try:
         coming = next(batches)
-        expect(coming[1])
+        expect(share(coming[1]))
         while True:
             now, coming = coming, next(batches)
-            expect(coming[1])
+            expect(share(coming[1]))
             yield now
     finally:
         close()

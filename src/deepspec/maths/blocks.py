@@ -6,7 +6,7 @@ Positions are 0-based token indices. "Supervised" means `loss_mask` is 1 there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,14 +74,22 @@ def anchor_candidates(loss_mask: Tensor, segment_ids: Tensor | None = None) -> T
 
 
 def sample_anchors(
-    loss_mask: Tensor, num_anchors: int, generator: torch.Generator | None, segment_ids: Tensor | None = None
+    loss_mask: Tensor,
+    num_anchors: int,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    segment_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Up to `num_anchors` per row, without replacement, sorted: (anchors [B, A], kept [B, A]).
 
     A is the largest number of anchors any row got, at least 1. Rows with fewer are filled with dummies.
+    With one generator for each row, what a row gets depends neither on padding nor on the other rows.
     """
     candidates = anchor_candidates(loss_mask, segment_ids)
-    scores = torch.rand(candidates.shape, generator=generator)
+    if isinstance(generator, Sequence):
+        # A longer draw begins with the shorter one's numbers (torch's uniform numbers on the CPU).
+        scores = torch.stack([torch.rand(candidates.shape[1], generator=each) for each in generator])
+    else:
+        scores = torch.rand(candidates.shape, generator=generator)
     # One column more, never a candidate: even a row of a single token then has a place for its dummy.
     scores = torch.nn.functional.pad(scores.masked_fill(~candidates, -1.0), (0, 1), value=-1.0)
     most = int(candidates.sum(1).max()) if candidates.numel() else 0

@@ -107,6 +107,11 @@ class SlotStore:
             place = self.places[slot]
             self.keys[place, start:] = self.values[place, start:] = 0.0
 
+    def release(self) -> None:
+        """Give back the memory, and forget all slots."""
+        self.keys = self.values = None
+        self.places.clear()
+
     def _together(self, slots: tuple[int, ...]) -> slice:
         """The places of the slots, side by side in their order; they are swapped there if they are not."""
         first = self.places[slots[0]]

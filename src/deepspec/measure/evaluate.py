@@ -30,7 +30,6 @@ from deepspec.drafts.lookup import PromptLookup
 from deepspec.errors import DataError
 from deepspec.files import ResumableLog, plain, write_json
 from deepspec.log import note, progress
-from deepspec.maths import acceptance
 from deepspec.maths.verify import Sampling
 from deepspec.measure.rows import Answering, Measurement, Method, Prompt, rounds_of, rows_of
 from deepspec.report.results import FORMAT
@@ -121,12 +120,17 @@ def spread(rows: Sequence[Conversation], limit: int | None) -> list[Conversation
     return turns[:limit] if limit else turns
 
 
-def held_out_tau(target: Target, draft: Draft, prompts: Sequence[Prompt], max_new_tokens: int) -> float:
-    """Pooled τ of a draft on prompts that are decoded together. It picks the best checkpoint."""
+def held_out_rounds(
+    target: Target, draft: Draft, prompts: Mapping[int, Prompt], max_new_tokens: int
+) -> list[list[int]]:
+    """Tokens kept in each round of a draft on each of the prompts, by seed, that are decoded together. Their
+    pooled τ picks the best checkpoint."""
+    if not prompts:
+        return []
     decoder = Decoder(target, draft, max_rows=min(HELD_OUT_ROWS, len(prompts)))
     sampling, stops = Sampling(1.0), target.stop_token_ids
-    requests = [Request(p.ids, max_new_tokens, i, p.id, sampling, stops) for i, p in enumerate(prompts)]
-    return acceptance.tau([rounds_of(g)[2] for g in decoder.run(requests)]) or 1.0
+    requests = [Request(p.ids, max_new_tokens, i, p.id, sampling, stops) for i, p in prompts.items()]
+    return [rounds_of(answer)[2] for answer in decoder.run(requests)]
 
 
 def evaluate_drafts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
@@ -20,6 +22,14 @@ from deepspec.targets.spec import TargetSpec
 
 LONG = 10**9
 """Bytes of weights from which loading shows a bar."""
+
+
+def own_device() -> str:
+    """The accelerator of this process, or cpu without one: under torchrun each process has its own."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{int(local) % torch.cuda.device_count()}" if local else "cuda"
 
 
 def load_model(spec: TargetSpec, path: str, dtype: str, device: str, device_map: Any) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ residual stream after chosen layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from deepspec.targets.cache import SlotCache, can_roll_back
 from deepspec.targets.gguf import load_gguf
 from deepspec.targets.gguf_file import find_gguf, read_gguf
 from deepspec.targets.lean import LeanDecoder, lean_decoder
-from deepspec.targets.loading import load_model, loading_bars
+from deepspec.targets.loading import load_model, loading_bars, own_device
 from deepspec.targets.spec import TargetSpec, read_tokenizer
 
 
@@ -78,27 +78,30 @@ class Target:
         dtype: str = "auto",
         device: str = "auto",
         device_map: str | dict[str, Any] | None = None,
+        place: Callable[[Any, str], Any] | None = None,
     ) -> Target:
         """Load a local directory, a GGUF file, a Hub id, or the built-in `pocket`.
 
         dtype: "auto" (the checkpoint's; of a GGUF file, see docs/targets.md), "float32", "bfloat16" or
         "float16". device: "auto" is the
-        accelerator if there is one. device_map: as transformers takes it ("auto", "balanced", or modules
-        to devices), to spread the layers over several; `device` then has no effect. A quantised checkpoint is
+        accelerator if there is one (under torchrun, each process its own). device_map: as transformers takes
+        it ("auto", "balanced", or modules to devices), to spread the layers over several; `device` then has
+        no effect. place: (model on the host, name) -> the model where it is to run. A quantised checkpoint is
         loaded as transformers loads it. A missing tokenizer is not an error. Raises TargetError.
         """
         name = str(name_or_path)
         spec = TargetSpec.from_pretrained(name)
         path = packaged(name)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cpu" if place else own_device() if device == "auto" else device
         file = find_gguf(path)
         if file is not None:
             with loading_bars(path):
                 model = load_gguf(read_gguf(file, name), name, dtype, device, device_map)
         else:
             model, device_map = load_model(spec, path, dtype, device, device_map)
-        target = cls(spec, model if device_map is not None else model.to(device), read_tokenizer(path))
+        if device_map is None:
+            model = place(model, name) if place else model.to(device)
+        target = cls(spec, model, read_tokenizer(path))
         target.check_head()
         if not target.cached:
             note(
@@ -215,6 +218,18 @@ class Target:
         self.rollback(slot, length)
         self._cache.wipe(slot, length)
 
+    @property
+    def _watched(self) -> bool:
+        """Whether somebody's hooks on the decoder expect its module to be called: those of its shards, too."""
+        return bool(self.decoder._forward_hooks or self.decoder._forward_pre_hooks)
+
+    def release(self) -> None:
+        """Give back the memory of all slots, none of which may be in use."""
+        for store in self._cache.stores:
+            store.release()
+        self._tokens.clear()
+        self._captured.clear()
+
     @torch.inference_mode()
     def step(self, slots: Ints, tokens: Ragged, layers: Ints = ()) -> StepOutput:
         """Append each row's new tokens (any number, not the same) to its slot, in one forward pass.
@@ -231,8 +246,7 @@ class Target:
         """The new tokens alone, over the keys and values of the slots."""
         rows = Rows(tuple(slots), tuple(self.length(s) for s in slots), max(map(len, tokens)))
         self._check_length(max(s + len(new) for s, new in zip(rows.starts, tokens, strict=True)))
-        # Somebody's hooks on the decoder expect its module to be called.
-        if self._lean is not None and not (self.decoder._forward_hooks or self.decoder._forward_pre_hooks):
+        if not self._watched and self._lean is not None:
             self._check_layers(layers)
             return StepOutput(*self._lean.step(rows.slots, rows.starts, tokens, layers))
         self._hook(tuple(layers))

@@ -79,7 +79,8 @@ def copy_last_layers(draft: NeuralDraft, target: Target) -> None:
                     f"the last layers of {target.spec.name} have {shape}",
                     next_step="train it from drawn weights: draft.init=random",
                 )
-            place.copy_(found)
+            # A target that is split over ranks gathers its weights here, on all of them.
+            place.copy_(found.full_tensor() if hasattr(found, "full_tensor") else found)
     draft.fc.weight.zero_()
     draft.fc.weight[:, -width:].fill_diagonal_(1.0)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
 
 from deepspec.answers.in_process import answered
 from deepspec.checkpoints.draft import check_draft
@@ -13,21 +17,26 @@ from deepspec.conditions import Conditions
 from deepspec.config import Recipe, feature_source
 from deepspec.connections import connections
 from deepspec.data.conversations import read_conversations
+from deepspec.data.rows import Rows, read_rows, write_rows
 from deepspec.data.skipping import Skipped
-from deepspec.data.template import template_conditions, template_hash
+from deepspec.data.template import template_conditions, template_date, template_hash
 from deepspec.data.tokens import Encoded, require_tokenizer, tokenizer_hash
 from deepspec.errors import RecipeError
 from deepspec.features.batches import Source, load_rows, online
 from deepspec.features.cache_read import cached, cached_rows, open_cache
 from deepspec.features.cache_write import SHARD_BYTES, Plan, Written, plan_cache, write_cache
 from deepspec.features.vllm import VllmSource, addresses
-from deepspec.files import check_writable
-from deepspec.log import import_tracker
+from deepspec.files import check_writable, writing
+from deepspec.log import import_tracker, warn
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target, TargetSpec
 from deepspec.train.build import feature_layers, read_rules, sized_spec
-from deepspec.train.facts import data_facts
+from deepspec.train.dist import ALONE, Ranks
+from deepspec.train.facts import code_hash, data_facts, file_hash
 from deepspec.train.optimizer import eight_bit_adamw
+
+KEPT = ".rows"
+"""The folder, next to the runs, of rows that were tokenised; it may be deleted."""
 
 
 class TrainingData(NamedTuple):
@@ -88,7 +97,12 @@ def check_target(recipe: Recipe, target: TargetSpec) -> None:
 
 
 def training_data(
-    recipe: Recipe, target: Target, layers: Sequence[int], run: Path, answers: Path | None
+    recipe: Recipe,
+    target: Target,
+    layers: Sequence[int],
+    run: Path,
+    answers: Path | None,
+    ranks: Ranks = ALONE,
 ) -> TrainingData:
     """The recipe's rows, tokenised from its answers or read from its feature cache, and their features.
 
@@ -104,9 +118,13 @@ def training_data(
             settings["spare"] = 1  # which the server generates
             longest = target.room(1, recipe.data.max_length)
             source = VllmSource(place, target, layers, reads, max_length=longest)
-        file = answers or answered(recipe.data.train, target, recipe.thinking, run / "data")
-        about = data_facts(file, skip_bad=recipe.data.skip_bad)
-        return TrainingData(str(file), load_rows(file, target, **settings), about, source)
+
+        def made() -> TrainingData:
+            file = answers or answered(recipe.data.train, target, recipe.thinking, run / "data")
+            rows, about = kept_rows(file, target, row_facts(recipe, target), settings, run.parent / KEPT)
+            return TrainingData(str(file), rows, about, source)
+
+        return ranks.first(made)
     cache = open_cache(Path(place))
     words = ["deepspec", "data", "cache", run / "recipe.yaml", "--answers", answers or recipe.data.train]
     remedy = "make one that fits: " + shlex.join([*map(str, words), "--out", "DIR"])
@@ -116,6 +134,28 @@ def training_data(
         wanted["data_hash"] = found["data_hash"]
     source = cached(cache, target, layers, reads, remedy, wanted)
     return TrainingData(place, cached_rows(cache), cache.facts["about"], source)
+
+
+def kept_rows(
+    file: Path, target: Target, facts: dict[str, Any], settings: dict[str, Any], folder: Path
+) -> tuple[Rows, dict[str, Any]]:
+    """(a file's rows, its `data_facts`), from an earlier start if anything kept fits, else made and kept in
+    `folder`: reading and tokenising a million answers takes an hour. The arrays are mapped, so that processes
+    on a machine share them. facts: what decides the rows, apart from the file's bytes and the settings."""
+    key = [file_hash(file), facts, settings, target.spec.vocab_size, target.max_length]
+    tokenizer = require_tokenizer(target.tokenizer, target.spec.name)
+    key += [template_date(tokenizer), code_hash("data")]
+    path = folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.safetensors"
+    if path.exists():
+        try:
+            return read_rows(path)
+        except (OSError, ValueError, SafetensorError) as error:
+            warn(f"{path} cannot be read ({error}): the rows are made again")
+    about = data_facts(file, skip_bad=settings.get("skip_bad", False))
+    rows = load_rows(file, target, **settings)
+    with writing(path):
+        write_rows(path, rows, about)
+    return rows, about
 
 
 def _row_settings(recipe: Recipe) -> dict[str, Any]:

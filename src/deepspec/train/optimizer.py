@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,16 @@ from deepspec.errors import RecipeError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What torch's AdamW keeps of each weight."""
+
+
+class Stepped(NamedTuple):
+    """What a step was: its learning rate, the norm of its gradients before clipping, its loss, and whether
+    the weights followed it."""
+
+    lr: float
+    norm: float
+    loss: float
+    taken: bool
 
 
 class Optimizer:
@@ -45,12 +55,17 @@ class Optimizer:
             if master.grad is not None:
                 master.grad.div_(weight)
 
-    def step(self, done: float, loss: Tensor | None = None) -> tuple[float, float]:
-        """Clip, step and clear the gradients. done: the finished share of the run, in [0, 1]. loss: of these
-        gradients.
+    def clear(self) -> None:
+        """Forget the gradients collected so far."""
+        for holder in (*self.parameters, *self.masters):
+            holder.grad = None
 
-        Returns (learning rate, norm of the gradients before clipping). If the gradients or the loss are not
-        finite, neither is that norm, and nothing else has been done: no weight and no state has changed.
+    def step(self, done: float, loss: Tensor | None = None, most: float = math.inf) -> Stepped:
+        """Clip, step and clear the gradients. done: the finished share of the run, in [0, 1]. loss: of these
+        gradients; most: above which it is not to be followed.
+
+        If the gradients or the loss are not finite, or the loss is above `most`, the step is not `taken`: no
+        weight and no state has changed, and the gradients are cleared.
         """
         lr = self.optim.lr * schedule(done, self.optim.warmup)
         for group in self.adamw.param_groups:
@@ -58,16 +73,17 @@ class Optimizer:
         self.collect()
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.optim.grad_clip)
         # Read before the step, not after it: a step waits for the device once in either order.
-        size = float(norm if loss is None else norm + 0.0 * loss)
-        if not math.isfinite(size):
-            return lr, size
+        size, value = torch.stack([norm, torch.zeros_like(norm) if loss is None else loss]).tolist()
+        if not (math.isfinite(size) and math.isfinite(value) and value <= most):
+            self.clear()
+            return Stepped(lr, size, value, False)
         self.adamw.step()
         self.adamw.zero_grad()
         with torch.no_grad():
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 if master is not parameter:
                     parameter.copy_(master)
-        return lr, size
+        return Stepped(lr, size, value, True)
 
     def state(self) -> dict[str, Any]:
         """What `load` needs to continue; `torch.save` can write it."""

@@ -3,15 +3,18 @@
 runs/NAME/recipe.yaml               the resolved recipe
 runs/NAME/metrics.jsonl             a row every few steps, and one for each held-out measurement
 runs/NAME/trackers/                 files of TensorBoard and others
-runs/NAME/checkpoints/step_<n>/     the draft, `optimizer.pt` and `progress.json`; the latest few are kept
+runs/NAME/checkpoints/step_<n>/     the draft, `optimizer.pt`, `progress.json`, and `manifest.json` with the
+                                    SHA-256 of the others; the latest few are kept
 runs/NAME/checkpoints/best/         the draft with the highest held-out τ
 runs/NAME/.lock                     held while a process trains here
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import pickle
 import re
 import shutil
@@ -31,16 +34,29 @@ from deepspec.checkpoints.draft import save_draft
 from deepspec.checkpoints.read import load_provenance, load_spec, read_parts
 from deepspec.config import KEPT_CHECKPOINTS, Recipe, dump_recipe, load_recipe
 from deepspec.drafts.base import NeuralDraft
-from deepspec.errors import CheckpointError, RecipeError, first_line
+from deepspec.errors import CheckpointError, RecipeError, UserError, first_line
 from deepspec.files import JsonlWriter, alone_in, aside_of, atomic_file, check_writable, write_json
-from deepspec.log import note, open_trackers, progress, warn
+from deepspec.log import flatten, note, open_trackers, progress, warn
 from deepspec.targets import Target
+from deepspec.train.facts import file_hash
 from deepspec.train.optimizer import Optimizer
 
 SHOWN = {"loss": "loss", "tau_estimate": "τ≈", "held_out_tau": "held-out τ", "tokens_per_s": "tokens/s"}
 """The metrics next to the progress bar, and their names there."""
 Log = Callable[[dict[str, Any], float], None]
 """(row of metrics, finished share of the run in [0, 1], for the progress bar)."""
+FREE = (
+    "trackers",
+    "optim.micro_batch_size",
+    "optim.micro_batch_tokens",
+    "shard_target",
+    "checkpoint_every_steps",
+)
+"""Keys of the recipe that may change between a run's start and its end: figures change by rounding only."""
+MANIFEST = "manifest.json"
+NO_ROOM = 1 << 20
+"""Free bytes below which a disk counts as full."""
+FORCE = "give the recipe and data that it was started with, or continue all the same with --force"
 FRESH = "choose another name (name=NAME), or start over with `deepspec train --fresh`"
 
 
@@ -54,6 +70,14 @@ class Progress:
     best_tau: float | None = None
     best_step: int = 0
     judged_step: int = 0
+    last_tau: float | None = None
+    """Of the step that was judged last."""
+    worse: int = 0
+    """Held-out evaluations since the best one."""
+    skipped: int = 0
+    first_loss: float | None = None
+    usual_loss: float | None = None
+    """A running mean of the losses so far."""
 
 
 READ_PROGRESS = TypeAdapter(Progress).validate_json
@@ -65,10 +89,11 @@ UNREADABLE = (
 
 
 class Run:
-    """The folder of a run, and the only writer to it. rank: this process among those that train together."""
+    """The folder of a run, and the only writer to it. rank: this process among those that train together.
+    force: continue although the recipe or the data changed."""
 
-    def __init__(self, folder: Path, recipe: Recipe, rank: int = 0) -> None:
-        self.folder, self.recipe, self.rank = folder, recipe, rank
+    def __init__(self, folder: Path, recipe: Recipe, rank: int = 0, force: bool = False) -> None:
+        self.folder, self.recipe, self.rank, self.force = folder, recipe, rank, force
         self.checkpoints, self.metrics = folder / "checkpoints", folder / "metrics.jsonl"
         self.best = self.checkpoints / "best"
 
@@ -92,7 +117,8 @@ class Run:
         """Write the resolved recipe into the folder; or only check that this could be done.
 
         Raises RecipeError, and leaves the run's own recipe as it is, if that trains another kind of draft,
-        began from another one, or keeps other optimiser states: nothing could continue it.
+        began from another one, or keeps other optimiser states: nothing could continue it. Any other key that
+        differs is an error without `force`.
         """
         path, before = self.folder / "recipe.yaml", self.recipe
         if path.exists() and self.latest() is not None:
@@ -105,9 +131,13 @@ class Run:
             raise RecipeError(
                 f"{self.folder} cannot continue with this recipe: {'; '.join(other)}", next_step=FRESH
             )
+        if changed := _changed_keys(before, self.recipe):
+            said = f"{self.folder} was started with another recipe: {'; '.join(changed)}"
+            if not self.force:
+                raise RecipeError(said, next_step=f"{FORCE}; or {FRESH}")
+            if write:
+                self.note(f"{said}; it continues with this one")
         if write:
-            if before.model_dump(mode="json") != self.recipe.model_dump(mode="json"):
-                self.note(f"{self.folder} was started with another recipe; it continues with this one")
             dump_recipe(self.recipe, path)
 
     @contextmanager
@@ -156,15 +186,19 @@ class Run:
         path = self.checkpoints / f"step_{at.step}"
 
         def resumable(part: Path) -> None:
-            torch.save(optimizer.state(), part / "optimizer.pt")
+            with _disk_of(path):
+                torch.save(optimizer.state(), part / "optimizer.pt")
             write_json(part / "progress.json", vars(at))
+            hashes = {p.name: file_hash(p) for p in part.iterdir() if p.name != "progress.json"}
+            write_json(part / MANIFEST, hashes)
 
         if path.exists():
             # The weights are the same; a last held-out measurement may have come after they were saved.
             write_json(path / "progress.json", vars(at))
         else:
             facts = {**facts, "step": at.step, "tokens": at.tokens}
-            save_draft(draft, path, target, facts, beside=resumable)
+            with _disk_of(path):
+                save_draft(draft, path, target, facts, beside=resumable)
         for _, old in self._steps()[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
 
@@ -184,7 +218,7 @@ class Run:
         refused: list[tuple[Path, CheckpointError]] = []
         for step, path in reversed(self._steps()):
             try:
-                at = _load_step(path, step, draft, optimizer, facts)
+                at = _load_step(path, step, draft, optimizer, facts, self.force)
                 break
             except CheckpointError as error:
                 refused.append((path, error))
@@ -199,7 +233,7 @@ class Run:
                     read_parts(best, load_spec(best, draft.spec.num_target_layers))
         except _DamagedError as error:
             self._set_aside(self.best, error.what, "the next held-out measurement decides the best one again")
-            at.best_tau, at.judged_step = None, 0
+            at.best_tau, at.judged_step, at.worse = None, 0, 0
         self.note(f"resuming {self.folder} from step {at.step} ({at.seconds:.0f} s trained)")
         return at
 
@@ -226,6 +260,25 @@ class Run:
         kept = f" (it is kept as {aside.name})" if there else ""
         self.warn(f"{path} is not whole{kept}: {why}; {instead}")
 
+    def check_seen(self) -> None:
+        """Raise UserError on a rank that does not see what the first one wrote."""
+        if not (self.folder / "recipe.yaml").is_file():
+            raise UserError(
+                f"{self.folder} is not there on this node, although rank 0 has written it",
+                next_step="put --runs on storage that all nodes share",
+            )
+
+
+@contextmanager
+def _disk_of(path: Path) -> Iterator[None]:
+    """Raise the system's error for a full disk: what torch and safetensors raise instead hides it."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        if shutil.disk_usage(path.parent).free > NO_ROOM and os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+
 
 class _DamagedError(CheckpointError):
     """A file of a checkpoint is missing, torn, or does not belong to the others: no recipe can use it."""
@@ -246,13 +299,17 @@ def _damage(path: Path) -> Iterator[None]:
 
 
 def _load_step(
-    path: Path, step: int, draft: NeuralDraft, optimizer: Optimizer, facts: dict[str, Any]
+    path: Path, step: int, draft: NeuralDraft, optimizer: Optimizer, facts: dict[str, Any], force: bool
 ) -> Progress:
     """Load checkpoints/step_<step> into draft and optimizer, if all its files are whole and fit each other.
 
     Raises _DamagedError if they do not, CheckpointError if nothing could continue from it with this recipe.
     """
     with _damage(path):
+        if (path / MANIFEST).exists():  # checkpoints from before there were manifests have none
+            for name, digest in json.loads((path / MANIFEST).read_bytes()).items():
+                if file_hash(path / name) != digest:
+                    raise ValueError(f"{name} is not as it was written")
         at = READ_PROGRESS((path / "progress.json").read_bytes())
         if at.step != step or not math.isfinite(at.seconds):
             raise ValueError(f"progress.json tells of step {at.step} and {at.seconds} s")
@@ -260,7 +317,8 @@ def _load_step(
         if not (origin := load_provenance(path)):
             raise ValueError("deepspec.json is missing")
         before, now = (found.get("vocabulary") or {} for found in (origin, facts))
-        saved = torch.load(path / "optimizer.pt", weights_only=True, map_location=draft.device)
+        # Into host memory: on the device it would lie beside the fresh masters.
+        saved = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
         masters = saved["masters"]
         shapes = [m.shape for m in masters]
     why = None
@@ -268,21 +326,25 @@ def _load_step(
         why = "trains a draft of another shape"
     elif before.get("ids_hash") != now.get("ids_hash"):
         why = "has a draft vocabulary that was counted in other data"
+    data = [found.get("data_hash") for found in (origin, facts)]
+    if why is None and not force and None not in data and data[0] != data[1]:
+        said = "the run was trained on other data so far (data_hash {}, and now {})".format(*data)
+        raise CheckpointError(said, where=str(path), next_step=f"{FORCE}; or {FRESH}")
     if why:
         said = f"the run cannot continue with this recipe: it {why}"
         raise CheckpointError(said, where=str(path), next_step=FRESH)
     with _damage(path):
         names = [name for name, parameter in draft.named_parameters() if parameter.requires_grad]
         for name, master in zip(names, masters, strict=True):
-            if not torch.equal(weights[name].to(master.device), master.to(weights[name].dtype)):
+            if not torch.equal(weights[name], master.to(weights[name].dtype)):
                 raise ValueError(f"optimizer.pt and model.safetensors differ in {name}")
         optimizer.load(saved)
     return at
 
 
-def check_run(runs: Path, recipe: Recipe, *, fresh: bool = False) -> None:
+def check_run(runs: Path, recipe: Recipe, *, fresh: bool = False, force: bool = False) -> None:
     """Raise what `open_run` would raise, before the target is loaded, and write nothing."""
-    run = Run(runs / recipe.name, recipe)
+    run = Run(runs / recipe.name, recipe, force=force)
     check_writable(run.folder, folder=True)
     if run.folder.is_dir():
         with alone_in(run.folder, "training"):
@@ -291,13 +353,15 @@ def check_run(runs: Path, recipe: Recipe, *, fresh: bool = False) -> None:
 
 
 @contextmanager
-def open_run(runs: Path, recipe: Recipe, *, fresh: bool = False, rank: int = 0) -> Iterator[Run]:
+def open_run(
+    runs: Path, recipe: Recipe, *, fresh: bool = False, force: bool = False, rank: int = 0
+) -> Iterator[Run]:
     """The run runs/<recipe's name>, kept to this process until the block ends; its recipe is written.
 
-    fresh: an earlier run of that name is moved aside first. Raises UserError if another process trains
-    there, and RecipeError if the run there trains another draft.
+    fresh: an earlier run of that name is moved aside first. force: its recipe may have changed. Raises
+    UserError if another process trains there, and RecipeError if the run there cannot continue.
     """
-    run = Run(runs / recipe.name, recipe, rank)
+    run = Run(runs / recipe.name, recipe, rank, force)
     if rank:
         yield run
         return
@@ -319,6 +383,12 @@ def _differences(before: Recipe, now: Recipe) -> list[str]:
     )
     other = ((key, *("not set" if side[key] is None else side[key] for side in (have, want))) for key in have)
     return [f"its {key} is {one}, the recipe's is {two}" for key, one, two in other if one != two]
+
+
+def _changed_keys(before: Recipe, now: Recipe) -> list[str]:
+    """The keys that differ between a run's recipe and the one given now, with both values, except `FREE`."""
+    have, want = (flatten(recipe.model_dump(mode="json")) for recipe in (before, now))
+    return [f"{k} was {have[k]} and is {want[k]}" for k in have if have[k] != want[k] and k not in FREE]
 
 
 def forget_after(path: Path, step: int) -> None:
