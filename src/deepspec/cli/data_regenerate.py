@@ -154,12 +154,13 @@ def in_process_advice(total: int) -> str:
     start = f"{total:,} prompts are answered in this process. "
     if torch.cuda.is_available():
         return start + (
-            "On a GPU, an inference server such as vLLM decodes more of them at a time: start it with this target "
-            "and add --server URL --target TARGET"
+            "On a GPU, an inference server such as vLLM decodes more of them at a time: start it with this "
+            "target and add --server URL --target TARGET"
         )
     return start + (
-        "On a CPU, llama-server is about as fast and reads the 4-bit file as it is, an eighth of the memory: for "
-        "a target that is large for this machine, start it with --parallel 16 and add --server URL --target TARGET"
+        "On a CPU, llama-server is about as fast, and reads the 4-bit file as it is, an eighth of the memory. "
+        "For a target that is large for this machine, start it with --parallel 16 and add --server URL "
+        "--target TARGET"
     )
 
 
