@@ -158,9 +158,9 @@ def in_process_advice(total: int) -> str:
             "target and add --server URL --target TARGET"
         )
     return start + (
-        "On a CPU, llama-server is about as fast, and reads the 4-bit file as it is, an eighth of the memory. "
-        "For a target that is large for this machine, start it with --parallel 16 and add --server URL "
-        "--target TARGET"
+        "On a CPU, llama-server is about as fast, and reads the 4-bit file as it is, in an eighth of the "
+        "memory. For a target that is large for this machine, start it with --parallel 16, and add "
+        "--server URL --target TARGET"
     )
 
 
