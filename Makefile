@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # One process per processor; tests/conftest.py gives each one thread, as small tensors are not worth a second one.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: help quickstart test test-servers docs lint format soak clean
+.PHONY: help quickstart test test-servers real docs lint format soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo 'make docs         rewrite the generated parts of docs/ (benchmarks, data, serving, targets)'
 	@echo 'make soak         the long fault tests (every command killed again and again)'
 	@echo 'make test-servers run the drafts in llama-server, which the first run builds (11 minutes on two cores)'
+	@echo 'make real         a real instruct model: train drafts, serve them (two hours; ARGS=--fast: a smoke run)'
 	@echo 'make lint         ruff and mypy only        make format   rewrite with ruff'
 	@echo 'make clean        remove .venv, caches and build artefacts (runs/ is kept)'
 
@@ -74,6 +75,12 @@ test-servers: $(STAMP)
 	  echo 'Building llama-server needs cmake and a C++ compiler (on Debian and Ubuntu: apt install cmake g++).'; exit 1; }
 	$(BIN)/python -m pytest -m servers $(ARGS)
 	$(BIN)/python benchmarks/servers.py --write
+
+# Runs until it is done, however often it is stopped; benchmarks/real.py writes docs/real.md from its results.
+real: $(STAMP)
+	@command -v cmake >/dev/null && command -v c++ >/dev/null || { \
+	  echo 'Building llama-server needs cmake and a C++ compiler (on Debian and Ubuntu: apt install cmake g++).'; exit 1; }
+	$(BIN)/python benchmarks/real.py $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -633,3 +633,15 @@ def test_a_file_without_prompts_is_refused_before_anything_is_loaded(tmp_path):
     result = call(tmp_path / "p.jsonl", "--out", tmp_path / "o.jsonl")
     assert result.exit_code == 2
     assert "holds no prompts" in result.stderr
+
+
+# ── which way is recommended ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("gpu", "engine"), [(True, "vLLM"), (False, "llama-server")])
+def test_many_prompts_in_process_are_told_of_the_server_that_suits_the_machine(monkeypatch, gpu, engine):
+    from deepspec.cli.data_regenerate import in_process_advice
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    advice = in_process_advice(2700)
+    assert engine in advice and "2,700 prompts" in advice and "--server URL" in advice

@@ -26,6 +26,10 @@ from deepspec.cli.common import (
 )
 from deepspec.errors import UserError
 from deepspec.files import check_writable
+from deepspec.log import note
+
+MANY = 500
+"""Prompts from which on it is worth saying how they are answered fastest."""
 
 if TYPE_CHECKING:
     from deepspec.answers.file import Tally
@@ -134,11 +138,30 @@ def regenerate(
         from deepspec.targets import TargetSpec
 
         target = target or "pocket"
+        if total >= MANY:
+            note(in_process_advice(total))
         options = {key: value for key, value in settings.items() if key != "total"}
         check_settings(TargetSpec.from_pretrained(target), out, **options)
         tally = regenerate(load_target(target), asked, out, max_rows=batch or 16, **settings)
     report_skipped(skipped)
     _report(tally, out, target or "TARGET", thinking)
+
+
+def in_process_advice(total: int) -> str:
+    """Which way to answer so many prompts takes least, on a machine like this one (docs/regenerate.md)."""
+    import torch
+
+    start = f"{total:,} prompts are answered in this process. "
+    if torch.cuda.is_available():
+        return start + (
+            "On a GPU, an inference server such as vLLM decodes more of them at a time: start it with this "
+            "target and add --server URL --target TARGET"
+        )
+    return start + (
+        "On a CPU, llama-server is about as fast, and reads the 4-bit file as it is, in an eighth of the "
+        "memory. For a target that is large for this machine, start it with --parallel 16, and add "
+        "--server URL --target TARGET"
+    )
 
 
 def _report(tally: Tally, out: Path, target: str, thinking: bool) -> None:

