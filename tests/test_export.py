@@ -426,6 +426,10 @@ def test_reduced_vocabulary_is_not_for_block_drafts_on_sglang(drafts: dict[str, 
             refuse("sglang", reduced(name))
     refuse("sglang", reduced("eagle3-portable"))
     refuse("vllm", reduced("dspark"))
+    refuse("llamacpp", reduced("dspark"))
+    older = reduced("dflash")
+    with pytest.raises(UserError, match="older alignment"):
+        refuse("llamacpp", older._replace(spec=replace(older.spec, sample_from_anchor=False)))
 
 
 def test_target_decides_what_the_draft_alone_does_not_show(

@@ -6,11 +6,13 @@ needs the package sentencepiece). tests/test_servers.py serves them.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from deepspec.checkpoints.draft import load_draft, new_draft, save_draft
 from deepspec.checkpoints.export import export_draft
 from deepspec.checkpoints.gguf_draft import export_gguf, inspect_gguf
 from deepspec.checkpoints.gguf_tokenizer import GPT2, SPLITTING, _splitting
@@ -49,6 +52,17 @@ def files(pocket: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in DRAFTS:
         export_gguf(name, folder / f"{name}.gguf", pocket, dtype="float32")
     return folder
+
+
+def reduced(name: str, pocket: Target, folder: Path, rows: int = 512) -> Path:
+    """A shipped draft whose head keeps only so many of the target's ids, spread over all of them."""
+    draft = load_draft(name, pocket)
+    kept = range(3, 4096, 4096 // rows)
+    other = new_draft(replace(draft.spec, draft_vocab_size=rows), pocket, kept=list(kept))
+    weights = {k: v for k, v in draft.state_dict().items() if "markov_w2" not in k}
+    other.load_state_dict(weights, strict=False)
+    save_draft(other, folder / f"{name}-{rows}", pocket, {})
+    return folder / f"{name}-{rows}"
 
 
 def keys_of(path: Path) -> dict[str, Any]:
@@ -101,6 +115,30 @@ def test_file_holds_the_drafts_tensors(pocket: Target, files: Path, tmp_path: Pa
         assert found[key].tensor_type.name == "F32"
         assert tuple(found[key].shape)[::-1] == tuple(tensor.shape), key
         assert np.array_equal(found[key].data, tensor.numpy()), key
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_reduced_vocabulary_is_the_head_and_the_targets_ids(
+    pocket: Target, tmp_path: Path, name: str
+) -> None:
+    """Offsets in place of ids, as in the checkpoint, would make llama.cpp propose other tokens."""
+    draft = reduced(name, pocket, tmp_path)
+    export_gguf(draft, tmp_path / "draft.gguf", pocket, dtype="q8_0")
+    found = tensors_of(tmp_path / "draft.gguf")
+    assert (found["d2t"].tensor_type.name, found["output.weight"].tensor_type.name) == ("I64", "Q8_0")
+    assert found["d2t"].data.tolist() == list(range(3, 4096, 8))
+    assert "t2d" not in found and list(found)[-1] == "d2t"
+    head = gguf.quants.dequantize(found["output.weight"].data, found["output.weight"].tensor_type)
+    kept = pocket.head.weight[3::8].numpy()
+    assert np.abs(head - kept).max() <= np.abs(kept).max() / 127
+    if "markov_w2.weight" in found:
+        assert found["markov_w2.weight"].shape[1] == 512
+    facts = inspect_gguf(tmp_path / "draft.gguf", pocket.spec)
+    assert (facts["vocabulary"], facts["draft_vocabulary"], facts["fits"]) == (4096, 512, True)
+    # It used to be refused as if its head were a copy of the target's, and block drafts were exported without
+    # the size.
+    config = export_draft(draft, "vllm", tmp_path / "vllm", target=pocket).path / "config.json"
+    assert json.loads(config.read_text())["draft_vocab_size"] == 512
 
 
 def test_keys_say_what_the_draft_is(files: Path) -> None:
@@ -299,14 +337,17 @@ def test_missing_package_is_named(pocket: Target, tmp_path: Path, monkeypatch: p
     ("name", "dtype", "theirs"),
     [(name, "float32", "f32") for name in DRAFTS]
     + [(name, None, "auto") for name in DRAFTS]
-    + [("pocket-dspark", "float16", "f16"), ("pocket-dflash", "q8_0", "q8_0")],
+    + [("pocket-dspark", "float16", "f16"), ("pocket-dflash", "q8_0", "q8_0")]
+    + [(f"{name}, reduced", *kinds) for name in DRAFTS for kinds in (("float32", "f32"), ("q8_0", "q8_0"))],
 )
 def test_file_equals_the_converters(
     pocket: Target, tmp_path: Path, name: str, dtype: str | None, theirs: str
 ) -> None:
     pytest.importorskip("sentencepiece", reason="llama.cpp's converter needs it")
-    export_draft(name, "llamacpp", tmp_path / name, target=pocket)
-    words = [sys.executable, str(DRIVER), str(SOURCE), str(tmp_path / name), "--outtype", theirs]
+    if name.endswith("reduced"):
+        name = str(reduced(name.split(",")[0], pocket, tmp_path / "small"))
+    export_draft(name, "llamacpp", tmp_path / "ours", target=pocket)
+    words = [sys.executable, str(DRIVER), str(SOURCE), str(tmp_path / "ours"), "--outtype", theirs]
     words += ["--target-model-dir", packaged("pocket"), "--outfile", str(tmp_path / "theirs.gguf")]
     subprocess.run(words, check=True, capture_output=True)
     export_gguf(name, tmp_path / "ours.gguf", pocket, dtype=dtype)

@@ -91,12 +91,13 @@ def prepare(name_or_path: str | Path, to: str, target: Target | None) -> Ready:
     if target is not None:
         check_fit(spec, target, str(name_or_path))
         spec = replace(spec, num_target_layers=depth)
-        copies = _own(copies, target)
+        copies = _own(copies, target, spec)
     facts = {**read.load_provenance(path), "sample_from_anchor": spec.sample_from_anchor, "exported_to": to}
     if to == NATIVE:
         return Ready(spec, write_config(spec, source), tensors | copies, facts, [])
     server = "llamacpp" if to == GGUF else to
-    refuse(server, Facts(spec, bool(copies), target))
+    needed = copies.keys() & ({read.HEAD, *read.MAPS} if spec.draft_vocab_size else set())
+    refuse(server, Facts(spec, copies.keys() != needed, target))
     spec, tensors, notes = complete(server, spec, tensors)
     positions, more = _positions(source, target)
     if served_as(spec).method == "eagle3":
@@ -118,11 +119,14 @@ def check_free(out: Path) -> None:
     check_writable(out, folder=True)
 
 
-def _own(copies: dict[str, Tensor], target: Target) -> dict[str, Tensor]:
-    """The stored copies; empty if all of them equal the target's."""
+def _own(copies: dict[str, Tensor], target: Target, spec: DraftSpec) -> dict[str, Tensor]:
+    """The stored copies; empty if all of them equal the target's. The head of a reduced vocabulary and its
+    maps stay: the target has none."""
     theirs = {read.EMBEDDING: target.embedding.weight, read.HEAD: target.head.weight}
-    same = (k in theirs and torch.equal(copy.to(theirs[k]), theirs[k]) for k, copy in copies.items())
-    return {} if all(same) else copies
+    kept = {read.HEAD, *read.MAPS} if spec.draft_vocab_size else set()
+    rest = {k: v for k, v in copies.items() if k not in kept}
+    same = all(k in theirs and torch.equal(v.to(theirs[k]), theirs[k]) for k, v in rest.items())
+    return {k: v for k, v in copies.items() if k in kept} if same else copies
 
 
 def _positions(source: dict[str, Any], target: Target | None) -> tuple[int, list[str]]:
@@ -156,8 +160,9 @@ def complete(
     """(spec, tensors, notes) with the parts that a server requires; they are zero and change no output."""
     tensors, notes = dict(tensors), []
     if served_as(spec).method == "dspark" and not spec.markov_rank:
-        zeros = tensors["fc.weight"].new_zeros(spec.vocab_size, SILENT_RANK)
-        tensors |= {f"markov_head.markov_{w}.weight": zeros.clone() for w in ("w1", "w2")}
+        sizes = {"w1": spec.vocab_size, "w2": spec.draft_vocab_size or spec.vocab_size}
+        new = tensors["fc.weight"].new_zeros
+        tensors |= {f"markov_head.markov_{w}.weight": new(n, SILENT_RANK) for w, n in sizes.items()}
         spec = replace(spec, markov_rank=SILENT_RANK)
         notes.append("the server expects a sequential head in such a draft: an all-zero one was added")
     if to == "llamacpp" and spec.confidence and not spec.confidence_with_markov:
@@ -197,11 +202,11 @@ def server_config(spec: DraftSpec, max_positions: int) -> dict[str, Any]:
         # If it were true, SGLang would use the embedding as the head.
         "tie_word_embeddings": False,
         "num_target_layers": spec.num_target_layers,
+        # null means the target's whole vocabulary and its head. SGLang's Eagle-3 fails if the key is missing.
+        "draft_vocab_size": spec.draft_vocab_size,
     }
     if served.method == "eagle3":
         return config | {
-            # null means the target's whole vocabulary and its head. SGLang fails if the key is missing.
-            "draft_vocab_size": spec.draft_vocab_size,
             # Always written: without the first, vLLM and the speculators package assume different things.
             **{name: getattr(spec, name) for name in EAGLE3_NORMS},
             "num_aux_hidden_states": len(layers),

@@ -10,10 +10,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deepspec.checkpoints.export import Exported, Ready, prepare
 from deepspec.checkpoints.gguf_tokenizer import copied, import_gguf, read_keys, written
+from deepspec.checkpoints.read import MAPS, OFFSETS
 from deepspec.checkpoints.servers import GGUF, launch_commands, served_as
 from deepspec.drafts.spec import LayerShape
 from deepspec.errors import CheckpointError, UserError
@@ -46,13 +48,15 @@ PARTS = {
 TOP = {
     "fc": "fc",
     "norm": "output_norm",
+    "lm_head": "output",
     "hidden_norm": "enc.output_norm",
     "input_norm": "enc.output_norm",
     "markov_head.markov_w1": "markov_w1",
     "markov_head.markov_w2": "markov_w2",
     "confidence_head.proj": "conf_proj",
 }
-"""What GGUF calls the rest: hidden_norm is a block draft's, input_norm Eagle-3's."""
+"""What GGUF calls the rest: hidden_norm is a block draft's, input_norm Eagle-3's, lm_head that of a reduced
+vocabulary."""
 
 
 def export_gguf(
@@ -86,6 +90,10 @@ def export_gguf(
     for name, tensor in _tensors(ready):
         data, found = _quantised(gguf, name, tensor, kind)
         writer.add_tensor(name, data, raw_dtype=found)
+    if (offsets := ready.tensors.get(OFFSETS)) is not None:
+        # A reduced vocabulary: the target's id of each row of the head.
+        ids = (offsets + torch.arange(len(offsets))).numpy()
+        writer.add_tensor(OFFSETS, ids, raw_dtype=gguf.GGMLQuantizationType.I64)
     _add_facts(gguf, writer, ready, target.spec, Path(str(name_or_path)).name, kind)
     with atomic_file(out) as stream:
         # The writer opens the file by its name; the stream is there to make it durable.
@@ -121,6 +129,8 @@ def _tensors(ready: Ready) -> Iterator[tuple[str, Tensor]]:
     """(name in GGUF, tensor) of a draft, in the order of the names in the checkpoint."""
     shape = ready.spec.shape
     for name, tensor in sorted(ready.tensors.items()):
+        if name in MAPS:
+            continue
         stem, _, ending = name.rpartition(".")
         layer = re.fullmatch(r"(?:layers\.(\d+)|midlayer)\.(.+)", stem)
         if layer is None:
@@ -222,6 +232,7 @@ def inspect_gguf(path: Path, target: TargetSpec | None = None) -> dict[str, Any]
         "confidence_head": "sees the previous token" if facts.get("has_confidence_head") else None,
         "hidden_size": facts["embedding_length"],
         "vocabulary": vocabulary,
+        "draft_vocabulary": int(tensors[OFFSETS].n_elements) if OFFSETS in tensors else vocabulary,
         "splitting": keys.get("tokenizer.ggml.pre"),
         "mask_token_id": keys.get("tokenizer.ggml.mask_token_id"),
         "stored_as": "+".join(sorted({t.tensor_type.name for t in tensors.values()})),

@@ -86,7 +86,8 @@ def served_as(spec: DraftSpec) -> Served:
 
 
 class Facts(NamedTuple):
-    """What a limit depends on. own: whether the draft has an embedding or head that may not be the target's.
+    """What a limit depends on. own: whether the draft has an embedding, or a whole head, that may not be the
+    target's.
     target: the target it was trained for, if one was given."""
 
     spec: DraftSpec
@@ -197,6 +198,12 @@ LIMITS: tuple[Limit, ...] = (
         "its vocabulary is reduced, and SGLang ignores that in DFlash and DSpark drafts",
         "export with --to vllm",
         "sglang",
+    ),
+    Limit(
+        lambda f: served_as(f.spec).method == "dflash" and f.spec.draft_vocab_size is not None,
+        "its vocabulary is reduced, which llama.cpp's converter does not know of DFlash in the older alignment",
+        "export with --to vllm",
+        "llamacpp",
     ),
     Limit(
         lambda f: not f.eagle and f.target is not None and f.target.spec.model_type == "qwen2",
