@@ -290,9 +290,16 @@ class Target:
 
     @torch.no_grad()
     def transformers_generate(
-        self, input_ids: Sequence[int], max_new_tokens: int, temperature: float, stops: Sequence[int]
+        self,
+        input_ids: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        stops: Sequence[int],
+        **assistance: int,
     ) -> list[int]:
         """New tokens by transformers' own `generate`: the baseline that users already have.
+
+        assistance: its settings for speculation, such as `prompt_lookup_num_tokens`; plain without any.
 
         Greedy at temperature 0; above it, sampling without top-k or top-p from torch's global generator. What
         else the model's generation config asks for (penalties, beams, stop strings, …) is left out: plain
@@ -309,6 +316,7 @@ class Target:
             top_p=1.0 if temperature > 0 else None,
             eos_token_id=list(stops) or None,
             pad_token_id=0,
+            **assistance,
         )
         # `generate` fills what its config leaves open from the model's own one.
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()
