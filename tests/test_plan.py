@@ -629,14 +629,14 @@ def peak() -> int:
 
 
 def taken_by_a_step(target: Target, recipe: Recipe, rows: int, length: int) -> int:
-    """Bytes that a large step takes beyond what is there after a small one."""
+    """Bytes that a step takes beyond what is there after the one before it."""
     libc = ctypes.CDLL(None)
     libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: tensors get pages of their own, not what earlier tests freed
     draft = build_draft(recipe, target, [])
     optimizer, source = Optimizer(draft, recipe.optim), online(target, draft.feature_layers)
     before = 0
-    for width in (8, length):
-        ids, mask = [7 + i % 900 for i in range(width)], [0, 0] + [1] * (width - 2)
+    ids, mask = [7 + i % 900 for i in range(length)], [0, 0] + [1] * (length - 2)
+    for _ in range(2):  # the first also loads code, and makes the library of products keep some megabytes
         gc.collect()
         libc.malloc_trim(0)  # what is free goes back, or a step would be served from it
         Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
@@ -669,7 +669,7 @@ def test_step_takes_the_memory_that_its_plan_says(
     found = tmp_path / "bytes"
     assert ended(in_child(lambda: found.write_text(str(taken_by_a_step(pocket, recipe, rows, length)))))
     ratio = int(found.read_text()) / wanted
-    assert 0.6 < ratio < 1.1
+    assert 0.8 < ratio < 1.1
 
 
 # ── this machine ──────────────────────────────────────────────────────────────────────────────────────

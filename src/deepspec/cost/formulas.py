@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepspec.features.formats import STORED_BYTES, TOKEN_BYTES, scale_bytes
-from deepspec.maths.chunking import default_chunk_rows
+from deepspec.maths.chunking import cpu_block_rows, default_chunk_rows
 
 FUNCTIONS = {"min": min, "max": max, "ceil": math.ceil}
 
@@ -135,18 +135,26 @@ def activation_bytes(draft: Names, sequences: float, length: float, anchors: flo
     return figure("bytes", formula, draft, sequences=sequences, length=length, anchors=anchors)
 
 
-def head_bytes(draft: Names, loss_rows: float, accelerated: bool) -> Figure:
-    """Bytes that the loss holds besides its rows: logits of a chunk, of draft and teacher, and two tensors
-    to work in, as wide on an accelerator and small on a CPU; gradients of the hidden rows; W₂'s in float32
-    and, of a draft in bfloat16, in its own format."""
-    formula = "tensors * chunk * 4 * own_vocab + loss_rows * draft_width * (2 * hidden + rank)"
+def head_bytes(draft: Names, loss_rows: float, teachers: float, accelerated: bool) -> Figure:
+    """Bytes that the loss holds: a chunk's logits of draft and teacher (those over the whole vocabulary too if
+    the draft's is reduced); three tensors to work in, as wide on an accelerator, blocks of a chunk on a CPU;
+    the rows that pass the head, of the hidden states and of the Markov head, with their gradients; the
+    teachers' rows; W₂'s gradient in float32 and, of a draft in bfloat16, in its own format."""
+    formula = (
+        "4 * (own_vocab * (2 * chunk + 3 * block_rows) + full * chunk) + loss_rows * draft_width * 2 * (hidden + rank)"
+        " + teachers * width * hidden + numbers * own_vocab * rank"
+    )
+    vocab, own = int(draft["vocab"]), int(draft["own_vocab"])
+    chunk = default_chunk_rows(vocab, accelerated)
     return figure(
         "bytes",
-        formula + " + numbers * own_vocab * rank",
+        formula,
         draft,
         loss_rows=loss_rows,
-        tensors=4 if accelerated else 2,
-        chunk=default_chunk_rows(int(draft["vocab"]), accelerated),
+        teachers=teachers,
+        chunk=chunk,
+        block_rows=chunk if accelerated else cpu_block_rows(own),
+        full=vocab if own < vocab else 0,
         numbers=4 if draft["draft_width"] == 4 else 4 + draft["draft_width"],
     )
 

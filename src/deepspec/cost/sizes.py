@@ -66,7 +66,9 @@ def memory_figures(inputs: Inputs) -> dict[str, Figure]:
     step = {
         "features of a micro-batch": figure("bytes", features, names, sequences=micro, length=length),
         "activations of a micro-batch": formulas.activation_bytes(names, micro, length, anchors),
-        "head and loss": formulas.head_bytes(names, loss_rows, inputs.machine.memory is not None),
+        "head and loss": formulas.head_bytes(
+            names, loss_rows, min(loss_rows, micro * length), inputs.machine.memory is not None
+        ),
     }
     laws = "sequences * (2 * block + 1) * vocab * 4 * copies"
     held_out = {

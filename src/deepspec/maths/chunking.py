@@ -20,3 +20,8 @@ def default_chunk_rows(vocab_size: int, accelerated: bool = False, threads: int 
     if accelerated:
         return max(GPU_ROWS, GPU_BYTES // row)
     return max(min(CPU_ROWS * threads, CPU_MOST_ROWS), CHUNK_BYTES // row)
+
+
+def cpu_block_rows(vocab_size: int) -> int:
+    """Rows of the part of a chunk that a CPU works on at a time, number by number."""
+    return max(1, BLOCK_BYTES // (4 * max(1, vocab_size)))

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepspec.maths.chunking import BLOCK_BYTES, default_chunk_rows
+from deepspec.maths.chunking import cpu_block_rows, default_chunk_rows
 from deepspec.maths.finite import largest_of
 from deepspec.maths.formed import needs_gradient, with_gradients
 from deepspec.maths.head import Head
@@ -152,6 +152,8 @@ class _Task:
     z: Tensor | None  # [N, r]
     w2: Tensor | None  # [V, r]; prepared: in the dtype of `z`
     known: Tensor | None = None  # [N] bool: the label is in the draft's vocabulary
+    dead: Tensor | None = None  # [N] bool, prepared: all weights are zero
+    of_dead: Tensor | None = None  # [M] bool, prepared: only such rows learn from this teacher
     dtype: torch.dtype = torch.float32  # of the maths
 
 
@@ -206,7 +208,7 @@ def _check(task: _Task) -> None:
 
 
 def _prepare(task: _Task) -> _Task:
-    """Dtypes settled, labels mapped to rows of the draft's head, rows without weight made harmless."""
+    """Dtypes settled, labels mapped to rows of the draft's head, rows without weight found."""
     hidden, head, labels, known = task.hidden, task.head, task.labels, None
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     weights = {term: weight.detach().to(dtype) for term, weight in task.weights.items()}
@@ -223,34 +225,32 @@ def _prepare(task: _Task) -> _Task:
     dead = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
     for weight in weights.values():
         dead &= weight == 0
-    teacher_head, teacher_hidden = task.teacher_head, task.teacher_hidden
+    teacher_head, teacher_hidden, of_dead = task.teacher_head, task.teacher_hidden, dead
     if teacher_head is not None and teacher_hidden is not None:
         teacher_head = teacher_head.to(teacher_hidden.dtype)
-        of_dead = dead
         if task.teacher_of is not None:
             live = sent(task.teacher_of, dead.device).masked_fill(dead, len(teacher_hidden))
             of_dead = dead.new_ones(len(teacher_hidden) + 1).index_fill(0, live, False)[:-1]
-        teacher_hidden = _harmless(teacher_hidden, of_dead)
     return replace(
         task,
-        hidden=_harmless(hidden, dead),
         head=head.to(hidden.dtype),
         weights=weights,
         labels=labels,
-        teacher_hidden=teacher_hidden,
         teacher_head=teacher_head,
-        z=task.z if task.z is None else _harmless(task.z, dead),
         w2=task.w2 if task.w2 is None or task.z is None else task.w2.to(task.z.dtype),
         known=known,
+        dead=dead,
+        of_dead=of_dead,
         dtype=dtype,
     )
 
 
-def _harmless(rows: Tensor, dead: Tensor) -> Tensor:
-    """Rows [N, d] without what a `dead` one may hold: zeros instead of a row with NaN or extreme numbers."""
-    if not len(rows):
-        return rows
-    return rows.masked_fill((dead & ~(largest_of(rows) <= EXTREME))[:, None], 0.0)
+def _harmless(values: Tensor, dead: Tensor | None, rows: slice | Tensor) -> Tensor:
+    """Some rows [n, d] of values [N, d], without what a `dead` one [N] may hold: zeros instead of NaN or
+    extreme numbers. One chunk's rows at a time: a copy of all of them would last as long as the loss."""
+    assert dead is not None
+    found = values[rows]
+    return found.masked_fill((dead[rows] & ~(largest_of(found) <= EXTREME))[:, None], 0.0)
 
 
 def _walk(task: _Task, wants: _Wants, chunk_rows: int) -> _Result:
@@ -267,7 +267,7 @@ def _walk(task: _Task, wants: _Wants, chunk_rows: int) -> _Result:
     )
     head, teacher_head, vocab = task.head, task.teacher_head, task.head.vocab_size
     chunk = min(chunk_rows, count)
-    block = chunk if device.type != "cpu" else min(chunk, max(1, BLOCK_BYTES // (4 * max(1, vocab))))
+    block = chunk if device.type != "cpu" else min(chunk, cpu_block_rows(vocab))
     reduced = teacher_head is not None and head.kept is not None
     space = _Space(
         draft=new(chunk, vocab),
@@ -283,19 +283,20 @@ def _walk(task: _Task, wants: _Wants, chunk_rows: int) -> _Result:
             teacher = _form_teacher(task, piece.fresh, space, wants)
         slope = None if space.slope is None else space.slope[: piece.size]
         draft = space.draft[: piece.size]
-        head.logits_into(draft, task.hidden[piece.rows], slope)
-        if task.z is not None and task.w2 is not None:
-            _add_product(draft, task.z[piece.rows], task.w2.t())
+        head.logits_into(draft, _harmless(task.hidden, task.dead, piece.rows), slope)
+        z = None if task.z is None else _harmless(task.z, task.dead, piece.rows)
+        if z is not None and task.w2 is not None:
+            _add_product(draft, z, task.w2.t())
         for start in range(0, piece.size, block):
             _block(task, piece, slice(start, min(start + block, piece.size)), space, teacher, wants, result)
-        _products(task, piece, draft, slope, result)
+        _products(task, piece, draft, slope, z, result)
     return result
 
 
 def _form_teacher(task: _Task, fresh: slice, space: _Space, wants: _Wants) -> _Teacher:
     """The distributions of some teacher rows, into space.teacher."""
     assert task.teacher_head is not None and task.teacher_hidden is not None and space.teacher is not None
-    hidden, kept = task.teacher_hidden[fresh], task.head.kept
+    hidden, kept = _harmless(task.teacher_hidden, task.of_dead, fresh), task.head.kept
     logits = (space.draft if space.full is None else space.full)[: len(hidden)]
     task.teacher_head.logits_into(logits, hidden)
     best = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device) if wants.correct else None
@@ -390,17 +391,19 @@ def _gradient(
         out.scatter_add_(1, labels, -weights["ce"])
 
 
-def _products(task: _Task, piece: Piece, gradient: Tensor, slope: Tensor | None, result: _Result) -> None:
+def _products(
+    task: _Task, piece: Piece, gradient: Tensor, slope: Tensor | None, z: Tensor | None, result: _Result
+) -> None:
     """A chunk's gradient of the logits, back through w2 and the head, into `result`."""
     if result.d_hidden is None and result.d_z is None and result.d_w2 is None:
         return
     narrow = gradient.to(task.hidden.dtype)
-    if task.z is not None and task.w2 is not None:
+    if z is not None and task.w2 is not None:
         of_bias = narrow.to(task.w2.dtype)
         if result.d_z is not None:
             result.d_z[piece.rows] = of_bias @ task.w2
         if result.d_w2 is not None:
-            _add_product(result.d_w2, of_bias.t(), task.z[piece.rows])
+            _add_product(result.d_w2, of_bias.t(), z)
     if result.d_hidden is not None:
         if slope is not None:
             narrow = gradient.mul_(slope).to(task.hidden.dtype)
