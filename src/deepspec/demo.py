@@ -81,7 +81,8 @@ def quickstart(
     for algorithm, recipe in recipes.items():
         note(f"3/5  training {algorithm} for {60 * size.minutes:.0f} s")
         data = recipe.data.model_copy(update={"features": f"cache:{features}"})
-        outcome = train_draft(recipe.model_copy(update={"data": data}), out, target=target)
+        # The full quickstart continues the drafts of a fast one in its folder, on more data.
+        outcome = train_draft(recipe.model_copy(update={"data": data}), out, target=target, force=True)
         if outcome.interrupted:
             raise KeyboardInterrupt
         drafts[algorithm] = load_draft(outcome.best, target)

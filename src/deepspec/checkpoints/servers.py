@@ -201,7 +201,7 @@ LIMITS: tuple[Limit, ...] = (
     ),
     Limit(
         lambda f: served_as(f.spec).method == "dflash" and f.spec.draft_vocab_size is not None,
-        "its vocabulary is reduced, which llama.cpp's converter does not know of DFlash in the older alignment",
+        "its vocabulary is reduced, which llama.cpp does not know of DFlash in the older alignment",
         "export with --to vllm",
         "llamacpp",
     ),

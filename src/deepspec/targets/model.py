@@ -220,7 +220,7 @@ class Target:
 
     @property
     def _watched(self) -> bool:
-        """Whether somebody's hooks on the decoder expect its module to be called: those of its shards, too."""
+        """Whether hooks on the decoder, such as those of its shards, expect its module to be called."""
         return bool(self.decoder._forward_hooks or self.decoder._forward_pre_hooks)
 
     def release(self) -> None:
