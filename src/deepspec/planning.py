@@ -114,8 +114,9 @@ def without_gpu(recipe: Recipe) -> str | None:
     if recipe.precision != "bfloat16" or torch.cuda.is_available():
         return None
     return (
-        f"{recipe.name} was made for a GPU, and this machine has none: {recipe.algorithm}/small has the layers, "
-        "batch, number format and minutes for a small target on a CPU; for a larger one, precision=float32"
+        f"{recipe.name} was made for a GPU, and this machine has none: {recipe.algorithm}/small has the "
+        "layers, batch, number format and minutes for a small target on a CPU; for a larger one, add "
+        "precision=float32"
     )
 
 
