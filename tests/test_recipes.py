@@ -19,6 +19,7 @@ from deepspec.cost.formulas import state_bytes_per_parameter
 from deepspec.drafts.spec import read_spec, write_config
 from deepspec.errors import RecipeError
 from deepspec.families import default_target_layers
+from deepspec.planning import without_gpu
 from deepspec.recipe_files import recipe_names
 from deepspec.train.build import draft_spec
 from golden_case import FOLDER
@@ -101,6 +102,23 @@ def test_small_recipe_is_one_that_a_cpu_and_llama_server_can_run(algorithm: str)
     assert spec.target_layer_ids == (1, 14, 27)
     assert (recipe.precision, recipe.optim.batch_size, spec.draft_vocab_size) == ("float32", 4, 8192)
     refuse("llamacpp", Facts(spec, own=False, target=None))
+
+
+def test_recipe_for_a_gpu_names_the_one_to_take_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    generic, small = (load_recipe(f"eagle3/{kind}", ["target=some/model"]) for kind in ("generic", "small"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "eagle3/small has the layers" in str(without_gpu(generic))
+    assert without_gpu(small) is None
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert without_gpu(generic) is None
+
+
+@pytest.mark.parametrize(
+    ("depth", "count", "layers"),
+    [(30, 3, [1, 14, 27]), (36, 5, [1, 9, 17, 25, 33]), (6, 3, [1, 2, 3]), (2, 3, [0]), (12, 1, [1])],
+)
+def test_any_number_of_feature_layers_is_spread_over_the_depth(depth, count, layers):
+    assert default_target_layers(depth, count) == layers
 
 
 # ── drafts of the published targets ───────────────────────────────────────────────────────────────────

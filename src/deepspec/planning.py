@@ -109,9 +109,14 @@ def prepare(
     return Inputs(recipe, config, counts, row, describe, features, batch=batch, **choices), source
 
 
+def any_target() -> str:
+    """The recipes for any target that suit this machine: `dspark/` and so on come before."""
+    return "generic" if torch.cuda.is_available() else "small"
+
+
 def without_gpu(recipe: Recipe) -> str | None:
     """What to take on this machine instead of a recipe that was made for a GPU; None if it fits."""
-    if recipe.precision != "bfloat16" or torch.cuda.is_available():
+    if recipe.precision != "bfloat16" or any_target() == "generic":
         return None
     return (
         f"{recipe.name} was made for a GPU, and this machine has none: {recipe.algorithm}/small has the "
