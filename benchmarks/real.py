@@ -17,11 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,25 +32,20 @@ import real_page
 import servers
 from deepspec.checkpoints.draft import load_draft
 from deepspec.checkpoints.export import Exported
-from deepspec.decode.engine import Decoder, Request
 from deepspec.drafts.base import NeuralDraft
 from deepspec.files import write_json
 from deepspec.log import note
-from deepspec.maths.acceptance import paired_bootstrap_ratio
+from deepspec.measure import profile as profiling
 from deepspec.measure.evaluate import load_prompts
-from deepspec.measure.profile import Grid, profile
-from deepspec.measure.rows import Prompt
 from deepspec.targets import Target
 from deepspec.this_machine import this_machine
 from real_models import MODELS, Model, fetch, held_out
+from real_served import PLAIN, agreement, compared, decoded, passes, served
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {name: f"{name}/small" for name in ("dspark", "dflash", "eagle3")}
 WIDTHS = (1, 2, 3, 5, 8)
 """New tokens of the passes that are timed: a round of γ proposals is a pass of γ + 1."""
-PROBES = 7
-AGREEMENT = (100, 32)
-"""Prompts whose greedy answers are compared in both engines, without drafts, and their new tokens."""
 
 
 @dataclass(frozen=True)
@@ -157,141 +151,19 @@ def evaluate(work: Work) -> dict[str, Any]:
     return found
 
 
-# ── in llama-server ───────────────────────────────────────────────────────────────────────────────────
-
-
-def served(work: Work, prompts: Sequence[Prompt], budget: int, words: Sequence[str]) -> list[dict[str, Any]]:
-    """llama-server's answers with the file as it was shipped."""
-    log, found = work / "server.log", servers.engine(servers.cache())
-    with servers.serving(found, work / work.model.file, words, log) as client:
-        servers.ask(client, prompts[0], budget)  # first-call costs belong to nobody
-        return [asdict(servers.ask(client, prompt, budget)) for prompt in prompts]
-
-
-def decoded(
-    target: Target, draft: NeuralDraft | None, prompts: Sequence[Prompt], budget: int
-) -> list[dict[str, Any]]:
-    """Our own greedy answers, several prompts together, counted as the server counts (no speeds)."""
-    asked = [Request(p.ids, budget, key=p.id, stop_token_ids=target.stop_token_ids) for p in prompts]
-    found = {g.key: g for g in Decoder(target, draft, max_rows=8).run(asked)}
-    rounds = [servers.served_rounds(found[p.id].accepted, budget) for p in prompts]
-    return [
-        asdict(servers.Answer(found[p.id].token_ids, sum(r), len(r), 0.0))
-        for p, r in zip(prompts, rounds, strict=True)
-    ]
-
-
-def agreement(target: Target, work: Work) -> dict[str, Any]:
-    """Greedy answers without drafts: the server's, from the file's quantised numbers, next to ours."""
-    count, budget = AGREEMENT
-    held_out(work / "agreement.jsonl", count)
-    prompts = load_prompts(work / "agreement.jsonl", target, limit=count)
-    theirs = read(served(work, prompts, budget, []))
-    ours = read(decoded(target, None, prompts, budget))
-    return {
-        "prompts": len(prompts),
-        "tokens": budget,
-        "partings": partings(target, prompts, ours, theirs),
-        "usual_gap": usual_gap(target, prompts, ours),
-    }
-
-
-def usual_gap(target: Target, prompts: Sequence[Prompt], ours: Sequence[servers.Answer]) -> float:
-    """The median, over all tokens of our answers, of the difference between the two best logits."""
-    found = []
-    for prompt, answer in zip(prompts, ours, strict=True):
-        ids = torch.tensor([[*prompt.ids, *answer.tokens[:-1]]])
-        logits = target.logits(target.read(ids, ()).last_hidden[0, len(prompt.ids) - 1 :])
-        best = logits.topk(2).values
-        found += (best[:, 0] - best[:, 1]).tolist()
-    return statistics.median(found)
-
-
-def passes(work: Work) -> dict[str, float]:
-    """Milliseconds in which llama-server reads so many new tokens in one pass (medians): what it costs to
-    check a draft of one token fewer."""
-    with servers.serving(
-        servers.engine(servers.cache()), work / work.model.file, [], work / "server.log"
-    ) as client:
-        spent: dict[int, list[float]] = {width: [] for width in WIDTHS}
-        for turn in range(PROBES + 1):
-            for width in WIDTHS:
-                # Other tokens in each request, so that nothing is taken from the last one's cache.
-                prompt = [1000 + 100 * turn + 10 * width + i for i in range(width)]
-                body = {"prompt": prompt, "n_predict": 1, "temperature": 0, "cache_prompt": False}
-                said = client.post("/completion", json=body).raise_for_status().json()
-                if turn:
-                    spent[width].append(said["timings"]["prompt_ms"])
-    return {str(width): statistics.median(each) for width, each in spent.items()}
-
-
 def our_steps(target: Target, work: Work) -> dict[str, Any]:
-    """Milliseconds of our passes with as many new tokens, and of a draft's proposals."""
+    """Milliseconds of our passes with so many new tokens, and of a draft's proposals. On one thread it is
+    processor time, of which nothing goes to other programs."""
+    if torch.get_num_threads() == 1:
+        profiling.clock = lambda device: time.process_time()
     found: dict[str, Any] = {"target": {}, "propose": {}}
     for name in RECIPES:
         draft = load_draft(str(work / "runs" / name), target)
-        costs = profile(target, draft, Grid((1,), WIDTHS[:-1], (64,)), sweeps=5, seconds=30)
+        costs = profiling.profile(target, draft, profiling.Grid((1,), WIDTHS, (64,)), sweeps=5, seconds=30)
         assert costs.propose is not None
         for width, seconds in zip(costs.widths, costs.target[0, :, 0], strict=True):
             found["target"][str(width)] = 1000 * float(seconds)
         found["propose"][name] = 1000 * float(costs.propose[0, 0])
-    return found
-
-
-def compared(
-    target: Target,
-    prompts: Sequence[Prompt],
-    plain: Sequence[servers.Answer],
-    theirs: Sequence[servers.Answer],
-    ours: Sequence[servers.Answer],
-) -> dict[str, Any]:
-    """One draft in both engines: τ, the server's speed-up, and the texts with and without the draft."""
-    pair = [([float(len(a.tokens)) for a in some], [a.seconds for a in some]) for some in (theirs, plain)]
-    speedup = paired_bootstrap_ratio(pair[0], pair[1], servers.BOOTSTRAP_SEED)
-    rounds = sum(a.rounds for a in theirs)
-    return {
-        **servers.compare(target, prompts, ours, theirs),
-        "speedup": speedup and speedup._asdict(),
-        "partings": partings(target, prompts, ours, theirs),
-        "partings_from_plain": partings(target, prompts, plain, theirs),
-        "per_domain": by_domain(prompts, theirs, ours),
-        "round_ms": 1000 * sum(a.seconds for a in theirs) / max(rounds, 1),
-        "plain_ms": 1000 / servers.rate(plain),
-    }
-
-
-def partings(
-    target: Target,
-    prompts: Sequence[Prompt],
-    ours: Sequence[servers.Answer],
-    theirs: Sequence[servers.Answer],
-) -> list[dict[str, Any]]:
-    """Where the engines' texts part: the prompt, the first token that differs, and by how much our logits
-    prefer the first one's token. A text's end counts as a token, of which the server says only that it
-    stopped."""
-    stops = list(target.stop_token_ids)
-    found = []
-    for prompt, a, b in zip(prompts, ours, theirs, strict=True):
-        texts = ([*(t for t in answer.tokens if t not in stops), *stops[:1]] for answer in (a, b))
-        pairs = list(zip(*texts, strict=False))
-        at = next((i for i, (x, y) in enumerate(pairs) if x != y), None)
-        if at is not None:
-            ids = torch.tensor([[*prompt.ids, *a.tokens[:at]]])
-            logits = target.logits(target.read(ids, ()).last_hidden[0, -1])
-            logits[stops] = logits[stops].max()
-            gap = float(logits[pairs[at][0]] - logits[pairs[at][1]])
-            found.append({"prompt": prompt.id, "at": at, "gap": gap})
-    return found
-
-
-def by_domain(prompts: Sequence[Prompt], *engines: Sequence[servers.Answer]) -> dict[str, list[float]]:
-    """Pooled τ of each engine, for each domain."""
-    found: dict[str, list[float]] = {}
-    for domain in dict.fromkeys(p.domain for p in prompts):
-        for engine in engines:
-            some = [a for p, a in zip(prompts, engine, strict=True) if p.domain == domain]
-            tau = sum(a.committed for a in some) / max(sum(a.rounds for a in some), 1)
-            found.setdefault(domain, []).append(tau)
     return found
 
 
@@ -334,22 +206,20 @@ def in_llama_server(work: Work, target: Target) -> dict[str, Any]:
     """The drafts exported, and served by llama-server from the file as it was shipped."""
     for name in RECIPES:
         work.once(f"export {name}", lambda name=name: export(work, name))
-    budget = work.size.tokens
+    file, log, budget = work / work.model.file, work / "server.log", work.size.tokens
     prompts = load_prompts(work / "held.jsonl", target, limit=work.size.prompts)
-    plain = read(work.once("serve plain", lambda: served(work, prompts, budget, [])))
+    drafts = {name: load_draft(str(work / "runs" / name), target) for name in RECIPES}
+    words = {PLAIN: [], **{name: draft_words(work, name, draft) for name, draft in drafts.items()}}
+    theirs = work.once("serve", lambda: served(file, log, prompts, budget, words))
     rows = {}
-    for name in RECIPES:
-        draft = load_draft(str(work / "runs" / name), target)
-        words = draft_words(work, name, draft)
-        theirs = read(work.once(f"serve {name}", lambda w=words: served(work, prompts, budget, w)))
-        ours = read(work.once(f"decode {name}", lambda d=draft: decoded(target, d, prompts, budget)))
-        rows[name] = work.once(
-            f"compare {name}", lambda t=theirs, o=ours: compared(target, prompts, plain, t, o)
-        )
+    for name, draft in drafts.items():
+        ours = work.once(f"decode {name}", lambda d=draft: decoded(target, d, prompts, budget))
+        answers = [theirs[PLAIN], theirs[name], ours]
+        rows[name] = work.once(f"compare {name}", lambda a=answers: compared(target, prompts, *a))
     return {
         "served": rows,
-        "server_steps": work.once("passes", lambda: passes(work)),
-        "agreement": work.once("agreement", lambda: agreement(target, work)),
+        "server_steps": work.once("passes", lambda: passes(file, log, WIDTHS)),
+        "agreement": work.once("agreement", lambda: agreement(target, file, log)),
     }
 
 
@@ -357,10 +227,6 @@ def draft_words(work: Work, name: str, draft: NeuralDraft) -> list[str]:
     """llama-server's options for an exported draft."""
     exported = Exported(work / f"{name}.gguf", "gguf", "", draft.spec.proposals, "F16", 0, [], ())
     return servers.draft_words(draft, exported)
-
-
-def read(entries: Sequence[dict[str, Any]]) -> list[servers.Answer]:
-    return [servers.Answer(**entry) for entry in entries]
 
 
 def timings(path: Path) -> dict[str, float]:

@@ -59,6 +59,11 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, 118, break_on_hyphens=False, break_long_words=False)
 
 
+def served(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, what was measured in llama-server) of each draft."""
+    yield from ((name, results["served"][name]) for name in TITLES)
+
+
 def ours(results: dict[str, Any], name: str) -> dict[str, Any]:
     found: dict[str, Any] = next(row for row in results["evaluated"] if row["method"] == name)
     return found
@@ -66,7 +71,7 @@ def ours(results: dict[str, Any], name: str) -> dict[str, Any]:
 
 def engines(results: dict[str, Any]) -> Iterator[str]:
     """τ and speed-up in both engines."""
-    size, served = results["size"], results["served"]
+    size = results["size"]
     yield from ("", "## Accepted length and speed", "")
     yield wrapped(
         f"{results['created'][:10]}, {results['machine']}; each draft was trained for {size['minutes']:g} "
@@ -77,7 +82,7 @@ def engines(results: dict[str, Any]) -> Iterator[str]:
         "turns; the server's is against the same server without a draft, prompts not counted."
     )
     rows = []
-    for name, row in served.items():
+    for name, row in served(results):
         tau, overall = row["tau"], ours(results, name)["overall"]
         apart = tau["theirs"]["value"] / tau["ours"]["value"] - 1
         speeds = [interval(overall["speedup"]), interval(row["speedup"])]
@@ -89,8 +94,8 @@ def engines(results: dict[str, Any]) -> Iterator[str]:
 
 def verdicts(results: dict[str, Any]) -> Iterator[str]:
     """In words, what the speed-ups mean: the interval decides."""
-    found = [(TITLES[n], "llama-server", row["speedup"]) for n, row in results["served"].items()]
-    found += [(TITLES[n], "our decoder", ours(results, n)["overall"]["speedup"]) for n in results["served"]]
+    found = [(TITLES[n], "llama-server", row["speedup"]) for n, row in served(results)]
+    found += [(TITLES[n], "our decoder", ours(results, n)["overall"]["speedup"]) for n in TITLES]
     for said, fits in (
         ("It is slower with the draft", lambda s: s["high"] < 1),
         ("It is faster with the draft", lambda s: s["low"] > 1),
@@ -103,6 +108,7 @@ def verdicts(results: dict[str, Any]) -> Iterator[str]:
 
 def texts(results: dict[str, Any]) -> Iterator[str]:
     """What each draft changed in the texts."""
+    yield ""
     yield wrapped(
         "The server computes with the file's 4-bit numbers, and rounds what goes into each product to 8 "
         "bits, in other ways for one token than for several; we unpack the same weights to float32. So its "
@@ -112,7 +118,7 @@ def texts(results: dict[str, Any]) -> Iterator[str]:
         f"{results['agreement']['usual_gap']:.2f}."
     )
     rows = []
-    for name, row in results["served"].items():
+    for name, row in served(results):
         lossless, count = ours(results, name)["lossless"], row["prompts"]
         same = f"{lossless['identical']} of {lossless['prompts']}"
         same += f", {lossless['near_ties']} part at a near-tie" if lossless["near_ties"] else ""
@@ -132,14 +138,10 @@ def gaps(partings: list[dict[str, Any]]) -> str:
 
 
 def per_domain(results: dict[str, Any]) -> Iterator[str]:
-    names = list(results["served"])
-    domains = results["served"][names[0]]["per_domain"]
+    each = [row["per_domain"] for _, row in served(results)]
     yield from ("## By domain", "", "τ ours / llama-server.")
-    rows = [
-        [d, *(" / ".join(f"{t:.2f}" for t in results["served"][n]["per_domain"][d]) for n in names)]
-        for d in domains
-    ]
-    yield from table(["held-out prompts", *(TITLES[n] for n in names)], rows)
+    rows = [[d, *(" / ".join(f"{t:.2f}" for t in found[d]) for found in each)] for d in each[0]]
+    yield from table(["held-out prompts", *TITLES.values()], rows)
     yield wrapped(
         "The drafts were trained on answers to the packaged prompts (code, math, questions about Python) "
         "only. The other domains are public benchmarks, which are a test set only."
@@ -173,7 +175,7 @@ def costs(results: dict[str, Any]) -> Iterator[str]:
     server, here = results["server_steps"], results["steps"]["target"]
     yield from ("", "## What a round costs, and when it pays", "")
     yield wrapped(
-        "Milliseconds of a pass of the target with so many new tokens. A round with γ proposals takes a "
+        "Processor milliseconds of a pass of the target with so many new tokens. A round with γ proposals takes a "
         "pass of γ + 1 tokens, and the draft's own time."
     )
     rows = [
@@ -182,7 +184,7 @@ def costs(results: dict[str, Any]) -> Iterator[str]:
     ]
     yield from table(["new tokens", *server], rows)
     rows = []
-    for name, row in results["served"].items():
+    for name, row in served(results):
         width = str(ours(results, name)["block"] + 1)
         propose = results["steps"]["propose"][name] / here["1"]
         sides = [
@@ -229,7 +231,7 @@ def evaluated(results: dict[str, Any]) -> Iterator[str]:
 
 def work(results: dict[str, Any]) -> Iterator[str]:
     size, answers, seconds = results["size"], results["answers"], results["seconds"]
-    yield from ("", "## What it took", "")
+    yield from ("", "## What it took")
     rows = [[step, f"{s / 60:.1f}"] for step, s in sorted(seconds.items())]
     total = sum(seconds.values())
     yield from table(["step", "minutes"], [*rows, ["all", f"{total / 60:.0f} ({total / 3600:.1f} hours)"]])

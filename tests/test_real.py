@@ -12,6 +12,7 @@ import torch
 import real
 import real_models
 import real_page
+import real_served
 from deepspec.pocket import prompts_path
 from servers import Answer
 
@@ -85,18 +86,18 @@ class Lowest:
 
 def test_texts_part_at_the_first_token_that_differs_and_an_end_is_a_token():
     """The server leaves the stop token out; a text that is a beginning of the other would not part at all."""
-    prompts = [real.Prompt(str(i), "", "", (5,)) for i in range(4)]
+    prompts = [real_served.Prompt(str(i), "", "", (5,)) for i in range(4)]
     ours = [Answer(t, 0, 0, 1.0) for t in ([2, 3], [2, 3, 1], [2, 3, 4], [2, 0])]
     theirs = [Answer(t, 0, 0, 1.0) for t in ([2, 3], [2, 3], [2, 4, 4], [2, 7])]
-    found = real.partings(Lowest(), prompts, ours, theirs)
+    found = real_served.partings(Lowest(), prompts, ours, theirs)
     assert found == [{"prompt": "2", "at": 1, "gap": 1.0}, {"prompt": "3", "at": 1, "gap": 7.0}]
 
 
 def test_tau_by_domain_pools_the_rounds_of_each_engine():
-    prompts = [real.Prompt(str(i), "ab"[i > 1], "", (1,)) for i in range(3)]
+    prompts = [real_served.Prompt(str(i), "ab"[i > 1], "", (1,)) for i in range(3)]
     ours = [Answer([], 6, 2, 1.0), Answer([], 2, 2, 1.0), Answer([], 3, 1, 1.0)]
     theirs = [Answer([], 4, 4, 1.0), Answer([], 5, 2, 1.0), Answer([], 0, 0, 1.0)]
-    assert real.by_domain(prompts, ours, theirs) == {"a": [2.0, 1.5], "b": [3.0, 0.0]}
+    assert real_served.by_domain(prompts, ours, theirs) == {"a": [2.0, 1.5], "b": [3.0, 0.0]}
 
 
 def test_page_in_docs_is_the_results_file_written_out():
