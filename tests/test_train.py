@@ -340,7 +340,7 @@ def renamed(target: Target, path: Path, name: str, *, rows: int = 0) -> Target:
     return found
 
 
-def test_mask_token_is_the_tokenizers_own_then_the_familys_then_a_free_row_then_a_reserved_name(
+def test_mask_token_is_its_own_then_the_familys_then_a_free_row_then_a_reserved_or_control_token(
     talking, targets, tmp_path
 ):
     ids = talking.tokenizer.get_vocab()
@@ -352,6 +352,8 @@ def test_mask_token_is_the_tokenizers_own_then_the_familys_then_a_free_row_then_
     assert mask_token(free) == len(ids)
     reserved = renamed(talking, tmp_path / "reserved", "<unused0>")
     assert mask_token(reserved) == ids["<|mask|>"]
+    control = renamed(talking, tmp_path / "control", "<reponame>")  # as SmolLM2, which reserves nothing
+    assert mask_token(control) == ids["<|mask|>"]
 
 
 def test_target_without_a_token_to_spare_is_told_of_eagle3(talking, tmp_path):

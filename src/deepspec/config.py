@@ -86,8 +86,9 @@ class DraftConfig(Section):
 
     num_layers: Count
     block: Count  # γ, the tokens proposed per round; for eagle3 the unroll length K
-    # None: a rule chooses them from the target's depth
+    # None: a rule chooses `feature_layers` of them from the target's depth
     target_layer_ids: list[Annotated[int, Field(ge=-1)]] | None = None
+    feature_layers: Count = 5
     mask_token_id: Annotated[int, Field(ge=0)] | None = None  # None: a token that the target never writes
     markov_rank: Annotated[int, Field(ge=0)] = 0  # r; 0 means no sequential head
     markov_head: Annotated[str, AfterValidator(_known(MARKOV_HEADS))] = "vanilla"

@@ -140,12 +140,13 @@ def _rope_type(entry: Mapping[str, Any]) -> str:
     return "default" if kind == "mrope" else kind
 
 
-def default_target_layers(depth: int) -> list[int]:
-    """Five layers round(1 + i * (depth - 4) / 4), without duplicates and never the last (method.md 2).
+def default_target_layers(depth: int, count: int = 5) -> list[int]:
+    """Layers round(1 + i * (depth - 4) / (count - 1)), without duplicates and never the last (method.md 2).
 
-    depth: the number of the target's decoder layers. Raises ValueError if it is below two.
+    depth: the number of the target's decoder layers; count: of the layers to choose, five in the method.
+    Raises ValueError if the depth is below two.
     """
     if depth < 2:
         raise ValueError(f"a target of {depth} layer(s) has no inner layer to read features from")
-    step = max(depth - 4, 0) / 4
-    return sorted({min(int(1 + i * step + 0.5), depth - 2) for i in range(5)})
+    step = max(depth - 4, 0) / max(count - 1, 1)
+    return sorted({min(int(1 + i * step + 0.5), depth - 2) for i in range(count)})

@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deepspec.answers.in_process import PACKAGED_ROWS
 from deepspec.checkpoints.inspect import parameters
 from deepspec.config import Recipe, feature_source
@@ -100,10 +102,27 @@ def prepare(
     else:
         counts = assumed_counts(ASSUMED_ROWS, prompt_tokens or published.prompts[0], answer)
     counts = counts if rows is None else counts.of(rows)
-    counts = replace(counts, notes=(*notes, *counts.notes))
+    hint = [] if row.name != "here" or (said := without_gpu(recipe)) is None else [said]
+    counts = replace(counts, notes=(*hint, *notes, *counts.notes))
     if features is None:
         features = "cache" if feature_source(recipe.data.features)[0] == "cache" else "online"
     return Inputs(recipe, config, counts, row, describe, features, batch=batch, **choices), source
+
+
+def any_target() -> str:
+    """The recipes for any target that suit this machine: `dspark/` and so on come before."""
+    return "generic" if torch.cuda.is_available() else "small"
+
+
+def without_gpu(recipe: Recipe) -> str | None:
+    """What to take on this machine instead of a recipe that was made for a GPU; None if it fits."""
+    if recipe.precision != "bfloat16" or any_target() == "generic":
+        return None
+    return (
+        f"{recipe.name} was made for a GPU, and this machine has none: {recipe.algorithm}/small has the "
+        "layers, batch, number format and minutes for a small target on a CPU; for a larger one, add "
+        "precision=float32"
+    )
 
 
 def describe(recipe: Recipe, config: Mapping[str, Any]) -> tuple[DraftSpec, int]:

@@ -166,7 +166,7 @@ LIMITS: tuple[Limit, ...] = (
     Limit(
         lambda f: f.eagle and len(f.spec.target_layer_ids) != 3,
         "it does not read exactly three feature layers, and llama.cpp's Eagle-3 needs three",
-        "train with three draft.target_layer_ids, or export with --to vllm or sglang",
+        "train with draft.feature_layers=3 (recipe eagle3/small), or export with --to vllm or sglang",
         "llamacpp",
     ),
     Limit(

@@ -167,6 +167,7 @@ def in_process_advice(total: int) -> str:
 def _report(tally: Tally, out: Path, target: str, thinking: bool) -> None:
     """Print what was done, and the commands that may follow."""
     from deepspec.answers.file import beside
+    from deepspec.planning import any_target
 
     before = f"; {tally.there} rows had one before" if tally.there else ""
     typer.echo(f"{out}: {tally.new} new answers{before}")
@@ -184,7 +185,7 @@ def _report(tally: Tally, out: Path, target: str, thinking: bool) -> None:
             "the same command tries them again"
         )
     inspect = ["deepspec", "data", "inspect", str(out), "--target", target]
-    recipe = ["pocket-dspark"] if target == "pocket" else ["dspark/generic", f"target={target}"]
+    recipe = ["pocket-dspark"] if target == "pocket" else [f"dspark/{any_target()}", f"target={target}"]
     train = ["deepspec", "train", *recipe, f"data.train={out}", *(["thinking=true"] if thinking else [])]
     typer.echo(f"next: {shlex.join(inspect)}")
     typer.echo(f"      {shlex.join(train)}")

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from deepspec.cli.common import INTERRUPTED, Answers, Overrides, RecipeName
-from deepspec.log import note
+from deepspec.log import note, warn
 
 
 def train(
@@ -47,8 +47,11 @@ def train(
     if start_from is not None:
         overrides = [*(overrides or []), f"start_from={json.dumps(start_from)}"]
     settings = load_recipe(recipe, overrides or [])
+    from deepspec.planning import without_gpu
     from deepspec.train.loop import train_draft
 
+    if (hint := without_gpu(settings)) is not None:
+        warn(hint)
     outcome = train_draft(settings, runs, answers=answers, fresh=fresh, force=force)
     if outcome.rank:
         return  # the first one prints

@@ -251,6 +251,7 @@ def new_spec(
     num_layers: int,
     block: int,
     target_layer_ids: list[int] | None = None,
+    feature_layers: int = 5,
     mask_token_id: int | None = None,
     intermediate_size: int | None = None,
     qk_norm: bool = True,
@@ -258,9 +259,9 @@ def new_spec(
 ) -> DraftSpec:
     """The spec of a new draft for a target, from the target's raw text config.
 
-    By default a rule chooses five feature layers (method.md 2). options: other fields of `DraftSpec`. A draft
-    for an unknown family is Qwen3-shaped and uses plain rotary positions, whatever the target's rope scaling.
-    Raises SpecError.
+    By default a rule chooses the feature layers, as many as `feature_layers` (method.md 2). options: other
+    fields of `DraftSpec`. A draft for an unknown family is Qwen3-shaped and uses plain rotary positions,
+    whatever the target's rope scaling. Raises SpecError.
     """
     row = families.target_family(target_config.get("model_type", ""))
     facts = {**target_config, "qk_norm": qk_norm}
@@ -279,7 +280,7 @@ def new_spec(
             shape=layer_shape(facts, row.draft),
             num_layers=num_layers,
             block=block,
-            target_layer_ids=tuple(target_layer_ids or families.default_target_layers(depth)),
+            target_layer_ids=tuple(target_layer_ids or families.default_target_layers(depth, feature_layers)),
             num_target_layers=depth,
             vocab_size=_count(facts, "vocab_size"),
             mask_token_id=mask_token_id if ALGORITHMS[algorithm].needs_mask else None,

@@ -140,8 +140,8 @@ def mask_token(target: Target, chosen: int | None = None) -> int:
 
     The rule takes the first of these that is fit: the tokenizer's own mask token, the family's reserved id,
     an embedding row that the tokenizer has no token for, a token that is reserved by name, the unknown token,
-    the first token of a text. Raises RecipeError for an id that the target reads or writes
-    (`unfit_for_mask`), and if none is fit.
+    the first token of a text, any other control token. Raises RecipeError for an id that the target reads or
+    writes (`unfit_for_mask`), and if none is fit.
     """
     if chosen is not None:
         if (why := unfit_for_mask(target, chosen)) is None:
@@ -176,6 +176,9 @@ def _mask_candidates(target: Target) -> Iterator[int]:
     for special in ("unk_token_id", "bos_token_id"):
         if (found := getattr(tokenizer, special, None)) is not None:
             yield int(found)
+    # SmolLM2 reserves nothing, but has marks of its training data, such as <reponame>.
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    yield from (i for i, token in sorted(added.items()) if token.special)
 
 
 def unfit_for_mask(target: Target, token: int) -> str | None:
