@@ -187,7 +187,7 @@ def _draft_problems(recipe: Recipe) -> Iterator[str]:
     if row.layers not in (None, draft.num_layers):
         yield f"`draft.num_layers` must be {row.layers} for {name}, not {draft.num_layers}"
     if not row.labels and loss.ce and loss.kl:
-        yield f"set only one of `loss.ce` and `loss.kl` for {name}: both are its cross-entropy with the target"
+        yield f"set one of `loss.ce` and `loss.kl` for {name}: both are its cross-entropy with the target"
     if not row.labels and loss.positions == "dpace":
         yield f"`loss.positions` cannot be dpace for {name}: it needs the probability of a label"
     if draft.confidence_with_markov and not (draft.confidence and draft.markov_rank):

@@ -24,16 +24,13 @@ from torch import Tensor
 
 from deepspec.maths.chunking import BLOCK_BYTES, default_chunk_rows
 from deepspec.maths.figures import gradient_into, read_figures, slopes_of
-from deepspec.maths.finite import largest_of
+from deepspec.maths.finite import harmless
 from deepspec.maths.formed import needs_gradient, with_gradients
 from deepspec.maths.head import Head
 from deepspec.maths.host import sent
 from deepspec.maths.pieces import Piece, pieces
 from deepspec.maths.positions import RULES, Positions, block_weights
 from deepspec.maths.terms import TERMS, figures_of
-
-EXTREME = 1e6
-"""Numbers above this, in a row that has no weight, are read as zeros: products with them could overflow."""
 
 
 def head_loss(
@@ -253,27 +250,20 @@ def _prepare(task: _Task) -> _Task:
         if task.teacher_of is not None:
             live = sent(task.teacher_of, dead.device).masked_fill(dead, len(teacher_hidden))
             of_dead = dead.new_ones(len(teacher_hidden) + 1).index_fill(0, live, False)[:-1]
-        teacher_hidden = _harmless(teacher_hidden, of_dead)
+        teacher_hidden = harmless(teacher_hidden, of_dead)
     return replace(
         task,
-        hidden=_harmless(hidden, dead),
+        hidden=harmless(hidden, dead),
         head=head.to(hidden.dtype),
         weights=weights,
         labels=labels,
         teacher_hidden=teacher_hidden,
         teacher_head=teacher_head,
-        z=task.z if task.z is None else _harmless(task.z, dead),
+        z=task.z if task.z is None else harmless(task.z, dead),
         w2=task.w2 if task.w2 is None or task.z is None else task.w2.to(task.z.dtype),
         known=known,
         dtype=dtype,
     )
-
-
-def _harmless(rows: Tensor, dead: Tensor) -> Tensor:
-    """Rows [N, d] without what a `dead` one may hold: zeros instead of a row with NaN or extreme numbers."""
-    if not len(rows):
-        return rows
-    return rows.masked_fill((dead & ~(largest_of(rows) <= EXTREME))[:, None], 0.0)
 
 
 def _walk(task: _Task, wants: _Wants, chunk_rows: int) -> _Result:

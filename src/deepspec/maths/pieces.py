@@ -66,7 +66,7 @@ def pieces(
 
 def _cuts(count: int, chunk: int, block: Tensor | None) -> list[int]:
     """Where chunks begin, and where the last ends."""
-    if block is None:
+    if block is None or not count:
         return [*range(0, count, chunk), count]
     cuts, last = [0], 0
     for end in [*((block.diff() != 0).nonzero()[:, 0] + 1).tolist(), count]:
