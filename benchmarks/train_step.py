@@ -219,7 +219,7 @@ def ours(draft: NeuralDraft, batch: FeatureBatch, loss: LossSettings, plan: Any)
 
 def plain(draft: NeuralDraft, batch: FeatureBatch, loss: LossSettings, plan: Any) -> Tensor:
     if plan is None:
-        return plain_unroll_loss(draft, batch)
+        return plain_unroll_loss(draft, batch, loss)
     return plain_block_loss(draft, batch, loss, plan)
 
 

@@ -79,7 +79,7 @@ class Case:
     def loss(self) -> LossSettings:
         given = self.arguments
         return LossSettings(
-            ce=given.get("ce_loss_alpha", 0.0),
+            ce=given.get("ce_loss_alpha", 1.0),
             l1=given.get("l1_loss_alpha", 0.0),
             confidence=given.get("confidence_head_alpha", 0.0),
             decay_gamma=given.get("loss_decay_gamma") or 4.0,

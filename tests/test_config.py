@@ -251,7 +251,8 @@ def test_missing_key_is_named(tmp_path):
             "`draft.confidence` must be false for dflash",
         ),
         ("pocket-eagle3", ["draft.num_layers=2"], "`draft.num_layers` must be 1 for eagle3, not 2"),
-        ("pocket-eagle3", ["loss.l1=0.5"], "`loss.l1` must be 0 for eagle3"),
+        ("pocket-eagle3", ["loss.kl=0.5"], "set one of `loss.ce` and `loss.kl` for eagle3"),
+        ("pocket-eagle3", ["loss.positions=dpace"], "`loss.positions` cannot be dpace for eagle3"),
         (
             "pocket-dspark",
             ["draft.markov_rank=0", "draft.confidence=false", "loss.confidence=0"],

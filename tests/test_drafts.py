@@ -571,17 +571,30 @@ def test_decoding_a_draft_that_is_being_trained_keeps_no_graph(make: Callable[[]
     assert not propose(draft, [0], batch, [0], [5]).q.requires_grad
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        DSPARK_LOSS,
+        LossSettings(ce=0.0, l1=0.5, lk_alpha=0.5, confidence=1.0, positions="survival", decay_gamma=3.0),
+        LossSettings(ce=1.0, reverse_kl=0.5, lk_lambda=0.5, confidence=1.0, positions="dpace"),
+    ],
+    ids=["decay", "survival", "dpace"],
+)
 @every_draft
-def test_the_loss_and_every_gradient_are_those_of_the_plain_step(make: Callable[[], Any]) -> None:
+def test_the_loss_and_every_gradient_are_those_of_the_plain_step(
+    make: Callable[[], Any], loss: LossSettings
+) -> None:
     """Rows of different lengths, dummies, a teacher that several rows share: dense masks, whole logits."""
     draft, batch = make(), make_batch((30, 17), 30, seed=4)
+    if loss.positions == "dpace" and not draft.algorithm.labels:
+        pytest.skip("needs labels")
     plan = draft.plan(batch, 9, torch.Generator().manual_seed(0))
-    found = draft(batch, DSPARK_LOSS, plan, False)
+    found = draft(batch, loss, plan, False)
     gradients_found = gradients(draft, found)
     if plan is None:
-        total = plain_unroll_loss(draft, batch)
+        total = plain_unroll_loss(draft, batch, loss)
     else:
-        total = plain_block_loss(draft, batch, DSPARK_LOSS, plan)
+        total = plain_block_loss(draft, batch, loss, plan)
     close(found.total, total)
     for name, gradient in gradients(draft, LossSums(total, found.weight, {})).items():
         close(gradients_found[name], gradient)

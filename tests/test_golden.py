@@ -25,7 +25,7 @@ from deepspec.drafts.base import tau_sums
 from deepspec.drafts.dspark import DSparkDraft
 from deepspec.drafts.eagle3 import Eagle3Draft
 from deepspec.maths.blocks import anchor_candidates
-from deepspec.maths.losses import position_weights
+from deepspec.maths.positions import position_weights
 from deepspec.targets import StepOutput
 from golden_case import EPS, FOLDER, Case, the_case
 from reference.attention import block_mask
@@ -265,7 +265,8 @@ def position_masks(case: Case) -> Found:
 
 @computes(r"train\.ploss", tolerance=SUMS)
 def step_losses(case: Case) -> Found:
-    sums = [case.sums.metrics[f"soft_ce_{step}_sum"] for step in range(case.draft.spec.block)]
+    decay = case.draft.spec.step_loss_decay
+    sums = [case.sums.metrics[f"kl_{step}_sum"] / decay**step for step in range(case.draft.spec.block)]
     return torch.stack(sums) / case.batch.input_ids.numel()
 
 

@@ -187,8 +187,10 @@ def _draft_problems(recipe: Recipe) -> Iterator[str]:
         yield f"{name} needs `draft.markov_rank` above 0 or `draft.confidence`; without both it is dflash"
     if row.layers not in (None, draft.num_layers):
         yield f"`draft.num_layers` must be {row.layers} for {name}, not {draft.num_layers}"
-    if loss.l1 and not row.l1:
-        yield f"`loss.l1` must be 0 for {name}: its loss has no such term"
+    if not row.labels and loss.ce and loss.kl:
+        yield f"set one of `loss.ce` and `loss.kl` for {name}: both are its cross-entropy with the target"
+    if not row.labels and loss.positions == "dpace":
+        yield f"`loss.positions` cannot be dpace for {name}: it needs the probability of a label"
     if draft.confidence_with_markov and not (draft.confidence and draft.markov_rank):
         yield "`draft.confidence_with_markov` needs `draft.confidence` and a `draft.markov_rank` above 0"
     if draft.confidence != (loss.confidence > 0):
@@ -196,9 +198,8 @@ def _draft_problems(recipe: Recipe) -> Iterator[str]:
             "`draft.confidence` and `loss.confidence` go together: set both or neither, because only that "
             "loss trains a confidence head"
         )
-    terms = [term for term in TERMS if term in LossSettings.model_fields]
-    if not any(getattr(loss, term) for term in terms):
-        yield f"{' and '.join(f'`loss.{term}`' for term in terms)} are 0, so the draft would learn no tokens"
+    if not loss.terms():
+        yield f"{' and '.join(f'`loss.{term}`' for term in TERMS)} are 0, so the draft would learn no tokens"
 
 
 def _run_problems(recipe: Recipe) -> Iterator[str]:

@@ -43,7 +43,7 @@ def plain_terms(
         known = (labels[:, None] == ids).any(1) if head.kept is not None else torch.ones_like(labels).bool()
         place = (labels[:, None] == ids).int().argmax(1) if head.kept is not None else labels
         found["ce"] = torch.where(known, -log_p.gather(1, place[:, None]).squeeze(1), log_p[:, 0] * 0)
-        found["correct"] = best == labels
+        found["known"], found["correct"] = known, best == labels
     if teacher_hidden is not None and teacher_head is not None:
         teacher_logits = plain_logits(teacher_hidden, teacher_head).detach()
         full = torch.softmax(teacher_logits, dim=1)
@@ -52,8 +52,13 @@ def plain_terms(
             t = full[:, ids] / full[:, ids].sum(1, keepdim=True)
             p_full = torch.zeros_like(full)
             p_full[:, ids] = p.detach()
-        found["soft_ce"] = -(t * log_p).sum(1)
+        found["kl"] = -(t * log_p).sum(1)
         found["l1"] = (p - t).abs().sum(1)
+        found["reverse_kl"] = (p * (log_p - t.log())).sum(1)
+        overlap = torch.minimum(p, t).sum(1)
+        found["lk_alpha"] = -overlap.log()
+        share = torch.exp(-3 * overlap.detach())
+        found["lk_lambda"] = share * found["kl"] + (1 - share) * (1 - overlap)
         found["accept"] = 1 - 0.5 * (p_full - full).abs().sum(1)
         found["correct"] = best == teacher_logits.argmax(1)
     return found
@@ -62,3 +67,29 @@ def plain_terms(
 def plain_confidence_loss(logits: Tensor, accept: Tensor, weights: Tensor) -> Tensor:
     c = torch.sigmoid(logits)
     return -(weights * (accept * c.log() + (1 - accept) * (1 - c).log())).sum()
+
+
+def plain_block_weights(
+    rule: str, found: dict[str, Tensor], block: Tensor, place: Tensor, alpha: float = 0.5
+) -> Tensor:
+    """Weights by position, one row after the other: `survival` from `accept`, `dpace` from `ce`."""
+    rate = found["accept"].detach() if rule == "survival" else (1 - alpha) * chance_of(found) + alpha
+    rates = {key: rate[i] for i, key in enumerate(zip(block.tolist(), place.tolist(), strict=True))}
+    last = max((at for _, at in rates), default=0)
+
+    def survives(own: int, length: int) -> Tensor:
+        """The product of the first `length` rates of a block; a position without a row ends it."""
+        return torch.stack([rates.get((own, at), rate.new_zeros(())) for at in range(length)]).prod()
+
+    weights = []
+    for own, at in rates:
+        if rule == "survival":
+            weights.append(survives(own, at) if at else rate.new_ones(()))
+        else:
+            weights.append(sum(survives(own, length) for length in range(at + 1, last + 2)))
+    return torch.stack(weights) if weights else rate
+
+
+def chance_of(found: dict[str, Tensor]) -> Tensor:
+    """The probability of the label; none if the draft cannot propose it."""
+    return torch.where(found["known"], (-found["ce"]).exp(), torch.zeros_like(found["ce"])).detach()

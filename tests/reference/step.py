@@ -15,7 +15,7 @@ from deepspec.drafts import LossSettings
 from deepspec.drafts.layers import rotation
 from deepspec.maths.blocks import Blocks, FeatureBatch, unroll_ids, unroll_masks
 from reference.attention import block_mask, dense_attention, unroll_mask
-from reference.losses import plain_confidence_loss, plain_terms
+from reference.losses import plain_block_weights, plain_confidence_loss, plain_terms
 
 
 def plain_backbone(draft: Any, batch: FeatureBatch, blocks: Blocks) -> Tensor:
@@ -44,9 +44,9 @@ def plain_block_loss(draft: Any, batch: FeatureBatch, loss: LossSettings, blocks
     slots = torch.arange(valid.shape[-1]).expand(valid.shape)[valid] - (
         0 if draft.spec.sample_from_anchor else 1
     )
-    weights = torch.exp(-slots / loss.decay_gamma).to(hidden.dtype)
+    decay = torch.exp(-slots / loss.decay_gamma).to(hidden.dtype)
     head = getattr(draft, "markov_head", None)
-    taught = loss.l1 or loss.confidence
+    taught = draft.algorithm.reads(loss) != ("context",)
     found = plain_terms(
         hidden[valid],
         draft.head,
@@ -55,22 +55,25 @@ def plain_block_loss(draft: Any, batch: FeatureBatch, loss: LossSettings, blocks
         teacher_head=draft.teacher_head if taught else None,
         markov=None if head is None else (head(blocks.previous, hidden)[valid], head.markov_w2.weight),
     )
-    total = loss.ce * (weights * found["ce"]).sum()
-    if loss.l1:
-        total = total + loss.l1 * (weights * found["l1"]).sum()
+    weights = decay
+    if loss.positions != "decay":
+        block = torch.arange(valid[..., 0].numel()).view(valid.shape[:-1])[..., None].expand(valid.shape)
+        weights = plain_block_weights(loss.positions, found, block[valid], slots)
+    total = sum(weight * (weights * found[name]).sum() for name, weight in loss.terms().items())
     if loss.confidence and getattr(draft, "confidence_head", None) is not None:
         logits = draft.confidence_logits(blocks.previous[valid], hidden[valid])
-        total = total + loss.confidence * plain_confidence_loss(logits, found["accept"].detach(), weights)
+        total = total + loss.confidence * plain_confidence_loss(logits, found["accept"].detach(), decay)
     return total
 
 
-def plain_unroll_loss(draft: Any, batch: FeatureBatch) -> Tensor:
+def plain_unroll_loss(draft: Any, batch: FeatureBatch, loss: LossSettings) -> Tensor:
     """The summed loss of an Eagle-3 draft: a score for every pair of positions, a teacher for every step."""
     length, steps = batch.input_ids.shape[1], draft.spec.block
     masks = unroll_masks(batch.loss_mask, batch.lengths, steps, batch.segment_ids)
-    hidden, attention, total = draft._project(batch.features), draft.layer.self_attn, 0.0
+    hidden, attention = draft._project(batch.features), draft.layer.self_attn
     keys: list[Tensor] = []
     values: list[Tensor] = []
+    every: list[dict[str, Tensor]] = []
     for step in range(steps):
         x = draft._attention_input(hidden, unroll_ids(batch.input_ids, step))
         turn = rotation(torch.arange(length) + step, draft.frequencies, x.dtype)
@@ -87,6 +90,11 @@ def plain_unroll_loss(draft: Any, batch: FeatureBatch) -> Tensor:
             teacher_hidden=batch.last_hidden[rows, places + step + 1],
             teacher_head=draft.teacher_head,
         )
-        total = total + draft.spec.step_loss_decay**step * found["soft_ce"].sum()
+        places = rows * length + places
+        every.append(found | {"block": places, "place": torch.full_like(places, step)})
         hidden = draft._fed_back(state)
-    return total
+    found = {name: torch.cat([each[name] for each in every]) for name in every[0]}
+    weights = draft.spec.step_loss_decay ** found["place"]
+    if loss.positions != "decay":
+        weights = plain_block_weights(loss.positions, found, found["block"], found["place"])
+    return sum(weight * (weights * found[name]).sum() for name, weight in loss.terms(labels=False).items())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -25,21 +25,36 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class LossSettings(BaseModel, extra="forbid", frozen=True):
-    """A recipe's `loss`: weights of the terms (method.md 3, 4). For eagle3, `ce` is the weight of its soft
-    cross-entropy."""
+    """A recipe's `loss`: weights of the terms (`maths.terms`) by their names, the weight of the confidence
+    head's loss, and how the positions of a block are weighted. For a draft that learns no labels
+    (`Algorithm.labels`), `ce` is the cross-entropy with the target's distribution: its `kl`."""
 
     ce: Weight = 1.0
     l1: Weight = 0.0
+    kl: Weight = 0.0
+    reverse_kl: Weight = 0.0
+    lk_alpha: Weight = 0.0
+    lk_lambda: Weight = 0.0
     confidence: Weight = 0.0
+    positions: Literal["decay", "survival", "dpace"] = "decay"
+    """decay: fixed weights; the others follow the draft (`maths.positions.RULES`)."""
     decay_gamma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0
     """g in exp(−(k−1)/g), the weight of block position k."""
+
+    def terms(self, labels: bool = True) -> dict[str, float]:
+        """term -> its weight, unless that is zero. labels: whether the draft learns labels."""
+        found = {name: weight for name in TERMS if (weight := getattr(self, name))}
+        if not labels and "ce" in found:
+            found["kl"] = found.pop("ce")
+        return found
 
 
 def reads_of_a_block(loss: LossSettings) -> tuple[str, ...]:
     """What the loss of a block draft reads: features before its anchors and, if a weighted term needs the
     teacher, the target's distribution."""
-    taught = [*(name for name, teacher in TERMS.items() if teacher), "confidence"]
-    return ("context", "labels") if any(getattr(loss, name, 0.0) for name in taught) else ("context",)
+    taught = loss.confidence or loss.positions == "survival"
+    taught = taught or any(TERMS[name].teacher for name in loss.terms())
+    return ("context", "labels") if taught else ("context",)
 
 
 def has_heads(config: Mapping[str, Any]) -> bool:
@@ -60,8 +75,8 @@ class Algorithm:
     reads: a function from the loss weights to the names (`maths.blocks.READ_RULES`) of what the loss reads
     from the target.
     served: a function from a spec to what servers call the draft (a key of `checkpoints.servers.SERVED_AS`).
-    heads: whether it has a sequential or a confidence head. layers: the only depth it can have, or None. l1:
-    whether its loss has the L1 term.
+    heads: whether it has a sequential or a confidence head. layers: the only depth it can have, or None.
+    labels: whether it learns the tokens of the data; if not, the target's distribution alone.
     aliases: names of architectures that other trainers write, with the draft family of each.
     """
 
@@ -76,7 +91,7 @@ class Algorithm:
     claims: Callable[[Mapping[str, Any]], bool] = lambda config: True
     heads: bool = False
     layers: int | None = None
-    l1: bool = True
+    labels: bool = True
     aliases: Mapping[str, str] | None = None
 
     @property
@@ -108,7 +123,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         reads=lambda loss: ("unroll",),
         served=lambda spec: "eagle3, q/k norms" if spec.shape.qk_norm else "eagle3",
         layers=1,
-        l1=False,
+        labels=False,
     ),
     "dflash": Algorithm(
         title="DFlash",

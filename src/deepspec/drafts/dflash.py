@@ -15,9 +15,9 @@ from deepspec.drafts.layers import DraftLayer, initialise, inverse_frequencies, 
 from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import Blocks, FeatureBatch, make_blocks, sample_anchors, with_last_hidden
 from deepspec.maths.host import sent
-from deepspec.maths.losses import head_loss, position_weights
+from deepspec.maths.losses import head_loss
+from deepspec.maths.positions import Positions, position_weights
 from deepspec.maths.slots import Ints, Ragged, SlotStore
-from deepspec.maths.terms import TERMS
 from deepspec.maths.verify import Samplings
 
 SHARED = 0.9
@@ -97,6 +97,9 @@ class DFlashDraft(NeuralDraft):
         """Loss sums over the valid slots. With `measure`, metrics come with them, and acceptance against the
         target's own distribution even where no loss term needs it, if the batch has last hidden states.
 
+        The sums are divided by the slots' decaying weights, however `loss.positions` weights the terms: each
+        block then counts alike, and the loss keeps its scale.
+
         Which slots count, and what they read, is known on the host: nothing here waits for the device."""
         hidden = self.backbone(batch, blocks)
         device = hidden.device
@@ -109,7 +112,10 @@ class DFlashDraft(NeuralDraft):
         # The older layout's slot 0 proposes nothing and is never valid: the first proposal is slot 1.
         skip = self.spec.block - self.max_proposals
         decay = position_weights(self.max_proposals, loss.decay_gamma)
-        weights = sent(decay[place % self.spec.block - skip], device)
+        block, index = place // self.spec.block, place % self.spec.block - skip
+        weights = sent(decay[index], device)
+        positions = None if loss.positions == "decay" else Positions(loss.positions, block, index)
+        each = weights if positions is None else torch.ones_like(weights)
         teacher = teacher_of = None
         if batch.last_hidden is not None and (measure or taught):
             rows = torch.arange(len(blocks.valid))[:, None, None] * batch.last_hidden.shape[1]
@@ -122,12 +128,13 @@ class DFlashDraft(NeuralDraft):
         found = head_loss(
             hidden.flatten(0, 2).index_select(0, picked),
             self.head,
-            weights={name: weights * a for name in TERMS if (a := getattr(loss, name, 0.0))},
+            weights={name: each * weight for name, weight in loss.terms().items()},
             labels=sent(blocks.labels.flatten()[place], device),
             teacher_hidden=teacher,
             teacher_head=self.teacher_head if teacher is not None else None,
             teacher_of=teacher_of,
             markov=self.markov_rows(previous, hidden, picked),
+            positions=positions,
             accept=measure or loss.confidence > 0,
             correct=measure,
         )

@@ -16,6 +16,7 @@ from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import FeatureBatch, unroll_ids, unroll_masks
 from deepspec.maths.host import sent
 from deepspec.maths.losses import head_loss
+from deepspec.maths.positions import Positions
 from deepspec.maths.slots import Ints, Ragged, Rows, SlotStore, causal_rows_mask
 from deepspec.maths.verify import Samplings
 
@@ -86,8 +87,9 @@ class Eagle3Draft(NeuralDraft):
     def forward(
         self, batch: FeatureBatch, loss: LossSettings, blocks: None = None, measure: bool = True
     ) -> LossSums:
-        """Soft cross-entropy of each step against the target's distribution, summed and divided by
-        B*S, padding and prompt included: the published recipe's normalisation. Metrics come with `measure`.
+        """The terms of each step against the target's distribution (published: the soft cross-entropy, `ce`),
+        summed and divided by B*S, padding and prompt included: the published recipe's normalisation. Metrics
+        come with `measure`.
 
         The steps' rows pass the head together, so that the distribution after a position, which every step
         learns once, is computed once."""
@@ -102,14 +104,19 @@ class Eagle3Draft(NeuralDraft):
         picked = sent(torch.cat(places), device).split(sizes)
         states = zip(self.unroll(batch), picked, strict=True)
         hidden = torch.cat([state.flatten(0, 1).index_select(0, p) for state, p in states])
-        decay = self.spec.step_loss_decay ** torch.arange(self.spec.block)
+        index = torch.arange(self.spec.block).repeat_interleave(torch.tensor(sizes))
+        weights, positions = self.spec.step_loss_decay**index, None
+        if loss.positions != "decay":
+            weights, positions = torch.ones_like(weights), Positions(loss.positions, torch.cat(places), index)
+        weights = sent(weights, device)
         found = head_loss(
             self.norm(hidden),
             self.head,
-            weights={"soft_ce": sent(decay.repeat_interleave(torch.tensor(sizes)), device)},
+            weights={name: weights * weight for name, weight in loss.terms(labels=False).items()},
             teacher_hidden=batch.last_hidden.flatten(0, 1).index_select(0, sent(taught, device)),
             teacher_head=self.teacher_head,
             teacher_of=teacher_of,
+            positions=positions,
             accept=measure,
             correct=measure,
         )
@@ -117,13 +124,14 @@ class Eagle3Draft(NeuralDraft):
         if measure:
             assert found.accept is not None and found.correct is not None
             accept = torch.zeros(self.spec.block, rows * length, dtype=found.accept.dtype, device=device)
-            parts = (found.rows["soft_ce"], found.accept, found.correct)
-            for step, (loss_rows, rate, right) in enumerate(
-                zip(*(x.split(sizes) for x in parts), strict=True)
+            for step, (rate, right) in enumerate(
+                zip(found.accept.split(sizes), found.correct.split(sizes), strict=True)
             ):
                 accept[step].index_copy_(0, picked[step], rate)
-                metrics[f"soft_ce_{step}_sum"] = loss_rows.sum() / self.spec.step_loss_decay**step
                 metrics[f"correct_{step}_num"] = right.sum()
+            for name, rows_of_term in found.rows.items():
+                for step, part in enumerate(rows_of_term.split(sizes)):
+                    metrics[f"{name}_{step}_sum"] = part.sum()
             accept = accept.view(-1, rows, length).permute(1, 2, 0)
             valid = sent(masks, device).permute(1, 2, 0).to(accept.dtype)
             metrics |= tau_sums(accept, valid)

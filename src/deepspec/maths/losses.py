@@ -23,15 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepspec.maths.chunking import cpu_block_rows, default_chunk_rows
-from deepspec.maths.finite import largest_of
+from deepspec.maths.figures import gradient_into, read_figures, slopes_of
+from deepspec.maths.finite import harmless
 from deepspec.maths.formed import needs_gradient, with_gradients
 from deepspec.maths.head import Head
 from deepspec.maths.host import sent
 from deepspec.maths.pieces import Piece, pieces
-from deepspec.maths.terms import TERMS
-
-EXTREME = 1e6
-"""Numbers above this, in a row that has no weight, are read as zeros: products with them could overflow."""
+from deepspec.maths.positions import RULES, Positions, block_weights
+from deepspec.maths.terms import TERMS, figures_of
 
 
 def head_loss(
@@ -44,6 +43,7 @@ def head_loss(
     teacher_head: Head | None = None,
     teacher_of: Tensor | None = None,
     markov: tuple[Tensor, Tensor] | None = None,
+    positions: Positions | None = None,
     chunk_rows: int | None = None,
     accept: bool = True,
     correct: bool = True,
@@ -56,9 +56,12 @@ def head_loss(
     computed once; None: M = N, its own. labels: [N] target ids.
     weights: term -> [N], no gradient. With p the draft's and t the teacher's distribution, terms of a row are
 
-        ce       -log p[label]                      DFlash, DSpark (arXiv 2607.05147)
-        soft_ce  -sum_v t log p                     Eagle-3 (arXiv 2503.01840)
-        l1       sum_v |p - t|                      DSpark; twice the total variation distance
+        ce          -log p[label]                   DFlash, DSpark (arXiv 2607.05147)
+        kl          -sum_v t log p                  Eagle-3 (arXiv 2503.01840); KL(t | p) plus t's entropy
+        l1          sum_v |p - t|                   DSpark; twice the total variation distance
+        reverse_kl  sum_v p log(p / t)              KL(p | t)
+        lk_alpha    -log a, a = sum_v min(p, t)     LK losses (arXiv 2602.23881)
+        lk_lambda   w kl + (1 - w) (1 - a)          the same, w = exp(-3 a) without gradient, row by row
 
     The total is differentiable with respect to hidden, z and w2 (once). Heads and the teacher are frozen.
     Matrix products run in the dtype of their rows, the rest in float32 (float64 for float64 rows).
@@ -67,25 +70,39 @@ def head_loss(
     infinities and NaN included. A label may be out of range where the row's ce weight is zero.
 
     Reduced vocabulary (`head.kept`): labels and the teacher's head stay in target ids. A label that is not
-    kept has ce weight zero; soft_ce and l1 see the teacher's distribution renormalised over kept ids;
+    kept has ce weight zero; the other terms see the teacher's distribution renormalised over kept ids;
     `accept` is measured against its full distribution.
+
+    positions: multiplies each row's terms by a weight that follows from all rows of its block
+    (`positions.RULES`), and carries no gradient. Weights multiply rows, so a row's gradients are formed first
+    and scaled once its block is known: nothing wide is computed twice. Only the gradient of w2 adds rows up.
+    If it is wanted, chunks hold whole blocks, whose rows must follow each other, and a shared teacher is
+    computed for each of its rows.
 
     chunk_rows: rows per chunk; None leaves it to `default_chunk_rows`. accept, correct: whether these metrics
     are wanted. Raises ValueError for a label out of range, on the CPU: an accelerator would have to be waited
     for, and the target has already embedded the same ids.
     """
     z, w2 = markov if markov is not None else (None, None)
-    given = _Task(hidden, head, dict(weights), labels, teacher_hidden, teacher_head, teacher_of, z, w2)
+    given = _Task(
+        hidden, head, dict(weights), labels, teacher_hidden, teacher_head, teacher_of, z, w2, positions
+    )
     _check(given)
+    if positions is not None and needs_gradient(w2) and teacher_hidden is not None and teacher_of is not None:
+        own = teacher_hidden.index_select(0, sent(teacher_of, teacher_hidden.device))
+        given = replace(given, teacher_hidden=own, teacher_of=None)
     if chunk_rows is None:
         widest = teacher_head.vocab_size if teacher_head else head.vocab_size
         chunk_rows = default_chunk_rows(widest, hidden.device.type != "cpu", torch.get_num_threads())
     assert chunk_rows >= 1, f"chunk_rows must be at least 1, not {chunk_rows}"
     wants = needs_gradient(hidden), needs_gradient(z), needs_gradient(w2)
+    rate = None if positions is None else RULES[positions.rule].reads
+    accept = (accept or rate == "accept") and teacher_head is not None
+    reads = figures_of(weights) | {rate} if rate == "surprise" else figures_of(weights)
+    if accept and head.kept is None:
+        reads |= {"overlap"}
     with torch.no_grad():
-        result = _walk(
-            _prepare(given), _Wants(*wants, accept and teacher_head is not None, correct), chunk_rows
-        )
+        result = _walk(_prepare(given), _Wants(*wants, accept, correct, frozenset(reads)), chunk_rows)
     sums = {term: values.sum() for term, values in result.terms.items()}
     total = torch.stack(list(sums.values())).sum() if sums else torch.zeros((), device=hidden.device)
     if any(wants):
@@ -105,15 +122,9 @@ def confidence_loss(logits: Tensor, accept: Tensor, weights: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(safe_logits, safe_accept, weights.float(), reduction="sum")
 
 
-def position_weights(block: int, gamma: float) -> Tensor:
-    """[block] float32 weights exp(-(k - 1) / gamma) of block positions k = 1 ... block (DFlash, DSpark)."""
-    assert block >= 1 and gamma > 0, f"block and gamma must be positive, not {block} and {gamma}"
-    return torch.exp(-torch.arange(block, dtype=torch.float32) / gamma)
-
-
 class HeadLoss(NamedTuple):
     """total: scalar, differentiable. terms: each term's weighted sum, detached, before adding them up;
-    rows: the same of each row, term -> [N].
+    rows: the same of each row, term -> [N]. Both include the weights by position.
 
     accept: [N] in [0, 1], the probability that a token drawn from the draft survives verification,
     sum_v min(p, t) = 1 - l1 / 2 (Leviathan 2023, section 3), detached; None without a teacher or if not
@@ -129,13 +140,14 @@ class HeadLoss(NamedTuple):
 
 
 class _Wants(NamedTuple):
-    """Which gradients and metrics are formed."""
+    """Which gradients and metrics are formed, and which figures are read."""
 
     hidden: bool
     z: bool
     w2: bool
     accept: bool
     correct: bool
+    figures: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -151,6 +163,7 @@ class _Task:
     teacher_of: Tensor | None  # [N] on the host; None: row i's teacher is i
     z: Tensor | None  # [N, r]
     w2: Tensor | None  # [V, r]; prepared: in the dtype of `z`
+    positions: Positions | None
     known: Tensor | None = None  # [N] bool: the label is in the draft's vocabulary
     dead: Tensor | None = None  # [N] bool, prepared: all weights are zero
     of_dead: Tensor | None = None  # [M] bool, prepared: only such rows learn from this teacher
@@ -164,6 +177,7 @@ class _Result:
     terms: dict[str, Tensor]  # term -> [N], weighted
     accept: Tensor | None  # [N]
     correct: Tensor | None  # [N] bool
+    rates: Tensor | None  # [N], what weights by position are made of
     d_hidden: Tensor | None  # [N, d]
     d_z: Tensor | None  # [N, r]
     d_w2: Tensor | None  # [V, r]
@@ -179,6 +193,7 @@ class _Space:
     full: Tensor | None  # [n, W] logits of the teacher, for a reduced vocabulary
     spare: Tensor  # [b, V]
     gathered: Tensor | None  # [b, V], where rows share teachers
+    ratio: Tensor | None  # [b, V], for reverse_kl
 
 
 class _Teacher(NamedTuple):
@@ -195,10 +210,15 @@ def _check(task: _Task) -> None:
     per_row = [task.hidden, *terms.values(), task.labels, of, task.z]
     counts = [len(values) for values in per_row if values is not None]
     assert len(set(counts)) == 1, f"hidden, weights, labels, teacher and z have {counts} rows"
-    needy = [term for term in terms if TERMS[term]]
+    needy = [term for term in terms if TERMS[term].teacher]
     assert (task.teacher_hidden is None) == (teacher is None), "teacher_hidden and teacher_head go together"
     assert teacher or not needy, f"the terms {needy} need teacher_hidden and teacher_head"
     assert task.labels is not None or (teacher and "ce" not in terms), "labels are needed"
+    if task.positions is not None:
+        rule, block, place = task.positions
+        assert len(block) == len(place) == counts[0], f"{counts[0]} rows, but {len(block)} positions"
+        assert teacher or RULES[rule].reads != "accept", f"positions by {rule} need a teacher"
+        assert task.labels is not None or RULES[rule].reads != "surprise", f"positions by {rule} need labels"
     if teacher is not None:
         assert teacher.kept is None, "the teacher's head must cover the whole vocabulary"
         assert head.kept is not None or head.vocab_size == teacher.vocab_size, (
@@ -245,12 +265,11 @@ def _prepare(task: _Task) -> _Task:
     )
 
 
-def _harmless(values: Tensor, dead: Tensor | None, rows: slice | Tensor) -> Tensor:
-    """Some rows [n, d] of values [N, d], without what a `dead` one [N] may hold: zeros instead of NaN or
-    extreme numbers. One chunk's rows at a time: a copy of all of them would last as long as the loss."""
+def _alive(values: Tensor, dead: Tensor | None, rows: slice | Tensor) -> Tensor:
+    """Some rows [n, d] of values [N, d]; what a `dead` one [N] holds is made harmless. One chunk's rows at a
+    time: a copy of all of them would last as long as the loss."""
     assert dead is not None
-    found = values[rows]
-    return found.masked_fill((dead[rows] & ~(largest_of(found) <= EXTREME))[:, None], 0.0)
+    return harmless(values[rows], dead[rows])
 
 
 def _walk(task: _Task, wants: _Wants, chunk_rows: int) -> _Result:
@@ -261,11 +280,16 @@ def _walk(task: _Task, wants: _Wants, chunk_rows: int) -> _Result:
         terms={term: new(count) for term in task.weights},
         accept=new(count) if wants.accept else None,
         correct=torch.empty(count, dtype=torch.bool, device=device) if wants.correct else None,
+        rates=None if task.positions is None else new(count),
         d_hidden=torch.empty_like(task.hidden) if wants.hidden else None,
         d_z=torch.empty_like(task.z) if wants.z and task.z is not None else None,
         d_w2=new(task.w2.shape).zero_() if wants.w2 and task.w2 is not None else None,
     )
     head, teacher_head, vocab = task.head, task.teacher_head, task.head.vocab_size
+    # A gradient that adds rows up needs their weights by position at once, so it needs their whole blocks.
+    blocks = task.positions if result.d_w2 is not None else None
+    if blocks is not None and count:
+        chunk_rows = max(chunk_rows, int(blocks.place.max()) + 1)
     chunk = min(chunk_rows, count)
     block = chunk if device.type != "cpu" else min(chunk, cpu_block_rows(vocab))
     reduced = teacher_head is not None and head.kept is not None
@@ -276,27 +300,38 @@ def _walk(task: _Task, wants: _Wants, chunk_rows: int) -> _Result:
         full=new(chunk, teacher_head.vocab_size) if teacher_head is not None and reduced else None,
         spare=new(block, vocab),
         gathered=None if task.teacher_of is None else new(block, vocab),
+        ratio=new(block, vocab) if "reverse" in wants.figures else None,
     )
     teacher: _Teacher | None = None
-    for piece in pieces(count, max(1, chunk), task.teacher_of, device):
+    for piece in pieces(count, max(1, chunk), task.teacher_of, device, blocks and blocks.block):
         if piece.fresh is not None and teacher_head is not None:
             teacher = _form_teacher(task, piece.fresh, space, wants)
         slope = None if space.slope is None else space.slope[: piece.size]
         draft = space.draft[: piece.size]
-        head.logits_into(draft, _harmless(task.hidden, task.dead, piece.rows), slope)
-        z = None if task.z is None else _harmless(task.z, task.dead, piece.rows)
+        head.logits_into(draft, _alive(task.hidden, task.dead, piece.rows), slope)
+        z = None if task.z is None else _alive(task.z, task.dead, piece.rows)
         if z is not None and task.w2 is not None:
             _add_product(draft, z, task.w2.t())
         for start in range(0, piece.size, block):
             _block(task, piece, slice(start, min(start + block, piece.size)), space, teacher, wants, result)
-        _products(task, piece, draft, slope, z, result)
+        factors = None
+        if blocks is not None and result.rates is not None and isinstance(piece.rows, slice):
+            factors = block_weights(blocks, result.rates[piece.rows], piece.rows)
+        _products(task, piece, draft, slope, z, result, factors)
+    if task.positions is not None and result.rates is not None:
+        factors = block_weights(task.positions, result.rates, slice(0, count))
+        for values in result.terms.values():
+            values.mul_(factors)
+        for rows in (result.d_hidden, result.d_z):
+            if rows is not None:
+                rows.mul_(factors[:, None])
     return result
 
 
 def _form_teacher(task: _Task, fresh: slice, space: _Space, wants: _Wants) -> _Teacher:
     """The distributions of some teacher rows, into space.teacher."""
     assert task.teacher_head is not None and task.teacher_hidden is not None and space.teacher is not None
-    hidden, kept = _harmless(task.teacher_hidden, task.of_dead, fresh), task.head.kept
+    hidden, kept = _alive(task.teacher_hidden, task.of_dead, fresh), task.head.kept
     logits = (space.draft if space.full is None else space.full)[: len(hidden)]
     task.teacher_head.logits_into(logits, hidden)
     best = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device) if wants.correct else None
@@ -331,28 +366,30 @@ def _block(
     t, best, mass = _taught(within, space, teacher)
     if result.correct is not None:
         result.correct[rows] = _correct(task, rows, logits.argmax(1), best)
-    found: dict[str, Tensor] = {}
     top = logits.amax(1)
     torch.softmax(logits, 1, out=p)
     # The largest probability is one over the sum of exponentials of logits less the largest: this is its log.
     log_total = top - p.amax(1).log_()
-    if task.labels is not None:
-        found["ce"] = log_total - logits.gather(1, task.labels[rows, None]).squeeze(1)
-    if t is not None and "soft_ce" in task.weights:
-        found["soft_ce"] = log_total - torch.mul(t, logits, out=logits).sum(1)
-    if t is not None and result.accept is not None and mass is not None:
-        shared = torch.minimum(torch.mul(t, mass, out=logits), p, out=logits).sum(1)
-        result.accept[rows] = shared.clamp(0.0, 1.0)
-    if t is not None and ("l1" in task.weights or (result.accept is not None and mass is None)):
-        found["l1"] = _sum_of_sizes(torch.sub(p, t, out=logits))
-        if result.accept is not None and mass is None:
-            result.accept[rows] = (1.0 - 0.5 * found["l1"]).clamp_(0.0, 1.0)
-    for term, weight in task.weights.items():
-        part = weight[rows]
-        result.terms[term][rows] = torch.where(part == 0, torch.zeros_like(part), part * found[term])
+    labels = None if task.labels is None else task.labels[rows, None]
+    ratio = None if space.ratio is None else space.ratio[: len(p)]
+    found = read_figures(wants.figures, logits, p, log_total, t, labels, ratio)
+    if t is not None and result.accept is not None:
+        if mass is not None:
+            shared = torch.minimum(torch.mul(t, mass, out=logits), p, out=logits).sum(1)
+        result.accept[rows] = found["overlap"] if mass is None else shared.clamp(0.0, 1.0)
+    if result.rates is not None and task.positions is not None:
+        if RULES[task.positions.rule].reads == "accept":
+            assert result.accept is not None
+            result.rates[rows] = result.accept[rows]
+        else:
+            assert task.known is not None
+            result.rates[rows] = (-found["surprise"]).exp() * task.known[rows]
+    weights = {term: weight[rows] for term, weight in task.weights.items()}
+    for term, part in weights.items():
+        value = part * TERMS[term].value(found)
+        result.terms[term][rows] = torch.where(part == 0, torch.zeros_like(part), value)
     if wants.hidden or wants.z or wants.w2:
-        weights = {term: weight[rows, None] for term, weight in task.weights.items()}
-        _gradient(logits, p, t, weights, None if task.labels is None else task.labels[rows, None])
+        gradient_into(logits, p, t, slopes_of(weights, found), found, labels, ratio)
 
 
 def _taught(
@@ -369,32 +406,17 @@ def _taught(
     return t, best, mass
 
 
-def _gradient(
-    out: Tensor, p: Tensor, t: Tensor | None, weights: dict[str, Tensor], labels: Tensor | None
-) -> None:
-    """Gradient of weighted terms by the logits [b, V], into `out`, which with l1 holds p - t before.
-
-    ce p - onehot(label); soft_ce p - t; l1 p (s - <p, s>), where s = sign(p - t). p appears in all of them,
-    so its factors are gathered into one per row. weights: term -> [b, 1].
-    """
-    of_teacher = weights.get("soft_ce", torch.zeros_like(p[:, :1]))
-    of_draft = of_teacher + weights["ce"] if "ce" in weights else of_teacher
-    if "l1" in weights:
-        sign = out.sign_()
-        inner = _dots(p, sign)[:, None]
-        torch.addcmul(of_draft - weights["l1"] * inner, sign, weights["l1"], out=out).mul_(p)
-    else:
-        torch.mul(p, of_draft, out=out)
-    if t is not None and "soft_ce" in weights:
-        out.addcmul_(t, of_teacher, value=-1.0)
-    if "ce" in weights and labels is not None:
-        out.scatter_add_(1, labels, -weights["ce"])
-
-
 def _products(
-    task: _Task, piece: Piece, gradient: Tensor, slope: Tensor | None, z: Tensor | None, result: _Result
+    task: _Task,
+    piece: Piece,
+    gradient: Tensor,
+    slope: Tensor | None,
+    z: Tensor | None,
+    result: _Result,
+    factors: Tensor | None,
 ) -> None:
-    """A chunk's gradient of the logits, back through w2 and the head, into `result`."""
+    """A chunk's gradient of the logits, back through w2 and the head, into `result`. z: [n, r] of its rows.
+    factors: [n] weights by position, for the sum over rows; the other gradients get theirs at the end."""
     if result.d_hidden is None and result.d_z is None and result.d_w2 is None:
         return
     narrow = gradient.to(task.hidden.dtype)
@@ -403,24 +425,13 @@ def _products(
         if result.d_z is not None:
             result.d_z[piece.rows] = of_bias @ task.w2
         if result.d_w2 is not None:
-            _add_product(result.d_w2, of_bias.t(), z)
+            weighted = z if factors is None else (z * factors[:, None]).to(z.dtype)
+            _add_product(result.d_w2, of_bias.t(), weighted)
     if result.d_hidden is not None:
         if slope is not None:
             narrow = gradient.mul_(slope).to(task.hidden.dtype)
         back = narrow @ task.head.weight
         result.d_hidden[piece.rows] = back if task.head.scale == 1.0 else back * task.head.scale
-
-
-def _sum_of_sizes(x: Tensor) -> Tensor:
-    """[b] of [b, V]: the sums of |x|. On a CPU, the kernel of the norm takes twice the time of two passes."""
-    return x.abs().sum(1) if x.device.type == "cpu" else torch.linalg.vector_norm(x, ord=1, dim=1)
-
-
-def _dots(left: Tensor, right: Tensor) -> Tensor:
-    """[b] of [b, V] twice: the sums of left x right. On a CPU, one-row products take twice the time."""
-    if left.device.type == "cpu":
-        return (left * right).sum(1)
-    return torch.bmm(left[:, None], right[..., None]).flatten()
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:

@@ -6,6 +6,7 @@ N loss rows; M teacher rows; n rows of one chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -33,17 +34,18 @@ def _part(whole: slice | Tensor, at: slice) -> slice | Tensor:
     return slice(whole.start + at.start, whole.start + at.stop) if isinstance(whole, slice) else whole[at]
 
 
-def pieces(count: int, chunk: int, teacher_of: Tensor | None, device: torch.device) -> Iterator[Piece]:
+def pieces(
+    count: int, chunk: int, teacher_of: Tensor | None, device: torch.device, block: Tensor | None = None
+) -> Iterator[Piece]:
     """`count` rows in chunks of at most `chunk`.
 
     teacher_of: [N] int64 on the host, each row's teacher; None: its own. Rows that share teachers come in the
-    order of their teachers' chunks, and otherwise as they are.
+    order of their teachers' chunks, and otherwise as they are. block: [N] on the host, for rows with their
+    own teachers: rows that follow each other with the same number stay in one chunk; `chunk` holds any.
     """
     if teacher_of is None:
-        for start in range(0, count, chunk):
-            rows = slice(start, min(start + chunk, count))
-            size = rows.stop - start
-            yield Piece(rows, size, rows, slice(0, size))
+        for start, stop in pairwise(_cuts(count, chunk, block)):
+            yield Piece(slice(start, stop), stop - start, slice(start, stop), slice(0, stop - start))
         return
     number = teacher_of // chunk
     order = number.argsort(stable=True)
@@ -60,3 +62,15 @@ def pieces(count: int, chunk: int, teacher_of: Tensor | None, device: torch.devi
             yield Piece(places[start:stop], stop - start, fresh, run)
             fresh = None
         begin = end
+
+
+def _cuts(count: int, chunk: int, block: Tensor | None) -> list[int]:
+    """Where chunks begin, and where the last ends."""
+    if block is None or not count:
+        return [*range(0, count, chunk), count]
+    cuts, last = [0], 0
+    for end in [*((block.diff() != 0).nonzero()[:, 0] + 1).tolist(), count]:
+        if end - cuts[-1] > chunk:
+            cuts.append(last)
+        last = end
+    return [*cuts, count]
