@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conftest import DEVICE
+from deepspec.drafts.heads import confidence_loss
 from deepspec.maths.chunking import default_chunk_rows
 from deepspec.maths.head import Head
 from deepspec.maths.losses import (
     HeadLoss,
-    confidence_loss,
     head_loss,
 )
 from deepspec.maths.positions import position_weights

@@ -136,12 +136,13 @@ def activation_bytes(draft: Names, sequences: float, length: float, anchors: flo
 
 
 def head_bytes(draft: Names, loss_rows: float, teachers: float, accelerated: bool) -> Figure:
-    """Bytes that the loss holds: a chunk's logits of draft and teacher (those over the whole vocabulary too if
-    the draft's is reduced); three tensors to work in, as wide on an accelerator, blocks of a chunk on a CPU;
+    """Bytes that the loss holds: a chunk's logits of draft and teacher (also over the whole vocabulary if the
+    draft's is reduced); three tensors to work in, as wide on an accelerator, blocks of a chunk on a CPU;
     the rows that pass the head, of the hidden states and of the Markov head, with their gradients; the
     teachers' rows; W₂'s gradient in float32 and, of a draft in bfloat16, in its own format."""
     formula = (
-        "4 * (own_vocab * (2 * chunk + 3 * block_rows) + full * chunk) + loss_rows * draft_width * 2 * (hidden + rank)"
+        "4 * (own_vocab * (2 * chunk + 3 * block_rows) + full * chunk)"
+        " + loss_rows * draft_width * 2 * (hidden + rank)"
         " + teachers * width * hidden + numbers * own_vocab * rank"
     )
     vocab, own = int(draft["vocab"]), int(draft["own_vocab"])

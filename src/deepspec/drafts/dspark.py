@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from deepspec.drafts import MARKOV_HEADS, LossSettings
 from deepspec.drafts.base import Proposal, choose, log_odds
 from deepspec.drafts.dflash import DFlashDraft
-from deepspec.drafts.heads import ConfidenceHead, MarkovHead
+from deepspec.drafts.heads import ConfidenceHead, MarkovHead, confidence_loss
 from deepspec.drafts.spec import DraftSpec
-from deepspec.maths.losses import confidence_loss
 from deepspec.maths.slots import Ints
 from deepspec.maths.verify import Samplings
 

@@ -92,3 +92,15 @@ class ConfidenceHead(nn.Module):
         return F.linear(hidden, self.proj.weight.to(hidden.dtype), self.proj.bias.to(hidden.dtype)).squeeze(
             -1
         )
+
+
+def confidence_loss(logits: Tensor, accept: Tensor, weights: Tensor) -> Tensor:
+    """Summed binary cross-entropy of confidence logits [N] against acceptance [N] in [0, 1], in nats.
+
+    Weighted by weights [N]; rows of weight zero are left out whatever they hold. `accept` is a label: no
+    gradient flows into it (DSpark, section 3.2). Returns a float32 scalar.
+    """
+    counted = weights != 0
+    safe_logits = torch.where(counted, logits, torch.zeros_like(logits)).float()
+    safe_accept = torch.where(counted, accept.detach(), torch.zeros_like(accept)).float()
+    return F.binary_cross_entropy_with_logits(safe_logits, safe_accept, weights.float(), reduction="sum")

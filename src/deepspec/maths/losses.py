@@ -19,7 +19,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deepspec.maths.chunking import cpu_block_rows, default_chunk_rows
@@ -108,18 +107,6 @@ def head_loss(
     if any(wants):
         total = with_gradients(total, (hidden, z, w2), (result.d_hidden, result.d_z, result.d_w2))
     return HeadLoss(total, sums, result.accept, result.correct, result.terms)
-
-
-def confidence_loss(logits: Tensor, accept: Tensor, weights: Tensor) -> Tensor:
-    """Summed binary cross-entropy of confidence logits [N] against acceptance [N] in [0, 1], in nats.
-
-    Weighted by weights [N]; rows of weight zero are left out whatever they hold. `accept` is a label: no
-    gradient flows into it (DSpark, section 3.2). Returns a float32 scalar.
-    """
-    counted = weights != 0
-    safe_logits = torch.where(counted, logits, torch.zeros_like(logits)).float()
-    safe_accept = torch.where(counted, accept.detach(), torch.zeros_like(accept)).float()
-    return F.binary_cross_entropy_with_logits(safe_logits, safe_accept, weights.float(), reduction="sum")
 
 
 class HeadLoss(NamedTuple):
