@@ -216,6 +216,10 @@ def test_dspark_stops_one_before_the_last_label_and_eagle3_reads_it() -> None:
         ("pocket-eagle3", [], ("unroll",)),
         ("pocket-dflash", [], ("context",)),
         ("pocket-dflash", ["loss.l1=0.5"], ("context", "labels")),
+        ("pocket-dflash", ["loss.lk_alpha=0.5"], ("context", "labels")),
+        ("pocket-dflash", ["loss.positions=survival"], ("context", "labels")),
+        ("pocket-dflash", ["loss.positions=dpace"], ("context",)),
+        ("pocket-eagle3", ["loss.ce=0", "loss.reverse_kl=1"], ("unroll",)),
         ("pocket-dspark", [], ("context", "labels")),
         (
             "pocket-dspark",
