@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from conftest import prompts_of, teach, tiny_draft
 from deepspec.decode.engine import Decoder, Request, generate
 from deepspec.decode.plain import Deferred
 from deepspec.maths.verify import Sampling, verify
-from deepspec.schedule.auto import Auto, Choice
+from deepspec.schedule.auto import WARM_UP, Auto, Choice
 from deepspec.schedule.policies import (
     Budget,
     EarlyStop,
@@ -65,26 +67,31 @@ def warmed_budget() -> Budget:
     return policy
 
 
-def learned_auto(rounds: int, claim: float) -> Auto:
+@cache
+def taught_auto(claim: float) -> Auto:
     """After rounds whose first proposals were accepted as claimed, and whose second ones never were."""
-    policy, random = Auto(staircase, 2), np.random.default_rng(rounds)
-    for _ in range(rounds):
+    policy, random = Auto(staircase, 2), np.random.default_rng(0)
+    for _ in range(WARM_UP):
         confidences = np.array([[claim, random.random()], [random.random(), 0.5]])
         lengths = policy.lengths(confidences, LOAD) if policy.proposes(LOAD) else np.zeros(2, np.int64)
         policy.learn(lengths, np.minimum(lengths, random.random(2) < confidences[:, 0]))
     return policy
 
 
+def learned_auto(claim: float) -> Auto:
+    return deepcopy(taught_auto(claim))
+
+
 def priced_auto() -> Auto:
     """A choice that cuts by survival, on rows of any kind."""
-    policy = learned_auto(20, 0.9)
+    policy = learned_auto(0.9)
     policy._best = lambda load: Choice(2, 13 / 32, 1.0, 1.0)  # type: ignore[method-assign]
     policy.load = None
     return policy
 
 
 def exploring_auto() -> Auto:
-    policy = learned_auto(40, 0.2)
+    policy = learned_auto(0.2)
     policy.credit = 1e9
     return policy
 
@@ -96,8 +103,8 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "early stop": lambda: EarlyStop(staircase),
     "budget": warmed_budget,
     "auto, at first": lambda: Auto(staircase, 2),
-    "auto, learned": lambda: learned_auto(60, 0.95),
-    "auto, of a poor draft": lambda: learned_auto(60, 0.05),
+    "auto, learned": lambda: learned_auto(0.95),
+    "auto, of a poor draft": lambda: learned_auto(0.05),
     "auto, with a price": priced_auto,
     "auto, exploring": exploring_auto,
 }
@@ -202,7 +209,7 @@ def test_budget_of_two_rounds_ago_is_spent_on_this_rounds_likeliest() -> None:
 
 
 def flat(load: Load, count: int) -> RoundSeconds:
-    return RoundSeconds(1.0 + 0.4 * load.rows, 1.0 + 0.4 * (load.rows + np.arange(count + 1.0)))
+    return RoundSeconds(1.0 + 0.4 * load.rows, 1.5 + 0.4 * (load.rows + np.arange(count + 1.0)))
 
 
 ENGINE: dict[str, Callable[[], Policy]] = {
@@ -288,6 +295,37 @@ def test_a_policy_that_proposes_nothing_costs_nothing_of_the_draft(targets: dict
     assert all(len(g.proposed) == 11 for g in found.values()), "no round after a full budget"
 
 
+class Listening(Policy):
+    """Verifies everything, and notes what it is told."""
+
+    def __init__(self) -> None:
+        self.fresh, self.gained = 0, 0
+
+    def lengths(self, confidences: np.ndarray, load: Load) -> np.ndarray:
+        self.fresh += load.fresh
+        return np.full(len(confidences), confidences.shape[1])
+
+    def learn(self, proposed: np.ndarray, gained: np.ndarray) -> None:
+        self.gained += len(gained) + int(gained.sum())
+
+
+def test_policies_are_told_of_each_answer_and_of_each_token_that_is_kept(targets: dict[str, Target]) -> None:
+    """Not of tokens that are accepted beyond an answer's end, for which nobody waits."""
+    target, policy = targets["llama"], Listening()
+    prompts = prompts_of(target, (9, 5, 12))
+    plain = [g.token_ids for g in generate(target, None, prompts, 12)]
+    draft = teach(
+        tiny_draft(target, "dspark"), target, [p + g for p, g in zip(prompts, plain, strict=True)], steps=12
+    )
+    answers = list(
+        Decoder(target, draft, max_rows=2, policy=policy).run(
+            Request(p, 12, 0, str(i)) for i, p in enumerate(prompts)
+        )
+    )
+    assert policy.fresh == 3 and policy.gained == 3 * 11
+    assert any(a[-1] >= k[-1] for a, k in ((g.accepted, g.kept) for g in answers)), "no answer was cut"
+
+
 def test_verifying_everything_by_policy_is_verifying_everything(targets: dict[str, Target]) -> None:
     target = targets["llama"]
     prompts = prompts_of(target, (9, 5))
@@ -320,26 +358,26 @@ def played(policy: Auto, survival: Callable[[int], float], loads: list[Load]) ->
 
 
 def test_auto_takes_the_one_proposal_that_pays_and_none_where_none_does() -> None:
-    rounds = played(Auto(flat, 4), lambda _: 0.9, [Load(4, 50.0)] * 200)
-    assert sum(lengths == [1] * 4 for _, lengths in rounds[20:]) > 150
-    rounds = played(Auto(flat, 4), lambda _: 0.05, [Load(4, 50.0)] * 200)
-    assert sum(not proposed for proposed, _ in rounds[20:]) > 150
+    rounds = played(Auto(flat, 4), lambda _: 0.9, [Load(4, 50.0)] * 300)
+    assert sum(lengths == [1] * 4 for _, lengths in rounds[100:]) > 180
+    rounds = played(Auto(flat, 4), lambda _: 0.05, [Load(4, 50.0)] * 300)
+    assert sum(not proposed for proposed, _ in rounds[100:]) > 180
 
 
 def test_auto_notices_that_a_draft_has_become_good_and_looks_seldom_before() -> None:
     policy = Auto(flat, 4)
-    rounds = played(policy, lambda number: 0.95 if number > 3000 else 0.02, [Load(4, 50.0)] * 40000)
-    looked = sum(proposed for proposed, _ in rounds[100:3000])
+    rounds = played(policy, lambda number: 0.95 if number > 2000 else 0.02, [Load(4, 50.0)] * 30000)
+    looked = sum(proposed for proposed, _ in rounds[100:2000])
     most = flat(Load(4, 50.0), 16).drafted[-1] - flat(Load(4, 50.0), 0).plain
-    spent = looked * most / (2900 * flat(Load(4, 50.0), 0).plain)
+    spent = looked * most / (1900 * flat(Load(4, 50.0), 0).plain)
     assert 0 < spent < 0.006
     assert sum(lengths == [1] * 4 for _, lengths in rounds[-500:]) > 400
 
 
 def test_auto_spends_nothing_saved_at_once_when_the_load_changes() -> None:
-    loads = [Load(4, 50.0)] * 3000 + [Load(1, 50.0)] * 100
+    loads = [Load(4, 50.0)] * 2000 + [Load(1, 50.0)] * 100
     rounds = played(Auto(flat, 4), lambda _: 0.02, loads)
-    assert sum(proposed for proposed, _ in rounds[3000:]) <= 2
+    assert sum(proposed for proposed, _ in rounds[2000:]) <= 2
 
 
 MICROSECONDS = 50

@@ -90,8 +90,15 @@ class StepCosts:
 
     def prefill_seconds(self, length: ArrayLike, drafted: bool = True) -> Floats:
         """Reading one prompt of so many tokens. drafted: whether a draft observes it."""
-        table = self.prefill + self.observe if drafted and self.observe is not None else self.prefill
-        return interpolated((self.prefill_lengths,), table, (np.asarray(length, float),))
+        read = interpolated((self.prefill_lengths,), self.prefill, (np.asarray(length, float),))
+        return read + self.observe_seconds(length) if drafted else read
+
+    def observe_seconds(self, length: ArrayLike) -> Floats:
+        """A draft's first reading of so many tokens of one row. 0 in a table without a draft."""
+        points = np.asarray(length, float)
+        if self.observe is None:
+            return np.zeros(points.shape)
+        return interpolated((self.prefill_lengths,), self.observe, (points,))
 
     def rest_seconds(self, rows: ArrayLike) -> Floats:
         """Everything in a round but the target's pass and the proposals."""
@@ -120,11 +127,10 @@ class StepCosts:
             widths = 1.0 + np.arange(count + 1) / rows
             rest = float(self.rest_seconds(rows))
             drafted = interpolated((self.widths,), line, (widths,)) + rest
-            observe = self.prefill_seconds(context) - self.prefill_seconds(context, drafted=False)
             return RoundSeconds(
                 float(interpolated(axes, self.target[:, 0], points)) + rest,
                 drafted + float(self.propose_seconds(rows, context)),
-                float(observe) * rows,
+                float(self.observe_seconds(context)) * rows,
             )
 
         return lambda load, count: at(load.rows, (load.context // CONTEXT + 0.5) * CONTEXT, count)

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from deepspec.schedule.auto import Auto
 from deepspec.schedule.costs import StepCosts
-from deepspec.schedule.policies import Budget, EarlyStop, Fixed, Policy, Threshold
+from deepspec.schedule.policies import NONE, Budget, EarlyStop, Fixed, Policy, Threshold
 
 COSTLY = ("early-stop", "budget", "auto")
 """Policies that compare step costs."""
@@ -23,7 +23,7 @@ def policy_of(text: str, costs: StepCosts | None = None, block: int = 0) -> Poli
         if text == "all":
             return None
         if text == "none":
-            return Fixed(0)
+            return NONE
         if name == "fixed" and int(value) >= 0:
             return Fixed(int(value))
         if name == "threshold" and 0 <= float(value) <= 1:

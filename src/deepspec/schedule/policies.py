@@ -26,10 +26,12 @@ ahead does not know the newest ones yet."""
 
 
 class Load(NamedTuple):
-    """rows in flight, and the mean number of tokens that the target holds for each of them."""
+    """rows in flight, the mean number of tokens that the target holds for each of them, and how many of the
+    rows are in their first round."""
 
     rows: int
     context: float
+    fresh: int = 0
 
 
 class RoundSeconds(NamedTuple):
@@ -56,8 +58,9 @@ class Policy(Protocol):
     def lengths(self, confidences: Floats, load: Load) -> Lengths:
         """[R] proposals to verify, each in 0…γ."""
 
-    def learn(self, proposed: Lengths, accepted: Lengths) -> None:
-        """Told after every round how many proposals of each row [R] were verified, and accepted."""
+    def learn(self, proposed: Lengths, gained: Lengths) -> None:
+        """Told after every round how many proposals of each row [R] were verified, and how many tokens more
+        than one were kept: those accepted, unless the answer ended among them."""
         return None
 
 
@@ -81,6 +84,10 @@ class Fixed(Policy):
     def lengths(self, confidences: Floats, load: Load) -> Lengths:
         rows, block = confidences.shape
         return np.full(rows, min(self.length, block))
+
+
+NONE = Fixed(0)
+"""Plain decoding."""
 
 
 @dataclass(frozen=True)
