@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepspec.errors import DataError, MismatchError
-from deepspec.schedule.costs import Identity, StepCosts, monotone, read_costs, write_costs
+from deepspec.schedule.costs import CONTEXT, Identity, StepCosts, monotone, read_costs, write_costs
+from deepspec.schedule.policies import Load
 from reference.costs import looked_up
 
 IDENTITY = Identity("a machine", target="pocket", target_hash="t1", draft="dspark", draft_hash="d1", block=7)
@@ -54,10 +55,14 @@ def test_every_lookup_equals_the_plain_one(seed: int, points: int, rows: float, 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.floats(0, 99))
-def test_rate_is_one_over_a_whole_round(seed: int, rows: int, context: float):
-    costs, tokens = table(seed), rows + np.arange(3 * rows + 1)
-    whole = costs.round_seconds(rows, tokens, context)
-    np.testing.assert_allclose(costs.rate(rows, context)(tokens), 1 / whole, rtol=1e-9)
+def test_policies_are_told_the_seconds_of_whole_rounds(seed: int, rows: int, context: float):
+    costs, middle = table(seed), (context // CONTEXT + 0.5) * CONTEXT
+    found = costs.rounds()(Load(rows, context), 3 * rows)
+    whole = costs.round_seconds(rows, rows + np.arange(3 * rows + 1), middle)
+    np.testing.assert_allclose(found.drafted, whole, rtol=1e-9)
+    assert found.plain == pytest.approx(costs.round_seconds(rows, rows, middle, drafted=False))
+    seen = costs.prefill_seconds(middle) - costs.prefill_seconds(middle, drafted=False)
+    assert found.observe == pytest.approx(rows * seen)
 
 
 def test_points_of_the_grid_are_the_measured_ones():

@@ -19,7 +19,9 @@ from deepspec.log import note
 
 if TYPE_CHECKING:
     from deepspec.data.skipping import Skipped
+    from deepspec.drafts.base import NeuralDraft
     from deepspec.maths.verify import Sampling
+    from deepspec.schedule.policies import Scheduled
     from deepspec.targets import Target
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -58,6 +60,25 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON on standard output.")]
 DropRepeats = Annotated[bool, typer.Option("--drop-repeats", help="Keep only the first row of each prompt.")]
 
+
+PolicyName = Annotated[
+    str,
+    typer.Option(help="Proposals verified: all, none, fixed:K, threshold:C, early-stop, budget or auto."),
+]
+Costs = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True, dir_okay=False, help="Step costs of `deepspec profile`, for early-stop, budget and auto."
+    ),
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help=f"Temperatures of the confidences; {CALIBRATION} in the draft's folder, if it is there.",
+    ),
+]
 
 Dtype = StrEnum("Dtype", ["auto", "float32", "bfloat16", "float16"])
 TargetDtype = Annotated[Dtype, typer.Option(help="Number format of the target; auto: as stored.")]
@@ -99,6 +120,44 @@ def load_target(name: str, dtype: str = "auto", device: str = "auto") -> Target:
                 next_step="leave --device out, or use --device cpu",
             ) from error
     return Target.from_pretrained(name, dtype, device)
+
+
+def check_policy(name: str, costs: Path | None) -> None:
+    """Refuse a policy that does not exist, or lacks its step costs, before anything is loaded."""
+    from deepspec.schedule.named import COSTLY, policy_of
+
+    if name not in COSTLY or costs is None:
+        try:
+            policy_of(name)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+def scheduled(
+    name: str, costs: Path | None, calibration: Path | None, folder: Path, target: Target, draft: NeuralDraft
+) -> Scheduled:
+    """The policy of this name for a loaded target and draft, with the temperatures of its confidences.
+
+    costs: a table of this machine, target and draft. calibration: a report, or the one in the draft's
+    folder. Raises UserError for files that belong to something else.
+    """
+    from deepspec.measure.calibrate import temperatures_of
+    from deepspec.measure.evaluate import fingerprint
+    from deepspec.schedule.costs import read_costs
+    from deepspec.schedule.named import COSTLY, policy_of
+    from deepspec.schedule.policies import Scheduled
+    from deepspec.this_machine import this_machine
+
+    check_policy(name, costs)
+    table = None
+    if costs is not None and name in COSTLY:
+        machine, of = this_machine(), target.spec.config_hash
+        table = read_costs(costs, target=of, draft=fingerprint(draft), machine=machine)
+    policy, file = policy_of(name, table, draft.max_proposals), calibration or folder / CALIBRATION
+    if not (name in COSTLY or name.startswith("threshold:")) or not file.exists():
+        return Scheduled(policy, None)
+    note(f"confidences are scaled by the temperatures of {file}")
+    return Scheduled(policy, temperatures_of(file, draft))
 
 
 def sampling_of(temperature: float, top_k: int = 0, top_p: float = 1.0) -> Sampling:

@@ -9,10 +9,13 @@ from typing import Annotated
 import typer
 
 from deepspec.cli.common import (
+    Calibration,
+    Costs,
     Device,
     Dtype,
     Json,
     MaxNew,
+    PolicyName,
     Seed,
     SkipBad,
     TargetDtype,
@@ -20,12 +23,14 @@ from deepspec.cli.common import (
     Thinking,
     TopK,
     TopP,
+    check_policy,
     load_target,
     print_json,
     print_results,
     prompt_file,
     report_skipped,
     sampling_of,
+    scheduled,
     skipping,
 )
 from deepspec.errors import UserError
@@ -63,6 +68,9 @@ def evaluate(
     no_baselines: Annotated[
         bool, typer.Option("--no-baselines", help="Leave out transformers' generate and prompt lookup.")
     ] = False,
+    policy: PolicyName = "all",
+    costs: Costs = None,
+    calibration: Calibration = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Results file; several temperatures add -t<temperature> to its name."),
@@ -81,6 +89,7 @@ def evaluate(
     Example:
       deepspec eval --target pocket --draft pocket-dspark --temperature 0 --temperature 1
     """
+    check_policy(policy, costs)
     source = prompt_file(prompts, target)
     names = draft or []
     if not names:
@@ -112,6 +121,10 @@ def evaluate(
     curves = {label: read_metrics(Path(name) / "metrics.jsonl") for label, name in folders.items()}
     model = load_target(target, dtype.value, device)
     drafts = {label: load_draft(name, model) for label, name in folders.items()}
+    how = {
+        label: scheduled(policy, costs, calibration, find_checkpoint(folders[label]), model, loaded)
+        for label, loaded in drafts.items()
+    }
     now = conditions_of(model, tasks, thinking)
     for label, name in folders.items():
         trained = Conditions.read(load_provenance(find_checkpoint(name)))
@@ -128,6 +141,8 @@ def evaluate(
         ignore_eos=ignore_eos,
         batch=batch,
         baselines=not no_baselines,
+        policy=policy,
+        scheduled=how,
         out=out,
     )
     if report is not None:

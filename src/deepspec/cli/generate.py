@@ -9,17 +9,22 @@ import typer
 from rich.text import Text
 
 from deepspec.cli.common import (
+    Calibration,
+    Costs,
     Device,
     Dtype,
     MaxNew,
+    PolicyName,
     Seed,
     TargetDtype,
     TargetName,
     Thinking,
     TopK,
     TopP,
+    check_policy,
     load_target,
     sampling_of,
+    scheduled,
     stdout,
 )
 from deepspec.errors import UserError
@@ -44,6 +49,9 @@ def generate(
     seed: Seed = 0,
     dtype: TargetDtype = Dtype.auto,
     device: Device = "auto",
+    policy: PolicyName = "all",
+    costs: Costs = None,
+    calibration: Calibration = None,
     plain: Annotated[bool, typer.Option("--plain", help="Decode without a draft.")] = False,
 ) -> None:
     """Answer one prompt, and show which tokens the draft produced.
@@ -58,6 +66,7 @@ def generate(
         raise UserError(
             f"{target} needs a draft", next_step="add --draft NAME, or --plain to decode without a draft"
         )
+    check_policy(policy, costs)
     sampling = sampling_of(temperature, top_k, top_p)
     from deepspec.checkpoints.draft import check_draft, load_draft
     from deepspec.checkpoints.read import find_checkpoint
@@ -65,12 +74,12 @@ def generate(
     from deepspec.data.tokens import prompt_ids, require_tokenizer
     from deepspec.decode.engine import Decoder, Request
     from deepspec.decode.text import TextStream
+    from deepspec.schedule.policies import Scheduled
     from deepspec.targets import TargetSpec
 
     # What can be refused is refused before the weights are loaded.
     draft = None if plain else draft
-    if draft is not None:
-        find_checkpoint(draft)
+    folder = None if draft is None else find_checkpoint(draft)
     spec = TargetSpec.from_pretrained(target)
     if draft is not None:
         check_draft(draft, spec)
@@ -78,8 +87,12 @@ def generate(
     asked = [Message(role="user", content=prompt)]
     ids = prompt_ids(tokenizer, asked, thinking, vocab_size=spec.vocab_size)
     model = load_target(target, dtype.value, device)
-    chosen = None if draft is None else load_draft(draft, model)
-    decoder, console, text = Decoder(model, chosen), stdout(), TextStream(tokenizer)
+    chosen, how = None, Scheduled()
+    if draft is not None and folder is not None:
+        chosen = load_draft(draft, model)
+        how = scheduled(policy, costs, calibration, folder, model, chosen)
+    decoder = Decoder(model, chosen, policy=how.policy, temperatures=how.temperatures)
+    console, text = stdout(), TextStream(tokenizer)
     decoder.submit(Request(ids, max_new_tokens, seed, "PROMPT", sampling, model.stop_token_ids))
     while not decoder.idle:
         for event in decoder.step():

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from deepspec.cli.common import (
-    CALIBRATION,
     FAILED,
+    Calibration,
+    Costs,
     DraftName,
     Dtype,
     Json,
     MaxNew,
+    PolicyName,
     Seed,
     TargetName,
     Thinking,
     TopK,
     TopP,
+    check_policy,
     load_target,
     print_json,
     prompt_file,
     sampling_of,
+    scheduled,
     stdout,
 )
 from deepspec.errors import UserError
-from deepspec.log import note
 
 
 def verify(
@@ -42,18 +44,9 @@ def verify(
         int, typer.Option(min=1, help="Sampled answers per prompt; more of them notice smaller errors.")
     ] = 4,
     max_new_tokens: MaxNew = 64,
-    policy: Annotated[
-        str,
-        typer.Option(help="Proposals verified: all, none, fixed:K or threshold:C."),
-    ] = "all",
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help=f"Temperatures for threshold:C; {CALIBRATION} in the draft's folder, if it is there.",
-        ),
-    ] = None,
+    policy: PolicyName = "all",
+    costs: Costs = None,
+    calibration: Calibration = None,
     thinking: Thinking = False,
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
@@ -71,6 +64,7 @@ def verify(
     Example:
       deepspec verify pocket-dspark --policy threshold:0.5
     """
+    check_policy(policy, costs)
     source = prompt_file(prompts, target)
     sampling = sampling_of(temperature, top_k, top_p)
     if sampling.greedy:
@@ -80,27 +74,17 @@ def verify(
         )
     from deepspec.checkpoints.draft import check_draft, load_draft
     from deepspec.checkpoints.read import find_checkpoint
-    from deepspec.measure.calibrate import temperatures_of
     from deepspec.measure.evaluate import load_prompts
     from deepspec.measure.lossless import check_greedy, check_law, sentences, verdict_of
-    from deepspec.schedule.policies import Threshold, policy_of
     from deepspec.targets import TargetSpec
 
-    try:
-        chosen = policy_of(policy)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     folder = find_checkpoint(draft)
     spec = TargetSpec.from_pretrained(target)
     check_draft(draft, spec)
     tasks = load_prompts(source, spec, thinking=thinking, limit=limit)
     model = load_target(target, dtype.value, device)
     loaded = load_draft(draft, model)
-    temperatures = None
-    file = calibration or folder / CALIBRATION
-    if isinstance(chosen, Threshold) and file.exists():
-        temperatures = temperatures_of(file, loaded)
-        note(f"confidences are scaled by the temperatures of {file}")
+    chosen, temperatures = scheduled(policy, costs, calibration, folder, model, loaded)
     how = {"temperatures": temperatures}
     greedy = check_greedy(model, loaded, tasks, max_new_tokens, chosen, batch, **how)
     law = check_law(

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from deepspec.decode.plain import Deferred, NoDraft
-from deepspec.decode.settle import LOGITS, Fault, Settled, first_layer, settle
+from deepspec.decode.settle import LOGITS, Fault, Settled, first_layer, settle, warped
 from deepspec.drafts.base import Draft, NeuralDraft, Proposal
 from deepspec.errors import NonFiniteError, UserError
 from deepspec.maths.slots import Ints, Ragged
 from deepspec.maths.verify import Sampling, defined, draw, verify, warp
-from deepspec.schedule.policies import Load, Policy
+from deepspec.schedule.policies import NONE, Load, Policy
 from deepspec.targets import Target
 
 
@@ -135,6 +135,8 @@ class Decoder:
         temperatures: Sequence[float] | None = None,
     ) -> None:
         assert max_rows >= 1, "a decoder needs at least one slot"
+        if policy == NONE:
+            draft = None  # it would only be kept ready for nothing
         self.target, self.draft = target, draft or NoDraft()
         if policy is not None and draft is not None:
             self.draft = Deferred(draft)
@@ -274,7 +276,7 @@ class Decoder:
         uniforms = torch.stack([torch.rand(2 * gamma + 1, generator=r.random) for r in rows])
         uniforms = uniforms.to(self.target.device)
         held = [self.target.length(slot) for slot in slots]
-        load = Load(len(rows), sum(held) / len(rows))
+        load = Load(len(rows), sum(held) / len(rows), sum(not row.answer.kept for row in rows))
         asked = draft if self.policy is None or self.policy.proposes(load) else NoDraft()
         proposal = asked.propose(slots, anchors, samplings, uniforms[:, :gamma])
         # After the anchor, the target's context may have room for fewer than γ proposals.
@@ -290,9 +292,7 @@ class Decoder:
         if features is not None:
             features = features[:, : max(map(len, observed))]
         draft.observe(slots, features, observed, new)
-        if self.policy is not None:
-            sound = [i not in settled.faults for i in range(len(rows))]
-            self.policy.learn(np.array(counts) * sound, np.array(settled.accepted) * sound)
+        verified, gained = np.zeros((2, len(rows)), np.int64)
         confidences = None if proposal.confidence is None else proposal.confidence.tolist()
         events = []
         for i, row in enumerate(rows):
@@ -301,12 +301,15 @@ class Decoder:
             accepted, answer, row.anchor = settled.accepted[i], row.answer, new[i][-1]
             self._watch(row, counts[i], accepted, proposal.q[i])
             kept = row.commit(new[i], drafted=accepted)
+            verified[i], gained[i] = counts[i], max(len(kept) - 1, 0)
             answer.proposed.append(counts[i])
             answer.accepted.append(accepted)
             answer.kept.append(len(kept))
             if confidences is not None:
                 answer.confidence.append(confidences[i][: counts[i]])
             events.append(self._event(row, kept))
+        if self.policy is not None:
+            self.policy.learn(verified, gained)
         if settled.faults:
             self._held = events
             self._refuse([(rows[i], fault) for i, fault in settled.faults.items()])
@@ -323,7 +326,8 @@ class Decoder:
         slots = [row.slot for row in rows]
         before = [target.length(slot) for slot in slots]
         output = target.step(slots, [[r.anchor, *t] for r, t in zip(rows, tokens, strict=True)], layers)
-        p = warp(target.logits(output.last_hidden), [r.request.sampling for r in rows])
+        samplings = [r.request.sampling for r in rows]
+        p = warped(target.logits, output.last_hidden, [len(each) + 1 for each in tokens], samplings)
         q = proposal.q[:, :width].to(p.device) if width else p[:, :0]
         verifying, lengths = proposal.tokens[:, :width].to(p.device), [len(row) for row in tokens]
         deciding = torch.cat([uniforms[:, :width], uniforms[:, -1:]], dim=1)

@@ -5,6 +5,7 @@ R rows, γ proposals, Q = γ + 1 new tokens per row, V vocabulary, m captured la
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from math import isfinite
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from deepspec.maths.finite import finite_layers
 from deepspec.maths.slots import Ints
-from deepspec.maths.verify import Verdict
+from deepspec.maths.verify import Sampling, Verdict, warp
 
 LOGITS = "its logits"
 
@@ -87,6 +88,20 @@ def settle(
         broken = ~finite_layers(features, len(layers)).all(-1, keepdim=True)
         features = features.masked_fill(broken, 0.0)
     return Settled(accepted, next_token, faults, features, unsound)
+
+
+def warped(
+    logits: Callable[[Tensor], Tensor], hidden: Tensor, counts: Ints, samplings: Sequence[Sampling]
+) -> Tensor:
+    """[R, Q, V] distributions of last hidden states [R, Q, d], each row's by its own sampling; only the first
+    `counts` [R] of a row are real, and the others are not computed but zero."""
+    rows, width = hidden.shape[:2]
+    if min(counts) == width:
+        return warp(logits(hidden), samplings)
+    real = torch.tensor([r * width + q for r, n in enumerate(counts) for q in range(n)], device=hidden.device)
+    each = [s for s, n in zip(samplings, counts, strict=True) for _ in range(n)]
+    p = warp(logits(hidden.flatten(0, 1).index_select(0, real)), each)
+    return p.new_zeros(rows * width, p.shape[-1]).index_copy_(0, real, p).unflatten(0, (rows, width))
 
 
 def first_layer(features: Tensor, layers: Ints) -> str | None:

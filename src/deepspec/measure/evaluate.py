@@ -33,6 +33,7 @@ from deepspec.log import note, progress
 from deepspec.maths.verify import Sampling
 from deepspec.measure.rows import Answering, Measurement, Method, Prompt, rounds_of, rows_of
 from deepspec.report.results import FORMAT
+from deepspec.schedule.policies import Scheduled
 from deepspec.targets import Target, TargetSpec
 from deepspec.this_machine import read_joules, this_machine
 
@@ -145,19 +146,22 @@ def evaluate_drafts(
     ignore_eos: bool = False,
     batch: int = 1,
     baselines: bool = True,
+    policy: str = "all",
+    scheduled: Mapping[str, Scheduled] | None = None,
     out: Path | None = None,
     keep_partial: bool = False,
 ) -> dict[str, Any]:
     """Measure plain decoding, transformers' generate, prompt lookup and the drafts; a results file's data.
 
     batch: prompts decoded together, whose time is shared out evenly; above 1 transformers' generate is left
-    out, since it cannot hold ragged rows without padding. out: the results are written there, and until then
+    out, since it cannot hold ragged rows without padding. scheduled: of each draft, `policy` its name; a
+    draft that is not in it verifies everything. out: the results are written there, and until then
     every measured group is kept in `partial_path`, so that the same call continues after a kill.
     keep_partial: leaves that file to a caller that has more to measure (`evaluate_at`).
     """
     sampling = sampling or Sampling()
     stops = frozenset() if ignore_eos else target.stop_token_ids
-    methods = _methods(target, drafts, sampling, stops, seed, batch, baselines)
+    methods = _methods(target, drafts, sampling, stops, seed, batch, baselines, scheduled or {})
     date = None if target.tokenizer is None else template_date(target.tokenizer)
     conditions = {
         "target": target.spec.name,
@@ -169,6 +173,7 @@ def evaluate_drafts(
         "prompts": len(prompts),
         "max_new_tokens": max_new_tokens,
         "acceptance_rule": "rejection sampling",
+        **({} if policy == "all" else {"policy": policy}),
         "ignore_eos": ignore_eos,
         "seed": seed,
         "dtype": str(target.dtype).removeprefix("torch."),
@@ -207,12 +212,15 @@ def _methods(
     seed: int,
     batch: int,
     baselines: bool,
+    scheduled: Mapping[str, Scheduled],
 ) -> dict[str, Method]:
     """Every method of an evaluation by its name, plain decoding first."""
 
-    def ours(draft: Draft | None) -> Answering:
+    def ours(draft: Draft | None, how: Scheduled | None = None) -> Answering:
+        policy, temperatures = how or Scheduled()
+
         def answer(group: Sequence[Prompt], budget: int) -> list[Generation]:
-            decoder = Decoder(target, draft, max_rows=len(group))
+            decoder = Decoder(target, draft, max_rows=len(group), policy=policy, temperatures=temperatures)
             requests = [Request(p.ids, budget, row_seed(seed, p.id), p.id, sampling, stops) for p in group]
             found = {g.key: g for g in decoder.run(requests)}
             return [found[p.id] for p in group]
@@ -233,7 +241,7 @@ def _methods(
         methods["prompt lookup"] = Method("lookup", None, lookup.max_proposals, ours(lookup))
     for name, draft in drafts.items():
         algorithm = getattr(getattr(draft, "spec", None), "algorithm", None)
-        methods[name] = Method("draft", algorithm, draft.max_proposals, ours(draft))
+        methods[name] = Method("draft", algorithm, draft.max_proposals, ours(draft, scheduled.get(name)))
     return methods
 
 

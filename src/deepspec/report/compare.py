@@ -25,6 +25,7 @@ REFUSED = (
     "max_new_tokens",
     "ignore_eos",
     "acceptance_rule",
+    "policy",
     "target_hash",
 )
 """Conditions that make two accepted lengths different quantities."""

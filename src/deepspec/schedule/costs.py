@@ -9,19 +9,20 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from deepspec.errors import DataError, MismatchError
 from deepspec.files import write_json
-
-if TYPE_CHECKING:
-    from deepspec.schedule.policies import Floats, Lengths, Rate
+from deepspec.schedule.policies import Floats, RoundSeconds, Seconds
 
 FORMAT = 1
+CONTEXT = 16
+"""Tokens of context that policies do not tell apart."""
 AGAIN = "measure it: deepspec profile DRAFT --target TARGET --out FILE"
 
 
@@ -89,8 +90,15 @@ class StepCosts:
 
     def prefill_seconds(self, length: ArrayLike, drafted: bool = True) -> Floats:
         """Reading one prompt of so many tokens. drafted: whether a draft observes it."""
-        table = self.prefill + self.observe if drafted and self.observe is not None else self.prefill
-        return interpolated((self.prefill_lengths,), table, (np.asarray(length, float),))
+        read = interpolated((self.prefill_lengths,), self.prefill, (np.asarray(length, float),))
+        return read + self.observe_seconds(length) if drafted else read
+
+    def observe_seconds(self, length: ArrayLike) -> Floats:
+        """A draft's first reading of so many tokens of one row. 0 in a table without a draft."""
+        points = np.asarray(length, float)
+        if self.observe is None:
+            return np.zeros(points.shape)
+        return interpolated((self.prefill_lengths,), self.observe, (points,))
 
     def rest_seconds(self, rows: ArrayLike) -> Floats:
         """Everything in a round but the target's pass and the proposals."""
@@ -109,17 +117,23 @@ class StepCosts:
         listed = {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in found.items()}
         return listed | {"format": FORMAT, "identity": asdict(self.identity)}
 
-    def rate(self, rows: int, context: float) -> Rate:
-        """Steps per second by the tokens that one step verifies, anchors included: the function that
-        `EarlyStop` and `Budget` take. It is 1 / `round_seconds`; the table is first reduced to one line."""
-        axes, points = (self.rows, self.contexts), (np.asarray(float(rows)), np.asarray(float(context)))
-        line = np.array([interpolated(axes, self.target[:, i], points) for i in range(len(self.widths))])
-        around = float(self.propose_seconds(rows, context) + self.rest_seconds(rows))
+    def rounds(self) -> Seconds:
+        """What a round takes, as the policies ask it: looked up once per rows and `CONTEXT` tokens."""
 
-        def per_second(tokens: Lengths) -> Floats:
-            return 1.0 / (interpolated((self.widths,), line, (tokens / rows,)) + around)
+        @lru_cache(maxsize=4096)
+        def at(rows: int, context: float, count: int) -> RoundSeconds:
+            axes, points = (self.rows, self.contexts), (np.asarray(float(rows)), np.asarray(context))
+            line = np.array([interpolated(axes, self.target[:, i], points) for i in range(len(self.widths))])
+            widths = 1.0 + np.arange(count + 1) / rows
+            rest = float(self.rest_seconds(rows))
+            drafted = interpolated((self.widths,), line, (widths,)) + rest
+            return RoundSeconds(
+                float(interpolated(axes, self.target[:, 0], points)) + rest,
+                drafted + float(self.propose_seconds(rows, context)),
+                float(self.observe_seconds(context)) * rows,
+            )
 
-        return per_second
+        return lambda load, count: at(load.rows, (load.context // CONTEXT + 0.5) * CONTEXT, count)
 
 
 def interpolated(axes: Sequence[NDArray[Any]], table: Floats, points: Sequence[Floats]) -> Floats:

@@ -11,8 +11,7 @@ products, the probability that all positions up to k are accepted.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -21,18 +20,32 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Lengths = NDArray[np.int64]
-Rate = Callable[[Lengths], Floats]
-"""Steps per second when so many tokens are verified in one pass, elementwise (SPS of method.md 5)."""
 DELAY = 2
 """Rounds from the confidences that set a budget to the round that spends it: an engine that prepares rounds
 ahead does not know the newest ones yet."""
 
 
 class Load(NamedTuple):
-    """rows in flight, and the mean number of tokens that the target holds for each of them."""
+    """rows in flight, the mean number of tokens that the target holds for each of them, and how many of the
+    rows are in their first round."""
 
     rows: int
     context: float
+    fresh: int = 0
+
+
+class RoundSeconds(NamedTuple):
+    """What a round takes at one load. plain: without proposals. drafted [n + 1]: with proposals, of which 0,
+    1, …, n of all rows together are verified; 1 / drafted is SPS of method.md 5. observe: what the draft
+    needs for rows of which it has seen nothing yet."""
+
+    plain: float
+    drafted: Floats
+    observe: float = 0.0
+
+
+Seconds = Callable[[Load, int], RoundSeconds]
+"""(load, n) -> what a round takes with up to n proposals (`StepCosts.rounds`)."""
 
 
 class Policy(Protocol):
@@ -45,9 +58,18 @@ class Policy(Protocol):
     def lengths(self, confidences: Floats, load: Load) -> Lengths:
         """[R] proposals to verify, each in 0…γ."""
 
-    def learn(self, proposed: Lengths, accepted: Lengths) -> None:
-        """Told after every round how many proposals of each row [R] were verified, and accepted."""
+    def learn(self, proposed: Lengths, gained: Lengths) -> None:
+        """Told after every round how many proposals of each row [R] were verified, and how many tokens more
+        than one were kept: those accepted, unless the answer ended among them."""
         return None
+
+
+class Scheduled(NamedTuple):
+    """What a decoder is told of scheduling. policy: None verifies everything. temperatures: [γ], of the
+    confidences."""
+
+    policy: Policy | None = None
+    temperatures: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +86,10 @@ class Fixed(Policy):
         return np.full(rows, min(self.length, block))
 
 
+NONE = Fixed(0)
+"""Plain decoding."""
+
+
 @dataclass(frozen=True)
 class Threshold(Policy):
     """Each row up to its first confidence below `least`: needs no step costs."""
@@ -71,7 +97,7 @@ class Threshold(Policy):
     least: float
 
     def lengths(self, confidences: Floats, load: Load) -> Lengths:
-        return np.logical_and.accumulate(confidences >= self.least, axis=1).sum(axis=1)
+        return counted(np.logical_and.accumulate(confidences >= self.least, axis=1))
 
 
 @dataclass(frozen=True)
@@ -79,13 +105,14 @@ class EarlyStop(Policy):
     """DSpark's Algorithm 1: admit tokens in the order of their survival while throughput rises, and stop at
     the first drop. Looking past a drop would decide on a token by what was drawn after it."""
 
-    rate: Rate
+    seconds: Seconds
 
     def lengths(self, confidences: Floats, load: Load) -> Lengths:
         survivals = confidences.cumprod(axis=1)
-        order, throughput = ranked(survivals, self.rate)
-        drops = np.flatnonzero(np.diff(throughput) <= 0)
-        return admitted(survivals.shape, order, int(drops[0]) if len(drops) else len(order))
+        ordered, throughput = ranked(survivals, self.seconds(load, survivals.size).drafted)
+        drops = throughput[1:] <= throughput[:-1]
+        first = int(drops.argmax()) if len(drops) else 0
+        return admitted(survivals, ordered, first if len(drops) and drops[first] else len(ordered))
 
 
 @dataclass
@@ -96,58 +123,50 @@ class Budget(Policy):
     confidences which set it are older than every draw of this round.
     """
 
-    rate: Rate
-    earlier: deque[Floats] = field(default_factory=lambda: deque(maxlen=DELAY))
+    seconds: Seconds
+    shares: deque[float] = field(default_factory=lambda: deque([1.0] * DELAY))
+    """Best shares of the last rounds, the oldest first."""
 
     def lengths(self, confidences: Floats, load: Load) -> Lengths:
         survivals = confidences.cumprod(axis=1)
-        full = len(self.earlier) == DELAY
-        share = best_share(self.earlier[0], self.rate) if full else 1.0
-        self.earlier.append(survivals)
-        order = np.argsort(-survivals, axis=None, kind="stable")
-        return admitted(survivals.shape, order, round(share * survivals.size))
+        ordered, throughput = ranked(survivals, self.seconds(load, survivals.size).drafted)
+        self.shares.append(int(throughput.argmax()) / survivals.size)
+        return admitted(survivals, ordered, round(self.shares.popleft() * survivals.size))
 
 
-def policy_of(text: str) -> Policy | None:
-    """The policy that a command line names: `all` (None), `none`, `fixed:K` or `threshold:C`.
-
-    Raises ValueError for any other text.
-    """
-    name, _, value = text.partition(":")
-    with suppress(ValueError):
-        if text == "all":
-            return None
-        if text == "none":
-            return Fixed(0)
-        if name == "fixed" and int(value) >= 0:
-            return Fixed(int(value))
-        if name == "threshold" and 0 <= float(value) <= 1:
-            return Threshold(float(value))
-    raise ValueError(
-        f"{text!r} is not a policy: write all, none, fixed:K (K proposals of each round) or threshold:C "
-        "(each row up to its first confidence below C)"
-    )
-
-
-def ranked(survivals: Floats, rate: Rate) -> tuple[Lengths, Floats]:
-    """(tokens by falling survival [R·γ], throughput [R·γ + 1] with the first 0, 1, … of them admitted).
+def ranked(survivals: Floats, seconds: Floats) -> tuple[Floats, Floats]:
+    """(survivals [R·γ], the largest first, throughput [R·γ + 1] with the first 0, 1, … of them admitted).
 
     Throughput is expected tokens per second: every row commits one token, and each admitted one with its
-    probability. Of equal survivals the earlier position comes first.
+    probability. seconds: [R·γ + 1].
     """
-    rows = len(survivals)
-    order = np.argsort(-survivals, axis=None, kind="stable")
-    committed = rows + np.concatenate([[0.0], survivals.ravel()[order].cumsum()])
-    return order, committed * rate(rows + np.arange(len(committed)))
+    ordered = np.sort(survivals, axis=None)[::-1]
+    committed = np.empty(len(ordered) + 1)
+    committed[0] = 0.0
+    np.add.accumulate(ordered, out=committed[1:])
+    committed += len(survivals)
+    return ordered, committed / seconds
 
 
-def best_share(survivals: Floats, rate: Rate) -> float:
+def best_share(survivals: Floats, seconds: Floats) -> float:
     """The share of all proposals whose verification gives the most throughput."""
-    _, throughput = ranked(survivals, rate)
-    return int(throughput.argmax()) / survivals.size
+    return int(ranked(survivals, seconds)[1].argmax()) / survivals.size
 
 
-def admitted(shape: tuple[int, ...], order: Lengths, count: int) -> Lengths:
-    """[R] how many of each row are among the first `count` of `order`; they are its first positions, since
-    survivals fall along a row."""
-    return np.bincount(order[:count] // shape[1], minlength=shape[0])
+def admitted(survivals: Floats, ordered: Floats, count: int) -> Lengths:
+    """[R] how many of each row are among the `count` likeliest, of equal ones the first in the order of rows.
+    They are its first positions, since survivals fall along a row."""
+    if count in (0, len(ordered)):
+        return np.full(len(survivals), count and survivals.shape[1])
+    price = ordered[count - 1]
+    if ordered[count] < price:
+        return counted(survivals >= price)
+    chosen = survivals > price
+    equal = np.flatnonzero(survivals == price)
+    chosen.flat[equal[: count - np.count_nonzero(chosen)]] = True
+    return counted(chosen)
+
+
+def counted(chosen: NDArray[np.bool_]) -> Lengths:
+    """[R] how many of each row [R, γ]; as a product, which is quicker than a sum along short rows."""
+    return np.dot(chosen, np.ones(chosen.shape[1], np.int64))
