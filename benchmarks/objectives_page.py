@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +29,10 @@ SETTINGS = {
     "lk_alpha": "`loss.ce=0 loss.lk_alpha=1`",
     "lk_lambda": "`loss.ce=0 loss.lk_lambda=1`",
     "dpace": "`loss.ce=1 loss.positions=dpace`",
-    "survival": "`loss.ce=0 loss.l1=1 loss.positions=survival`",
+    "l1, survival": "`loss.ce=0 loss.l1=1 loss.positions=survival`",
+    "ce + l1, survival": "`loss.ce=1 loss.l1=0.9 loss.positions=survival`",
 }
-RESAMPLES = 4000
+RESAMPLES = 2000
 OPENING = """# Objectives
 
 Which loss trains the best draft? Here every objective trains every draft on the pocket target for the same
@@ -60,6 +62,7 @@ class Counts:
         counts = (self.runs[objective, seed]["counts"] for seed in self.seeds)
         return torch.tensor([[each[p] for p in self.prompts] for each in counts], dtype=torch.float64)
 
+    @cache
     def tau(self, objective: str, domain: str | None = None) -> Tensor:
         """[1 + R]: τ, and τ of every resample. Seeds and prompts are drawn with replacement, each on their
         own; all objectives see the same draws, so that differences are paired."""
@@ -76,8 +79,9 @@ class Counts:
 def _draws(size: int, random: torch.Generator) -> Tensor:
     """[1 + R, size]: how often each of `size` things is drawn; the first row has each of them once."""
     drawn = torch.randint(size, (RESAMPLES, size), generator=random)
-    counts = torch.nn.functional.one_hot(drawn, size).sum(1)
-    return torch.cat([torch.ones(1, size), counts]).double()
+    counts = torch.zeros(RESAMPLES, size, dtype=torch.float64)
+    counts.scatter_add_(1, drawn, torch.ones_like(counts))
+    return torch.cat([torch.ones(1, size, dtype=torch.float64), counts])
 
 
 def interval(figures: Tensor) -> Interval:
