@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +61,6 @@ class Counts:
         counts = (self.runs[objective, seed]["counts"] for seed in self.seeds)
         return torch.tensor([[each[p] for p in self.prompts] for each in counts], dtype=torch.float64)
 
-    @cache
     def tau(self, objective: str, domain: str | None = None) -> Tensor:
         """[1 + R]: τ, and τ of every resample. Seeds and prompts are drawn with replacement, each on their
         own; all objectives see the same draws, so that differences are paired."""
