@@ -8,6 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -111,16 +112,18 @@ def page(results: dict[str, Any]) -> str:
 
 
 def how(results: dict[str, Any], found: dict[str, Counts]) -> Iterator[str]:
+    spent = median(run["processor_seconds"] for run in results["runs"])
     seeds = "; ".join(f"{TITLES[a]} {len(counts.seeds)}" for a, counts in found.items())
     yield ""
     yield wrapped(
         f"Each run has {results['seconds']:g} processor seconds of training, as many steps as fit in at the "
-        "measured price of its objective, on one thread. All start from the same weights "
-        "(`draft.init=target`) and learn the same cached features of 900 answers. τ (tokens per round, the "
-        f"target's own included) is measured at T=1 on the {len(results['domains'])} prompts of "
-        f"`pocket:test`. Seeds: {seeds}. Intervals are 95% of a bootstrap over prompts and seeds; "
-        "differences are paired, and a single seed has no spread of its own. These are drafts in their first "
-        "minute: what leads here need not lead after ten epochs of a million answers."
+        f"measured price of its objective, on one thread (with loading and saving, the median run took "
+        f"{spent:.0f}). All start from the same weights (`draft.init=target`) and learn the same cached "
+        "features of 900 answers. τ (tokens per round, the target's own included) is measured at T=1 on the "
+        f"{len(results['domains'])} prompts of `pocket:test`. Seeds: {seeds}. Intervals are 95% of a "
+        "bootstrap over prompts and seeds; differences are paired, and a single seed has no spread of its "
+        "own. These are drafts in their first minute: what leads here need not lead after ten epochs of a "
+        "million answers."
     )
     yield ""
     yield wrapped(

@@ -50,6 +50,7 @@ def results(**kept: list[int]) -> dict[str, Any]:
             "objective": objective,
             "seed": seed,
             "steps": 3,
+            "processor_seconds": 1.0,
             "counts": {p: [tokens[i] + seed, 1] for i, p in enumerate(prompts)},
         }
         for objective, tokens in kept.items()
