@@ -199,7 +199,8 @@ def _draft_problems(recipe: Recipe) -> Iterator[str]:
             "loss trains a confidence head"
         )
     if not loss.terms():
-        yield f"{' and '.join(f'`loss.{term}`' for term in TERMS)} are 0, so the draft would learn no tokens"
+        terms = ", ".join(f"`loss.{term}`" for term in TERMS)
+        yield f"{terms} are all 0, so the draft would learn no tokens"
 
 
 def _run_problems(recipe: Recipe) -> Iterator[str]:
