@@ -149,7 +149,7 @@ def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
         costs = table_of(profiled(given.sweeps)[: given.sweeps], grid, identity_of(target, draft), None)
         policies = {name: policy_of(name, costs, draft.max_proposals) for name in names if name != PLAIN}
         done = {(line["turn"], line["users"]) for line in lines if "turn" in line}
-        for turn in range(given.turns):
+        for turn in range(given.first, given.first + given.turns):
             asked = [name for name in names if turn % EVERY == 0 or name not in RARE]
             for users in (n for n in SERVED if (turn, n) not in done):
                 requests = requests_of(target, prompts, users, turn, given)
@@ -158,8 +158,9 @@ def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
                     using = None if name == PLAIN else draft
                     found[name] = closed_loop(target, using, policies.get(name), requests, users)
                 keep({"turn": turn, "users": users, "found": found})
-            profiled(given.sweeps + turn + 1)
-            print(f"turn {turn + 1} of {given.turns}", file=sys.stderr, flush=True)
+            if turn % EVERY == 0:
+                profiled(given.sweeps + turn // EVERY + 1)
+            print(f"turn {turn}", file=sys.stderr, flush=True)
         return lines
 
 
@@ -173,6 +174,7 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--first", type=int, default=0, help="the first turn's number")
     parser.add_argument("--sweeps", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("load.json"))
     given = parser.parse_args()
