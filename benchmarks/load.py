@@ -2,12 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/load.py --out load.json --turns 8
 
-Users keep one request each in flight, 1 to 64 of them. In every turn all policies serve the same requests, each
-by a decoder of its own; the decoders take turns every 50 ms, so that a machine whose speed drifts slows them
-alike. Only the time in which all users have a request is counted, in processor seconds if the target is on a
-processor. A policy's ratio to another is that of its tokens per second within a turn; the figure is the median
-over turns. Step costs are profiled first, and now and then again. Each turn is kept as it ends: the same
-command continues after a kill.
+Users keep one request each in flight, 1 to 64 of them. In every turn all policies serve the same requests,
+each by a decoder of its own; the decoders take turns every 50 ms, so that a machine whose speed drifts slows
+them alike. Only the time in which all users have a request is counted, in processor seconds of this process. A
+policy's ratio to another is that of its tokens per second within a turn; the figure is the median over turns.
+Step costs are profiled first, and now and then again. Each turn is kept as it ends: the same command
+continues after a kill.
 """
 
 from __future__ import annotations
@@ -184,10 +184,9 @@ def names_of(block: int) -> list[str]:
 
 def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
     """The lines of the record: sweeps of the profile, and for each turn and load what every policy did."""
-    target = Target.from_pretrained(given.target)
+    target = Target.from_pretrained(given.target, device="cpu")
     draft = load_draft(given.draft, target)
-    if target.device.type == "cpu":
-        profile.clock = lambda device: process_time()
+    profile.clock = lambda device: process_time()
     prompts = load_prompts(prompts_path(given.prompts), target)[1::2]
     names = names_of(draft.max_proposals)
     grid = Grid(rows=tuple(SERVED), contexts=CONTEXTS).fitted(target, draft.max_proposals)
@@ -218,7 +217,7 @@ def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
                 found = closed_loops(target, draft, chosen, requests, users)
                 keep({"turn": turn, "users": users, "found": found})
             if turn % EVERY == 0:
-                profiled(given.sweeps + turn // EVERY + 1)
+                profiled(sum("sweep" in line for line in lines) + 1)
             print(f"turn {turn}", file=sys.stderr, flush=True)
         return lines
 
