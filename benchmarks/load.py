@@ -4,9 +4,9 @@
 
 Users keep one request each in flight, 1 to 64 of them. In every turn all policies serve the same requests,
 each by a decoder of its own; the decoders take turns every 50 ms, so that a machine whose speed drifts slows
-them alike. Only the time in which all users have a request is counted, in processor seconds of this process. A
-policy's ratio to another is that of its tokens per second within a turn; the figure is the median over turns.
-Step costs are profiled first, and now and then again. Each turn is kept as it ends: the same command
+them alike. Only the time in which all users have a request is counted, in processor seconds of this process.
+A policy's ratio to another is that of its tokens per second within a turn; the figure is the median over
+turns. Step costs are profiled first, and now and then again. Each turn is kept as it ends: the same command
 continues after a kill.
 """
 
