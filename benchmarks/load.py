@@ -270,7 +270,7 @@ def report(given: argparse.Namespace, lines: list[dict[str, Any]]) -> dict[str, 
     simulator = None
     if given.traces is not None:
         simulator = Simulator(costs, read_traces(given.traces, draft=fingerprint(draft)))
-    rates, loads = rates_of(lines), []
+    rates, loads, policies = rates_of(lines), [], dict[str, Policy]()
     for users, each in rates.items():
         best = best_fixed(each)
         rows = {}
@@ -281,7 +281,7 @@ def report(given: argparse.Namespace, lines: list[dict[str, Any]]) -> dict[str, 
                 **facts_of(lines, users, name),
             }
             if simulator is not None and name != PLAIN:
-                made = simulated(name, costs, draft.max_proposals)()
+                made = policies.setdefault(name, simulated(name, costs, draft.max_proposals))
                 requests = max(given.simulated, 8 * users)
                 rows[name]["simulated"] = simulator.serve(made, Arrivals(users=users), requests).tokens_per_s
         loads.append({"users": users, "best": best, "policies": rows})

@@ -163,7 +163,7 @@ def test_more_users_than_slots_wait_and_all_are_served() -> None:
 def test_trimming_after_verifying_keeps_the_same_and_pays_for_everything() -> None:
     simulator = Simulator(costs(), traces([3] * 9))
     cut, trimmed = (
-        simulator.serve(simulated(name, simulator.costs, 4)(), Arrivals(users=2), 50)
+        simulator.serve(simulated(name, simulator.costs, 4), Arrivals(users=2), 50)
         for name in ("fixed:1", "trim:fixed:1")
     )
     assert trimmed.kept == cut.kept and (cut.verified, trimmed.verified) == (1.0, 4.0)
@@ -192,7 +192,7 @@ def test_no_policy_beats_the_oracle_and_auto_is_no_worse_than_the_best_length() 
     simulator = Simulator(costs(token=0.05), recorded)
     speeds = {}
     for name in ("none", *(f"fixed:{k}" for k in range(1, 5)), "early-stop", "auto", "oracle"):
-        found = simulator.serve(simulated(name, simulator.costs, 4)(), Arrivals(users=4), 150)
+        found = simulator.serve(simulated(name, simulator.costs, 4), Arrivals(users=4), 150)
         speeds[name] = found.tokens_per_s
     assert max(speeds, key=speeds.__getitem__) == "oracle"
     best = max(speed for name, speed in speeds.items() if name == "none" or name.startswith("fixed"))

@@ -62,7 +62,8 @@ def simulate(
     """Replay policies under a load, on recorded traces.
 
     Nothing is decoded: what would be accepted comes from the traces, what a round takes from the step costs,
-    both of the same target and draft. --rate replaces --users.
+    both of the same target and draft. A policy serves the loads one after another, and keeps what it learns.
+    --rate replaces --users.
 
     \b
     Example:
@@ -88,7 +89,7 @@ def simulate(
         raise UserError(str(error)) from error
     simulator = Simulator(table, recorded, slots, seed)
     found = {
-        label: {name: simulator.serve(make(), load, requests) for name, make in policies.items()}
+        label: {name: simulator.serve(each, load, requests) for name, each in policies.items()}
         for label, load in loads.items()
     }
     if plot is not None:

@@ -8,7 +8,7 @@ R rows in flight, γ positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -105,17 +105,15 @@ class Trimmed(Policy):
         self.inner.learn(proposed, gained)
 
 
-def simulated(name: str, costs: StepCosts, block: int) -> Callable[[], Policy]:
-    """What makes a policy with this name: those of `policy_of`, `trim:` before one of them, and `oracle`.
-    Raises ValueError for any other name."""
+def simulated(name: str, costs: StepCosts, block: int) -> Policy:
+    """A policy by its name: those of `policy_of`, `trim:` before one of them, and `oracle`. Raises ValueError
+    for any other name."""
     kind, _, rest = name.partition(":")
     if name == "oracle":
-        return lambda: Oracle(costs.rounds())
+        return Oracle(costs.rounds())
     if kind == "trim":
-        inner = simulated(rest, costs, block)
-        return lambda: Trimmed(inner())
-    policy_of(name, costs, block)
-    return lambda: policy_of(name, costs, block) or Fixed(block)
+        return Trimmed(simulated(rest, costs, block))
+    return policy_of(name, costs, block) or Fixed(block)
 
 
 @dataclass(eq=False)
