@@ -380,6 +380,15 @@ def test_auto_spends_nothing_saved_at_once_when_the_load_changes() -> None:
     assert sum(proposed for proposed, _ in rounds[2000:]) <= 2
 
 
+def test_auto_survives_confidences_that_are_not_numbers() -> None:
+    policy = Auto(flat, 4)
+    for _ in range(20):
+        assert policy.proposes(Load(2, 50.0))
+        lengths = policy.lengths(np.array([[np.nan] * 4, [0.5] * 4]), Load(2, 50.0))
+        policy.learn(lengths * [0, 1], np.array([0, 2]))
+    assert policy._best(Load(2, 50.0)).most > 0
+
+
 MICROSECONDS = 50
 SLACK = 3
 """A machine that runs other things, too, is slower."""

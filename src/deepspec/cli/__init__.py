@@ -30,6 +30,7 @@ from deepspec.cli import (
     quickstart,
     recommend,
     report,
+    simulate,
     target_convert,
     train,
     verify,
@@ -105,6 +106,7 @@ app.command("eval")(eval_command.evaluate)
 app.command("calibrate")(calibrate.calibrate)
 app.command("profile")(profile.profile)
 app.command("recommend")(recommend.recommend)
+app.command("simulate")(simulate.simulate)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("verify")(verify.verify)

@@ -52,6 +52,10 @@ def calibrate(
     out: Annotated[
         Path | None, typer.Option(help=f"The report; {CALIBRATION} in the draft's own folder.")
     ] = None,
+    traces: Annotated[
+        Path | None,
+        typer.Option(help="Make a round at every position, and write what it tells for `deepspec simulate`."),
+    ] = None,
     to: Annotated[
         Server | None, typer.Option(help="Also write the temperatures as this server reads them.")
     ] = None,
@@ -86,6 +90,7 @@ def calibrate(
         )
     path = out or folder / CALIBRATION
     check_writable(path)
+    check_writable(traces)
     spec = TargetSpec.from_pretrained(target)
     if not check_draft(draft, spec).confidence and to is not None:
         raise UserError(
@@ -104,7 +109,10 @@ def calibrate(
         seed=seed,
         batch=batch,
         out=path,
+        traces=traces,
     )
+    if traces is not None:
+        note(f"traces: {traces}")
     note(f"calibration: {path}")
     if to is not None:
         table = path.with_name(f"{path.stem}.{to.value}.json")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -27,7 +27,9 @@ from deepspec.maths import calibration as maths
 from deepspec.maths.verify import Sampling
 from deepspec.measure.evaluate import conditions_of, fingerprint, partial_path
 from deepspec.measure.rows import Prompt
+from deepspec.measure.traces import Tracing, traced
 from deepspec.report.results import number
+from deepspec.schedule.traces import write_traces
 from deepspec.targets import Target
 
 FORMAT = 1
@@ -67,13 +69,15 @@ def calibrate(
     seed: int = 0,
     batch: int = 8,
     out: Path | None = None,
+    traces: Path | None = None,
 ) -> dict[str, Any]:
     """Decode the prompts with the draft, fit a temperature per position, and report errors before and after.
 
     The errors after scaling are those of temperatures fitted without the domain that they are reported for
     or, with a single domain, without that half of its prompts. out: the report is written there, and every
-    batch of prompts is kept until then, so that the same call continues after a kill. Raises DataError if the
-    prompts give fewer than `LEAST_ROUNDS` rounds.
+    batch of prompts is kept until then, so that the same call continues after a kill. traces: rounds are made
+    at every position of the answers, and are written there, too. Raises DataError if the prompts give fewer
+    than `LEAST_ROUNDS` rounds.
     """
     draft.scored = True
     stops = target.stop_token_ids
@@ -89,9 +93,15 @@ def calibrate(
         "seed": seed,
         "batch": batch,
     }
+    if traces is not None:
+        conditions["rounds"] = "at every position"
     facts = conditions | {"prompt ids": [p.id for p in prompts], "dtype": str(target.dtype)}
     with nullcontext() if out is None else ResumableLog(partial_path(out), facts, header=True) as log:
-        answers = _decoded(target, draft, requests, batch, log)
+        kind = Decoder if traces is None else Tracing
+        answers = _decoded(lambda rows: kind(target, draft, max_rows=rows), requests, batch, log)
+    if traces is not None:
+        known = {"block": draft.max_proposals, "context_length": target.max_length}
+        write_traces(traces, conditions | known, traced(answers, prompts, draft.max_proposals))
     rounds = rounds_of(answers, prompts, draft.max_proposals)
     if len(rounds.accepted) < LEAST_ROUNDS:
         raise DataError(
@@ -121,7 +131,7 @@ def calibrate(
 
 
 def _decoded(
-    target: Target, draft: NeuralDraft, requests: Sequence[Request], batch: int, log: ResumableLog | None
+    decoder: Callable[[int], Decoder], requests: Sequence[Request], batch: int, log: ResumableLog | None
 ) -> list[Generation]:
     """The answer to each prompt, group by group, so that who shares a batch does not depend on a kill."""
     groups = [requests[i : i + batch] for i in range(0, len(requests), batch)]
@@ -133,8 +143,7 @@ def _decoded(
         for i, group in enumerate(groups):
             found = {answer["key"]: Generation(**answer) for answer in done.get(i, [])}
             if not found:
-                decoder = Decoder(target, draft, max_rows=len(group))
-                found = {answer.key: answer for answer in decoder.run(group)}
+                found = {answer.key: answer for answer in decoder(len(group)).run(group)}
                 if log is not None:
                     log.write({"group": i, "answers": [asdict(answer) for answer in found.values()]})
                     log.sync()
@@ -248,6 +257,11 @@ def _errors(rounds: Rounds, scaled: Tensor) -> dict[str, Any]:
 def temperatures_of(path: Path, draft: NeuralDraft) -> list[float]:
     """The temperatures in a report of `calibrate`. Raises DataError for another file, MismatchError if they
     were fitted to other weights."""
+    return temperatures_for(path, fingerprint(draft), draft.max_proposals, draft.name)
+
+
+def temperatures_for(path: Path, draft_hash: str | None, block: int, name: str) -> list[float]:
+    """As `temperatures_of`, for a draft of which the hash and γ are known."""
     try:
         report = json.loads(path.read_text("utf-8"))
         found, made_for = [float(t) for t in report["temperatures"]], report["conditions"]["draft_hash"]
@@ -257,9 +271,9 @@ def temperatures_of(path: Path, draft: NeuralDraft) -> list[float]:
         raise DataError(
             "this is not a report of `deepspec calibrate`", where=str(path), next_step=CALIBRATE_AGAIN
         ) from error
-    if made_for != fingerprint(draft) or len(found) != draft.max_proposals:
+    if made_for != draft_hash or len(found) != block:
         raise MismatchError(
-            f"these temperatures are not for {draft.name} as it is now: its weights or its number format "
+            f"these temperatures are not for {name} as it is now: its weights or its number format "
             "(--dtype) have changed",
             where=str(path),
             next_step=CALIBRATE_AGAIN,

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from deepspec.decode.engine import Decoder, Event, Row
+from deepspec.decode.engine import Decoder, Event, Generation, Row
 from deepspec.decode.settle import Settled
 from deepspec.drafts.base import Proposal
 from deepspec.maths.slots import Ragged
+from deepspec.measure.rows import Prompt
 
 
 class Tracing(Decoder):
@@ -39,3 +40,15 @@ class Tracing(Decoder):
         if row.answer.accepted:
             row.answer.accepted[-1] = self._accepted[row.slot]
         return super()._event(row, tokens)
+
+
+def traced(answers: Sequence[Generation], prompts: Sequence[Prompt], block: int) -> list[dict[str, Any]]:
+    """Answers of `Tracing` to the prompts as `write_traces` takes them, without positions whose block the end
+    of the target's context cut."""
+    found = []
+    for answer, prompt in zip(answers, prompts, strict=True):
+        rounds = zip(answer.confidence, answer.accepted, answer.kept, strict=True)
+        whole = [(c, n) for c, n, kept in rounds if kept and len(c) == block]
+        about = {"id": prompt.id, "domain": prompt.domain, "prompt": len(prompt.ids)}
+        found.append(about | {"logits": [c for c, _ in whole], "accepted": [n for _, n in whole]})
+    return found

@@ -5,15 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+from deepspec.files import write_text
 from deepspec.report.results import MISSING, estimate, is_number
 
 WIDTH, HEIGHT = 360.0, 230.0
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 12.0, 12.0, 40.0
 FRAME = {"width": WIDTH, "height": HEIGHT, "margins": {"left": LEFT, "right": RIGHT, "bottom": BOTTOM}}
 """What the template needs to draw around a chart."""
+COLOURS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+DASHES = ("none", "5 2", "1 2")
+"""Of lines in a chart that stands alone: told apart without their colours, too."""
 CURVE_POINTS = 120  # a training curve is averaged down to this many points
 
 
@@ -139,3 +145,40 @@ def averaged(points: Sequence[tuple[float, float]], count: int = CURVE_POINTS) -
     edges = [round(k * len(points) / count) for k in range(count + 1)]
     runs = [points[a:b] for a, b in pairwise(edges)]
     return [(sum(x for x, _ in run) / len(run), sum(y for _, y in run) / len(run)) for run in runs]
+
+
+def write_lines(
+    path: Path,
+    title: str,
+    x_label: str,
+    y_label: str,
+    at: Sequence[str],
+    lines: Mapping[str, Sequence[float]],
+) -> None:
+    """Draw lines by name, evenly spaced over the labels `at`, as an SVG file that stands alone."""
+    looks = {
+        name: Style(COLOURS[i % len(COLOURS)], name, "", DASHES[i // len(COLOURS) % len(DASHES)], False)
+        for i, name in enumerate(lines)
+    }
+    series = [(looks[name], list(enumerate(values))) for name, values in lines.items()]
+    chart = line_chart(title, x_label, y_label, series, (0.0, max(max(v) for v in lines.values())), True)
+    assert chart is not None, "there is nothing to draw"
+    tall = HEIGHT + 14.0 * -(-len(lines) // 4) + 8
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -18 {WIDTH:g} {tall + 18:g}" font-size="9" '
+        'font-family="sans-serif"><rect y="-18" width="100%" height="100%" fill="white"/>',
+        f'<text x="{LEFT}" y="-5" font-size="11">{escape(title)}, {escape(y_label)}</text>',
+    ]
+    for y, label in chart["y_ticks"]:
+        parts.append(f'<path d="M{LEFT} {y}H{WIDTH - RIGHT}" stroke="#ddd"/>')
+        parts.append(f'<text x="{LEFT - 4}" y="{y + 3}" text-anchor="end">{label}</text>')
+    for (x, _), label in zip(chart["x_ticks"], at, strict=True):
+        parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{escape(label)}</text>')
+    middle, below = (LEFT + WIDTH - RIGHT) / 2, HEIGHT - BOTTOM + 27
+    parts.append(f'<text x="{middle}" y="{below}" text-anchor="middle">{escape(x_label)}</text>')
+    for i, line in enumerate(chart["lines"]):
+        style, x, y = line["style"], 12 + 86 * (i % 4), HEIGHT + 14 * (i // 4)
+        ink = f'stroke="{style.key}" stroke-dasharray="{style.dashes}" stroke-width="1.5" fill="none"'
+        parts.append(f'<path d="{line["path"]}" {ink}/><path d="M{x} {y - 3}h14" {ink}/>')
+        parts.append(f'<text x="{x + 18}" y="{y}">{escape(style.label)}</text>')
+    write_text(path, "\n".join([*parts, "</svg>"]) + "\n")

@@ -105,6 +105,7 @@ class Auto(Policy):
             return
         survivals, proposed, gained = (np.concatenate(part) for part in zip(*self.unread, strict=True))
         self.unread = []
+        survivals = np.nan_to_num(survivals)  # of a draft whose row the decoder has dropped
         places = np.arange(self.block)
         cells = np.minimum((survivals * BINS).astype(np.int64), BINS - 1) + BINS * places
         known, held = places < proposed[:, None], places < gained[:, None]

@@ -15,7 +15,8 @@ from itertools import islice
 import numpy as np
 
 from deepspec.schedule.costs import StepCosts
-from deepspec.schedule.policies import Floats, Lengths, Load, Policy, Seconds
+from deepspec.schedule.named import policy_of
+from deepspec.schedule.policies import Fixed, Floats, Lengths, Load, Policy, Seconds
 from deepspec.schedule.traces import Traces
 
 BURST, CALM, BURSTS = 4.0, 0.25, 10.0
@@ -54,7 +55,7 @@ class Outcome:
 
     tokens_per_s: of all users; per_user: the median over requests of their tokens per second, waiting
     included; first_s, answer_s: medians and 95th percentiles of the time to the first and the last token;
-    rows: in flight in a mean round; verified, committed: proposals verified and tokens per row and round;
+    rows: in flight in a mean round; verified, kept: proposals verified and tokens kept per row and round;
     drafted: the share of rounds with proposals. too_much: requests came faster than they were served.
     """
 
@@ -64,7 +65,7 @@ class Outcome:
     answer_s: tuple[float, float]
     rows: float
     verified: float
-    committed: float
+    kept: float
     drafted: float
     too_much: bool
 
@@ -92,7 +93,27 @@ class Trimmed(Policy):
     """Verifies everything, and then keeps what another policy would have admitted: lossless and wasteful."""
 
     def __init__(self, inner: Policy) -> None:
-        self.lengths, self.learn = inner.lengths, inner.learn  # type: ignore[method-assign]
+        self.inner = inner
+
+    def proposes(self, load: Load) -> bool:
+        return self.inner.proposes(load)
+
+    def lengths(self, confidences: Floats, load: Load) -> Lengths:
+        return self.inner.lengths(confidences, load)
+
+    def learn(self, proposed: Lengths, gained: Lengths) -> None:
+        self.inner.learn(proposed, gained)
+
+
+def simulated(name: str, costs: StepCosts, block: int) -> Policy:
+    """A policy by its name: those of `policy_of`, `trim:` before one of them, and `oracle`. Raises ValueError
+    for any other name."""
+    kind, _, rest = name.partition(":")
+    if name == "oracle":
+        return Oracle(costs.rounds())
+    if kind == "trim":
+        return Trimmed(simulated(rest, costs, block))
+    return policy_of(name, costs, block) or Fixed(block)
 
 
 @dataclass(eq=False)
@@ -112,11 +133,11 @@ class _Row:
 class _Counts:
     """Sums over the rounds that count."""
 
-    tokens: int = 0
+    begun: int = 0
     rounds: int = 0
     rows: int = 0
     verified: int = 0
-    committed: int = 0
+    kept: int = 0
     drafted: int = 0
 
 
@@ -157,7 +178,7 @@ class Simulator:
                 start, end = traces.starts[which : which + 2].tolist()
                 rows.append(_Row(begun, start, start, end, held, held))
                 begun += 1
-                counting.tokens += 1
+                counting.begun += 1
             else:
                 now += self._round(policy, rows, counting)
                 last[[row.number for row in rows]] = now
@@ -166,13 +187,13 @@ class Simulator:
         answers = traces.starts[order + 1] - traces.starts[order] + 1
         waits, spans = (first - came)[served], (last - came)[served]
         return Outcome(
-            counts.tokens / (first[-1] - first[warm]),
+            float((counts.kept + counts.begun) / (first[-1] - first[warm])),
             float(np.median(answers[:requests][served] / spans)),
             _percentiles(waits),
             _percentiles(spans),
             counts.rows / max(counts.rounds, 1),
             counts.verified / max(counts.rows, 1),
-            counts.committed / max(counts.rows, 1),
+            counts.kept / max(counts.rows, 1),
             counts.drafted / max(counts.rounds, 1),
             not closed and bool(first[-1] > LATE * came[-1]),
         )
@@ -182,7 +203,8 @@ class Simulator:
         places = np.array([row.at for row in rows])
         fresh = sum(row.at == row.start for row in rows)
         load = Load(len(rows), sum(row.held for row in rows) / len(rows), fresh)
-        hits = self.traces.accepted[places]
+        # Of what is accepted, only what the answer still lacks is of use.
+        hits = np.minimum(self.traces.accepted[places], [row.end - row.at - 1 for row in rows])
         if isinstance(policy, Oracle):
             policy.outcomes = hits
         taken = lengths = np.zeros(len(rows), np.int64)
@@ -194,27 +216,20 @@ class Simulator:
             verified = len(drafted) - 1 if isinstance(policy, Trimmed) else int(lengths.sum())
             took = float(drafted[verified]) + self._seen(rows)
             counts.verified += verified
-        kept = np.minimum(taken + 1, [row.end - row.at for row in rows])
-        policy.learn(lengths, kept - 1)
-        for row, new in zip(rows, kept.tolist(), strict=True):
+        policy.learn(lengths, taken)
+        for row, new in zip(rows, (taken + 1).tolist(), strict=True):
             row.at, row.held = row.at + new, row.held + new
             row.unseen = 0 if asked else row.unseen + new
-        counts.tokens += int(kept.sum())
-        counts.rounds, counts.rows = counts.rounds + 1, counts.rows + len(rows)
-        counts.committed, counts.drafted = (
-            counts.committed + int(taken.sum()) + len(rows),
-            counts.drafted + asked,
-        )
+        counts.rounds += 1
+        counts.rows += len(rows)
+        counts.kept += int(taken.sum()) + len(rows)
+        counts.drafted += asked
         return took
 
     def _seen(self, rows: list[_Row]) -> float:
         """Seconds in which the draft reads what it missed; new tokens are read with the proposals."""
         missed = np.array([row.unseen for row in rows if row.unseen > self.traces.block + 1])
-        if not len(missed):
-            return 0.0
-        return float(
-            (self.costs.prefill_seconds(missed) - self.costs.prefill_seconds(missed, drafted=False)).sum()
-        )
+        return float(self.costs.observe_seconds(missed).sum()) if len(missed) else 0.0
 
 
 def _percentiles(values: Floats) -> tuple[float, float]:
