@@ -1,23 +1,26 @@
-"""A draft's training step next to its floor and to a plain version: processor time, in turns, same batches.
+"""A draft's training step next to its floor, a plain version and speculators: processor time, in turns.
 
-    python benchmarks/train_step.py [--cases wide,long,…] [--threads 1] [--rounds 5] [--json]
+    python benchmarks/train_step.py [--cases wide-dspark,long-dflash,…] [--threads 1] [--rounds 5] [--json]
     python benchmarks/train_step.py --growth        one dimension doubled at a time
 
-The floor is the step's matrix products alone: into memory that is there already, whole where we work in chunks,
-a block's context exactly up to its anchor, causal attention as half a square, a teacher once for each position
-that some row learns from. The plain version (`tests/reference/step.py`) has dense masks, whole logits and
-autograd. Each round runs every version once, in turns; a version's figure is its median. Features are given,
-and AdamW's step is part of ours and of the plain version. Loss and gradients are compared before the clock runs.
+The floor is the step's matrix products alone: into memory that is there already, whole where we work in
+chunks, a block's context exactly up to its anchor, causal attention as half a square, a teacher once for each
+position that some row learns from. The plain version (`tests/reference/step.py`) has dense masks, whole
+logits and autograd. `speculators` takes part if the package can be imported (`speculators_step.py`). Each
+round runs every version once, in turns, on the same batch; a ratio is taken within its round, and the median
+of all rounds is shown. Features are given, and AdamW's step is part of every version but the floor. The loss
+and the gradients of ours and the plain version are compared before the clock runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("src", "tests")]
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("src", "tests", "benchmarks")]
 
-from deepspec.drafts import ALGORITHMS, LossSettings
-from deepspec.drafts.base import NeuralDraft
-from deepspec.drafts.spec import new_spec
-from deepspec.maths.blocks import FeatureBatch, unroll_masks
-from deepspec.maths.head import Embedding, Head
-from reference.step import plain_block_loss, plain_unroll_loss
+from deepspec.drafts import ALGORITHMS, LossSettings  # noqa: E402
+from deepspec.drafts.base import NeuralDraft  # noqa: E402
+from deepspec.drafts.spec import new_spec  # noqa: E402
+from deepspec.maths.blocks import FeatureBatch, unroll_masks  # noqa: E402
+from deepspec.maths.head import Embedding, Head  # noqa: E402
+from reference.step import plain_block_loss, plain_unroll_loss  # noqa: E402
 
 LOSSES = {
     "dspark": LossSettings(ce=0.1, l1=0.9, confidence=1.0),
@@ -224,17 +227,40 @@ def plain(draft: NeuralDraft, batch: FeatureBatch, loss: LossSettings, plan: Any
 
 
 VERSIONS = {"ours": ours, "plain": plain}
+Step = Callable[[FeatureBatch, Any], object]
+"""A whole step of one version on a batch and its plan."""
 
 
-def optimised(draft: NeuralDraft) -> Callable[[], None]:
-    adamw = torch.optim.AdamW(draft.parameters(), lr=1e-4, fused=True)
+def optimised(module: torch.nn.Module, loss_of: Callable[[FeatureBatch, Any], Tensor]) -> Step:
+    """Forwards, backwards, clipping and AdamW."""
+    weights = [p for p in module.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(weights, lr=1e-4, fused=True)
 
-    def step() -> None:
-        torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
+    def step(batch: FeatureBatch, plan: Any) -> None:
+        loss_of(batch, plan).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         adamw.step()
         adamw.zero_grad()
 
     return step
+
+
+def steps_of(case: Case, names: Sequence[str]) -> tuple[NeuralDraft, dict[str, Step]]:
+    """A draft, and a step of each version. Ours and the plain version train the same weights."""
+    draft, loss = make_draft(case), LOSSES[case.algorithm]
+    found: dict[str, Step] = {}
+    for name in names:
+        if name == "floor":
+            floor = Floor()
+            found[name] = lambda batch, plan, floor=floor: floor.run(case, batch, plan)
+        elif name == "speculators":
+            from speculators_step import peer_loss
+
+            found[name] = optimised(*peer_loss(case, draft))
+        else:
+            forward = VERSIONS[name]
+            found[name] = optimised(draft, lambda batch, plan, f=forward: f(draft, batch, loss, plan))
+    return draft, found
 
 
 def agreement(case: Case, draft: NeuralDraft, batch: FeatureBatch, plan: Any) -> float:
@@ -251,29 +277,23 @@ def agreement(case: Case, draft: NeuralDraft, batch: FeatureBatch, plan: Any) ->
 
 def measure(case: Case, rounds: int, names: list[str]) -> dict[str, Any]:
     """Processor seconds of each version, by round, and their ratios."""
-    draft, floor, loss = make_draft(case), Floor(), LOSSES[case.algorithm]
+    draft, steps = steps_of(case, names)
     batches = [make_batch(case, seed) for seed in range(2)]
     plans = [draft.plan(b, case.anchors, torch.Generator().manual_seed(s)) for s, b in enumerate(batches)]
     difference = agreement(case, draft, batches[0], plans[0]) if "plain" in names else None
-    step = optimised(draft)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds + 1):
-        batch, plan = batches[turn % 2], plans[turn % 2]
+    for turn in range(rounds + 1):  # the first round warms up
         for name in names if turn % 2 else reversed(names):
             began = time.process_time()
-            if name == "floor":
-                floor.run(case, batch, plan)
-            else:
-                VERSIONS[name](draft, batch, loss, plan).backward()
-                step()
+            steps[name](batches[turn % 2], plans[turn % 2])
             if turn:
                 seconds[name].append(time.process_time() - began)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = {
         f"ours/{name}": [a / b for a, b in zip(seconds["ours"], seconds[name], strict=True)]
         for name in names
         if name != "ours"
     }
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {"seconds": medians, "ratios": ratios, "difference": difference}
 
 
@@ -291,11 +311,15 @@ def main() -> None:
     parser.add_argument(
         "--growth", action="store_true", help="ours and the floor, one dimension doubled at a time"
     )
-    parser.add_argument("--without-plain", action="store_true", help="leave the plain version out")
+    parser.add_argument("--without-peers", action="store_true", help="ours and the floor only")
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    names = ["ours", "floor"] if chosen.growth or chosen.without_plain else ["ours", "plain", "floor"]
+    names = ["ours", "floor"]
+    if not (chosen.growth or chosen.without_peers):
+        names += ["plain"] + ["speculators"] * (importlib.util.find_spec("speculators") is not None)
+        if "speculators" not in names:
+            print("speculators is left out: it cannot be imported from this environment", file=sys.stderr)
     cases = {f"{what} {i}": c for what, row in GROWTH.items() for i, c in enumerate(row)}
     if not chosen.growth:
         cases = {name: CASES[name] for name in chosen.cases.split(",")}

@@ -136,8 +136,8 @@ def activation_bytes(draft: Names, sequences: float, length: float, anchors: flo
 
 
 def head_bytes(draft: Names, loss_rows: float, teachers: float, accelerated: bool) -> Figure:
-    """Bytes that the loss holds: a chunk's logits of draft and teacher (also over the whole vocabulary if the
-    draft's is reduced); three tensors to work in, as wide on an accelerator, blocks of a chunk on a CPU;
+    """Bytes that the loss holds: a chunk's logits of draft and teacher (also over the whole vocabulary, if
+    the draft's is reduced); three tensors to work in, as wide on an accelerator, blocks of a chunk on a CPU;
     the rows that pass the head, of the hidden states and of the Markov head, with their gradients; the
     teachers' rows; W₂'s gradient in float32 and, of a draft in bfloat16, in its own format."""
     formula = (
@@ -146,7 +146,7 @@ def head_bytes(draft: Names, loss_rows: float, teachers: float, accelerated: boo
         " + teachers * width * hidden + numbers * own_vocab * rank"
     )
     vocab, own = int(draft["vocab"]), int(draft["own_vocab"])
-    chunk = default_chunk_rows(vocab, accelerated)
+    chunk = min(default_chunk_rows(vocab, accelerated), loss_rows)
     return figure(
         "bytes",
         formula,
@@ -154,7 +154,7 @@ def head_bytes(draft: Names, loss_rows: float, teachers: float, accelerated: boo
         loss_rows=loss_rows,
         teachers=teachers,
         chunk=chunk,
-        block_rows=chunk if accelerated else cpu_block_rows(own),
+        block_rows=chunk if accelerated else min(chunk, cpu_block_rows(own)),
         full=vocab if own < vocab else 0,
         numbers=4 if draft["draft_width"] == 4 else 4 + draft["draft_width"],
     )

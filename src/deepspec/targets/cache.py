@@ -62,6 +62,24 @@ class _SlotLayer(CacheLayerMixin):
         return -1
 
 
+class PassingCache(Cache):
+    """A cache that keeps nothing, for one pass over whole rows. Without any, transformers asks the device
+    whether positions start again inside a row, and the host waits for the answer."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers=[_PassingLayer() for _ in range(layers)])
+
+
+class _PassingLayer(_SlotLayer):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+
 def can_roll_back(model: Any, config: Any, name: str) -> bool:
     """Whether keys and values by position are all that the model remembers.
 

@@ -28,7 +28,7 @@ from deepspec.targets.anatomy import (
     find_head,
     steady_length,
 )
-from deepspec.targets.cache import SlotCache, can_roll_back
+from deepspec.targets.cache import PassingCache, SlotCache, can_roll_back
 from deepspec.targets.gguf import load_gguf
 from deepspec.targets.gguf_file import find_gguf, read_gguf
 from deepspec.targets.lean import LeanDecoder, lean_decoder
@@ -180,7 +180,8 @@ class Target:
         """
         self._hook(tuple(layers))
         self._check_length(input_ids.shape[1])
-        output = self.decoder(input_ids=sent(input_ids, self.device), use_cache=False)
+        cache = PassingCache(self.spec.num_layers) if self.cached else None
+        output = self.decoder(input_ids=sent(input_ids, self.device), past_key_values=cache, use_cache=False)
         return self._output(output)
 
     @torch.no_grad()
