@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -254,6 +255,7 @@ def test_lines_are_drawn_with_names_as_they_are(tmp_path: Path) -> None:
         tmp_path / "x.svg", "A & B", "users", "tokens/s", ["1", "2"], {"<a>": [1.0, 2.0], "b": [3.0, 4.0]}
     )
     text = (tmp_path / "x.svg").read_text("utf-8")
+    ElementTree.fromstring(text)
     assert "A &amp; B" in text and "&lt;a&gt;" in text and text.count('stroke="#0072b2"') == 2
 
 
