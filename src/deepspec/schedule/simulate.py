@@ -71,8 +71,8 @@ class Outcome:
 
 
 class Oracle(Policy):
-    """Is told what will be accepted (`outcomes` [R]) before it decides: no lossless policy does better in a
-    round."""
+    """Is told what will be accepted (`outcomes` [R]) before it decides, and pays nothing for uneven rows: no
+    lossless policy does better in a round."""
 
     def __init__(self, seconds: Seconds) -> None:
         self.seconds, self.outcomes, self.most = seconds, np.zeros(0, np.int64), 0
@@ -214,8 +214,9 @@ class Simulator:
             lengths = policy.lengths(self.traces.confidences[places], load)
             taken = np.minimum(hits, lengths)
             verified = len(drafted) - 1 if isinstance(policy, Trimmed) else int(lengths.sum())
-            even, widest = drafted[verified], max(verified, len(rows) * int(lengths.max()))
-            took = float(even + ragged * (drafted[widest] - even)) + self._seen(rows)
+            even, longest = float(drafted[verified]), max(verified, len(rows) * int(lengths.max()))
+            uneven = 0.0 if isinstance(policy, Oracle) else ragged * (float(drafted[longest]) - even)
+            took = even + uneven + self._seen(rows)
             counts.verified += verified
         policy.learn(lengths, taken)
         for row, new in zip(rows, (taken + 1).tolist(), strict=True):
