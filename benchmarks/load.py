@@ -51,6 +51,8 @@ GOAL = 0.98
 """The least share of the best fixed length's throughput that `auto` has to reach at every load."""
 PLAIN = "plain"
 """A decoder that knows of no draft, next to the policy that uses none."""
+LONGEST = 256
+"""Tokens that a prompt and its answer may fill."""
 WARM = 24
 """Users of the loop in which `auto` learns before the first turn, and as many requests more."""
 SLICE = 0.05
@@ -155,6 +157,13 @@ def closed_loops(
     users: int,
 ) -> dict[str, dict[str, float]]:
     """What every policy took for the same requests. Their decoders take turns, a few steps each."""
+    # Room for all positions at once: to make it later would be charged to whoever comes first.
+    target.open(0)
+    draft.open(0)
+    ids = [list(range(LONGEST))]
+    draft.observe([0], target.step([0], ids, draft.feature_layers).features, ids, ids)
+    draft.free(0)
+    target.free(0)
     runs: dict[str, Run] = {}
     for i, (name, policy) in enumerate(policies.items()):
         watched = None if policy in (None, NONE) else Counted(policy)
