@@ -42,6 +42,7 @@ COMMANDS = (
     ["calibrate"],
     ["profile"],
     ["recommend"],
+    ["simulate"],
     ["verify"],
     ["compare"],
     ["report"],

@@ -22,6 +22,7 @@ from deepspec.measure import profile as measure
 from deepspec.measure import serving
 from deepspec.measure.profile import Grid
 from deepspec.schedule.costs import Identity, StepCosts, read_costs
+from deepspec.schedule.policies import Load
 from deepspec.schedule.sglang import sps_tables
 from deepspec.targets import Target
 from standin import StandIn
@@ -53,6 +54,13 @@ def test_every_point_of_the_grid_is_measured_and_the_table_is_of_this_pair(
     again = read_costs(out, target=of.target_hash, draft=of.draft_hash, machine=of.machine)
     np.testing.assert_array_equal(again.target, costs.target)
     assert of.block == (3 if draft else None)
+
+
+def test_uneven_rows_are_placed_between_even_and_widest_ones() -> None:
+    widths, line = (1, 2, 5), np.array([1.0, 2.0, 5.0])
+    assert [measure._ragged(seconds, widths, line) for seconds in (3.0, 4.0, 5.0)] == [0.0, 0.5, 1.0]
+    rows = measure._Uneven().lengths(np.zeros((4, 6)), Load(4, 10.0))
+    assert rows.tolist() == [0, 6, 0, 6], "their mean share is that of the even pass"
 
 
 def test_parts_of_a_round_add_up_to_it(targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch) -> None:

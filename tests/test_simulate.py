@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ from deepspec.measure.rows import Prompt
 from deepspec.measure.traces import Tracing
 from deepspec.report.charts import write_lines
 from deepspec.schedule.costs import Identity, StepCosts, write_costs
-from deepspec.schedule.policies import NONE, Fixed, Load
-from deepspec.schedule.simulate import Arrivals, Oracle, Simulator, simulated
+from deepspec.schedule.policies import NONE, Fixed, Load, Threshold
+from deepspec.schedule.simulate import Arrivals, Oracle, Simulator, _Counts, _Row, simulated
 from deepspec.schedule.traces import Traces, read_traces, write_traces
 from deepspec.targets import Target
 
@@ -160,6 +161,17 @@ def test_more_users_than_slots_wait_and_all_are_served() -> None:
     assert simulator.serve(NONE, Arrivals(rate=10.0), 60).too_much
 
 
+def test_a_pass_over_uneven_rows_takes_a_share_of_the_way_to_the_longest() -> None:
+    """Of two rows that begin together, one verifies four proposals and the other none."""
+    recorded = replace(traces([0] * 6), confidences=np.full((60, 4), 0.1))
+    recorded.confidences[::2] = 0.9
+    for ragged, tokens in ((0.0, 4), (0.5, 6), (1.0, 8)):
+        simulator = Simulator(replace(costs(), ragged=ragged), recorded)
+        rows = [_Row(0, 0, 0, 6, 8, 0), _Row(1, 1, 1, 6, 8, 0)]
+        took = simulator._round(Threshold(0.5), rows, _Counts())
+        assert took == pytest.approx(PLAIN + PROPOSE + tokens * TOKEN)
+
+
 def test_trimming_after_verifying_keeps_the_same_and_pays_for_everything() -> None:
     simulator = Simulator(costs(), traces([3] * 9))
     cut, trimmed = (
@@ -254,6 +266,7 @@ def test_lines_are_drawn_with_names_as_they_are(tmp_path: Path) -> None:
         tmp_path / "x.svg", "A & B", "users", "tokens/s", ["1", "2"], {"<a>": [1.0, 2.0], "b": [3.0, 4.0]}
     )
     text = (tmp_path / "x.svg").read_text("utf-8")
+    ElementTree.fromstring(text)
     assert "A &amp; B" in text and "&lt;a&gt;" in text and text.count('stroke="#0072b2"') == 2
 
 

@@ -51,7 +51,8 @@ class Piece:
 
 
 class Deferred:
-    """A draft that observes only when it is about to propose, all that it missed in one piece.
+    """A draft that observes as usual while it proposes, and else only when it is about to propose again, all
+    that it missed in one piece.
 
     So a round in which a policy asks for no proposals does none of the draft's work. A row that has more than
     `most` tokens waiting is observed at once, which bounds the memory.
@@ -64,15 +65,28 @@ class Deferred:
         self.pieces: list[Piece] = []
         self.waiting: dict[int, int] = {}
         """Tokens that wait, by slot."""
+        self.unread = set[int]()
+        """Slots whose prompts have not come yet."""
+        self.asked, self.speculating = False, True
+        """Whether it has proposed since the last round; whether it did in the last one."""
 
     def open(self, slot: int) -> None:
+        self.unread.add(slot)
         self.draft.open(slot)
 
     def free(self, slot: int) -> None:
+        self.unread.discard(slot)
         self._taken({slot})
         self.draft.free(slot)
 
     def observe(self, slots: Ints, features: Tensor | None, tokens: Ragged, next_tokens: Ragged) -> None:
+        prompt = slots[0] in self.unread
+        self.unread.difference_update(slots)
+        if not prompt:
+            self.speculating, self.asked = self.asked, False
+        if self.speculating:
+            self.draft.observe(slots, features, tokens, next_tokens)
+            return
         self.pieces.append(Piece({s: i for i, s in enumerate(slots)}, features, tokens, next_tokens))
         for slot, new in zip(slots, tokens, strict=True):
             self.waiting[slot] = self.waiting.get(slot, 0) + len(new)
@@ -80,10 +94,13 @@ class Deferred:
 
     def propose(self, slots: Ints, anchors: Ints, samplings: Samplings, uniforms: Tensor) -> Proposal:
         self._flush(set(slots))
+        self.asked = self.speculating = True
         return self.draft.propose(slots, anchors, samplings, uniforms)
 
     def _flush(self, slots: set[int]) -> None:
         """Let the draft observe what waits for these slots, rows of about the same width together."""
+        if not slots & self.waiting.keys():
+            return
         if len(self.pieces) == 1 and list(self.pieces[0].slots) == sorted(slots):
             (piece,), self.pieces, self.waiting = self.pieces, [], {}
             if len(piece.slots) == len(piece.tokens):  # no row of it has gone since

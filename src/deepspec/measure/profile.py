@@ -30,7 +30,7 @@ from deepspec.maths.slots import Ints
 from deepspec.maths.verify import Sampling, Samplings
 from deepspec.measure.evaluate import fingerprint, partial_path
 from deepspec.schedule.costs import Identity, StepCosts, monotone, write_costs
-from deepspec.schedule.policies import Fixed
+from deepspec.schedule.policies import Fixed, Floats, Lengths, Load, Policy
 from deepspec.targets import Target
 from deepspec.this_machine import clock, read_joules, this_machine
 
@@ -156,6 +156,7 @@ def table_of(
         identity,
         watts,
         observe=None if identity.draft is None else monotone(observe),
+        ragged=float(np.clip(np.median([sweep.get("ragged", 0.0) for sweep in sweeps]), 0.0, 1.0)),
     )
 
 
@@ -176,6 +177,7 @@ def sweep(
     shape = (len(grid.rows), len(grid.widths), len(grid.contexts))
     passes, proposals = np.zeros(shape), np.zeros((shape[0], shape[2]))
     rests: dict[bool, list[list[float]]] = {True: [[] for _ in grid.rows], False: [[] for _ in grid.rows]}
+    uneven: list[float] = []
     reads: dict[bool, dict[int, list[float]]] = {True: defaultdict(list), False: defaultdict(list)}
     for c in order.sample(range(shape[2]), shape[2]):
         for drafted in (False, True)[: 2 if most else 1]:
@@ -187,10 +189,12 @@ def sweep(
                 stage.shrink(grid.rows[a])
                 found = []
                 for b in order.sample(range(1, shape[1]), shape[1] - 1) if drafted else [0]:
-                    passes[a, b, c], propose, rest = stage.rounds(grid.widths[b] - 1)
+                    passes[a, b, c], propose, rest = stage.rounds(Fixed(grid.widths[b] - 1))
                     found.append(propose)
                     rests[drafted][a].append(rest)
                 proposals[a, c] = np.median(found)
+                if drafted and grid.rows[a] > 1 and grid.rows[a] % 2 == 0:
+                    uneven.append(_ragged(stage.rounds(_Uneven())[0], grid.widths, passes[a, :, c]))
             stage.shrink(0)
     prefill, observed = ([float(np.median(reads[kind][n])) for n in _prompts(grid)] if reads[kind] else [0.0]
                          for kind in (False, True))  # fmt: skip
@@ -203,7 +207,22 @@ def sweep(
         "observe": np.maximum(np.subtract(observed, prefill), 0.0).tolist(),
         "rest": plain,
         "drafted": drafted_rest,
+        "ragged": float(np.median(uneven)) if uneven else 0.0,
     }
+
+
+class _Uneven(Policy):
+    """Verifies all proposals of every second row, and none of the others."""
+
+    def lengths(self, confidences: Floats, load: Load) -> Lengths:
+        return np.arange(len(confidences)) % 2 * confidences.shape[1]
+
+
+def _ragged(seconds: float, widths: Sequence[int], line: Floats) -> float:
+    """Where a pass over `_Uneven` rows lies between the one with as many tokens in equal shares, and the one
+    in which all rows have the largest share. line: seconds of equal shares of these widths."""
+    even = float(np.interp((1 + widths[-1]) / 2, widths, line))
+    return (seconds - even) / max(float(line[-1]) - even, 1e-9)
 
 
 class _Guesses(NoDraft):
@@ -245,10 +264,10 @@ class _Stage:
         while len(self.decoder.rows) > rows:
             self.decoder.cancel(self.decoder.rows[-1].answer.key)
 
-    def rounds(self, length: int) -> tuple[float, float, float]:
-        """Medians of (pass, proposals, rest) in rounds that verify `length` proposals of each row."""
+    def rounds(self, policy: Policy) -> tuple[float, float, float]:
+        """Medians of (pass, proposals, rest) in rounds under a policy."""
         found = []
-        self.decoder.policy = Fixed(length) if self.draft else None
+        self.decoder.policy = policy if self.draft else None
         for _ in range(ROUNDS):
             self.target.spent, began = 0.0, clock(self.device)
             if self.draft:

@@ -163,7 +163,7 @@ def write_lines(
     series = [(looks[name], list(enumerate(values))) for name, values in lines.items()]
     chart = line_chart(title, x_label, y_label, series, (0.0, max(max(v) for v in lines.values())), True)
     assert chart is not None, "there is nothing to draw"
-    tall = HEIGHT + 14.0 * -(-len(lines) // 4) + 8
+    tall = HEIGHT + 14.0 * -(-len(lines) // 3) + 8
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -18 {WIDTH:g} {tall + 18:g}" font-size="9" '
         'font-family="sans-serif"><rect y="-18" width="100%" height="100%" fill="white"/>',
@@ -177,7 +177,7 @@ def write_lines(
     middle, below = (LEFT + WIDTH - RIGHT) / 2, HEIGHT - BOTTOM + 27
     parts.append(f'<text x="{middle}" y="{below}" text-anchor="middle">{escape(x_label)}</text>')
     for i, line in enumerate(chart["lines"]):
-        style, x, y = line["style"], 12 + 86 * (i % 4), HEIGHT + 14 * (i // 4)
+        style, x, y = line["style"], 12 + 115 * (i % 3), HEIGHT + 14 * (i // 3)
         ink = f'stroke="{style.key}" stroke-dasharray="{style.dashes}" stroke-width="1.5" fill="none"'
         parts.append(f'<path d="{line["path"]}" {ink}/><path d="M{x} {y - 3}h14" {ink}/>')
         parts.append(f'<text x="{x + 18}" y="{y}">{escape(style.label)}</text>')

@@ -122,7 +122,7 @@ class Auto(Policy):
 
     def _best(self, load: Load) -> Choice:
         """The choice of the most expected tokens per second."""
-        plain, drafted, observe = self.seconds(load, load.rows * self.block)
+        plain, drafted, observe, ragged = self.seconds(load, load.rows * self.block)
         if self.tokens > TOKENS:
             self.answers, self.tokens = self.answers / 2, self.tokens / 2
         rows = float(self.seen[0].sum())
@@ -134,7 +134,12 @@ class Auto(Policy):
         # The fixed lengths 1…γ, then a price at each bin's lower edge.
         tokens = np.concatenate([np.arange(1.0, self.block + 1), share.sum(0)[::-1].cumsum()[::-1]])
         gains = np.concatenate([gain.sum(1).cumsum(), gain.sum(0)[::-1].cumsum()[::-1]])
-        seconds = np.interp(load.rows * tokens, np.arange(len(drafted)), drafted)
+        # Of some rows, one is nearly always the longest; a pass over uneven rows takes longer.
+        reached = share[:, ::-1].cumsum(1)[:, ::-1]
+        longest = (1.0 - (1.0 - reached.clip(0.0, 1.0)) ** load.rows).sum(0)
+        widest = np.concatenate([tokens[: self.block], longest])
+        even, full_width = np.interp(load.rows * np.array([tokens, widest]), np.arange(len(drafted)), drafted)
+        seconds = even + ragged * (full_width - even)
         # Speculation also takes the draft's reading of each prompt.
         seconds += observe * (1.0 + gains) * self.answers / self.tokens
         throughput = (1.0 + gains) / seconds

@@ -55,7 +55,8 @@ class StepCosts:
     pass (its proposals, `observe`, deciding on them); None without a draft. prefill_lengths [P], prefill [P]:
     reading one prompt, its first token included; observe [P]: what a draft adds to that. rest [A]:
     everything else in a plain round. watts: the mean power while the target decoded; None without a meter.
-    notes: what is not measured.
+    notes: what is not measured. ragged: what a pass takes more if its rows' shares differ, as a share of the
+    way to the pass in which all rows have the largest one.
     """
 
     rows: NDArray[np.int64]
@@ -70,6 +71,7 @@ class StepCosts:
     watts: float | None = None
     notes: tuple[str, ...] = ()
     observe: Floats | None = None
+    ragged: float = 0.0
 
     def pass_seconds(self, rows: ArrayLike, tokens: ArrayLike, context: ArrayLike) -> Floats:
         """One pass of the target with T new tokens in R rows that hold `context` tokens each; elementwise.
@@ -131,6 +133,7 @@ class StepCosts:
                 float(interpolated(axes, self.target[:, 0], points)) + rest,
                 drafted + float(self.propose_seconds(rows, context)),
                 float(self.observe_seconds(context)) * rows,
+                self.ragged,
             )
 
         return lambda load, count: at(load.rows, (load.context // CONTEXT + 0.5) * CONTEXT, count)
@@ -234,6 +237,7 @@ def _from_record(record: dict[str, Any]) -> StepCosts:
         record.get("watts"),
         tuple(record.get("notes", ())),
         None if record.get("observe") is None else _seconds(record, "observe", (len(lengths),)),
+        float(record.get("ragged", 0.0)),
     )
 
 

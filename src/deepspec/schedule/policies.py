@@ -37,11 +37,12 @@ class Load(NamedTuple):
 class RoundSeconds(NamedTuple):
     """What a round takes at one load. plain: without proposals. drafted [n + 1]: with proposals, of which 0,
     1, …, n of all rows together are verified; 1 / drafted is SPS of method.md 5. observe: what the draft
-    needs for rows of which it has seen nothing yet."""
+    needs for rows of which it has seen nothing yet. ragged: `StepCosts.ragged`."""
 
     plain: float
     drafted: Floats
     observe: float = 0.0
+    ragged: float = 0.0
 
 
 Seconds = Callable[[Load, int], RoundSeconds]

@@ -71,15 +71,15 @@ class Outcome:
 
 
 class Oracle(Policy):
-    """Is told what will be accepted (`outcomes` [R]) before it decides: no lossless policy does better in a
-    round."""
+    """Is told what will be accepted (`outcomes` [R]) before it decides, and pays nothing for uneven rows: no
+    lossless policy does better in a round."""
 
     def __init__(self, seconds: Seconds) -> None:
         self.seconds, self.outcomes, self.most = seconds, np.zeros(0, np.int64), 0
 
     def proposes(self, load: Load) -> bool:
         hits = int(self.outcomes.sum())
-        plain, drafted, _ = self.seconds(load, hits)
+        plain, drafted = self.seconds(load, hits)[:2]
         throughput = (load.rows + np.arange(hits + 1.0)) / drafted
         self.most = int(throughput.argmax())
         return bool(throughput[self.most] > load.rows / plain)
@@ -208,13 +208,15 @@ class Simulator:
         if isinstance(policy, Oracle):
             policy.outcomes = hits
         taken = lengths = np.zeros(len(rows), np.int64)
-        plain, drafted, _ = self.seconds(load, len(rows) * self.traces.block)
+        plain, drafted, _, ragged = self.seconds(load, len(rows) * self.traces.block)
         took, asked = plain, policy.proposes(load)
         if asked:
             lengths = policy.lengths(self.traces.confidences[places], load)
             taken = np.minimum(hits, lengths)
             verified = len(drafted) - 1 if isinstance(policy, Trimmed) else int(lengths.sum())
-            took = float(drafted[verified]) + self._seen(rows)
+            even, longest = float(drafted[verified]), max(verified, len(rows) * int(lengths.max()))
+            uneven = 0.0 if isinstance(policy, Oracle) else ragged * (float(drafted[longest]) - even)
+            took = even + uneven + self._seen(rows)
             counts.verified += verified
         policy.learn(lengths, taken)
         for row, new in zip(rows, (taken + 1).tolist(), strict=True):
