@@ -1,8 +1,9 @@
 """A CUDA device that is not there: tensors without numbers, and an account of what a GPU would do with them.
 
-Operators on the device run on shapes alone (torch's `FakeTensorMode`), those on the host run for real. A mix of
-both raises, as on a GPU. What an operator reads and writes, its FLOPs, the memory that lives and the moments at
-which the host would wait for the device are written down, each with the line of code that asked for it.
+Operators on the device run on shapes alone (torch's `FakeTensorMode`), those on the host run for real. A mix
+of both raises, as on a GPU. What an operator reads and writes, its FLOPs, the memory that lives and the
+moments at which the host would wait for the device are written down, each with the line of code that asked
+for it.
 
 A build of torch without CUDA has no device guard and no hooks for it, which indexing and autograd ask for.
 `pretend_cuda`, called before torch is imported, compiles some that do nothing (g++, a few seconds, kept).
@@ -82,7 +83,7 @@ def pretend_cuda(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Card:
-    """What a card reaches of its peaks: operations per second on bfloat16 and on float32, bytes per second."""
+    """What a card reaches: operations per second on bfloat16 and on float32, and bytes per second."""
 
     name: str
     narrow: float

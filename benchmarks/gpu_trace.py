@@ -2,11 +2,11 @@
 
     python benchmarks/gpu_trace.py [dspark dflash eagle3] [--length 4096] [--tiny] [--json] [--lines 15]
 
-One sequence at the dimensions of Qwen3-4B (`--tiny`: a target of two layers), a fifth of it prompt, 512 anchors,
-bfloat16 with float32 masters. Every kernel is put at the longer of its bytes by the card's bandwidth and its
-FLOPs by the card's speed, one after the other, launches free: a roofline and not a measurement. The floor is the
-operations that `deepspec plan` counts, attention of the target as half a square, at the card's speed. No number
-is computed, and no GPU is needed; g++ is (`fake_gpu.py`).
+One sequence at the dimensions of Qwen3-4B (`--tiny`: a target of two layers), a fifth of it prompt, 512
+anchors, bfloat16 with float32 masters. Every kernel is put at the longer of its bytes by the card's bandwidth
+and its FLOPs by the card's speed, one after the other, launches free: a roofline and not a measurement. The
+floor is the operations that `deepspec plan` counts, attention of the target as half a square, at the card's
+speed. No number is computed, and no GPU is needed; g++ is (`fake_gpu.py`).
 """
 
 from __future__ import annotations
@@ -189,9 +189,11 @@ def main() -> None:
         if chosen.json:
             continue
         print(
-            f"{algorithm:7s} {found['ms']:8.2f} ms, floor {found['floor, ms']:.2f} ({found['ms/floor']:.2f}); peak "
-            f"{found['peak, GB']:.2f} GB (planned {found['planned, GB']:.2f}); {found['waits']} waits; "
-            f"{found['kernels']} kernels, {found['TFLOP']:.2f} TFLOP, {found['GB moved']:.1f} GB moved"
+            f"{algorithm:7s} {found['ms']:8.2f} ms, floor {found['floor, ms']:.2f} "
+            f"({found['ms/floor']:.2f} of it); "
+            f"peak {found['peak, GB']:.2f} GB (planned {found['planned, GB']:.2f}); "
+            f"{found['waits']} waits, {found['kernels']} kernels; "
+            f"{found['TFLOP']:.2f} TFLOP, {found['GB moved']:.1f} GB moved"
         )
         print("        " + "; ".join(f"{k} {v:.2f}" for k, v in found["parts, ms"].items()))
         for what, count in found["about"]["waits"].items():

@@ -672,6 +672,24 @@ def test_step_takes_the_memory_that_its_plan_says(
     assert 0.8 < ratio < 1.1
 
 
+def test_several_accelerators_share_the_work_but_not_the_state_of_the_draft():
+    words = ("plan", "dspark/qwen3-4b", "--machine", "h100", "--rows", 1000, "--json", "--gpus")
+    one, four = (json.loads(call(*words, n).stdout)["sections"] for n in (1, 4))
+    ratio = {k: four["time"][k]["value"] / one["time"][k]["value"] for k in four["time"]}
+    assert ratio["features"] == pytest.approx(0.25) and 0.25 < ratio["training"] < 0.3
+    assert ratio["regeneration"] == 1.0  # rank 0 alone writes the answers
+    place = "memory of the accelerator"
+    assert four[place]["draft, gradients, optimiser"] == one[place]["draft, gradients, optimiser"]
+    split = json.loads(call(*words, 4, "shard_target=true").stdout)["sections"][place]["target weights"][
+        "value"
+    ]
+    assert 0.25 < split / one[place]["target weights"]["value"] < 0.5
+    host = "memory of the host"
+    assert four[host]["at most at once"]["value"] == 4 * one[host]["at most at once"]["value"]
+    uneven = call(*words, 3)
+    assert uneven.exit_code == 2 and "which 3 accelerators cannot share evenly" in uneven.output
+
+
 # ── this machine ──────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -106,22 +106,22 @@ def alone(scene: Path) -> dict[str, Path]:
     return found
 
 
-def test_two_and_four_ranks_have_the_losses_of_one(scene, alone, tmp_path):
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.soak)])
+def test_ranks_have_the_losses_of_one(scene, alone, tmp_path, world):
     """Eleven rows in batches of four: a last batch has three, so that one of four ranks has none."""
-    for world in (2, 4):
 
-        def work(rank: int, runs: Path = tmp_path / str(world)) -> None:
-            with joined():  # one job: to join twice at one port is a race
-                for algorithm in alone:
-                    train_draft(recipe_of(scene, algorithm), runs)
+    def work(rank: int) -> None:
+        with joined():  # one job: to join twice at one port is a race
+            for algorithm in alone:
+                train_draft(recipe_of(scene, algorithm), tmp_path / "runs")
 
-        in_ranks(world, work, tmp_path)
-        for algorithm, run in alone.items():
-            ours = losses(tmp_path / str(world) / f"tiny-{algorithm}")
-            assert len(ours) == 20
-            assert ours == pytest.approx(losses(run), abs=1e-5)
-        for rank in range(1, world):
-            assert (tmp_path / f"rank-{rank}.log").read_text() == ""
+    in_ranks(world, work, tmp_path)
+    for algorithm, run in alone.items():
+        ours = losses(tmp_path / f"runs/tiny-{algorithm}")
+        assert len(ours) == 20
+        assert ours == pytest.approx(losses(run), abs=1e-5)
+    for rank in range(1, world):
+        assert (tmp_path / f"rank-{rank}.log").read_text() == ""
 
 
 def test_checkpoint_of_two_ranks_continues_on_one_and_on_three(scene, tmp_path):

@@ -28,6 +28,9 @@ def plan(
     machine: Annotated[
         str | None, typer.Option(help="rtx4090, h100 and so on, or `here`, which is measured.")
     ] = None,
+    gpus: Annotated[
+        int, typer.Option("--gpus", min=1, help="Accelerators of one host that train together (torchrun).")
+    ] = 1,
     measure: Annotated[bool, typer.Option("--measure", help="Measure this machine again.")] = False,
     watts: Annotated[float | None, typer.Option(min=0, help="The machine's power at full load.")] = None,
     share: Annotated[
@@ -96,6 +99,7 @@ def plan(
         engine=engine,
         batch=batch,
         free_disk=free_bytes(cache_dir),
+        gpus=gpus,
     )
     found = make_plan(inputs, source)
     change = None if found.fits else cheapest_change(inputs)

@@ -74,7 +74,8 @@ class Inputs:
 
     config: the target's raw text config. describe: from a recipe to its draft (it needs torch, so the caller
     brings it). features: online or cache; store: the number format of a cache. engine: process or server,
-    what writes the answers; batch: how many it decodes together. free_disk: bytes.
+    what writes the answers; batch: how many it decodes together. free_disk: bytes. gpus: accelerators of one
+    host that train together, each with its share of every batch.
     """
 
     recipe: Recipe
@@ -87,6 +88,7 @@ class Inputs:
     engine: str = "process"
     batch: int | None = None
     free_disk: float | None = None
+    gpus: int = 1
 
     @cached_property
     def names(self) -> dict[str, float]:

@@ -10,6 +10,10 @@ from deepspec.cost.formulas import Figure, body_weights, draft_parameters, figur
 from deepspec.cost.inputs import Inputs
 from deepspec.cost.sizes import Need, disk_figures, host_figures, memory_figures, needs_of
 from deepspec.cost.step_time import ASSUMED_TAU, FromRow, StepTime, operations
+from deepspec.errors import RecipeError
+
+LINK = 100e9
+"""Bytes per second between the accelerators of a host: an assumption, below NVLink and above PCIe."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ def make_plan(inputs: Inputs, source: StepTime | None = None) -> Plan:
     Raises RecipeError if the recipe describes no draft for its target, DataError if no row is left.
     """
     names, source = inputs.names, source or FromRow(inputs.machine)
+    if inputs.gpus > 1:
+        check_gpus(inputs)
     memory, (steps, seconds) = memory_figures(inputs), time_figures(inputs, source)
     sections = {
         "parameters": {
@@ -78,6 +84,7 @@ def make_plan(inputs: Inputs, source: StepTime | None = None) -> Plan:
     ]
     if watts := inputs.machine.watts:
         formula = "seconds * watts / 3600000"
+        watts *= inputs.gpus
         notes.append(f"energy is counted at {watts:.0f} W")
         sections["energy"] = {
             name: figure("kWh", formula, seconds=spent, watts=watts) for name, spent in seconds.items()
@@ -87,10 +94,30 @@ def make_plan(inputs: Inputs, source: StepTime | None = None) -> Plan:
     return Plan(inputs, sections, needs_of(inputs), tuple(notes))
 
 
+def check_gpus(inputs: Inputs) -> None:
+    """Raise RecipeError if several accelerators cannot share the recipe's batches, or there are none."""
+    size = inputs.recipe.optim.batch_size
+    if inputs.machine.memory is None:
+        raise RecipeError(
+            f"--gpus {inputs.gpus}: {inputs.machine.name} has no accelerator",
+            next_step="name a machine with one, such as --machine h100",
+        )
+    if size % inputs.gpus:
+        raise RecipeError(
+            f"optim.batch_size is {size} sequences, which {inputs.gpus} accelerators cannot share evenly",
+            where=inputs.recipe.name,
+            next_step=f"choose a number that divides {size}, or another optim.batch_size",
+        )
+
+
 def time_figures(inputs: Inputs, source: StepTime) -> tuple[Figure, dict[str, Figure]]:
     """(optimiser steps, seconds by phase)."""
     recipe, cached = inputs.recipe, inputs.features == "cache"
-    features, draft = source.features_step(inputs), source.draft_step(inputs)
+    features, draft = (
+        _shared(inputs, each) for each in (source.features_step(inputs), source.draft_step(inputs))
+    )
+    if inputs.gpus > 1:
+        draft = figure("s", "each + summing", each=draft, summing=summing(inputs))
     steps = optimiser_steps(inputs, float(draft) + (0.0 if cached else float(features)))
     found: dict[str, Figure] = {}
     if not inputs.counts.answered:
@@ -101,8 +128,21 @@ def time_figures(inputs: Inputs, source: StepTime) -> tuple[Figure, dict[str, Fi
     if overhead := source.overhead(inputs, float(steps)):
         found["loading, setup and checkpoints"] = overhead
     times = math.ceil(float(steps) / recipe.eval_every_steps)
-    found["held-out evaluation"] = figure("s", "times * one", times=times, one=source.held_out(inputs))
+    found["held-out evaluation"] = figure(
+        "s", "times * one", times=times, one=_shared(inputs, source.held_out(inputs))
+    )
     return steps, found | {"all": total(found)}
+
+
+def _shared(inputs: Inputs, seconds: Figure) -> Figure:
+    """Seconds of work that all accelerators share."""
+    return seconds if inputs.gpus == 1 else figure("s", "each / gpus", each=seconds, gpus=inputs.gpus)
+
+
+def summing(inputs: Inputs) -> Figure:
+    """Seconds of a step in which the gradients are summed over the accelerators, in float32."""
+    formula = "2 * 4 * own * (gpus - 1) / gpus / link"
+    return figure("s", formula, inputs.names, gpus=inputs.gpus, link=LINK)
 
 
 def optimiser_steps(inputs: Inputs, step: float) -> Figure:

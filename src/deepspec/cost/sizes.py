@@ -51,7 +51,8 @@ def disk_figures(inputs: Inputs) -> dict[str, Figure]:
 def memory_figures(inputs: Inputs) -> dict[str, Figure]:
     """Bytes where the model is: while answering, in a step of training, in a held-out evaluation."""
     recipe, names = inputs.recipe, inputs.names
-    micro = min(recipe.optim.micro_batch_size or recipe.optim.batch_size, recipe.optim.batch_size)
+    share = recipe.optim.batch_size // inputs.gpus
+    micro = min(recipe.optim.micro_batch_size or share, share)
     length = names["longest"]
     anchors = min(recipe.num_anchors, length)
     loss_rows = micro * names["block"] * (anchors if names["parallel"] else length)
@@ -59,7 +60,7 @@ def memory_figures(inputs: Inputs) -> dict[str, Figure]:
     context = names["prompts"] / names["rows"] + recipe.eval_max_new_tokens + names["block"] + 1
     each = formulas.state_bytes_per_parameter(recipe.precision, recipe.optim.states)
     base = {
-        "target weights": figure("bytes", "parameters * width", names),
+        "target weights": target_bytes(inputs),
         "draft, gradients, optimiser": figure("bytes", "own * each", names, each=each),
     }
     features = "sequences * length * width * hidden * (2 * feature_layers + 1)"
@@ -91,12 +92,24 @@ def memory_figures(inputs: Inputs) -> dict[str, Figure]:
     return found
 
 
+def target_bytes(inputs: Inputs) -> Figure:
+    """Bytes of the target's weights on each device; the layers' may be split over them."""
+    if inputs.gpus == 1 or not inputs.recipe.shard_target:
+        return figure("bytes", "parameters * width", inputs.names)
+    formula = "width * (parameters - body * (gpus - 1) / gpus)"
+    return figure("bytes", formula, inputs.names, gpus=inputs.gpus)
+
+
 def host_figures(inputs: Inputs, memory: dict[str, Figure]) -> dict[str, Figure]:
     """Bytes of host memory: besides an accelerator's, or everything if there is none."""
     rows = figure("bytes", "tokens * token", inputs.names, token=TOKEN_BYTES)
     given: dict[str, float | Figure] = {"program": PROCESS_BYTES, "rows": rows}
     if inputs.machine.memory is not None:
-        total = figure("bytes", "program + max(rows, loading)", **given, loading=memory["target weights"])
+        loading = figure("bytes", "parameters * width", inputs.names)
+        formula = "program + max(rows, loading)"
+        if inputs.gpus > 1:  # each process loads the target, and keeps rows of its own
+            formula, given = f"gpus * ({formula})", given | {"gpus": inputs.gpus}
+        total = figure("bytes", formula, **given, loading=loading)
     else:
         most = max(float(memory[verb]) for verb in ("training", "answering") if verb in memory)
         total = figure("bytes", "program + rows + most", **given, most=most)
