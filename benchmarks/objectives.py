@@ -27,13 +27,18 @@ from typing import Any
 import torch
 
 from deepspec.answers.in_process import PACKAGED_ROWS, PACKAGED_TOKENS, regenerate
+from deepspec.checkpoints.draft import load_draft
 from deepspec.config import Recipe, load_recipe
 from deepspec.data.conversations import read_conversations
+from deepspec.decode.engine import Decoder, Request
 from deepspec.demo import LEARNING_RATE
 from deepspec.drafts import ALGORITHMS
 from deepspec.features.batches import batches_from
 from deepspec.files import write_json, write_text
+from deepspec.maths.acceptance import conditional
+from deepspec.maths.verify import Sampling
 from deepspec.measure.evaluate import load_prompts, spread
+from deepspec.measure.rows import rounds_of
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target
 from deepspec.this_machine import this_machine
@@ -62,8 +67,8 @@ LEFT_OUT = {("eagle3", "kl"): "its `ce` is the same", ("eagle3", "dpace"): "it l
 ANSWERS, NEW_TOKENS = 900, 48
 MEASURED, ROUNDS = 8, 3
 """Steps that are timed together, and how often; the quickest time counts."""
-OVERTRAINED = {"rows": 48, "steps": 480, "every": 48}
-"""Eagle-3 on few answers, many times over."""
+OVERTRAINED = {"rows": 24, "steps": 160, "every": 20}
+"""A trained Eagle-3 goes over few answers many times."""
 
 
 def recipe_of(algorithm: str, objective: str, out: Path, changes: list[str]) -> Recipe:
@@ -138,18 +143,30 @@ def train_and_measure(
     write_json(kept, facts | {"processor_seconds": round(spent, 1), "counts": counts})
 
 
-def overtrain(target: Target, out: Path) -> list[dict[str, Any]]:
-    """The metrics of Eagle-3 on few answers, many times over."""
+def overtrain(target: Target, out: Path) -> dict[str, Any]:
+    """The pocket's own Eagle-3, fine-tuned on few answers: metrics, and held-out acceptance by position of
+    the best checkpoint and of the last."""
     few, size = out / "data" / "few.jsonl", OVERTRAINED
     lines = (out / "data" / "answers.jsonl").read_text("utf-8").splitlines(keepends=True)
     write_text(few, "".join(lines[: size["rows"]]))
     changes = [f"optim.max_steps={size['steps']}", f"eval_every_steps={size['every']}", "eval_prompts=48"]
-    changes += ["eval_max_new_tokens=32", "data.features=online", "checkpoint_every_steps=48"]
-    recipe = recipe_of("eagle3", "ce", out, [*changes, "name=overtrained"])
+    changes += ["eval_max_new_tokens=32", "data.features=online", f"checkpoint_every_steps={size['every']}"]
+    changes += ["draft.init=random", "start_from=pocket-eagle3", "optim.lr=1e-3", "name=overtrained"]
+    recipe = recipe_of("eagle3", "ce", out, changes)
     outcome = train_draft(recipe, out / "runs", target=target, answers=few)
     if outcome.interrupted:
         raise KeyboardInterrupt
-    return [json.loads(line) for line in (outcome.run / "metrics.jsonl").read_text().splitlines()]
+    prompts = dict(enumerate(load_prompts(prompts_path(recipe.data.select), target, limit=48)))
+    rates = {}
+    for name in ("best", f"step_{outcome.steps}"):
+        decoder = Decoder(target, load_draft(outcome.run / "checkpoints" / name, target), max_rows=16)
+        requests = [
+            Request(p.ids, 32, i, p.id, Sampling(1.0), target.stop_token_ids) for i, p in prompts.items()
+        ]
+        proposed, accepted, _ = zip(*(rounds_of(answer) for answer in decoder.run(requests)), strict=True)
+        rates[name] = conditional(accepted, proposed, recipe.draft.block)
+    rows = [json.loads(line) for line in (outcome.run / "metrics.jsonl").read_text().splitlines()]
+    return {"rows": rows, "rates": list(rates.values())}
 
 
 def collected(out: Path, target: Target, seconds: float) -> dict[str, Any]:
@@ -167,7 +184,7 @@ def collected(out: Path, target: Target, seconds: float) -> dict[str, Any]:
         "step_seconds": {a: json.loads(path.read_text()) for a, path in steps.items() if path.exists()},
         "domains": {p.id: p.domain for p in load_prompts(prompts_path("pocket:test"), target)},
         "runs": whole,
-        "overtrained": json.loads(path.read_text()) if (path := out / "overtrained.json").exists() else [],
+        "overtrained": json.loads(path.read_text()) if (path := out / "overtrained.json").exists() else {},
     }
 
 

@@ -64,7 +64,7 @@ def results(**kept: list[int]) -> dict[str, Any]:
         "step_seconds": costs,
         "domains": domains,
         "runs": runs,
-        "overtrained": [],
+        "overtrained": {},
     }
 
 
@@ -74,6 +74,17 @@ def test_what_all_objectives_share_cancels_in_a_difference() -> None:
     assert counts.difference("kl", "ce") == (1.0, 1.0, 1.0)
     tau = objectives_page.interval(counts.tau("ce"))
     assert tau.value == 4.5 and tau.low < 3.5 and tau.high > 5.5
+
+
+def test_a_run_that_is_trained_too_long_is_shown_with_its_best_step() -> None:
+    rows = [
+        *({"step": s, "epoch": s - 1, "loss": 5.0 / s, "tau_estimate": 1.0 + s} for s in (1, 2, 3)),
+        *({"step": s, "held_out_tau": tau} for s, tau in ((1, 2.0), (2, 2.5), (3, 2.0))),
+    ]
+    found = results(ce=[1, 2, 3, 4]) | {"overtrained": {"rows": rows, "rates": [[0.5, None], [0.4, 0.2]]}}
+    page = objectives_page.page(found).replace("\n", " ")
+    assert "highest at step 2 with 2.50 and 2.00 at the end (-20.0%)" in page
+    assert "| best, step 2 | 0.50 | – |" in page and "| last, step 3 | 0.40 | 0.20 |" in page
 
 
 def test_seeds_and_prompts_are_both_drawn() -> None:
