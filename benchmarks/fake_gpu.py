@@ -109,7 +109,9 @@ def traced(card: Card) -> Iterator[Any]:
 
     aten, fake = torch.ops.aten, FakeTensorMode(allow_non_fake_inputs=True)
     asks = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"}
-    free = {"device", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh"}
+    free = {"device", "detach", "lift_fresh"} | {
+        f"{kind}empty{how}" for kind in ("", "new_") for how in ("", "_like", "_strided")
+    }
 
     class Trace(TorchDispatchMode):
         """seconds, flops, bytes by kind of kernel; waits by line; mismatches; live and peak memory."""
@@ -155,7 +157,7 @@ def traced(card: Card) -> Iterator[Any]:
             made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
             for tensor in made:
                 self.hold(tensor, name)
-    XX
+            if not func.is_view and name not in free:
                 self.account(func, name, args, kwargs, out)
             return out
 
