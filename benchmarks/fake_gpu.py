@@ -109,7 +109,9 @@ def traced(card: Card) -> Iterator[Any]:
 
     aten, fake = torch.ops.aten, FakeTensorMode(allow_non_fake_inputs=True)
     asks = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"}
-    free = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh"}
+    free = {"device", "detach", "lift_fresh"} | {
+        f"{kind}empty{how}" for kind in ("", "new_") for how in ("", "_like", "_strided")
+    }
 
     class Trace(TorchDispatchMode):
         """seconds, flops, bytes by kind of kernel; waits by line; mismatches; live and peak memory."""
