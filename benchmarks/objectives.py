@@ -48,7 +48,7 @@ from deepspec.train.loop import train_draft
 from deepspec.train.optimizer import Optimizer
 from deepspec.train.step import train_step
 from draft_quality import measure
-from objectives_page import PAGE, RESULTS, page
+from objectives_page import LEFT_OUT, PAGE, RESULTS, page
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "ce": {"ce": 1.0},
@@ -63,7 +63,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "ce + l1, survival": {"ce": 1.0, "l1": 0.9, "positions": "survival"},
 }
 """A recipe's `loss` by the objective's name; the weight of the confidence head's loss stays the recipe's."""
-LEFT_OUT = {("eagle3", "kl"): "its `ce` is the same", ("eagle3", "dpace"): "it learns no labels"}
 ANSWERS, NEW_TOKENS = 900, 48
 MEASURED, ROUNDS = 8, 3
 """Steps that are timed together, and how often; the quickest time counts."""

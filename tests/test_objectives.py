@@ -83,7 +83,7 @@ def test_a_run_that_is_trained_too_long_is_shown_with_its_best_step() -> None:
     ]
     found = results(ce=[1, 2, 3, 4]) | {"overtrained": {"rows": rows, "rates": [[0.5, None], [0.4, 0.2]]}}
     page = objectives_page.page(found).replace("\n", " ")
-    assert "highest at step 2 with 2.50 and 2.00 at the end (-20.0%)" in page
+    assert "highest at step 2 with 2.50, as low as 2.00 afterwards, and 2.00 at the end (-20.0%)" in page
     assert "| best, step 2 | 0.50 | – |" in page and "| last, step 3 | 0.40 | 0.20 |" in page
 
 
