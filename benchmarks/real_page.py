@@ -13,7 +13,7 @@ from deepspec.files import write_json, write_text
 
 PAGE = Path(__file__).parents[1] / "docs" / "real.md"
 RESULTS = Path(__file__).with_name("real.json")
-"""The results that the page in docs/ shows."""
+"""The results that the page in docs/ shows; `remarks`, added by hand, say what was special about the run."""
 TITLES = {"dspark": "DSpark", "dflash": "DFlash", "eagle3": "Eagle-3"}
 OPENING = """# A real instruct model
 
@@ -24,7 +24,8 @@ this model. `python benchmarks/real.py --page RESULTS` wrote this page; the resu
 
 The steps are commands that you can type yourself, and `make real` prints them. For DSpark:
 
-    deepspec data regenerate pocket:train --target SmolLM2.gguf --out answers.jsonl --limit 640
+    deepspec data regenerate pocket:train --target SmolLM2.gguf --out answers.jsonl \\
+        --limit 640 --max-new-tokens 128
     deepspec train dspark/small target=SmolLM2.gguf
     deepspec export runs/dspark-small --to gguf --target SmolLM2.gguf --out draft.gguf
 
@@ -252,6 +253,8 @@ def work(results: dict[str, Any]) -> Iterator[str]:
             f"{TITLES[n]} {j:.1f}" for n, j in zip(TITLES, joules, strict=True)
         )
     yield wrapped(said)
+    for remark in results.get("remarks", ()):
+        yield from ("", wrapped(remark))
 
 
 def write(results: dict[str, Any]) -> None:
