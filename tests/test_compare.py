@@ -26,6 +26,7 @@ CONDITIONS = {
     "prompts": 4,
     "max_new_tokens": 48,
     "acceptance_rule": "rejection sampling",
+    "policy": "all",
     "ignore_eos": False,
     "seed": 0,
     "dtype": "float32",
@@ -44,6 +45,7 @@ CHANGED = {
     "prompts_hash": "p2",
     "max_new_tokens": 64,
     "acceptance_rule": "exact match",
+    "policy": "threshold:0.5",
     "ignore_eos": True,
     "dtype": "bfloat16",
     "device": "cuda",
@@ -85,6 +87,11 @@ def test_one_changed_condition_gives_one_sentence_naming_both_sides(name):
         assert expected in words
     assert problems(CONDITIONS, other, REFUSED) == ([sentence] if name in REFUSED else [])
     assert problems(CONDITIONS, other, WARNED) == ([] if name in REFUSED else [sentence])
+
+
+def test_results_that_record_no_policy_were_measured_with_all_proposals():
+    before = {name: value for name, value in CONDITIONS.items() if name != "policy"}
+    assert problems(before, CONDITIONS) == []
 
 
 def test_equal_conditions_have_no_problem_and_the_seed_is_none():

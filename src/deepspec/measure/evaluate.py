@@ -173,7 +173,7 @@ def evaluate_drafts(
         "prompts": len(prompts),
         "max_new_tokens": max_new_tokens,
         "acceptance_rule": "rejection sampling",
-        **({} if policy == "all" else {"policy": policy}),
+        "policy": policy,
         "ignore_eos": ignore_eos,
         "seed": seed,
         "dtype": str(target.dtype).removeprefix("torch."),

@@ -29,6 +29,8 @@ REFUSED = (
     "target_hash",
 )
 """Conditions that make two accepted lengths different quantities."""
+BEFORE = {"policy": "all"}
+"""What held before results files recorded it."""
 WARNED = ("dtype", "device", "threads", "batch")
 """Conditions that leave accepted lengths comparable, or nearly, but not speeds."""
 
@@ -38,6 +40,8 @@ def condition_differences(
 ) -> list[str]:
     """A sentence for each of `names` that differs between two `conditions`. One that only one side records
     differs too."""
+
+    a, b = BEFORE | dict(a), BEFORE | dict(b)
 
     def value(conditions: Mapping[str, Any], key: str) -> Any:
         found = UNRECORDED if conditions.get(key) is None else conditions[key]
