@@ -28,7 +28,7 @@ help:
 	@echo 'make test         lint, types and tests'
 	@echo 'make docs         rewrite the generated parts of docs/ (benchmarks, data, serving, targets)'
 	@echo 'make soak         the long fault tests (every command killed again and again)'
-	@echo 'make test-servers run the drafts in llama-server, which the first run builds (11 minutes on two cores)'
+	@echo 'make test-servers run the drafts in llama-server, which the first run builds (11 minutes), and in vLLM (3.5 GB)'
 	@echo 'make real         a real instruct model: train drafts, serve them (two hours; ARGS=--fast: a smoke run)'
 	@echo 'make lint         ruff and mypy only        make format   rewrite with ruff'
 	@echo 'make clean        remove .venv, caches and build artefacts (runs/ is kept)'
@@ -75,6 +75,9 @@ test-servers: $(STAMP)
 	  echo 'Building llama-server needs cmake and a C++ compiler (on Debian and Ubuntu: apt install cmake g++).'; exit 1; }
 	$(BIN)/python -m pytest -m servers $(ARGS)
 	$(BIN)/python benchmarks/servers.py --write
+	@$(BIN)/python benchmarks/vllm_server.py --install || { \
+	  echo 'vLLM for CPUs does not install here, so that the drafts are not compared in it.'; exit 0; }; \
+	  $(BIN)/python benchmarks/vllm_server.py --write
 
 # Runs until it is done, however often it is stopped; benchmarks/real.py writes docs/real.md from its results.
 real: $(STAMP)

@@ -1,7 +1,8 @@
 """Our drafts in vLLM: the command that `deepspec export` prints is run, and its counters are compared.
 
     python benchmarks/vllm_server.py --install    an environment with vLLM for CPUs, once: 3.5 GB, minutes
-    python benchmarks/vllm_server.py --write      measure all drafts, and write the table to docs/serving.md
+    python benchmarks/vllm_server.py --write      measure all drafts, and write the table to docs/serving.md;
+                                                  exits 1 if rounds or accepted tokens differ
 
 vLLM is not a dependency of ours, and pins another torch, so that it needs an environment of its own: the
 one that --install makes in $DEEPSPEC_CACHE, or another one whose program $DEEPSPEC_VLLM names. Both engines
@@ -222,6 +223,9 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     if given.write:
         write_page(table(rows), "vllm")
+    other = [row["draft"] for row in rows if row["ours"] != row["theirs"]]
+    if other:
+        sys.exit(f"rounds or accepted tokens differ: {', '.join(other)}")
 
 
 if __name__ == "__main__":
