@@ -40,12 +40,13 @@ def test_run_says_what_to_type_when_and_where_and_fills_every_column(
 
 
 def test_readme_cites_measured_figures():
-    """Value and interval of the README's table, in one row of the page each."""
+    """Value and interval of the README's tables, of the real model and of the pocket target, in one row of
+    their page each."""
     readme = (ROOT / "README.md").read_text("utf-8")
     cells = re.findall(r"^\| (DSpark|DFlash|Eagle-3) \| (.*) \|$", readme, re.MULTILINE)
-    assert len(cells) == 3
-    page = table.page()
-    for draft, figures in cells:
+    assert len(cells) == 6
+    real = (ROOT / "docs" / "real.md").read_text("utf-8")
+    for page, (draft, figures) in zip([real] * 3 + [table.page()] * 3, cells, strict=True):
         for figure in re.findall(r"\d\.\d\d \[\d\.\d\d, \d\.\d\d\]", re.sub("[×*]", "", figures)):
             assert re.search(rf"^\| {draft} \|.*\| {re.escape(figure)} \|", page, re.MULTILINE), (
                 draft,
