@@ -48,7 +48,7 @@ def test_readme_cites_measured_figures():
     real = (ROOT / "docs" / "real.md").read_text("utf-8")
     for page, (draft, figures) in zip([real] * 3 + [table.page()] * 3, cells, strict=True):
         for figure in re.findall(r"\d\.\d\d \[\d\.\d\d, \d\.\d\d\]", re.sub("[×*]", "", figures)):
-            assert re.search(rf"^\| {draft} \|.*\| {re.escape(figure)} \|", page, re.MULTILINE), (
+            assert re.search(rf"^\| {draft} \|(?:.*\|)? {re.escape(figure)} \|", page, re.MULTILINE), (
                 draft,
                 figure,
             )
