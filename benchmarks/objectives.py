@@ -210,7 +210,7 @@ def main() -> None:
         if "overtrained" in arguments.parts:
             write_json(out / "overtrained.json", overtrain(target, out))
     if any(out.glob("results/*.json")):
-        write_json(RESULTS, collected(out, target, arguments.seconds))
+        write_text(RESULTS, json.dumps(collected(out, target, arguments.seconds)) + "\n")
     write_text(PAGE, page(json.loads(RESULTS.read_text())))
 
 
