@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from real_page import table
+
 PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
 RESULTS = Path(__file__).with_name("objectives.json")
 """The results that the page shows."""
@@ -98,13 +100,6 @@ def shown(found: Interval, sign: str = "") -> str:
 
 def wrapped(text: str) -> str:
     return textwrap.fill(text, 118, break_on_hyphens=False, break_long_words=False)
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
-    yield ""
-    for cells in (heads, ["---"] * len(heads), *rows):
-        yield "| " + " | ".join(map(str, cells)) + " |"
-    yield ""
 
 
 def page(results: dict[str, Any]) -> str:

@@ -345,8 +345,8 @@ def test_verifying_everything_by_policy_is_verifying_everything(targets: dict[st
 
 
 def played(policy: Auto, survival: Callable[[int], float], loads: list[Load]) -> list[tuple[bool, list[int]]]:
-    """What a policy did in rounds of rows whose first proposals are accepted with `survival(round)`, the
-    others never; confidences say nothing."""
+    """What a policy did in rounds of rows whose first proposals are accepted with `survival(round)` and whose
+    other proposals are never accepted; all confidences are alike."""
     random, found = np.random.default_rng(0), []
     for number, load in enumerate(loads):
         proposed = policy.proposes(load)

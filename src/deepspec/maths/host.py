@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
-    """`values` on a device. The copy from the host's memory is queued, from pinned pages: the host goes on
-    while it runs. Values that are there already stay as they are."""
+    """`values` on a device. The copy from the host's memory is queued, from pinned pages: the host
+    continues while it runs. Values that are there already stay as they are."""
     if values.device.type != "cpu" or device.type == "cpu":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

@@ -317,7 +317,7 @@ def _load_step(
         if not (origin := load_provenance(path)):
             raise ValueError("deepspec.json is missing")
         before, now = (found.get("vocabulary") or {} for found in (origin, facts))
-        # Into host memory: on the device it would lie beside the fresh masters.
+        # Into host memory: on the device it would take memory next to the fresh masters.
         saved = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
         masters = saved["masters"]
         shapes = [m.shape for m in masters]
