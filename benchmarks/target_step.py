@@ -34,6 +34,9 @@ def both(name: str) -> tuple[Target, Target]:
     """(a target whose steps are lean, the same one stepped through transformers' modules)."""
     lean, general = (Target.from_pretrained(name, dtype="float32", device="cpu") for _ in range(2))
     general._lean = None
+    for linear in general.decoder.layers.modules():
+        if isinstance(linear, nn.Linear):
+            linear.weight.data = linear.weight.data.contiguous()
     return lean, general
 
 

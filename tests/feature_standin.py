@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from deepspec.targets import Target, TargetSpec
 from standin import Refusal, StandIn
 
 COMPUTING = threading.Lock()
@@ -29,8 +30,10 @@ COMPUTING = threading.Lock()
 
 @cache
 def loaded(target: Path, dtype: torch.dtype) -> Any:
-    """A model of the stand-ins' own, which they share; one of them computes at a time."""
-    return AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
+    """A model of the stand-ins' own, which they share; one of them computes at a time. Its weights lie in
+    memory as those of a `Target`: another layout rounds in another way."""
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype)
+    return Target(TargetSpec.from_pretrained(str(target)), model).model
 
 
 def every_state(model: Any, ids: Sequence[int]) -> Tensor:

@@ -656,7 +656,7 @@ class Watched:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reads = self.gathers = self.moves = 0
-        write, read, move = SlotStore.write, SlotStore.read, SlotStore._move_to_front
+        view, move = SlotStore._view, SlotStore._move_to_front
 
         def look(store: SlotStore, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             assert store.keys is not None
@@ -668,8 +668,7 @@ class Watched:
             self.moves += 1
             move(store, slots)
 
-        monkeypatch.setattr(SlotStore, "write", lambda store, *what: look(store, write(store, *what)))
-        monkeypatch.setattr(SlotStore, "read", lambda store, *what: look(store, read(store, *what)))
+        monkeypatch.setattr(SlotStore, "_view", lambda store, *what: look(store, view(store, *what)))
         monkeypatch.setattr(SlotStore, "_move_to_front", moved)
 
 

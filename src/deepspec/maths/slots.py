@@ -40,7 +40,8 @@ class Rows(NamedTuple):
 
 @dataclass(eq=False)
 class SlotStore:
-    """Keys and values of one layer, [places, capacity, H, D], grown as needed.
+    """Keys and values of one layer, [places, H, capacity, D], grown as needed. What a head reads in a step
+    lies together: with many rows, attention takes as long as its memory's path.
 
     A slot gets a place in the tensors when it is first written. The slots that a step names together are
     brought to neighbouring places, so that reading them is a view: rounds that name the same slots move
@@ -57,60 +58,68 @@ class SlotStore:
 
     def write(self, keys: Tensor, values: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Store [R, H, Q, D] keys and values; return all the rows' ([R, H, end, D], same) from position 0."""
-        first, _ = self.reserve(rows, keys, keys.shape[1::2], values.shape[1::2])
+        here = self.reserve(rows, keys, keys.shape[1::2], values.shape[1::2])
         assert self.keys is not None and self.values is not None
-        here = slice(first, first + len(rows.slots))
         if len(set(rows.starts)) == 1:
             # Plain slices: cheaper than an index per token, and what a single row always takes.
             new = slice(rows.starts[0], rows.end)
-            self.keys[here, new] = keys.transpose(1, 2)
-            self.values[here, new] = values.transpose(1, 2)
+            self.keys[here, :, new] = keys
+            self.values[here, :, new] = values
         else:
             places = torch.arange(here.start, here.stop, device=keys.device)[:, None]
             positions = rows.positions(keys.device)
-            self.keys[places, positions] = keys.transpose(1, 2)
-            self.values[places, positions] = values.transpose(1, 2)
-        return self.read(rows.slots, rows.end)
+            self.keys[places, :, positions] = keys.transpose(1, 2)
+            self.values[places, :, positions] = values.transpose(1, 2)
+        return self._view(here, rows.end)
 
-    def reserve(self, rows: Rows, like: Tensor, keys: Ints, values: Ints) -> tuple[int, int]:
+    def reserve(self, rows: Rows, like: Tensor, keys: Ints, values: Ints) -> slice:
         """Make room for a step's tokens. keys, values: their (H, D); dtype and device are those of `like`.
-        Returns (the first row's place, positions of each place)."""
+        Returns the places of the step's rows."""
         for slot in rows.slots:
             self.places.setdefault(slot, len(self.places))
-        places, positions = (0, 0) if self.keys is None else self.keys.shape[:2]
+        places, positions = (0, 0) if self.keys is None else self.keys.shape[::2]
         if len(self.places) > places or rows.end > positions:
             places = max(places, len(self.places))
             if rows.end > positions:
                 positions = max(64, 2 * positions, rows.end)
-            self.keys = _grown(self.keys, like.new_zeros(places, positions, *keys))
-            self.values = _grown(self.values, like.new_zeros(places, positions, *values))
-        return self._together(rows.slots).start, positions
+            self.keys = _grown(self.keys, like.new_zeros(places, keys[0], positions, keys[1]))
+            self.values = _grown(self.values, like.new_zeros(places, values[0], positions, values[1]))
+        return self._together(rows.slots)
 
-    def extend(self, keys: Tensor, values: Tensor, rows: Rows, places: Tensor) -> tuple[Tensor, Tensor]:
-        """As `write`, after `reserve`, for packed keys and values [T, H, D] that go to the flattened
-        `places` [T], which are place * positions + position."""
+    @property
+    def capacity(self) -> int:
+        """Positions that each place has."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def extend(
+        self, keys: Tensor, values: Tensor, flat: Tensor, here: slice, end: int
+    ) -> tuple[Tensor, Tensor]:
+        """As `write`, after `reserve`, which said `here`, for packed keys and values [T, H, D]. flat: [T*H],
+        (place * H + head) * capacity + position of each."""
         assert self.keys is not None and self.values is not None
-        self.keys.flatten(0, 1).index_copy_(0, places, keys)
-        self.values.flatten(0, 1).index_copy_(0, places, values)
-        return self.read(rows.slots, rows.end)
+        for store, new in ((self.keys, keys), (self.values, values)):
+            store.flatten(0, 2).index_copy_(0, flat, new.flatten(0, 1))
+        return self._view(here, end)
 
     def read(self, slots: tuple[int, ...], end: int) -> tuple[Tensor, Tensor]:
         """([R, H, end, D], same) of the given slots, as views: valid until the next call."""
-        assert self.keys is not None and self.values is not None
-        here = self._together(slots)
-        return self.keys[here, :end].transpose(1, 2), self.values[here, :end].transpose(1, 2)
+        return self._view(self._together(slots), end)
 
     @torch.inference_mode()
     def wipe(self, slot: int, start: int) -> None:
         """Zero what a slot holds from position `start` on, if it holds anything."""
         if self.keys is not None and self.values is not None and slot in self.places:
             place = self.places[slot]
-            self.keys[place, start:] = self.values[place, start:] = 0.0
+            self.keys[place, :, start:] = self.values[place, :, start:] = 0.0
 
     def release(self) -> None:
         """Give back the memory, and forget all slots."""
         self.keys = self.values = None
         self.places.clear()
+
+    def _view(self, here: slice, end: int) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None and self.values is not None
+        return self.keys[here, :, :end], self.values[here, :, :end]
 
     def _together(self, slots: tuple[int, ...]) -> slice:
         """The places of the slots, side by side in their order; they are swapped there if they are not."""
@@ -132,7 +141,7 @@ class SlotStore:
 
 def _grown(old: Tensor | None, new: Tensor) -> Tensor:
     if old is not None:
-        new[: old.shape[0], : old.shape[1]] = old
+        new[: old.shape[0], :, : old.shape[2]] = old
     return new
 
 

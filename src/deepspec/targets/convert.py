@@ -31,6 +31,9 @@ def convert_target(name: str, out: Path, dtype: str = "auto") -> Target:
     target = Target.from_pretrained(name, dtype, "cpu")
     if not sys.stderr.isatty():
         hf_logging.disable_progress_bar()
+    for parameter in target.model.parameters():
+        # Fused projections share their memory; a file has each on its own.
+        parameter.data = parameter.data.contiguous()
     with atomic_directory(out) as part:
         target.model.save_pretrained(part)
         if target.tokenizer is not None:

@@ -70,6 +70,7 @@ class Target:
         self._captured: dict[int, Tensor] = {}
         self._hooked: tuple[int, ...] = ()
         self._hooks: list[Any] = []
+        self._fused = lean_decoder(self.decoder, self._config, self.embedding.weight, self._cache.stores)
 
     @classmethod
     def from_pretrained(
@@ -269,7 +270,7 @@ class Target:
     def _lean(self) -> LeanDecoder | None:
         """The decoder for lean steps, compared with the model once; None if it takes the general path."""
         self._hook(())
-        return lean_decoder(self.decoder, self._config, self.embedding.weight, self._cache.stores)
+        return self._fused if self._fused is not None and self._fused.reproduces() else None
 
     def _step_again(self, slots: Ints, tokens: Ragged, layers: Ints) -> StepOutput:
         """One pass over everything in the slots, for models whose state cannot be rolled back."""
