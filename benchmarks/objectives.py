@@ -36,6 +36,7 @@ from deepspec.drafts import ALGORITHMS
 from deepspec.features.batches import batches_from
 from deepspec.files import write_json, write_text
 from deepspec.maths.acceptance import conditional
+from deepspec.maths.terms import TERMS
 from deepspec.maths.verify import Sampling
 from deepspec.measure.evaluate import load_prompts, spread
 from deepspec.measure.rows import rounds_of
@@ -66,13 +67,13 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 ANSWERS, NEW_TOKENS = 900, 48
 MEASURED, ROUNDS = 8, 3
 """Steps that are timed together, and how often; the quickest time counts."""
-OVERTRAINED = {"rows": 24, "steps": 160, "every": 20}
+OVERTRAINED = {"rows": 8, "steps": 240, "every": 20}
 """A trained Eagle-3 goes over few answers many times."""
 
 
 def recipe_of(algorithm: str, objective: str, out: Path, changes: list[str]) -> Recipe:
     """A pocket recipe with an objective in place of its own, on the cached features."""
-    zero = {name: 0.0 for name in ("ce", "l1")} | {"positions": "decay"}
+    zero: dict[str, Any] = dict.fromkeys(TERMS, 0.0) | {"positions": "decay"}
     loss = [f"loss.{key}={value}" for key, value in (zero | OBJECTIVES[objective]).items()]
     fixed = [f"data.features=cache:{out / 'features'}", "draft.init=target", "trackers=[none]"]
     # The last weights are measured, after the run: what chooses a checkpoint costs as little as it can.
@@ -150,7 +151,7 @@ def overtrain(target: Target, out: Path) -> dict[str, Any]:
     write_text(few, "".join(lines[: size["rows"]]))
     changes = [f"optim.max_steps={size['steps']}", f"eval_every_steps={size['every']}", "eval_prompts=48"]
     changes += ["eval_max_new_tokens=32", "data.features=online", f"checkpoint_every_steps={size['every']}"]
-    changes += ["draft.init=random", "start_from=pocket-eagle3", "optim.lr=1e-3", "name=overtrained"]
+    changes += ["draft.init=random", "start_from=pocket-eagle3", "optim.lr=2e-3", "name=overtrained"]
     recipe = recipe_of("eagle3", "ce", out, changes)
     outcome = train_draft(recipe, out / "runs", target=target, answers=few)
     if outcome.interrupted:
@@ -165,7 +166,7 @@ def overtrain(target: Target, out: Path) -> dict[str, Any]:
         proposed, accepted, _ = zip(*(rounds_of(answer) for answer in decoder.run(requests)), strict=True)
         rates[name] = conditional(accepted, proposed, recipe.draft.block)
     rows = [json.loads(line) for line in (outcome.run / "metrics.jsonl").read_text().splitlines()]
-    return {"rows": rows, "rates": list(rates.values())}
+    return {"answers": size["rows"], "rows": rows, "rates": list(rates.values())}
 
 
 def collected(out: Path, target: Target, seconds: float) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import deepspec
+import objectives_page
 from deepspec.config import OptimConfig, Recipe, dump_recipe, load_recipe
 from deepspec.errors import RecipeError
 from deepspec.recipe_files import recipe_names
@@ -58,15 +59,13 @@ def test_shipped_recipes_differ_in_nothing_but_the_algorithm():
     assert all(tree == trees[0] for tree in trees)
 
 
-def test_pocket_losses_are_the_published_ones_but_for_the_cross_entropy_of_dspark():
-    # Published: 0.1, for ten epochs of 1.3 M answers; docs/log.md says what it does on minutes of training.
-    weights = {n: load_recipe(n).loss for n in POCKET}
-    assert {n: (w.ce, w.l1, w.confidence) for n, w in weights.items()} == {
-        "pocket-dspark": (1.0, 0.9, 1.0),
-        "pocket-dflash": (1.0, 0.0, 0.0),
-        "pocket-eagle3": (1.0, 0.0, 0.0),
-        "pocket-eagle3-portable": (1.0, 0.0, 0.0),
-    }
+@pytest.mark.parametrize("kind", ["pocket-{}", "{}/small"])
+def test_losses_of_short_trainings_are_those_that_won_in_every_domain(kind: str):
+    for algorithm, objective in objectives_page.RECIPES.items():
+        setting = objectives_page.SETTINGS[objective].strip("`").split()
+        loss = load_recipe(kind.format(algorithm), ["target=pocket"]).loss
+        assert loss.terms() == load_recipe("pocket-dflash", setting).loss.terms()
+        assert loss.positions == ("survival" if "survival" in objective else "decay")
 
 
 def test_every_data_file_is_in_the_wheel():

@@ -36,7 +36,7 @@ def test_every_term_and_rule_is_compared_under_the_keys_that_the_page_shows() ->
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_objective_to_beat_is_the_recipe_s_own(algorithm: str) -> None:
     made = objectives.recipe_of(
-        algorithm, objectives_page.DEFAULTS[algorithm], Path("out"), ["optim.max_steps=1"]
+        algorithm, objectives_page.RECIPES[algorithm], Path("out"), ["optim.max_steps=1"]
     )
     assert made.loss == load_recipe(f"pocket-{algorithm}").loss
 
@@ -81,7 +81,9 @@ def test_a_run_that_is_trained_too_long_is_shown_with_its_best_step() -> None:
         *({"step": s, "epoch": s - 1, "loss": 5.0 / s, "tau_estimate": 1.0 + s} for s in (1, 2, 3)),
         *({"step": s, "held_out_tau": tau} for s, tau in ((1, 2.0), (2, 2.5), (3, 2.0))),
     ]
-    found = results(ce=[1, 2, 3, 4]) | {"overtrained": {"rows": rows, "rates": [[0.5, None], [0.4, 0.2]]}}
+    found = results(ce=[1, 2, 3, 4]) | {
+        "overtrained": {"answers": 8, "rows": rows, "rates": [[0.5, None], [0.4, 0.2]]}
+    }
     page = objectives_page.page(found).replace("\n", " ")
     assert "highest at step 2 with 2.50, as low as 2.00 afterwards, and 2.00 at the end (-20.0%)" in page
     assert "| best, step 2 | 0.50 | – |" in page and "| last, step 3 | 0.40 | 0.20 |" in page

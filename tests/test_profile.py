@@ -121,7 +121,7 @@ def test_sweeps_stop_when_the_time_is_over_but_not_before_three(
         (Grid((1, 1)), "have to rise"),
         (Grid(rows=()), "have to rise"),
         (Grid(widths=(2, 4)), "one new token per row"),
-        (Grid(contexts=(64, 500)), "the rounds after it may fill"),
+        (Grid(contexts=(64, 500)), "the rounds after them may fill"),
     ],
 )
 def test_grids_that_cannot_be_measured_are_refused(

@@ -39,7 +39,8 @@ LOSSES = {
 }
 RULES = {"eagle3": ["unroll"], "dflash": ["context"], "dspark": ["context", "labels"]}
 NO_TEACHER = [
-    "loss.l1=0",
+    "loss.ce=1",
+    "loss.lk_alpha=0",
     "loss.confidence=0",
     "draft.confidence=false",
     "draft.confidence_with_markov=false",

@@ -38,6 +38,7 @@ ROWS, WIDTHS, CONTEXTS = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8), (64, 256)
 """The usual grid; a draft's whole block, with its anchor, replaces what is wider."""
 SHORT_PROMPT, SHORT_PROMPTS = 8, 4
 """Tokens of the shortest prompts whose reading is timed, and how many there are in each sweep and context."""
+GOLDEN = (5**0.5 - 1) / 2
 ROUNDS = 3
 """Rounds at each point of a sweep."""
 
@@ -62,10 +63,11 @@ class Grid:
                 raise DataError(f"the {name} of the grid are {list(axis)}, and have to rise from 1 or more")
         if found.widths[0] != 1:
             raise DataError("the grid has no pass of one new token per row, which plain decoding takes")
-        if target.room(found.contexts[-1], found.budget) < found.budget:
+        longest = int(1.5 * found.contexts[-1])
+        if target.room(longest, found.budget) < found.budget:
             raise DataError(
-                f"a context of {found.contexts[-1]} tokens and the rounds after it may fill "
-                f"{found.contexts[-1] + found.budget}, and {target.spec.name} reads {target.max_length}",
+                f"rows of {found.contexts[-1]} tokens on average and the rounds after them may fill "
+                f"{longest + found.budget}, and {target.spec.name} reads {target.max_length}",
                 next_step="give shorter --contexts",
             )
         return found
@@ -250,10 +252,12 @@ class _Stage:
         self.decoder = Decoder(cast(Target, self.target), cast(Draft, self.draft), max_rows=grid.rows[-1])
 
     def fill(self, context: int, rows: int) -> list[float]:
-        """Fill rows, at most all, with prompts; the seconds of each."""
+        """Fill rows, at most all, with prompts of `context` tokens on average; the seconds of each. As in a
+        server, the rows do not hold equally many: rounds of equal rows are quicker."""
         found = []
-        for _ in range(min(rows, self.decoder.max_rows)):
-            prompt = self.order.choices(range(self.vocabulary), k=context)
+        for i in range(min(rows, self.decoder.max_rows)):
+            share = 0.5 + (0.5 + i * GOLDEN) % 1  # 1 first, then evenly from 0.5 to 1.5
+            prompt = self.order.choices(range(self.vocabulary), k=max(round(share * context), 1))
             self.decoder.submit(Request(prompt, self.grid.budget, sampling=self.sampling))
             began = clock(self.device)
             self.decoder.step()
