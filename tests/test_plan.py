@@ -50,7 +50,7 @@ from deepspec.cost.formulas import (
 from deepspec.cost.inputs import PUBLISHED_TOKENS, Inputs, assumed_counts, published_counts
 from deepspec.cost.machines import MACHINES
 from deepspec.cost.plan import make_plan
-from deepspec.cost.sizes import disk_figures, host_figures, memory_figures
+from deepspec.cost.sizes import disk_figures, host_figures, memory_figures, momentum
 from deepspec.cost.step_time import Measured, Speeds, TrainSpeed, rounds_needed, speed_key
 from deepspec.data.tokens import Encoded
 from deepspec.decode.engine import Request
@@ -110,11 +110,12 @@ def test_state_of_a_draft_is_20_bytes_a_parameter_in_bfloat16_and_16_in_float32(
     assert (state_bytes_per_parameter("bfloat16"), state_bytes_per_parameter("float32")) == (20, 16)
 
 
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_state_bytes_are_those_of_a_real_optimiser(precision: str):
+def test_state_bytes_are_those_of_a_real_optimiser(precision: str, matrices: str):
     """Weight and gradient as they are after the backward pass, then masters and moments after a step."""
     draft = tiny_draft(tiny_spec("dflash"), torch.bfloat16 if precision == "bfloat16" else torch.float32)
-    recipe = load_recipe("pocket-dflash", [f"precision={precision}"])
+    recipe = load_recipe("pocket-dflash", [f"precision={precision}", f"optim.matrices={matrices}"])
     optimizer = Optimizer(draft, recipe.optim)
     for parameter in draft.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -123,10 +124,12 @@ def test_state_bytes_are_those_of_a_real_optimiser(precision: str):
     masters = [m for m in optimizer.masters if m.dtype != draft.dtype]
     held += [t for m in masters for t in (m, m.grad)]
     optimizer.step(0.5)
-    moments = [t for state in optimizer.adamw.state.values() for t in state.values() if t.dim()]
+    states = [state for each in optimizer.steppers.values() for state in each.state.values()]
+    moments = [t for state in states for t in state.values() if t.dim()]
     size = sum(t.numel() * t.element_size() for t in (*held, *moments) if t is not None)
     own = sum(p.numel() for p in draft.parameters())
-    assert size == own * state_bytes_per_parameter(precision)
+    matrix = draft_dimensions(draft.spec, own, precision)["matrices"]
+    assert size == own * state_bytes_per_parameter(precision) + matrix * momentum(recipe)
 
 
 @pytest.fixture(scope="module")

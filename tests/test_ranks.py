@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,12 +19,13 @@ import torch
 
 import deepspec.train.loop as loop
 from deepspec.config import Recipe, load_recipe
+from deepspec.data.tokens import prompt_ids
 from deepspec.errors import RecipeError
 from deepspec.targets import Target
 from deepspec.train.dist import joined, shard_target
 from deepspec.train.loop import train_draft
 from kills import in_child, needs_fork
-from talking import recipe_tree, save_talking_llama, write_data, write_recipe
+from talking import recipe_tree, save_talking_llama, write_data, write_recipe, write_rows
 
 pytestmark = needs_fork
 
@@ -124,6 +126,23 @@ def test_ranks_have_the_losses_of_one(scene, alone, tmp_path, world):
         assert (tmp_path / f"rank-{rank}.log").read_text() == ""
 
 
+def test_ranks_whose_rows_teach_nothing_have_the_losses_of_one(scene, tmp_path, monkeypatch):
+    """One supervised token at the end of a row gives a block draft no anchor. In some steps one rank has no
+    other rows, in some both: a first step of loss 0 once made the next one explode."""
+    target = Target.from_pretrained(scene / "target")
+    asked = len(prompt_ids(target.tokenizer, [{"role": "user", "content": ""}], False))
+    rows = [("x" * (i if i % 4 == 0 else 63 - asked), "red and blue and") for i in range(12)]
+    answers = write_rows(tmp_path / "answers.jsonl", rows)
+    changes = [f"data.train={answers}", "data.max_length=64", "data.min_supervised=1", "name=bare"]
+    recipe = recipe_of(scene, "dspark", *changes, "optim.batch_size=2")
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    alone = train_draft(recipe, tmp_path / "alone").run
+    ours = losses(alone)
+    assert len(ours) == 20 and 0 < ours.count(0.0) < 20
+    in_ranks(2, lambda rank: train_draft(recipe, tmp_path / "runs"), tmp_path)
+    assert losses(tmp_path / "runs/bare") == pytest.approx(ours, abs=1e-5)
+
+
 def test_checkpoint_of_two_ranks_continues_on_one_and_on_three(scene, tmp_path):
     """And three are refused a batch of four, which has to be said before anything is loaded."""
     six = ("optim.batch_size=6", "optim.max_steps=10")
@@ -212,6 +231,29 @@ def test_rank_that_dies_ends_the_others_with_a_message(scene, tmp_path):
     said = (tmp_path / "rank-0.log").read_text()
     assert "RankError: another process of this job ended or does not answer" in said
     assert "the same command continues from the newest checkpoint" in said
+
+
+def test_full_disk_ends_all_ranks_and_keeps_the_checkpoint_before(scene, tmp_path):
+    def work(rank: int) -> None:
+        real, saved = torch.save, []
+
+        def save(state: Any, file: Any, **how: Any) -> None:
+            saved.extend([file] if isinstance(file, Path) else [])  # ranks send each other what they save
+            if len(saved) > 1 and file is saved[-1]:
+                file.write_bytes(b"a part")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+            real(state, file, **how)
+
+        torch.save = save
+        train_draft(recipe_of(scene, "dspark"), tmp_path / "runs")
+
+    assert codes(started(2, work, tmp_path)) == [1, 1]
+    assert "No space left on device" in (tmp_path / "rank-0.log").read_text()
+    assert "another process of this job ended" in (tmp_path / "rank-1.log").read_text()
+    checkpoints = tmp_path / "runs/tiny-dspark/checkpoints"
+    assert [path.name for path in checkpoints.iterdir() if path.name.startswith("step_")] == ["step_5"]
+    train_draft(recipe_of(scene, "dspark"), tmp_path / "runs")
+    assert (checkpoints / "step_20").exists()
 
 
 def test_ranks_with_other_code_recipe_or_data_are_refused_and_named(scene, tmp_path, monkeypatch):

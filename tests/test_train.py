@@ -40,7 +40,7 @@ from deepspec.train.run import Run, forget_after, open_run
 from kills import held_by_another, in_child, needs_fork
 from talking import recipe_tree, save_talking_llama, train_in, write_data, write_recipe
 
-TIMING = {"seconds", "tokens_per_s"}
+TIMING = {"seconds", "tokens_per_s", "memory_gb"}
 
 
 @pytest.fixture(autouse=True)
@@ -401,6 +401,51 @@ def eight_bit_recipe(**optim: Any) -> Recipe:
     tree["draft"]["intermediate_size"] = 160
     tree["optim"] |= {"states": "8bit", **optim}
     return Recipe.model_validate(tree)
+
+
+def muon_recipe() -> Recipe:
+    tree = recipe_for("dspark").model_dump()
+    tree["optim"] |= {"matrices": "muon"}
+    return Recipe.model_validate(tree)
+
+
+def test_muon_steps_the_matrices_between_layers_and_adamw_the_rest(targets):
+    draft = build_draft(muon_recipe(), targets["llama"], rows_for(targets["llama"]))
+    optimizer = Optimizer(draft, muon_recipe().optim)
+    names = {id(p): name for name, p in draft.named_parameters()}
+    rest = {names[id(p)] for p in optimizer.groups["adamw"]}
+    assert {names[id(p)] for p in optimizer.groups["muon"]} == {
+        name for name in names.values() if "proj.weight" in name and "confidence" not in name
+    } | {"fc.weight"}
+    assert {"markov_head.markov_w1.weight", "markov_head.markov_w2.weight", "norm.weight"} <= rest
+    matrix = draft.layers[0].mlp.up_proj.weight
+    before = matrix.detach().clone()
+    for parameter in draft.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step(0.5)
+    # An orthogonal step: all its singular values are nearly one size, where a gradient's are not.
+    sizes = torch.linalg.svdvals(before - matrix.detach())
+    assert sizes.min() > 0.5 * sizes.max() > 0
+
+
+def test_muon_run_resumes_bit_for_bit(targets, tmp_path):
+    target, rows, recipe = targets["llama"], rows_for(targets["llama"]), muon_recipe()
+    train_in(tmp_path / "whole", recipe, target, rows, lambda draft: 1.5)
+    assert train_in(tmp_path / "cut", recipe, target, rows, interrupting(1)).steps == 3
+    train_in(tmp_path / "cut", recipe, target, rows, lambda draft: 1.5)
+    saved = []
+    for run in ("whole", "cut"):
+        path = tmp_path / run / "checkpoints" / "step_6"
+        state = torch.load(path / "optimizer.pt", weights_only=True)
+        momenta = [kept["momentum_buffer"] for kept in state["muon"]["state"].values()]
+        saved.append([*load_file(path / "model.safetensors").values(), *state["masters"], *momenta])
+    assert all(torch.equal(a, b) for a, b in zip(*saved, strict=True))
+    path = tmp_path / "cut/checkpoints/step_6/optimizer.pt"
+    state = torch.load(path, weights_only=True)
+    state["muon"]["state"][0]["momentum_buffer"].fill_(math.nan)
+    draft = build_draft(recipe, target, rows)
+    with pytest.raises(ValueError, match="not finite"):
+        Optimizer(draft, recipe.optim).load(state)
 
 
 NEEDS_BITSANDBYTES = "optim.states=8bit needs bitsandbytes, an optional extra"

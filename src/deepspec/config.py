@@ -122,6 +122,7 @@ class OptimConfig(Section):
     betas: tuple[Share, Share] = (0.9, 0.95)
     grad_clip: Positive = 1.0  # largest global gradient norm
     states: Literal["float32", "8bit"] = "float32"  # AdamW's moments; 8bit needs bitsandbytes
+    matrices: Literal["adamw", "muon"] = "adamw"  # what steps the matrices between layers
     batch_size: Count = 16  # sequences per step, of all ranks together
     micro_batch_size: Count | None = None  # sequences at a time, to save memory; None: any number
     micro_batch_tokens: Count | None = None  # tokens at a time, padding included; None: any number

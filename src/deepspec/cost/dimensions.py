@@ -105,6 +105,7 @@ def draft_dimensions(spec: DraftSpec, own: int, precision: str) -> dict[str, flo
     kv_weights = read * kv // (2 if shape.value_is_key else 1)
     own_vocab, fc = spec.draft_vocab_size or spec.vocab_size, m * shape.hidden**2
     markov = spec.markov_rank * (spec.vocab_size + own_vocab)
+    matrices = fc + spec.num_layers * (row_weights + kv_weights)
     return {
         "hidden": shape.hidden,
         "vocab": spec.vocab_size,
@@ -123,5 +124,6 @@ def draft_dimensions(spec: DraftSpec, own: int, precision: str) -> dict[str, flo
         "fc": fc,
         "row_weights": row_weights,
         "kv_weights": kv_weights,
-        "small": own - fc - spec.num_layers * (row_weights + kv_weights) - markov,
+        "matrices": matrices,
+        "small": own - matrices - markov,
     }

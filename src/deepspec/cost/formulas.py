@@ -105,6 +105,10 @@ def moment_bytes(states: str) -> float:
     return 2 * 4 if states == "float32" else 2 * (1 + 4 / 256)
 
 
+MOMENTUM_BYTES = 4
+"""Of a parameter that Muon steps: its momentum in float32."""
+
+
 def state_bytes_per_parameter(precision: str, states: str = "float32") -> float:
     """Bytes of a draft in training for one parameter: weight and gradient; in bfloat16 also their float32
     masters (a float32 weight is its own); the optimiser's two moments."""

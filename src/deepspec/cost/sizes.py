@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from deepspec.config import HELD_OUT_ROWS, KEPT_CHECKPOINTS
+from deepspec.config import HELD_OUT_ROWS, KEPT_CHECKPOINTS, Recipe
 from deepspec.cost import formulas
 from deepspec.cost.formulas import Figure, figure
 from deepspec.cost.inputs import Inputs
@@ -42,10 +42,19 @@ def disk_figures(inputs: Inputs) -> dict[str, Figure]:
         each = formulas.cache_bytes_per_token(hidden, layers, store, last_share=share)
         found[f"cache in {store}"] = figure("bytes", "tokens * bytes_per_token", names, bytes_per_token=each)
     # One more is written before the oldest goes; the best one has no optimiser.
-    formula = "own * (kept * (draft_width + master + moments) + draft_width)"
+    formula = "own * (kept * (draft_width + master + moments) + draft_width) + matrices * kept * momentum"
     kept, moments = KEPT_CHECKPOINTS + 1, formulas.moment_bytes(recipe.optim.states)
-    found["checkpoints"] = figure("bytes", formula, names, kept=kept, master=4, moments=moments)
+    found["checkpoints"] = figure(
+        "bytes", formula, names, kept=kept, master=4, moments=moments, momentum=momentum(recipe)
+    )
     return found
+
+
+def momentum(recipe: Recipe) -> float:
+    """Bytes that a parameter takes more if Muon steps it in AdamW's place."""
+    if recipe.optim.matrices == "adamw":
+        return 0
+    return formulas.MOMENTUM_BYTES - formulas.moment_bytes(recipe.optim.states)
 
 
 def memory_figures(inputs: Inputs) -> dict[str, Figure]:
@@ -61,7 +70,9 @@ def memory_figures(inputs: Inputs) -> dict[str, Figure]:
     each = formulas.state_bytes_per_parameter(recipe.precision, recipe.optim.states)
     base = {
         "target weights": target_bytes(inputs),
-        "draft, gradients, optimiser": figure("bytes", "own * each", names, each=each),
+        "draft, gradients, optimiser": figure(
+            "bytes", "own * each + matrices * momentum", names, each=each, momentum=momentum(recipe)
+        ),
     }
     features = "sequences * length * width * hidden * (2 * feature_layers + 1)"
     step = {

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from deepspec.drafts import LossSettings
 from deepspec.drafts.attention import CPU_BLOCKS, GPU_BLOCKS, block_attention, staircase
 from deepspec.drafts.base import LossSums, NeuralDraft, Proposal, choose, log_odds, tau_sums
+from deepspec.drafts.heads import confidence_loss
 from deepspec.drafts.layers import DraftLayer, initialise, inverse_frequencies, rotation
 from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import Blocks, FeatureBatch, make_blocks, sample_anchors, with_last_hidden
+from deepspec.maths.calibration import binned
 from deepspec.maths.host import sent
 from deepspec.maths.losses import head_loss
 from deepspec.maths.positions import Positions, position_weights
@@ -139,10 +141,14 @@ class DFlashDraft(NeuralDraft):
             correct=measure,
         )
         total, metrics = found.total, {f"{k}_sum": v for k, v in found.terms.items()}
-        confidence = self.confidence_term(loss, previous, hidden, picked, found.accept, weights)
-        if confidence is not None:
+        sure = self.confidences(previous, hidden, picked) if loss.confidence else None
+        if sure is not None:
+            assert found.accept is not None
+            confidence = confidence_loss(sure, found.accept, weights)
             total = total + loss.confidence * confidence
             metrics["confidence_sum"] = confidence.detach()
+            if measure:
+                metrics["confidence_bins"] = binned(sure.detach().sigmoid(), found.accept)[0]
         if measure:
             # Without the teacher, being right about the data stands in for acceptance.
             rate = found.accept if found.accept is not None else found.correct
@@ -159,16 +165,8 @@ class DFlashDraft(NeuralDraft):
         DFlash has none. previous: [B, A, γ] tokens; hidden: [B, A, γ, d]."""
         return None
 
-    def confidence_term(
-        self,
-        loss: LossSettings,
-        previous: Tensor,
-        hidden: Tensor,
-        picked: Tensor,
-        accept: Tensor | None,
-        weights: Tensor,
-    ) -> Tensor | None:
-        """Weighted sum of the confidence loss of the `picked` slots; DFlash has no such head."""
+    def confidences(self, previous: Tensor, hidden: Tensor, picked: Tensor) -> Tensor | None:
+        """Confidence logits [N] of the `picked` slots, from what `markov_rows` takes; DFlash has none."""
         return None
 
     # ── decoding ──────────────────────────────────────────────────────────────────────────────────

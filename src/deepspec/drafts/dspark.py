@@ -10,10 +10,10 @@ from pkgutil import resolve_name
 import torch
 from torch import Tensor, nn
 
-from deepspec.drafts import MARKOV_HEADS, LossSettings
+from deepspec.drafts import MARKOV_HEADS
 from deepspec.drafts.base import Proposal, choose, log_odds
 from deepspec.drafts.dflash import DFlashDraft
-from deepspec.drafts.heads import ConfidenceHead, MarkovHead, confidence_loss
+from deepspec.drafts.heads import ConfidenceHead, MarkovHead
 from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.slots import Ints
 from deepspec.maths.verify import Samplings
@@ -55,24 +55,10 @@ class DSparkDraft(DFlashDraft):
         embedded = self.markov_head.markov_w1(previous) if self.markov_head is not None else None
         return self.confidence_head(hidden, embedded)
 
-    def confidence_term(
-        self,
-        loss: LossSettings,
-        previous: Tensor,
-        hidden: Tensor,
-        picked: Tensor,
-        accept: Tensor | None,
-        weights: Tensor,
-    ) -> Tensor | None:
-        if not loss.confidence:
-            return None
-        logits = self.confidence_logits(
+    def confidences(self, previous: Tensor, hidden: Tensor, picked: Tensor) -> Tensor | None:
+        return self.confidence_logits(
             previous.flatten().index_select(0, picked), hidden.flatten(0, 2).index_select(0, picked)
         )
-        if logits is None:
-            return None
-        assert accept is not None
-        return confidence_loss(logits, accept, weights)
 
     # ── decoding ──────────────────────────────────────────────────────────────────────────────────
 

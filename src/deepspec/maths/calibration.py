@@ -40,11 +40,11 @@ def binned(probabilities: Tensor, outcomes: Tensor, groups: Tensor | None = None
     probabilities, outcomes, groups: [N]; without `groups` there is one group of all. A probability lies in
     the bin ⌊p · B⌋.
     """
-    groups = torch.zeros(len(probabilities), dtype=torch.long) if groups is None else groups
     p = probabilities.double().clamp(EDGE, 1 - EDGE)
-    place = groups * BINS + (p * BINS).long().clamp(0, BINS - 1)
-    count = int(groups.max()) + 1 if len(groups) else 1
-    sums = torch.zeros(count * BINS, 3, dtype=torch.float64)
+    place, count = (p * BINS).long().clamp(0, BINS - 1), 1
+    if groups is not None and len(groups):
+        place, count = groups * BINS + place, int(groups.max()) + 1
+    sums = torch.zeros(count * BINS, 3, dtype=torch.float64, device=p.device)
     sums.index_add_(0, place, torch.stack([torch.ones_like(p), p, outcomes.double()], dim=-1))
     return sums.view(count, BINS, 3)
 

@@ -25,6 +25,7 @@ from deepspec.drafts.base import NeuralDraft
 from deepspec.errors import NonFiniteError, UserError, some_rows
 from deepspec.features.batches import Source, announced, batches_from
 from deepspec.maths import acceptance
+from deepspec.maths.calibration import calibration_error
 from deepspec.measure.evaluate import held_out_rounds, load_prompts
 from deepspec.measure.rows import Prompt
 from deepspec.pocket import prompts_path
@@ -33,6 +34,7 @@ from deepspec.train.build import build_draft, recipe_spec, vocabulary_facts
 from deepspec.train.data import check_before_loading, check_target, training_data
 from deepspec.train.dist import ALONE, Ranks, check_world, joined, shard_target
 from deepspec.train.facts import provenance, shared_facts
+from deepspec.train.meter import Meter
 from deepspec.train.optimizer import Optimizer, Stepped
 from deepspec.train.run import Log, Progress, Run, check_run, open_run
 from deepspec.train.step import AbandonedError, Fault, find_fault, memory_for, train_step
@@ -201,7 +203,7 @@ class _Training:
                 f"step {at.step + 1} is skipped ({at.skipped} of at most {recipe.optim.skip_steps}): "
                 f"{error.what} ({error.where})"
             )
-        else:
+        elif stepped.norm:  # a batch without an anchor has no loss to compare others with
             before = stepped.loss if at.usual_loss is None else at.usual_loss
             at.usual_loss = REMEMBERED * before + (1 - REMEMBERED) * stepped.loss
             at.first_loss = stepped.loss if at.first_loss is None else at.first_loss
@@ -236,6 +238,7 @@ def train(
     training = _Training(run, draft, target, source, facts, held_out, ranks, optimizer, at, total_steps)
     order = batches_from(rows, recipe.optim.batch_size, recipe.seed, at.step)
     batches = announced(order, source, ranks.share)
+    meter = Meter(target.device, target.dtype, ranks.world)
     draft.train()
     with closing(batches), run.logging(at, total_steps) as log, stop_on_interrupt(run.note) as stop:
         while True:
@@ -247,9 +250,10 @@ def train(
             epoch, picked = next(batches)
             measure = at.step % LOG_EVERY == 0
             try:
-                loss, sums = train_step(
-                    draft, source, picked, recipe, at.step, measure, optimizer, ranks, stop
-                )
+                with meter.counting(measure, sum(len(row.ids) for row in picked)):
+                    loss, sums = train_step(
+                        draft, source, picked, recipe, at.step, measure, optimizer, ranks, stop
+                    )
             except AbandonedError:
                 continue
             most = math.inf if at.usual_loss is None else EXPLODES * at.usual_loss
@@ -259,7 +263,8 @@ def train(
             training.follow(picked, stepped)
             at.seconds += time.perf_counter() - began
             if measure and stepped.taken:
-                log(_metrics_row(at, epoch, stepped, sums), training.done)
+                row = _metrics_row(at, epoch, stepped, sums)
+                log(row | meter.read(row["tokens_per_s"]), training.done)
             if at.step % recipe.eval_every_steps == 0:
                 training.judge(log)
             if at.step % recipe.checkpoint_every_steps == 0:
@@ -296,6 +301,7 @@ def finished_share(recipe: Recipe, total_steps: int | None, at: Progress) -> flo
 
 def _metrics_row(at: Progress, epoch: int, stepped: Stepped, sums: dict[str, Tensor]) -> dict[str, Any]:
     rates = sums["accept_num"] / sums["accept_den"].clamp(min=1)
+    bins = sums.get("confidence_bins")
     return {
         "step": at.step,
         "epoch": epoch,
@@ -307,7 +313,7 @@ def _metrics_row(at: Progress, epoch: int, stepped: Stepped, sums: dict[str, Ten
         "tokens": at.tokens,
         "seconds": round(at.seconds, 3),
         "tokens_per_s": at.tokens / max(at.seconds, 1e-9),
-    }
+    } | ({} if bins is None else {"calibration_error": float(calibration_error(bins))})
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine decay, float32 masters, and moments in float32 or in 8 bits."""
+"""AdamW with warm-up and cosine decay, float32 masters, moments in float32 or 8 bits; Muon on request."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from deepspec.config import OptimConfig
 from deepspec.drafts.base import NeuralDraft
+from deepspec.drafts.spec import DraftSpec
 from deepspec.errors import RecipeError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What torch's AdamW keeps of each weight."""
+KEPT = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
+"""What torch's optimisers keep of each weight."""
 
 
 class Stepped(NamedTuple):
@@ -27,7 +28,8 @@ class Stepped(NamedTuple):
 
 
 class Optimizer:
-    """AdamW over a draft's parameters; it steps float32 masters if the draft itself is narrower.
+    """AdamW over a draft's parameters, or over those that are not `is_matrix` if Muon takes these; they step
+    float32 masters if the draft itself is narrower.
 
     Raises RecipeError if `optim.states` needs a package that is not installed.
     """
@@ -38,7 +40,14 @@ class Optimizer:
         self.masters = [
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters
         ]
-        self.adamw = adamw(self.masters, optim)
+        matrices = [optim.matrices == "muon" and is_matrix(p, draft.spec) for p in self.parameters]
+        self.groups: dict[str, list[Tensor]] = {"adamw": [], "muon": []}
+        for master, matrix in zip(self.masters, matrices, strict=True):
+            self.groups["muon" if matrix else "adamw"].append(master)
+        self.adamw = adamw(self.groups["adamw"], optim)
+        self.steppers = {"adamw": self.adamw}
+        if self.groups["muon"]:
+            self.steppers["muon"] = muon(self.groups["muon"], optim)
 
     def collect(self) -> None:
         """Add the draft's gradients to the masters' and clear them, so that a sum over many passes is a
@@ -68,8 +77,9 @@ class Optimizer:
         weight and no state has changed, and the gradients are cleared.
         """
         lr = self.optim.lr * schedule(done, self.optim.warmup)
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
+        for stepper in self.steppers.values():
+            for group in stepper.param_groups:
+                group["lr"] = lr
         self.collect()
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.optim.grad_clip)
         # Read before the step, not after it: a step waits for the device once in either order.
@@ -77,8 +87,9 @@ class Optimizer:
         if not (math.isfinite(size) and math.isfinite(value) and value <= most):
             self.clear()
             return Stepped(lr, size, value, False)
-        self.adamw.step()
-        self.adamw.zero_grad()
+        for stepper in self.steppers.values():
+            stepper.step()
+            stepper.zero_grad()
         with torch.no_grad():
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 if master is not parameter:
@@ -87,17 +98,21 @@ class Optimizer:
 
     def state(self) -> dict[str, Any]:
         """What `load` needs to continue; `torch.save` can write it."""
-        return {"adamw": self.adamw.state_dict(), "masters": [m.detach() for m in self.masters]}
+        states = {name: stepper.state_dict() for name, stepper in self.steppers.items()}
+        return {**states, "masters": [m.detach() for m in self.masters]}
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from what `state` gave. Raises ValueError for moments that are not finite, or of another
         shape than their weights."""
-        for number, found in state["adamw"]["state"].items():
-            shape = self.masters[number].shape
-            moments = [found[key] for key in MOMENTS] if self.optim.states == "float32" else []
-            if any(moment.shape != shape or not moment.isfinite().all() for moment in moments):
-                raise ValueError(f"the moments of weight {number} are not finite, or of another shape")
-        self.adamw.load_state_dict(state["adamw"])
+        for name in self.steppers:
+            narrow = name == "adamw" and self.optim.states != "float32"
+            for number, found in state[name]["state"].items():
+                shape = self.groups[name][number].shape
+                moments = [] if narrow else [found[key] for key in KEPT[name]]
+                if any(moment.shape != shape or not moment.isfinite().all() for moment in moments):
+                    raise ValueError(f"the moments of weight {number} are not finite, or of another shape")
+        for name, stepper in self.steppers.items():
+            stepper.load_state_dict(state[name])
         with torch.no_grad():
             for master, parameter, saved in zip(self.masters, self.parameters, state["masters"], strict=True):
                 master.copy_(saved)
@@ -113,6 +128,21 @@ def adamw(parameters: list[Tensor], optim: OptimConfig) -> torch.optim.Optimizer
     if optim.states == "float32":
         return torch.optim.AdamW(parameters, **settings, fused=True)
     return eight_bit_adamw()(parameters, **settings)
+
+
+def is_matrix(parameter: Tensor, spec: DraftSpec) -> bool:
+    """Whether Muon may step it: a matrix between layers. Rows of a table over the vocabulary, and vectors,
+    have nothing in common that could be made orthogonal."""
+    shape = parameter.shape
+    return len(shape) == 2 and min(shape) > 1 and not {spec.vocab_size, spec.draft_vocab_size} & {*shape}
+
+
+def muon(parameters: list[Tensor], optim: OptimConfig) -> torch.optim.Optimizer:
+    """Muon (Jordan 2024), its updates as large as AdamW's (arXiv 2502.16982, section 2.2), so that one
+    learning rate is for both."""
+    return torch.optim.Muon(
+        parameters, lr=optim.lr, weight_decay=optim.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
 
 
 def eight_bit_adamw() -> Any:

@@ -377,7 +377,12 @@ def open_run(
 def _differences(before: Recipe, now: Recipe) -> list[str]:
     """What keeps a run of one recipe from continuing with the other, even if all weights have one shape."""
     have, want = (
-        {"algorithm": r.algorithm, "optim.states": r.optim.states, "start_from": r.start_from}
+        {
+            "algorithm": r.algorithm,
+            "optim.states": r.optim.states,
+            "optim.matrices": r.optim.matrices,
+            "start_from": r.start_from,
+        }
         | {f"draft.{k}": v for k, v in r.draft.model_dump(exclude={"step_loss_decay"}).items()}
         for r in (before, now)
     )
