@@ -109,7 +109,7 @@ def traced(card: Card) -> Iterator[Any]:
 
     aten, fake = torch.ops.aten, FakeTensorMode(allow_non_fake_inputs=True)
     asks = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"}
-    free = {"device", "detach", "lift_fresh"} | {
+    free = {"device", "detach", "lift_fresh", "_unsafe_view"} | {
         f"{kind}empty{how}" for kind in ("", "new_") for how in ("", "_like", "_strided")
     }
 

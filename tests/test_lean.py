@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import DEVICE, SHAPE, tiny_model
 from deepspec.targets import Target, TargetSpec
+from deepspec.targets.anatomy import fuse_norms
 from sequences import Sequences
 
 LAYERS = (-1, 0, 2)
@@ -150,3 +151,20 @@ def test_hooks_on_the_decoder_are_called_in_the_middle_of_a_sequence() -> None:
     assert calls == [1]
     whole = target.read(torch.tensor([ids]), ()).last_hidden
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "fused"), [("llama", True), ("qwen3", True), ("gemma2", False)])
+def test_norms_of_llama_s_kind_are_fused_without_another_number(kind: str, fused: bool) -> None:
+    """On an accelerator. Gemma's add one to their weights, and round elsewhere."""
+    target = built(kind, torch.bfloat16)
+    norms = [module for module in target.decoder.modules() if hasattr(module, "variance_epsilon")]
+    ids = torch.arange(40, 60)[None]
+    for norm in norms:
+        norm.weight.data = torch.randn(len(norm.weight)).bfloat16()
+    before = target.read(ids, LAYERS)
+    fuse_norms(target.decoder)
+    changed = [module for module in target.decoder.modules() if "forward" in vars(module)]
+    assert changed == (norms if fused else [])
+    after = target.read(ids, LAYERS)
+    assert torch.equal(before.last_hidden, after.last_hidden)
+    assert torch.equal(before.features, after.features)

@@ -40,7 +40,7 @@ def read_figures(
         torch.sub(logits, ratio, out=ratio).sub_(log_total[:, None])
         found["reverse"] = _dots(p, ratio)
     if "cross" in names:
-        found["cross"] = log_total - torch.mul(t, logits, out=logits).sum(1)
+        found["cross"] = log_total - _dots(t, logits, logits)
     if "overlap" in names:
         found["overlap"] = torch.minimum(p, t, out=logits).sum(1).clamp_(least, 1.0)
     return found
@@ -58,6 +58,7 @@ def slopes_of(weights: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dic
 
 def gradient_into(
     out: Tensor,
+    spare: Tensor,
     p: Tensor,
     t: Tensor | None,
     slopes: Mapping[str, Tensor],
@@ -65,12 +66,13 @@ def gradient_into(
     labels: Tensor | None,
     ratio: Tensor | None,
 ) -> None:
-    """The gradient by the logits [b, V] into `out`; p appears in every direction, so its factors are gathered
-    into one per row. The rest as `read_figures` took and left it."""
+    """The gradient by the logits [b, V] into `out`, whose dtype may be narrower: each number is then rounded
+    once, as it is written. spare: [b, V], may be `out` unless that is narrower. p appears in every direction,
+    so its factors are gathered into one per row. The rest as `read_figures` took and left it."""
     of_p = sum((slopes[name] for name in ("label", "teacher") if name in slopes), torch.zeros_like(p[:, :1]))
     wide: list[tuple[Tensor, Tensor]] = []
     if t is not None and "overlap" in slopes:
-        below = torch.lt(p, t, out=out)
+        below = torch.lt(p, t, out=spare)
         wide.append((below, slopes["overlap"]))
         of_p = of_p - slopes["overlap"] * _dots(p, below)[:, None]
     if ratio is not None and "ratio" in slopes:
@@ -78,16 +80,34 @@ def gradient_into(
         of_p = of_p - slopes["ratio"] * found["reverse"][:, None]
     factors = of_p
     for values, slope in wide:
-        factors = torch.addcmul(factors, values, slope, out=out)
-    torch.mul(p, factors, out=out)
-    if t is not None and "teacher" in slopes:
-        out.addcmul_(t, slopes["teacher"], value=-1.0)
-    if labels is not None and "label" in slopes:
-        out.scatter_add_(1, labels, -slopes["label"])
+        factors = torch.addcmul(factors, values, slope, out=spare)
+    teacher, label = (slopes.get(name) for name in ("teacher", "label"))
+    told = None
+    if labels is not None and label is not None:
+        told = p.gather(1, labels) * factors.expand_as(p).gather(1, labels) - label
+        if t is not None and teacher is not None:
+            told = told - t.gather(1, labels) * teacher
+    if t is None or teacher is None:
+        torch.mul(p, factors, out=out)
+    else:
+        torch.addcmul(torch.mul(p, factors, out=spare), t, teacher, value=-1.0, out=out)
+    if told is not None and labels is not None:
+        out.scatter_(1, labels, told.to(out.dtype))
 
 
-def _dots(left: Tensor, right: Tensor) -> Tensor:
-    """[b] of [b, V] twice: the sums of left x right. On a CPU, one-row products take twice the time."""
-    if left.device.type == "cpu":
-        return (left * right).sum(1)
+def largest(values: Tensor) -> tuple[Tensor, Tensor | None]:
+    """([b] the largest of each row of [b, V], [b] where it is). On a CPU, to say where takes another pass:
+    None."""
+    return (values.amax(1), None) if on_cpu(values) else tuple(values.max(1))  # type: ignore[return-value]
+
+
+def _dots(left: Tensor, right: Tensor, spare: Tensor | None = None) -> Tensor:
+    """[b] of [b, V] twice: the sums of left x right. On a CPU, one-row products take twice the time. spare:
+    [b, V], for all products there."""
+    if on_cpu(left):
+        return torch.mul(left, right, out=spare).sum(1)
     return torch.bmm(left[:, None], right[..., None]).flatten()
+
+
+def on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"

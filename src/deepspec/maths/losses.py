@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from deepspec.maths.chunking import cpu_block_rows, default_chunk_rows
-from deepspec.maths.figures import gradient_into, read_figures, slopes_of
+from deepspec.maths.figures import gradient_into, largest, read_figures, slopes_of
 from deepspec.maths.finite import harmless
 from deepspec.maths.formed import needs_gradient, with_gradients
 from deepspec.maths.head import Head
@@ -174,7 +174,8 @@ class _Result:
 class _Space:
     """Wide tensors, allocated once per call and overwritten by every chunk or block."""
 
-    draft: Tensor  # [n, V] logits of the draft (before: of the teacher), then the gradient
+    draft: Tensor  # [n, V] logits of the draft (before: of the teacher), then the gradient, unless in
+    narrow: Tensor | None  # [n, V], in the dtype of the hidden states
     slope: Tensor | None  # [n, V], where a soft-cap has to be differentiated
     teacher: Tensor | None  # [n, V] probabilities, renormalised over kept ids
     full: Tensor | None  # [n, W] logits of the teacher, for a reduced vocabulary
@@ -280,8 +281,11 @@ def _walk(task: _Task, wants: _Wants, chunk_rows: int) -> _Result:
     chunk = min(chunk_rows, count)
     block = chunk if device.type != "cpu" else min(chunk, cpu_block_rows(vocab))
     reduced = teacher_head is not None and head.kept is not None
+    narrow = (wants.hidden or wants.z or wants.w2) and head.softcap is None
+    narrow = narrow and task.hidden.dtype != task.dtype
     space = _Space(
         draft=new(chunk, vocab),
+        narrow=torch.empty(chunk, vocab, dtype=task.hidden.dtype, device=device) if narrow else None,
         slope=new(chunk, vocab) if wants.hidden and head.softcap is not None else None,
         teacher=None if teacher_head is None else new(chunk, vocab),
         full=new(chunk, teacher_head.vocab_size) if teacher_head is not None and reduced else None,
@@ -304,7 +308,8 @@ def _walk(task: _Task, wants: _Wants, chunk_rows: int) -> _Result:
         factors = None
         if blocks is not None and result.rates is not None and isinstance(piece.rows, slice):
             factors = block_weights(blocks, result.rates[piece.rows], piece.rows)
-        _products(task, piece, draft, slope, z, result, factors)
+        gradient = draft if space.narrow is None else space.narrow[: piece.size]
+        _products(task, piece, gradient, slope, z, result, factors)
     if task.positions is not None and result.rates is not None:
         factors = block_weights(task.positions, result.rates, slice(0, count))
         for values in result.terms.values():
@@ -351,12 +356,12 @@ def _block(
     logits, p = space.draft[at], space.spare[: at.stop - at.start]
     rows, within = piece.part(at)
     t, best, mass = _taught(within, space, teacher)
+    top, where = largest(logits)
     if result.correct is not None:
-        result.correct[rows] = _correct(task, rows, logits.argmax(1), best)
-    top = logits.amax(1)
+        result.correct[rows] = _correct(task, rows, logits.argmax(1) if where is None else where, best)
     torch.softmax(logits, 1, out=p)
     # The largest probability is one over the sum of exponentials of logits less the largest: this is its log.
-    log_total = top - p.amax(1).log_()
+    log_total = top - (p.amax(1) if where is None else p.gather(1, where[:, None])[:, 0]).log_()
     labels = None if task.labels is None else task.labels[rows, None]
     ratio = None if space.ratio is None else space.ratio[: len(p)]
     found = read_figures(wants.figures, logits, p, log_total, t, labels, ratio)
@@ -376,7 +381,8 @@ def _block(
         value = part * TERMS[term].value(found)
         result.terms[term][rows] = torch.where(part == 0, torch.zeros_like(part), value)
     if wants.hidden or wants.z or wants.w2:
-        gradient_into(logits, p, t, slopes_of(weights, found), found, labels, ratio)
+        out = logits if space.narrow is None else space.narrow[at]
+        gradient_into(out, logits, p, t, slopes_of(weights, found), found, labels, ratio)
 
 
 def _taught(

@@ -26,6 +26,7 @@ from deepspec.targets.anatomy import (
     find_decoder,
     find_embedding,
     find_head,
+    fuse_norms,
     steady_length,
 )
 from deepspec.targets.cache import PassingCache, SlotCache, can_roll_back
@@ -62,6 +63,8 @@ class Target:
         self._config = model.config.get_text_config(decoder=True)
         self.cached = can_roll_back(model, self._config, spec.name)
         self.decoder: Any = find_decoder(model, spec.name)
+        if model.device.type != "cpu":
+            fuse_norms(self.decoder)
         self.embedding = find_embedding(model, self._config, spec.family, spec.name)
         self.head = find_head(model, self._config, spec.family, spec.name, self.device)
         self._cache = SlotCache(spec.num_layers)
