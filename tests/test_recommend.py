@@ -126,11 +126,13 @@ def evaluated(tmp_path: Path, **changes: Any) -> Path:
         "prompts": 4, "tokens": 100, "rounds": 40, "survival": list(SURVIVAL),
         "tau": {"value": 2.7, "low": 2.5, "high": 3.0},
     } | changes  # fmt: skip
+    conditions = {"target": "t", "target_hash": "h", "temperature": 0.0}
+    conditions |= {"policy": overall.pop("policy")} if "policy" in overall else {}
     row = {"method": "d", "kind": "draft", "block": 3, "overall": overall}
     plain = {"method": "plain", "kind": "plain", "block": None, "overall": {}}
     result = {
         "format": "deepspec-eval/1",
-        "conditions": {"target": "t", "target_hash": "h", "temperature": 0.0},
+        "conditions": conditions,
         "rows": [plain, row],
     }
     path = tmp_path / "eval.json"
@@ -154,6 +156,7 @@ def test_results_give_survival_interval_and_what_ends_of_answers_lose(tmp_path: 
         ({}, {"block": 7}, MismatchError, "proposed 3 tokens per round"),
         ({}, {"target_hash": "other"}, MismatchError, "another target"),
         ({}, {"temperature": 1.0}, DataError, "0 results at T=1"),
+        ({"policy": "auto"}, {}, MismatchError, "under the policy 'auto'"),
     ],
 )
 def test_results_without_rounds_or_of_something_else_are_refused(

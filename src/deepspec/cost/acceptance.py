@@ -55,7 +55,8 @@ def from_results(
     """The acceptance of a draft in a results file of `deepspec eval`.
 
     draft: its name there; the only one, if no row has the name. temperature: of several in one file. Raises
-    DataError for a file without such a row or without rounds, MismatchError for another target or γ.
+    DataError for a file without such a row or without rounds, MismatchError for another target or γ, or if a
+    policy decided what was verified.
     """
     where, again = str(path), "give results of `deepspec eval` of this draft, or leave --results out"
     found = read_results(path)
@@ -70,6 +71,12 @@ def from_results(
     if target_hash is not None and conditions.get("target_hash") != target_hash:
         raise MismatchError(
             f"these results are of another target ({conditions.get('target')})", where=where, next_step=again
+        )
+    if (policy := conditions.get("policy", "all")) != "all":
+        raise MismatchError(
+            f"these results are under the policy {policy!r}: what it left unverified counts as not accepted",
+            where=where,
+            next_step="evaluate the draft without --policy",
         )
     drafts = [row for row in rows_of(wanted[0]) if row.get("kind") == "draft"]
     named = [row for row in drafts if row["method"] == draft] or drafts

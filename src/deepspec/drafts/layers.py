@@ -36,20 +36,21 @@ def inverse_frequencies(shape: LayerShape) -> Tensor:
 
 
 def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Rotation:
-    """cos and sin [..., Q, D] of integer positions [..., Q]; angles are computed in float32, then cast."""
+    """cos and sin [..., Q, D] of integer positions [..., Q]; angles are computed in float32, then cast. The
+    first half of the sine is negative, so that turning is x cos + (x with its halves swapped) sin."""
     angles = positions[..., None].float() * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    sin = angles.sin()
+    return torch.cat([angles, angles], -1).cos().to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:
-    """x [B, H, Q, D] with rotate-half positions applied; cos and sin are [B, Q, D] or [Q, D]."""
+    """x [B, H, Q, D] with rotate-half positions applied; `turn` is [B, Q, D] or [Q, D] twice."""
     cos, sin = turn
     if cos.dim() == 3:
         cos, sin = cos[:, None], sin[:, None]
     half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return x * cos + turned * sin
+    swapped = torch.cat([x[..., half:], x[..., :half]], dim=-1)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 class Attention(nn.Module):
