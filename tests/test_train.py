@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 import deepspec
@@ -428,22 +429,31 @@ def test_muon_steps_the_matrices_between_layers_and_adamw_the_rest(targets):
     assert sizes.min() > 0.5 * sizes.max() > 0
 
 
+def whole_and_cut(targets: Any, folder: Path, recipe: Recipe) -> Path:
+    """The last checkpoint of a run, after it was found equal, bit for bit, to that of a run that was
+    interrupted and resumed."""
+    target, rows = targets["llama"], rows_for(targets["llama"])
+    train_in(folder / "whole", recipe, target, rows, lambda draft: 1.5)
+    assert train_in(folder / "cut", recipe, target, rows, interrupting(1)).steps == 3
+    train_in(folder / "cut", recipe, target, rows, lambda draft: 1.5)
+    assert metrics_of(folder / "whole") == metrics_of(folder / "cut")
+    ends = [folder / run / "checkpoints" / "step_6" for run in ("whole", "cut")]
+    saved = [tree_leaves([load_file(end / "model.safetensors"), state_of(end)]) for end in ends]
+    tensors = [[x for x in leaves if isinstance(x, Tensor)] for leaves in saved]
+    assert all(torch.equal(one, other) for one, other in zip(*tensors, strict=True))
+    return ends[0]
+
+
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    return torch.load(checkpoint / "optimizer.pt", weights_only=True)
+
+
 def test_muon_run_resumes_bit_for_bit(targets, tmp_path):
-    target, rows, recipe = targets["llama"], rows_for(targets["llama"]), muon_recipe()
-    train_in(tmp_path / "whole", recipe, target, rows, lambda draft: 1.5)
-    assert train_in(tmp_path / "cut", recipe, target, rows, interrupting(1)).steps == 3
-    train_in(tmp_path / "cut", recipe, target, rows, lambda draft: 1.5)
-    saved = []
-    for run in ("whole", "cut"):
-        path = tmp_path / run / "checkpoints" / "step_6"
-        state = torch.load(path / "optimizer.pt", weights_only=True)
-        momenta = [kept["momentum_buffer"] for kept in state["muon"]["state"].values()]
-        saved.append([*load_file(path / "model.safetensors").values(), *state["masters"], *momenta])
-    assert all(torch.equal(a, b) for a, b in zip(*saved, strict=True))
-    path = tmp_path / "cut/checkpoints/step_6/optimizer.pt"
-    state = torch.load(path, weights_only=True)
+    recipe = muon_recipe()
+    state = state_of(whole_and_cut(targets, tmp_path, recipe))
+    assert len(state["muon"]["state"]) > 8
     state["muon"]["state"][0]["momentum_buffer"].fill_(math.nan)
-    draft = build_draft(recipe, target, rows)
+    draft = build_draft(recipe, targets["llama"], rows_for(targets["llama"]))
     with pytest.raises(ValueError, match="not finite"):
         Optimizer(draft, recipe.optim).load(state)
 
@@ -453,20 +463,8 @@ NEEDS_BITSANDBYTES = "optim.states=8bit needs bitsandbytes, an optional extra"
 
 def test_8bit_run_resumes_bit_for_bit(targets, tmp_path):
     pytest.importorskip("bitsandbytes", reason=NEEDS_BITSANDBYTES)
-    target, rows, recipe = targets["llama"], rows_for(targets["llama"]), eight_bit_recipe()
-    train_in(tmp_path / "whole", recipe, target, rows, lambda draft: 1.5)
-    assert train_in(tmp_path / "cut", recipe, target, rows, interrupting(1)).steps == 3
-    train_in(tmp_path / "cut", recipe, target, rows, lambda draft: 1.5)
-    saved = []
-    for run in ("whole", "cut"):
-        path = tmp_path / run / "checkpoints" / "step_6"
-        state = torch.load(path / "optimizer.pt", weights_only=True)
-        moments = [s.get("__bnb_optimizer_quant_state__", s) for s in state["adamw"]["state"].values()]
-        saved.append([*load_file(path / "model.safetensors").values(), *state["masters"]])
-        saved[-1] += [value for m in moments for value in m.values() if isinstance(value, torch.Tensor)]
-    assert any(value.dtype == torch.uint8 for value in saved[0])
-    assert all(torch.equal(a, b) for a, b in zip(*saved, strict=True))
-    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "cut")
+    end = whole_and_cut(targets, tmp_path, eight_bit_recipe())
+    assert any(isinstance(x, Tensor) and x.dtype == torch.uint8 for x in tree_leaves(state_of(end)["adamw"]))
 
 
 def test_8bit_states_take_what_the_recipes_page_counts(targets):
