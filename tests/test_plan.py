@@ -110,11 +110,14 @@ def test_state_of_a_draft_is_20_bytes_a_parameter_in_bfloat16_and_16_in_float32(
     assert (state_bytes_per_parameter("bfloat16"), state_bytes_per_parameter("float32")) == (20, 16)
 
 
+@pytest.mark.parametrize("head", [None, "vanilla", "gated", "rnn"])
 @pytest.mark.parametrize("matrices", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_state_bytes_are_those_of_a_real_optimiser(precision: str, matrices: str):
+def test_state_bytes_are_those_of_a_real_optimiser(precision: str, matrices: str, head: str | None):
     """Weight and gradient as they are after the backward pass, then masters and moments after a step."""
-    draft = tiny_draft(tiny_spec("dflash"), torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    spec = tiny_spec("dspark" if head else "dflash")
+    spec = replace(spec, markov_head=head) if head else spec
+    draft = tiny_draft(spec, torch.bfloat16 if precision == "bfloat16" else torch.float32)
     recipe = load_recipe("pocket-dflash", [f"precision={precision}", f"optim.matrices={matrices}"])
     optimizer = Optimizer(draft, recipe.optim)
     for parameter in draft.parameters():

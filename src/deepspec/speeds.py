@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from deepspec.answers.in_process import FLIGHTS
 from deepspec.config import HELD_OUT_ROWS, LOG_EVERY, Recipe
-from deepspec.cost.machines import MACHINES, Machine, host_memory
+from deepspec.cost.machines import Machine, host_memory, machine_called
 from deepspec.cost.step_time import Speeds, TrainSpeed, speed_key
 from deepspec.data.conversations import Conversation, Message, prompt_messages
 from deepspec.data.identity import row_seed
@@ -52,9 +52,7 @@ def here() -> Machine:
     """This machine as a row: its memory, and the peaks of its kind, which nothing needs once measured."""
     row, memory = Machine("here", 0.3e12, 0.3e12, 30e9, None, None, None), None
     if torch.cuda.is_available():
-        # "NVIDIA H100 80GB HBM3" is the row h100, "NVIDIA GeForce RTX 4090" the row rtx4090.
-        device = torch.cuda.get_device_name().lower().replace(" ", "").replace("geforce", "")
-        row = next((known for known in MACHINES.values() if known.memory and known.name in device), row)
+        row = machine_called(torch.cuda.get_device_name()) or row
         memory = float(torch.cuda.get_device_properties(0).total_memory)
     return row._replace(name="here", memory=memory, host=host_memory())
 

@@ -17,8 +17,7 @@ POWERCAP = Path("/sys/class/powercap")
 def this_machine() -> str:
     """Processor or accelerator, threads, system and torch."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    threads = torch.get_num_threads()
-    parts = [gpu or _processor(), f"{os.cpu_count()} cores", f"{threads} thread{'s' * (threads > 1)}"]
+    parts = [gpu or _processor(), f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads"]
     return ", ".join([*parts, platform.system(), f"torch {torch.__version__}"])
 
 

@@ -105,7 +105,8 @@ def draft_dimensions(spec: DraftSpec, own: int, precision: str) -> dict[str, flo
     kv_weights = read * kv // (2 if shape.value_is_key else 1)
     own_vocab, fc = spec.draft_vocab_size or spec.vocab_size, m * shape.hidden**2
     markov = spec.markov_rank * (spec.vocab_size + own_vocab)
-    matrices = fc + spec.num_layers * (row_weights + kv_weights)
+    layers, rank = spec.num_layers * (row_weights + kv_weights), spec.markov_rank
+    gates = {"gated": (shape.hidden + rank) * rank, "rnn": (shape.hidden + 2 * rank) * 3 * rank}
     return {
         "hidden": shape.hidden,
         "vocab": spec.vocab_size,
@@ -124,6 +125,6 @@ def draft_dimensions(spec: DraftSpec, own: int, precision: str) -> dict[str, flo
         "fc": fc,
         "row_weights": row_weights,
         "kv_weights": kv_weights,
-        "matrices": matrices,
-        "small": own - matrices - markov,
+        "matrices": fc + layers + (gates.get(spec.markov_head, 0) if rank else 0),
+        "small": own - fc - layers - markov,
     }

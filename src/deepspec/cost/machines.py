@@ -59,6 +59,19 @@ MACHINES = {
 """By name; accelerators from the smallest to the largest. Their hosts' memory is an assumption."""
 
 
+VARIANTS = {"laptop", "ti", "super", "pcie", "nvl"}
+"""Words in the names of cards whose figures are not those of the row with the same number."""
+
+
+def machine_called(device: str) -> Machine | None:
+    """The row of an accelerator that calls itself `device`: "NVIDIA H100 80GB HBM3" is the row h100, "NVIDIA
+    GeForce RTX 4090" the row rtx4090. None for others, and for slower or faster variants of those."""
+    words = device.lower().replace("rtx ", "rtx").replace("-", " ").split()
+    if VARIANTS.intersection(words):
+        return None
+    return next((known for known in MACHINES.values() if known.memory and known.name in words), None)
+
+
 def host_memory() -> float | None:
     """Bytes of memory of this machine, or of the container that we run in; None if it does not say."""
     found = []

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+TABLES = ("markov_w1.weight", "markov_w2.weight")
+"""How the names of weights end that have a row for each token."""
+
 
 class MarkovHead(nn.Module):
     """The `vanilla` head: a bias over the vocabulary that depends only on the previous token.

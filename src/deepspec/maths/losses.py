@@ -174,8 +174,8 @@ class _Result:
 class _Space:
     """Wide tensors, allocated once per call and overwritten by every chunk or block."""
 
-    draft: Tensor  # [n, V] logits of the draft (before: of the teacher), then the gradient, unless in
-    narrow: Tensor | None  # [n, V], in the dtype of the hidden states
+    draft: Tensor  # [n, V] logits of the draft (before: of the teacher), then their gradient, if not `narrow`
+    narrow: Tensor | None  # [n, V] the gradient in the dtype of the hidden states, where that is narrower
     slope: Tensor | None  # [n, V], where a soft-cap has to be differentiated
     teacher: Tensor | None  # [n, V] probabilities, renormalised over kept ids
     full: Tensor | None  # [n, W] logits of the teacher, for a reduced vocabulary

@@ -38,7 +38,9 @@ ROWS, WIDTHS, CONTEXTS = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8), (64, 256)
 """The usual grid; a draft's whole block, with its anchor, replaces what is wider."""
 SHORT_PROMPT, SHORT_PROMPTS = 8, 4
 """Tokens of the shortest prompts whose reading is timed, and how many there are in each sweep and context."""
-GOLDEN = (5**0.5 - 1) / 2
+UNEVEN = (0, 2, -2, 4, -4, 6, -6, 1, -1, 3, -3, 5, -5, 7, -7, 8)
+"""Sixteenths of the context that rows hold more than it, in turn. As in a server, they do not hold equally
+many tokens; but those of any number of first rows are nearly the context on average."""
 ROUNDS = 3
 """Rounds at each point of a sweep."""
 
@@ -252,12 +254,12 @@ class _Stage:
         self.decoder = Decoder(cast(Target, self.target), cast(Draft, self.draft), max_rows=grid.rows[-1])
 
     def fill(self, context: int, rows: int) -> list[float]:
-        """Fill rows, at most all, with prompts of `context` tokens on average; the seconds of each. As in a
-        server, the rows do not hold equally many: rounds of equal rows are quicker."""
+        """Fill rows, at most all, with prompts of `context` tokens on average; the seconds of each. Rounds of
+        equal rows would be quicker."""
         found = []
         for i in range(min(rows, self.decoder.max_rows)):
-            share = 0.5 + (0.5 + i * GOLDEN) % 1  # 1 first, then evenly from 0.5 to 1.5
-            prompt = self.order.choices(range(self.vocabulary), k=max(round(share * context), 1))
+            length = max(round(context * (1 + UNEVEN[i % len(UNEVEN)] / 16)), 1)
+            prompt = self.order.choices(range(self.vocabulary), k=length)
             self.decoder.submit(Request(prompt, self.grid.budget, sampling=self.sampling))
             began = clock(self.device)
             self.decoder.step()

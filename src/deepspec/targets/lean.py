@@ -2,9 +2,10 @@
 
 On small batches a step of the general path is dispatcher work: module calls, norms in six operations, an
 index for every layer. Here each layer has four matrix products, indices are made once for a step, and the new
-tokens of all rows are packed without padding. Weights are the model's own: the fused matrices become the
-storage that its modules look into, and keys and values are in the stores of the general path, so that either
-may take the next step. A model is taken only if its modules fit and its numbers are reproduced.
+tokens of all rows are packed without padding. Matrices are the model's own: the fused ones become the storage
+that its modules look into, and keys and values are in the stores of the general path, so that either may
+take the next step. Norms and biases are copies, so a target's weights must not change. A model is taken only
+if its modules fit and its numbers are reproduced.
 
 R rows, T new tokens of all rows, Q new tokens of the longest, K keys of the longest row, H query heads,
 G key/value heads, D head dim, d hidden width, I MLP width.
@@ -296,6 +297,8 @@ def _fits(decoder: Any, config: Any, embedding: Tensor) -> bool:
         return False
     rope = getattr(config, "rope_parameters", None) or {}
     if not hasattr(decoder, "rotary_emb") or rope.get("rope_type") in families.LENGTH_DEPENDENT_ROPE:
+        return False
+    if "llama_4_scaling_beta" in rope:  # a factor on queries, 1 at the positions that are compared
         return False
     if not hasattr(getattr(decoder, "norm", None), "variance_epsilon"):
         return False

@@ -238,7 +238,7 @@ def train(
     training = _Training(run, draft, target, source, facts, held_out, ranks, optimizer, at, total_steps)
     order = batches_from(rows, recipe.optim.batch_size, recipe.seed, at.step)
     batches = announced(order, source, ranks.share)
-    meter = Meter(target.device, target.dtype, ranks.world)
+    meter = Meter(target.device, recipe.precision, ranks.world)
     draft.train()
     with closing(batches), run.logging(at, total_steps) as log, stop_on_interrupt(run.note) as stop:
         while True:

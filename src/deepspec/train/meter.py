@@ -6,21 +6,26 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from deepspec.cost.machines import GB, MACHINES
+from deepspec.cost.machines import GB, machine_called
 
 
 class Meter:
     """Reads the device of one of `world` processes. On an accelerator, the products of the first measured
-    step are counted, once: counting makes a step slower. A CPU's peak is not known, so it counts nothing."""
+    step that has some are counted, once: counting makes a step slower. A CPU's peak is not known, so it
+    counts nothing. precision: of the draft, whose products are most of a step's."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, world: int) -> None:
+    def __init__(self, device: torch.device, precision: str, world: int) -> None:
         self.device, self.world = device, world
-        self.counts = device.type == "cuda"
-        self.peak = peak_of(torch.cuda.get_device_name(device), dtype) if self.counts else None
+        self.counts, self.peak = device.type == "cuda", None
+        if self.counts and (machine := machine_called(torch.cuda.get_device_name(device))) is not None:
+            self.peak = machine.float32 if precision == "float32" else machine.bfloat16
         self.per_token: float | None = None
 
     @contextmanager
@@ -29,13 +34,13 @@ class Meter:
         if not (self.counts and measure and self.per_token is None):
             yield
             return
-        with FlopCounterMode(display=False) as counter:
+        with _Products() as products:
             yield
-        self.per_token = counter.get_total_flops() * self.world / tokens
+        self.per_token = products.flops * self.world / tokens or None
 
     def read(self, tokens_per_s: float) -> dict[str, float]:
         """`memory_gb`: the most so far. Once a step was counted, `tflops` per second of this device, and
-        `mfu`, their share of its peak, if that is known. tokens_per_s: of all processes."""
+        `mfu`, their share of its peak, if that is known. tokens_per_s: of all processes, over the run."""
         found = {"memory_gb": round(peak_memory(self.device) / GB, 3)}
         if self.per_token is not None:
             speed = self.per_token * tokens_per_s / self.world
@@ -45,17 +50,24 @@ class Meter:
         return found
 
 
+class _Products(TorchDispatchMode):
+    """Adds up the operations of products and attention while it is entered. torch's own counter takes
+    operations apart, which changes the last bits of what they compute, and knows no product in place."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        kind = func._overloadpacket
+        kind = torch.ops.aten.addmm if kind is torch.ops.aten.addmm_ else kind
+        if kind in flop_registry:
+            self.flops += flop_registry[kind](*(x for x in args if isinstance(x, Tensor)), out_val=out)
+        return out
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors took on an accelerator, or the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def peak_of(name: str, dtype: torch.dtype) -> float | None:
-    """Operations per second of the accelerator that calls itself `name`, at most; None if it is not one of
-    `MACHINES`."""
-    letters = "".join(name.lower().split())
-    known = (machine for key, machine in MACHINES.items() if machine.memory is not None and key in letters)
-    return next((machine.numbers(dtype.itemsize)["peak"] for machine in known), None)

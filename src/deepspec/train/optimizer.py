@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepspec.config import OptimConfig
 from deepspec.drafts.base import NeuralDraft
-from deepspec.drafts.spec import DraftSpec
+from deepspec.drafts.heads import TABLES
 from deepspec.errors import RecipeError
 
 KEPT = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
@@ -36,11 +36,12 @@ class Optimizer:
 
     def __init__(self, draft: NeuralDraft, optim: OptimConfig) -> None:
         self.optim = optim
-        self.parameters = [p for p in draft.parameters() if p.requires_grad]
+        named = [(name, p) for name, p in draft.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in named]
         self.masters = [
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters
         ]
-        matrices = [optim.matrices == "muon" and is_matrix(p, draft.spec) for p in self.parameters]
+        matrices = [optim.matrices == "muon" and is_matrix(name, p) for name, p in named]
         self.groups: dict[str, list[Tensor]] = {"adamw": [], "muon": []}
         for master, matrix in zip(self.masters, matrices, strict=True):
             self.groups["muon" if matrix else "adamw"].append(master)
@@ -130,11 +131,10 @@ def adamw(parameters: list[Tensor], optim: OptimConfig) -> torch.optim.Optimizer
     return eight_bit_adamw()(parameters, **settings)
 
 
-def is_matrix(parameter: Tensor, spec: DraftSpec) -> bool:
-    """Whether Muon may step it: a matrix between layers. Rows of a table over the vocabulary, and vectors,
-    have nothing in common that could be made orthogonal."""
-    shape = parameter.shape
-    return len(shape) == 2 and min(shape) > 1 and not {spec.vocab_size, spec.draft_vocab_size} & {*shape}
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon may step it: a matrix between layers. The rows of a table over the vocabulary have nothing
+    in common that could be made orthogonal, nor has a vector."""
+    return parameter.dim() == 2 and min(parameter.shape) > 1 and not name.endswith(TABLES)
 
 
 def muon(parameters: list[Tensor], optim: OptimConfig) -> torch.optim.Optimizer:
