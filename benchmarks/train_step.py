@@ -1,7 +1,7 @@
 """A draft's training step next to its floor, a plain version and speculators: processor time, in turns.
 
     python benchmarks/train_step.py [--cases wide-dspark,long-dflash,…] [--threads 1] [--rounds 5] [--json]
-    python benchmarks/train_step.py --growth        one dimension doubled at a time
+    python benchmarks/train_step.py --growth [--svg docs/growth.svg]      one dimension doubled at a time
 
 The floor is the step's matrix products alone: into memory that is there already, whole where we work in
 chunks, a block's context exactly up to its anchor, causal attention as half a square, a teacher once for each
@@ -35,6 +35,7 @@ from deepspec.drafts.base import NeuralDraft  # noqa: E402
 from deepspec.drafts.spec import new_spec  # noqa: E402
 from deepspec.maths.blocks import FeatureBatch, unroll_masks  # noqa: E402
 from deepspec.maths.head import Embedding, Head  # noqa: E402
+from deepspec.report.charts import write_lines  # noqa: E402
 from reference.step import plain_block_loss, plain_unroll_loss  # noqa: E402
 
 LOSSES = {
@@ -79,11 +80,12 @@ CASES = {
     "tiny-eagle3": Case("eagle3", 128, 2_048, 256, sequences=4, layers=1),
 }
 GROWTH = {
-    "anchors": [replace(CASES["long-dspark"], anchors=a) for a in (128, 256, 512)],
-    "S": [replace(CASES["long-dspark"], length=s) for s in (1024, 2048, 4096)],
-    "S, unrolled": [replace(CASES["tiny-eagle3"], length=s, sequences=1) for s in (512, 1024, 2048)],
-    "V": [replace(CASES["wide-dspark"], vocab=v) for v in (16_384, 32_768, 65_536)],
+    "anchors": {a: replace(CASES["long-dspark"], anchors=a) for a in (128, 256, 512)},
+    "S": {s: replace(CASES["long-dspark"], length=s) for s in (1024, 2048, 4096)},
+    "S, Eagle-3": {s: replace(CASES["tiny-eagle3"], length=s, sequences=1) for s in (512, 1024, 2048)},
+    "V": {v: replace(CASES["wide-dspark"], vocab=v) for v in (16_384, 32_768, 65_536)},
 }
+"""Cases by the size of what grows."""
 
 
 def make_draft(case: Case) -> NeuralDraft:
@@ -297,6 +299,16 @@ def measure(case: Case, rounds: int, names: list[str]) -> dict[str, Any]:
     return {"seconds": medians, "ratios": ratios, "difference": difference}
 
 
+def draw(seconds: dict[str, dict[str, float]], path: Path) -> None:
+    """Processor seconds by size, as a share of those of the smallest."""
+    lines = {}
+    for what, row in GROWTH.items():
+        for version in ("ours", "floor"):
+            values = [seconds[f"{what} {size:,}"][version] for size in row]
+            lines[f"{what}: {version}"] = [value / values[0] for value in values]
+    write_lines(path, "A training step", "size", "seconds, relative", ["1", "2", "4"], lines)
+
+
 def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
 
@@ -311,6 +323,7 @@ def main() -> None:
     parser.add_argument(
         "--growth", action="store_true", help="ours and the floor, one dimension doubled at a time"
     )
+    parser.add_argument("--svg", type=Path, help="with --growth: where to draw it")
     parser.add_argument("--without-peers", action="store_true", help="ours and the floor only")
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args()
@@ -320,7 +333,7 @@ def main() -> None:
         names += ["plain"] + ["speculators"] * (importlib.util.find_spec("speculators") is not None)
         if "speculators" not in names:
             print("speculators is left out: it cannot be imported from this environment", file=sys.stderr)
-    cases = {f"{what} {i}": c for what, row in GROWTH.items() for i, c in enumerate(row)}
+    cases = {f"{what} {size:,}": case for what, row in GROWTH.items() for size, case in row.items()}
     if not chosen.growth:
         cases = {name: CASES[name] for name in chosen.cases.split(",")}
     report = {}
@@ -332,6 +345,8 @@ def main() -> None:
             if found["difference"] is not None:
                 parts.append(f"difference {found['difference']:.1e}")
             print(f"{name:14s} " + "   ".join(parts), flush=True)
+    if chosen.growth and chosen.svg:
+        draw({name: found["seconds"] for name, found in report.items()}, chosen.svg)
     if chosen.json:
         print(json.dumps({"threads": chosen.threads, "rounds": chosen.rounds, "cases": report}, indent=2))
 
