@@ -632,7 +632,7 @@ def test_clipping_is_by_the_norm_over_all_parameters():
     optimizer = Optimizer(draft, recipe.optim)  # type: ignore[arg-type]
     draft[0].grad, draft[1].grad = torch.tensor([3.0]), torch.tensor([4.0])
     assert optimizer.step(0.5).norm == 5.0
-    moments = [optimizer.adamw.state[p]["exp_avg"].item() for p in draft]
+    moments = [optimizer.steppers["adamw"].state[p]["exp_avg"].item() for p in draft]
     assert moments == pytest.approx([0.1 * 3 / 5, 0.1 * 4 / 5])  # (1 - β₁) × the clipped gradient
 
 

@@ -45,8 +45,7 @@ class Optimizer:
         self.groups: dict[str, list[Tensor]] = {"adamw": [], "muon": []}
         for master, matrix in zip(self.masters, matrices, strict=True):
             self.groups["muon" if matrix else "adamw"].append(master)
-        self.adamw = adamw(self.groups["adamw"], optim)
-        self.steppers = {"adamw": self.adamw}
+        self.steppers = {"adamw": adamw(self.groups["adamw"], optim)}
         if self.groups["muon"]:
             self.steppers["muon"] = muon(self.groups["muon"], optim)
 
