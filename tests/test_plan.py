@@ -690,6 +690,10 @@ def test_several_accelerators_share_the_work_but_not_the_state_of_the_draft():
         "value"
     ]
     assert 0.25 < split / one[place]["target weights"]["value"] < 0.5
+    parts = json.loads(call(*words, 4, "shard_draft=true").stdout)["sections"]
+    state = parts[place]["draft, gradients, optimiser"]["value"]
+    assert state / four[place]["draft, gradients, optimiser"]["value"] == pytest.approx(12 / 20)
+    assert parts["time"]["training"]["value"] > four["time"]["training"]["value"]
     host = "memory of the host"
     assert four[host]["at most at once"]["value"] == 4 * one[host]["at most at once"]["value"]
     uneven = call(*words, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ import torch
 import deepspec.train.loop as loop
 from deepspec.config import Recipe, load_recipe
 from deepspec.data.tokens import prompt_ids
+from deepspec.drafts.base import NeuralDraft
 from deepspec.errors import RecipeError
 from deepspec.targets import Target
 from deepspec.train.dist import joined, shard_target
@@ -126,7 +128,8 @@ def test_ranks_have_the_losses_of_one(scene, alone, tmp_path, world):
         assert (tmp_path / f"rank-{rank}.log").read_text() == ""
 
 
-def test_ranks_whose_rows_teach_nothing_have_the_losses_of_one(scene, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sharding", ["true", "false"])
+def test_ranks_whose_rows_teach_nothing_have_the_losses_of_one(scene, tmp_path, monkeypatch, sharding):
     """One supervised token at the end of a row gives a block draft no anchor. In some steps one rank has no
     other rows, in some both: a first step of loss 0 once made the next one explode."""
     target = Target.from_pretrained(scene / "target")
@@ -134,6 +137,7 @@ def test_ranks_whose_rows_teach_nothing_have_the_losses_of_one(scene, tmp_path, 
     rows = [("x" * (i if i % 4 == 0 else 63 - asked), "red and blue and") for i in range(12)]
     answers = write_rows(tmp_path / "answers.jsonl", rows)
     changes = [f"data.train={answers}", "data.max_length=64", "data.min_supervised=1", "name=bare"]
+    changes.append(f"shard_draft={sharding}")
     recipe = recipe_of(scene, "dspark", *changes, "optim.batch_size=2")
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
     alone = train_draft(recipe, tmp_path / "alone").run
@@ -213,6 +217,56 @@ def test_target_split_over_two_ranks_gives_the_same_features_and_training(scene,
         for r in (tmp_path / "split/tiny-dspark", whole.run)
     ]
     assert taus[0] == taus[1]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("algorithm", ["dspark", "eagle3"])
+def test_draft_split_over_two_ranks_trains_as_one_and_continues_on_any(scene, tmp_path, algorithm, precision):
+    """Three of a batch's four rows in one micro-batch leave the other rank with fewer: it must pass as often.
+    A checkpoint is the same file, split or not."""
+    more = [f"precision={precision}", "optim.micro_batch_tokens=200", "optim.max_steps=12"]
+    more += ["eval_every_steps=6", "checkpoint_every_steps=6"]
+    split, whole = (recipe_of(scene, algorithm, *more, f"shard_draft={word}") for word in ("true", "false"))
+    begun = shutil.ignore_patterns("step_12", "best")
+
+    def work(rank: int) -> None:
+        real = loop.shard_draft
+
+        def shard(draft: NeuralDraft) -> None:
+            real(draft)
+            parts = [(p.to_local().numel(), p.numel()) for p in draft.parameters()]
+            assert sum(mine for mine, _ in parts) <= 0.6 * sum(every for _, every in parts)
+
+        loop.shard_draft = shard
+        with joined():
+            for folder in ("split", "joined"):
+                train_draft(split, tmp_path / folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "LOG_EVERY", 1)
+        alone = train_draft(whole, tmp_path / "alone")
+        shutil.copytree(tmp_path / "alone", tmp_path / "joined", ignore=begun)
+        in_ranks(2, work, tmp_path)
+        shutil.copytree(tmp_path / "split", tmp_path / "left", ignore=begun)
+        left = train_draft(whole, tmp_path / "left")
+    near = 1e-5 if precision == "float32" else 1e-2
+    assert "from step 6" in (tmp_path / "rank-0.log").read_text()
+    for folder in ("split", "joined", "left"):
+        run = tmp_path / folder / alone.run.name
+        assert losses(run) == pytest.approx(losses(alone.run), abs=near)
+        saved, wanted = (torch.load(r / "checkpoints/step_12/optimizer.pt") for r in (run, alone.run))
+        torch.testing.assert_close(saved, wanted, rtol=0, atol=near)
+    if precision == "float32":
+        assert left.held_out_tau == alone.held_out_tau
+
+
+@pytest.mark.parametrize("sharding", ["true", "false"])
+def test_step_that_explodes_on_ranks_names_its_rows(scene, tmp_path, sharding):
+    recipe = recipe_of(scene, "dspark", "optim.lr=1e4", "optim.grad_clip=1e9", f"shard_draft={sharding}")
+    said = codes(started(2, lambda rank: train_draft(recipe, tmp_path / "runs"), tmp_path))
+    assert said == [1, 1]
+    for rank in range(2):
+        assert re.search(r"the loss .*of step \d+", (tmp_path / f"rank-{rank}.log").read_text())
 
 
 def test_rank_that_dies_ends_the_others_with_a_message(scene, tmp_path):

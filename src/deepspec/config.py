@@ -148,12 +148,18 @@ class Recipe(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: Annotated[int, Field(ge=0)] = 0
     shard_target: bool = False  # split the target's layers over the processes of torchrun
+    shard_draft: bool = False  # split the draft's weights, gradients and moments over them
     eval_every_steps: Count = 100
     eval_prompts: Count = 24
     eval_max_new_tokens: Count = 48
     early_stop: Count | None = None  # stop after so many evaluations in a row without a better τ
     checkpoint_every_steps: Count = 100
     trackers: list[TrackerName] = ["tensorboard"]
+
+    @property
+    def in_step(self) -> bool:
+        """Whether processes share a model that is split over them: each must pass it equally often."""
+        return self.shard_target or self.shard_draft
 
     def total_steps(self, rows: int) -> int | None:
         """The number of optimiser steps over `rows` training rows; None if only the time is limited."""
@@ -208,6 +214,11 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
     optim, data = recipe.optim, recipe.data
     if not recipe.target:
         yield "`target` is not set: add target=DIRECTORY, a Hub id, or pocket"
+    if recipe.shard_draft and (optim.matrices != "adamw" or optim.states != "float32"):
+        yield (
+            "`shard_draft` needs `optim.matrices=adamw` and `optim.states=float32`: Muon and 8-bit moments "
+            "step whole matrices"
+        )
     if optim.epochs is None and optim.max_steps is None and optim.max_minutes is None:
         yield "training has no end: set one of `optim.epochs`, `optim.max_steps`, `optim.max_minutes`"
     for key, source in (("train", data.train), ("select", data.select)):

@@ -143,16 +143,19 @@ def save_draft(
     target: Target,
     provenance: dict[str, Any],
     *,
+    weights: dict[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint directory, whole or not at all.
 
     The target's embedding and head are not copied into it; if the draft has one of its own, it is stored
-    together with its partner. `beside` may add files to the directory before it is renamed into place.
+    together with its partner. weights: its state dict, if the draft itself has only parts of it; dtype: of
+    what is written. `beside` may add files to the directory before it is renamed into place.
     Raises CheckpointError for weights that are not finite.
     """
-    weights = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in draft.state_dict().items()}
+    weights = draft.state_dict() if weights is None else weights
+    weights = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in weights.items()}
     weights |= _own_copies(draft, target)
     read.check_finite(path, weights)
     config = write_config(draft.spec, target.spec.config)

@@ -140,9 +140,16 @@ def _shared(inputs: Inputs, seconds: Figure) -> Figure:
 
 
 def summing(inputs: Inputs) -> Figure:
-    """Seconds of a step in which the gradients are summed over the accelerators, in float32."""
-    formula = "2 * 4 * own * (gpus - 1) / gpus / link"
-    return figure("s", formula, inputs.names, gpus=inputs.gpus, link=LINK)
+    """Seconds of a step in which the gradients are summed over the accelerators, in float32. If the draft is
+    split over them, each micro-batch gathers its weights and sums its gradients."""
+    recipe, gpus = inputs.recipe, inputs.gpus
+    if not recipe.shard_draft:
+        formula = "2 * 4 * own * (gpus - 1) / gpus / link"
+        return figure("s", formula, inputs.names, gpus=gpus, link=LINK)
+    share = recipe.optim.batch_size // gpus
+    passes = math.ceil(share / (recipe.optim.micro_batch_size or share))
+    formula = "passes * (draft_width + 4) * own * (gpus - 1) / gpus / link"
+    return figure("s", formula, inputs.names, passes=passes, gpus=gpus, link=LINK)
 
 
 def optimiser_steps(inputs: Inputs, step: float) -> Figure:

@@ -67,13 +67,7 @@ def memory_figures(inputs: Inputs) -> dict[str, Figure]:
     loss_rows = micro * names["block"] * (anchors if names["parallel"] else length)
     rows = min(HELD_OUT_ROWS, recipe.eval_prompts)
     context = names["prompts"] / names["rows"] + recipe.eval_max_new_tokens + names["block"] + 1
-    each = formulas.state_bytes_per_parameter(recipe.precision, recipe.optim.states)
-    base = {
-        "target weights": target_bytes(inputs),
-        "draft, gradients, optimiser": figure(
-            "bytes", "own * each + matrices * momentum", names, each=each, momentum=momentum(recipe)
-        ),
-    }
+    base = {"target weights": target_bytes(inputs), "draft, gradients, optimiser": draft_bytes(inputs)}
     features = "sequences * length * width * hidden * (2 * feature_layers + 1)"
     step = {
         "features of a micro-batch": figure("bytes", features, names, sequences=micro, length=length),
@@ -109,6 +103,19 @@ def target_bytes(inputs: Inputs) -> Figure:
         return figure("bytes", "parameters * width", inputs.names)
     formula = "width * (parameters - body * (gpus - 1) / gpus)"
     return figure("bytes", formula, inputs.names, gpus=inputs.gpus)
+
+
+def draft_bytes(inputs: Inputs) -> Figure:
+    """Bytes of the draft in training on each device. If it is split over them, each holds its part of the
+    float32 weights, gradients and moments, and in a pass the gathered weights, their gradients, and these
+    again in float32 while they are summed."""
+    recipe, names = inputs.recipe, inputs.names
+    if inputs.gpus > 1 and recipe.shard_draft:
+        formula = "own * (2 * draft_width + 4 + 16 / gpus)"
+        return figure("bytes", formula, names, gpus=inputs.gpus)
+    each = formulas.state_bytes_per_parameter(recipe.precision, recipe.optim.states)
+    formula = "own * each + matrices * momentum"
+    return figure("bytes", formula, names, each=each, momentum=momentum(recipe))
 
 
 def host_figures(inputs: Inputs, memory: dict[str, Figure]) -> dict[str, Figure]:

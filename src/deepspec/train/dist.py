@@ -18,9 +18,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from deepspec.config import Recipe
+from deepspec.drafts.base import NeuralDraft
 from deepspec.errors import RankError, RecipeError, UserError, first_line
 from deepspec.log import console
 from deepspec.targets.anatomy import find_decoder
@@ -112,8 +114,10 @@ class Ranks:
                     work.wait()
 
     def add_gradients(self, weights: Sequence[Tensor]) -> None:
-        """Sum gradients over the ranks. A weight that no rank has a gradient of keeps none."""
-        if self.world == 1:
+        """Sum gradients over the ranks. A weight that no rank has a gradient of keeps none. Those of a weight
+        that is split over the ranks were summed by its backward pass."""
+        weights = [weight for weight in weights if not isinstance(weight, DTensor)]
+        if self.world == 1 or not weights:
             return
         known = self.largest(*(float(w.grad is not None) for w in weights))
         used = [w for w, some in zip(weights, known, strict=True) if some]
@@ -200,3 +204,59 @@ def shard_target(model: Any, name: str) -> Any:
     for tensor in (*whole, *model.buffers()):
         tensor.data = tensor.data.to(device)
     return model
+
+
+def shard_draft(draft: NeuralDraft) -> None:
+    """Split a draft's weights over the ranks (FSDP2), and with them their gradients and moments.
+
+    What is split are float32 weights; a pass reads all of them, gathered in the draft's own number format,
+    and ends with a float32 sum of gradients over the ranks. So every rank must make equally many passes. The
+    draft is gathered as one piece, since its forward pass calls parts of its layers.
+    """
+    own, device = draft.dtype, draft.device
+    formats = MixedPrecisionPolicy(
+        param_dtype=None if own == torch.float32 else own,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    split = fully_shard(draft.float(), mesh=mesh, mp_policy=formats)
+    split.set_gradient_divide_factor(1.0)
+    split.set_force_sum_reduction_for_comms(True)
+
+
+@contextmanager
+def gathered(draft: NeuralDraft) -> Iterator[None]:
+    """All of a draft's weights on every rank, inside the block: decoding then waits for nobody."""
+    if not isinstance(draft, FSDPModule):
+        yield
+        return
+    draft.unshard()
+    try:
+        yield
+    finally:
+        draft.reshard()
+
+
+def whole(state: Any) -> Any:
+    """A state, such as an optimiser's, whose tensors that are split over the ranks are put together in the
+    first one's host memory, one after the other; the others have None for them. Every rank must call this."""
+    if isinstance(state, DTensor):
+        found = state.full_tensor().detach()
+        return found.cpu() if dist.get_rank() == 0 else None
+    if isinstance(state, Mapping):
+        return {key: whole(value) for key, value in state.items()}
+    return [whole(value) for value in state] if isinstance(state, list) else state
+
+
+def split_like(values: Tensor, weight: Tensor) -> Tensor:
+    """This rank's part of values, which all ranks have, if the weight they belong to is split."""
+    if not isinstance(weight, DTensor):
+        return values
+    there = values.to(weight.device)
+    return distribute_tensor(there, weight.device_mesh, weight.placements, src_data_rank=None)
+
+
+def sum_of_parts(value: Tensor) -> Tensor:
+    """A figure of all weights, such as the norm of their gradients, as a plain tensor on every rank."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -32,7 +32,7 @@ from deepspec.pocket import prompts_path
 from deepspec.targets import Target, TargetSpec
 from deepspec.train.build import build_draft, recipe_spec, vocabulary_facts
 from deepspec.train.data import check_before_loading, check_target, training_data
-from deepspec.train.dist import ALONE, Ranks, check_world, joined, shard_target
+from deepspec.train.dist import ALONE, Ranks, check_world, gathered, joined, shard_draft, shard_target
 from deepspec.train.facts import provenance, shared_facts
 from deepspec.train.meter import Meter
 from deepspec.train.optimizer import Optimizer, Stepped
@@ -111,6 +111,8 @@ def train_draft(
                 run.warn(sentence)
             held_out = partial(measure_tau, target, recipe=recipe, prompts=prompts, ranks=ranks)
             draft = build_draft(recipe, target, data.rows, spec)
+            if recipe.shard_draft and ranks.world > 1:
+                shard_draft(draft)
             return train(run, draft, target, data.rows, data.source, facts, held_out, ranks)
 
 
@@ -161,7 +163,8 @@ class _Training:
         if self.held_out is None or at.judged_step == at.step:
             return
         draft.eval()
-        tau = self.held_out(draft)
+        with gathered(draft):
+            tau = self.held_out(draft)
         draft.train()
         if not math.isfinite(tau):
             raise NonFiniteError(

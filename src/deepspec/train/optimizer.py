@@ -12,6 +12,7 @@ from deepspec.config import OptimConfig
 from deepspec.drafts.base import NeuralDraft
 from deepspec.drafts.heads import TABLES
 from deepspec.errors import RecipeError
+from deepspec.train.dist import split_like, sum_of_parts, whole
 
 KEPT = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 """What torch's optimisers keep of each weight."""
@@ -81,7 +82,7 @@ class Optimizer:
             for group in stepper.param_groups:
                 group["lr"] = lr
         self.collect()
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.optim.grad_clip)
+        norm = sum_of_parts(torch.nn.utils.clip_grad_norm_(self.masters, self.optim.grad_clip))
         # Read before the step, not after it: a step waits for the device once in either order.
         size, value = torch.stack([norm, torch.zeros_like(norm) if loss is None else loss]).tolist()
         if not (math.isfinite(size) and math.isfinite(value) and value <= most):
@@ -97,9 +98,10 @@ class Optimizer:
         return Stepped(lr, size, value, True)
 
     def state(self) -> dict[str, Any]:
-        """What `load` needs to continue; `torch.save` can write it."""
-        states = {name: stepper.state_dict() for name, stepper in self.steppers.items()}
-        return {**states, "masters": [m.detach() for m in self.masters]}
+        """What `load` needs to continue; `torch.save` can write it. All ranks must call this; of a draft that
+        is split over them, only the first gets all."""
+        states = {name: whole(stepper.state_dict()) for name, stepper in self.steppers.items()}
+        return {**states, "masters": whole([m.detach() for m in self.masters])}
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from what `state` gave. Raises ValueError for moments that are not finite, or of another
@@ -112,11 +114,22 @@ class Optimizer:
                 if any(moment.shape != shape or not moment.isfinite().all() for moment in moments):
                     raise ValueError(f"the moments of weight {number} are not finite, or of another shape")
         for name, stepper in self.steppers.items():
-            stepper.load_state_dict(state[name])
+            stepper.load_state_dict(self._split(name, state[name]))
         with torch.no_grad():
             for master, parameter, saved in zip(self.masters, self.parameters, state["masters"], strict=True):
-                master.copy_(saved)
-                parameter.copy_(saved)
+                mine = split_like(saved, master)
+                master.copy_(mine)
+                parameter.copy_(mine)
+
+    def _split(self, name: str, state: dict[str, Any]) -> dict[str, Any]:
+        """A stepper's state, with this rank's part of the moments of a weight that is split."""
+        found = {}
+        for number, values in state["state"].items():
+            moments = {
+                key: split_like(values[key], self.groups[name][number]) for key in KEPT[name] if key in values
+            }
+            found[number] = values | moments
+        return state | {"state": found}
 
 
 def adamw(parameters: list[Tensor], optim: OptimConfig) -> torch.optim.Optimizer:

@@ -38,6 +38,7 @@ from deepspec.errors import CheckpointError, RecipeError, UserError, first_line
 from deepspec.files import JsonlWriter, alone_in, aside_of, atomic_file, check_writable, write_json
 from deepspec.log import flatten, note, open_trackers, progress, warn
 from deepspec.targets import Target
+from deepspec.train.dist import whole
 from deepspec.train.facts import file_hash
 from deepspec.train.optimizer import Optimizer
 
@@ -50,6 +51,7 @@ FREE = (
     "optim.micro_batch_size",
     "optim.micro_batch_tokens",
     "shard_target",
+    "shard_draft",
     "checkpoint_every_steps",
 )
 """Keys of the recipe that may change between a run's start and its end: figures change by rounding only."""
@@ -96,6 +98,7 @@ class Run:
         self.folder, self.recipe, self.rank, self.force = folder, recipe, rank, force
         self.checkpoints, self.metrics = folder / "checkpoints", folder / "metrics.jsonl"
         self.best = self.checkpoints / "best"
+        self.dtype = getattr(torch, recipe.precision)
 
     def note(self, text: str) -> None:
         if self.rank == 0:
@@ -179,15 +182,16 @@ class Run:
     ) -> None:
         """Write checkpoints/step_<n>, whole or not at all, and remove older ones.
 
-        facts: where the draft comes from, for its `deepspec.json`.
+        facts: where the draft comes from, for its `deepspec.json`. All ranks must call this, and `save_best`.
         """
+        weights, state = whole(draft.state_dict()), optimizer.state()
         if self.rank:
             return
         path = self.checkpoints / f"step_{at.step}"
 
         def resumable(part: Path) -> None:
             with _disk_of(path):
-                torch.save(optimizer.state(), part / "optimizer.pt")
+                torch.save(state, part / "optimizer.pt")
             write_json(part / "progress.json", vars(at))
             hashes = {p.name: file_hash(p) for p in part.iterdir() if p.name != "progress.json"}
             write_json(part / MANIFEST, hashes)
@@ -198,15 +202,16 @@ class Run:
         else:
             facts = {**facts, "step": at.step, "tokens": at.tokens}
             with _disk_of(path):
-                save_draft(draft, path, target, facts, beside=resumable)
+                save_draft(draft, path, target, facts, weights=weights, dtype=self.dtype, beside=resumable)
         for _, old in self._steps()[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
 
     def save_best(self, draft: NeuralDraft, at: Progress, target: Target, facts: dict[str, Any]) -> None:
         """Write checkpoints/best: what a run's folder stands for wherever a draft is asked for."""
+        weights = whole(draft.state_dict())
         if self.rank == 0:
             facts = {**facts, "step": at.step, "held_out_tau": at.best_tau, "tokens": at.tokens}
-            save_draft(draft, self.best, target, facts)
+            save_draft(draft, self.best, target, facts, weights=weights, dtype=self.dtype)
 
     def resume(self, draft: NeuralDraft, optimizer: Optimizer, facts: dict[str, Any]) -> Progress:
         """Load the newest whole checkpoint into draft and optimizer, if there is one.

@@ -20,7 +20,7 @@ from deepspec.drafts.base import NeuralDraft
 from deepspec.errors import NonFiniteError, UserError, first_line
 from deepspec.features.batches import Source, check_finite
 from deepspec.maths.blocks import FeatureBatch
-from deepspec.train.dist import ALONE, Ranks
+from deepspec.train.dist import ALONE, Ranks, gathered
 from deepspec.train.optimizer import Optimizer
 
 TEACHER_ROWS = 128
@@ -80,7 +80,7 @@ def train_step(
     generators = row_generators(recipe, step, len(rows))
     total = weight = torch.zeros((), device=draft.device)
     metrics: dict[str, Tensor] = {}
-    together = recipe.shard_target and ranks.world > 1
+    together = recipe.in_step and ranks.world > 1
     abandoned = False
     for number, picked in enumerate(_in_step(rows, recipe, ranks)):
         if number and (ranks.largest(bool(stop))[0] if together else stop):
@@ -88,12 +88,14 @@ def train_step(
             break
         with memory_for("a micro-batch", MICRO_BATCH):
             batch = features_of(source, rows, picked or [0])
-            if not picked:
+            if not picked and not recipe.shard_draft:
                 continue
-            plan: Any = draft.plan(batch, recipe.num_anchors, _each(generators, picked))
+            plan: Any = draft.plan(batch, recipe.num_anchors, _each(generators, picked or [0]))
             sums = draft(batch, recipe.loss, plan, measure)
-            sums.total.backward()
+            (sums.total if picked else 0 * sums.total).backward()
             optimizer.collect()
+        if not picked:
+            continue
         total, weight = total + sums.total.detach(), weight + sums.weight
         metrics = {name: value + metrics.get(name, 0) for name, value in sums.metrics.items()}
     if ranks.largest(abandoned)[0]:
@@ -115,12 +117,12 @@ def _each(generators: Sequence[torch.Generator], picked: Sequence[int]) -> Any:
 
 
 def _in_step(rows: Sequence[Encoded], recipe: Recipe, ranks: Ranks, alone: bool = False) -> list[list[int]]:
-    """The micro-batches of this rank's share of a batch, or its rows one by one (`alone`). Ranks that read a
-    target which is split over them must read equally often: those with fewer get empty ones, for which they
-    read any row."""
+    """The micro-batches of this rank's share of a batch, or its rows one by one (`alone`). Ranks that share a
+    model which is split over them must pass it equally often: those with fewer get empty ones, for which they
+    pass any row and learn nothing."""
     optim = recipe.optim.model_copy(update={"micro_batch_size": 1}) if alone else recipe.optim
     shares = [range(len(rows))[rank :: ranks.world] for rank in range(ranks.world)]
-    if not recipe.shard_target:
+    if not recipe.in_step:
         return micro_batches(rows, shares[ranks.rank], optim)
     cut = [micro_batches(rows, share, optim) for share in shares]
     mine = cut[ranks.rank]
@@ -187,13 +189,14 @@ def find_fault(
     large, and in which of all ranks' rows. Its batch is computed again row by row, with the same anchors."""
     generators, found = row_generators(recipe, step, len(rows)), None
     losses: dict[str, float] = {}
-    for picked in _in_step(rows, recipe, ranks, alone=True):
-        batch = features_of(source, rows, picked or [0])
-        if picked and found is None:
-            found = _wrong_outputs(draft, batch, who)
-        if picked and found is None:
-            plan: Any = draft.plan(batch, recipe.num_anchors, _each(generators, picked))
-            losses[rows[picked[0]].id] = _row_loss(draft, batch, recipe, plan)
+    with gathered(draft):
+        for picked in _in_step(rows, recipe, ranks, alone=True):
+            batch = features_of(source, rows, picked or [0])
+            if picked and found is None:
+                found = _wrong_outputs(draft, batch, who)
+            if picked and found is None:
+                plan: Any = draft.plan(batch, recipe.num_anchors, _each(generators, picked))
+                losses[rows[picked[0]].id] = _row_loss(draft, batch, recipe, plan)
     everyone = ranks.gather((found, losses))
     for fault, _ in everyone:
         if fault is not None:
@@ -222,7 +225,7 @@ def _wrong_outputs(draft: NeuralDraft, batch: FeatureBatch, who: str) -> Fault |
 def _row_loss(draft: NeuralDraft, batch: FeatureBatch, recipe: Recipe, plan: Any) -> float:
     """The loss of one row; infinite if the loss or one of its gradients is not finite."""
     weights = [p for p in draft.parameters() if p.requires_grad]
-    sums = draft(batch, recipe.loss, plan, False)
+    sums = draft.forward(batch, recipe.loss, plan, False)  # a call would gather and split the weights again
     found = [sums.total.detach()]
     if sums.total.requires_grad:
         found += [g for g in torch.autograd.grad(sums.total, weights, allow_unused=True) if g is not None]
