@@ -57,9 +57,14 @@ class Case:
 
     @cached_property
     def draft(self) -> NeuralDraft:
-        draft = load_draft(FOLDER / self.name / "draft", self.target)
+        draft = load_draft(FOLDER / self.name / "draft", self.target, settled=False)
         # Loaded frozen; the golden gradients need it to train.
         return draft.requires_grad_(True)
+
+    @cached_property
+    def settled(self) -> NeuralDraft:
+        """As users decode with it."""
+        return load_draft(FOLDER / self.name / "draft", self.target)
 
     @property
     def block_draft(self) -> DFlashDraft:
@@ -253,12 +258,19 @@ class Decoded:
 
 def decode(case: Case) -> Decoded:
     """Greedy decoding through the package's own decoder, watched from outside."""
-    target, draft = case.target, case.draft
+    target, draft = case.target, case.settled
     prompt, budget = case.prompt, case.budget
     rounds = [Round()]
-    watch = draft.norm.register_forward_hook(
-        lambda module, inputs, output: rounds[-1].normed.append((inputs[0], output))
-    )
+    place, name = (draft.norm, "forward") if draft.lean is None else (draft.lean, "norm")
+    norm = getattr(place, name)
+
+    def watched_norm(x: Tensor) -> Tensor:
+        found = norm(x)
+        # A block's rows come packed from lean layers.
+        packed = draft.algorithm.parallel and draft.lean is not None
+        rounds[-1].normed.append((x[None], found[None]) if packed else (x, found))
+        return found
+
     step, observe, propose = target.step, draft.observe, draft.propose
 
     def watched_step(slots: Sequence[int], tokens: Sequence[Sequence[int]], layers: Sequence[int]) -> Any:
@@ -286,6 +298,7 @@ def decode(case: Case) -> Decoded:
 
     choose = dflash.choose
     with (
+        patch.object(place, name, watched_norm),
         patch.object(target, "step", watched_step),
         patch.object(draft, "observe", watched_observe),
         patch.object(draft, "propose", watched_propose),
@@ -294,7 +307,6 @@ def decode(case: Case) -> Decoded:
         patch.object(eagle3, "choose", watched_choose),
     ):
         (generation,) = Decoder(target, draft).run([Request(prompt, budget, sampling=GREEDY)])
-    watch.remove()
     return Decoded(generation, rounds[:-1])
 
 
@@ -308,7 +320,7 @@ class Thresholded(NamedTuple):
 
 def decode_with_threshold(case: Case, threshold: float) -> Thresholded:
     """Rounds whose proposals are cut before the first slot with a confidence below the threshold."""
-    target, draft, slot = case.target, case.draft, [0]
+    target, draft, slot = case.target, case.settled, [0]
     target.open(0)
     draft.open(0)
     tokens, proposed, accepted, margin = list(case.prompt), [], [], 1.0

@@ -84,7 +84,9 @@ def make_spec(algorithm: str, family: str = "qwen3", **changes: Any) -> DraftSpe
     )
 
 
-def make_draft(algorithm: str, family: str = "qwen3", *, seed: int = 0, **changes: Any) -> Any:
+def make_draft(
+    algorithm: str, family: str = "qwen3", *, seed: int = 0, settled: bool = False, **changes: Any
+) -> Any:
     """A float64 draft of which no number is the usual one: norms, biases and layer scalars are off too."""
     spec = make_spec(algorithm, family, **changes)
     torch.manual_seed(seed)
@@ -95,6 +97,9 @@ def make_draft(algorithm: str, family: str = "qwen3", *, seed: int = 0, **change
     draft.bind(
         Embedding(embedding, math.sqrt(HIDDEN) if gemma else 1.0), Head(head, softcap=5.0 if gemma else None)
     )
+    if settled:
+        draft.settle()
+        assert (draft.lean is None) == gemma
     return draft
 
 
@@ -313,9 +318,10 @@ def observe(draft: Any, slot: int, batch: FeatureBatch, row: int, start: int, en
     draft.observe([slot], batch.features[row, None, start:end], [ids[start:end]], [ids[start + 1 : end + 1]])
 
 
+@pytest.mark.parametrize("settled", [False, True])
 @pytest.mark.parametrize("family", SHAPES)
-def test_a_block_is_what_naive_loops_make_it_in_training_and_in_decoding(family: str) -> None:
-    draft, batch = make_draft("dflash", family), make_batch()
+def test_a_block_is_what_naive_loops_make_it_in_training_and_in_decoding(family: str, settled: bool) -> None:
+    draft, batch = make_draft("dflash", family, settled=settled), make_batch()
     with torch.no_grad():
         trained = draft.backbone(batch, draft.blocks(batch, ANCHORS, KEPT))
         for row, column in ((0, 0), (0, 2), (1, 1)):
@@ -330,11 +336,13 @@ def test_a_block_is_what_naive_loops_make_it_in_training_and_in_decoding(family:
 
 @pytest.mark.parametrize("sample_from_anchor", [True, False])
 @pytest.mark.parametrize("markov", ["vanilla", "gated", "rnn"])
+@pytest.mark.parametrize("settled", [False, True])
 def test_proposals_come_from_the_distributions_that_training_makes(
-    markov: str, sample_from_anchor: bool
+    markov: str, sample_from_anchor: bool, settled: bool
 ) -> None:
     """A recurrent head must pass through the slots of a block as it did in training."""
-    draft, batch = make_dspark(markov, sample_from_anchor=sample_from_anchor), make_batch()
+    draft = make_dspark(markov, sample_from_anchor=sample_from_anchor, settled=settled)
+    batch = make_batch()
     skip = 0 if sample_from_anchor else 1
     anchor = 5
     draft.open(0)
@@ -433,9 +441,12 @@ def test_the_unroll_is_what_naive_loops_make_it(family: str) -> None:
                 close(states[step][row, : length - step - 1], want[: length - step - 1])
 
 
+@pytest.mark.parametrize("settled", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("family", SHAPES)
-def test_every_decoding_step_is_an_unroll_step(family: str) -> None:
-    draft, batch = make_draft("eagle3", family), make_batch()
+def test_every_decoding_step_is_an_unroll_step(family: str, residual: bool, settled: bool) -> None:
+    draft = make_draft("eagle3", family, settled=settled, norm_before_residual=residual)
+    batch = make_batch()
     ids = batch.input_ids[0].tolist()
     with torch.no_grad():
         states = draft.unroll(batch)
@@ -451,8 +462,9 @@ def test_every_decoding_step_is_an_unroll_step(family: str) -> None:
                 close(hidden[0, 0], states[step][0, count - 1])
 
 
-def test_eagle_proposals_are_drawn_from_the_unrolled_states() -> None:
-    draft, batch = make_draft("eagle3"), make_batch()
+@pytest.mark.parametrize("settled", [False, True])
+def test_eagle_proposals_are_drawn_from_the_unrolled_states(settled: bool) -> None:
+    draft, batch = make_draft("eagle3", settled=settled), make_batch()
     draft.open(0)
     observe(draft, 0, batch, 0, 0, 4)
     uniforms = torch.rand(1, BLOCK, generator=torch.Generator().manual_seed(3)).to(DEVICE)
@@ -474,6 +486,12 @@ DRAFTS: dict[str, Callable[[], Any]] = {
     "dspark": lambda: make_dspark("rnn"),
 }
 every_draft = pytest.mark.parametrize("make", DRAFTS.values(), ids=DRAFTS.keys())
+SETTLED: dict[str, Callable[[], Any]] = {
+    "settled eagle3": lambda: make_draft("eagle3", settled=True),
+    "settled dflash": lambda: make_draft("dflash", settled=True),
+    "settled dspark": lambda: make_dspark("rnn", settled=True),
+}
+in_decoding = pytest.mark.parametrize("make", (DRAFTS | SETTLED).values(), ids=(DRAFTS | SETTLED).keys())
 
 
 ALIKE = (Sampling(1.0),) * 3
@@ -496,7 +514,7 @@ def propose(
     return draft.propose(slots, anchors, chosen, uniforms[:, : draft.max_proposals])
 
 
-@every_draft
+@in_decoding
 @pytest.mark.parametrize("slots", [[0, 1, 2], [4, 0, 2]], ids=["neighbours", "scattered"])
 @pytest.mark.parametrize("samplings", [ALIKE, MIXED], ids=["one sampling", "three samplings"])
 def test_a_ragged_batch_of_slots_is_each_slot_alone(
@@ -528,7 +546,7 @@ def test_a_ragged_batch_of_slots_is_each_slot_alone(
         starts = ends
 
 
-@every_draft
+@in_decoding
 def test_observing_in_pieces_is_observing_at_once(make: Callable[[], Any]) -> None:
     """Also with proposals in between, whose own keys must be gone, and in a slot used before."""
     whole, batch = make(), make_batch()
@@ -546,7 +564,7 @@ def test_observing_in_pieces_is_observing_at_once(make: Callable[[], Any]) -> No
     close(found.q, want.q)
 
 
-@every_draft
+@in_decoding
 def test_a_freed_slot_is_forgotten_and_leaves_its_neighbours(make: Callable[[], Any]) -> None:
     draft, batch = make(), make_batch((11, 11, 11), seed=2)
     for slot in range(3):
@@ -560,14 +578,39 @@ def test_a_freed_slot_is_forgotten_and_leaves_its_neighbours(make: Callable[[], 
     assert 1 not in getattr(draft, "last_hidden", {})
 
 
+@in_decoding
+def test_slot_of_a_sequence_with_nan_is_clean_for_the_next(make: Callable[[], Any]) -> None:
+    """A mask hides a key that is not finite, but 0 x NaN is NaN: a longer neighbour makes a row read on."""
+    draft, batch = make(), make_batch((11, 11, 11), seed=2)
+    draft.open(0)
+    draft.observe([0], batch.features[:1] * math.nan, [[1] * 11], [[2] * 11])
+    draft.free(0)
+    draft.open(0)
+    draft.open(1)
+    observe(draft, 0, batch, 0, 0, 2)
+    observe(draft, 1, batch, 1, 0, 9)
+    found = propose(draft, [0, 1], batch, [0, 1], [2, 9])
+    assert bool(found.q.isfinite().all())
+
+
+@in_decoding
+def test_a_draft_that_moves_or_is_cast_is_not_settled_any_more(make: Callable[[], Any]) -> None:
+    """What was laid out would stay where, and as narrow as, it was."""
+    draft, batch = make(), make_batch()
+    draft = draft.float().double()
+    assert draft.lean is None
+    draft.open(0)
+    observe(draft, 0, batch, 0, 0, 5)
+    assert bool(propose(draft, [0], batch, [0], [5]).q.isfinite().all())
+
+
 @every_draft
 def test_decoding_a_draft_that_is_being_trained_keeps_no_graph(make: Callable[[], Any]) -> None:
     """A held-out evaluation during training would otherwise hold every round's activations."""
     draft, batch = make().train(), make_batch()
     draft.open(0)
     observe(draft, 0, batch, 0, 0, 5)
-    stores = [draft.store] if isinstance(draft, Eagle3Draft) else draft.stores
-    assert not any(s.keys.requires_grad or s.values.requires_grad for s in stores)
+    assert not any(s.keys.requires_grad or s.values.requires_grad for s in draft.stores)
     assert not propose(draft, [0], batch, [0], [5]).q.requires_grad
 
 

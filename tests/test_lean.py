@@ -135,7 +135,7 @@ def test_weights_stay_one_copy_that_modules_and_lean_steps_share() -> None:
     first = stepped(target, 0, [5, 6, 7]).last_hidden
     assert all(torch.equal(v, before[k]) for k, v in target.model.state_dict().items())
     attention = target.decoder.layers[0].self_attn
-    fused = target._lean.layers[0].qkv
+    fused = target._lean.stack.layers[0].qkv
     # Inference tensors, which a step makes, may not take part in anything that is differentiated.
     assert not attention.k_proj.weight.is_inference()
     assert attention.k_proj.weight.untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()

@@ -44,13 +44,13 @@ def new_draft(
     return draft.to(target.device)
 
 
-def load_draft(name_or_path: str | Path, target: Target) -> NeuralDraft:
+def load_draft(name_or_path: str | Path, target: Target, *, settled: bool = True) -> NeuralDraft:
     """Load a draft and bind it to its target.
 
     name_or_path: a checkpoint directory, a run directory (its best checkpoint), a Hub id, or a built-in name
-    (`pocket-dspark`, …). Reports when the draft has its own head or embedding, and warns when the tokenizer
-    differs from the one used in training. Raises CheckpointError for a broken or foreign checkpoint and
-    MismatchError for a draft of another target.
+    (`pocket-dspark`, …). settled: its weights will not change, so it is prepared to decode. Reports when the
+    draft has its own head or embedding, and warns when the tokenizer differs from the one used in training.
+    Raises CheckpointError for a broken or foreign checkpoint and MismatchError for a draft of another target.
     """
     path = read.find_checkpoint(name_or_path)
     depth = target.spec.num_layers
@@ -70,6 +70,8 @@ def load_draft(name_or_path: str | Path, target: Target) -> NeuralDraft:
     draft = draft.to(target.device).eval().requires_grad_(False)
     draft.bind(embedding, head, target.head)
     draft.name = Path(name_or_path).name
+    if settled:
+        draft.settle()
     return draft
 
 

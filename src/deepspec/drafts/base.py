@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from deepspec.drafts import ALGORITHMS, Algorithm
+from deepspec.drafts.layers import lean_layers
 from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import FeatureBatch
 from deepspec.maths.head import Embedding, Head
+from deepspec.maths.lean import LeanLayers
 from deepspec.maths.slots import Ints, Ragged, Rows, SlotStore
 from deepspec.maths.verify import Sampling, Samplings, draw, most_probable, warp
 
@@ -77,6 +79,9 @@ class NeuralDraft(nn.Module, Draft):
     teacher_head: Head
     """The target's head: turns last hidden states into the target's distribution."""
     frequencies: Tensor
+    layers: nn.ModuleList
+    norm: nn.RMSNorm
+    """After the last layer."""
     fc: nn.Linear
     """Projects the features of all captured layers to the hidden width."""
 
@@ -84,6 +89,10 @@ class NeuralDraft(nn.Module, Draft):
         super().__init__()
         self.spec = spec
         self.name = spec.algorithm
+        self.stores: list[SlotStore] = []
+        """Of each layer's keys and values."""
+        self.lean: LeanLayers | None = None
+        """The layers for decoding in few operations; None while weights may change (`settle`)."""
         self.lengths: dict[int, int] = {}
         """Committed tokens per slot."""
         self.scored = False
@@ -92,6 +101,7 @@ class NeuralDraft(nn.Module, Draft):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Casts and moves of the whole module; rotary frequencies move, but stay float32 whatever the rest
         becomes (rounded to bfloat16 they turn far positions wrongly)."""
+        self.lean = None
         before = self.frequencies
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if not before.is_meta and self.frequencies.dtype != before.dtype:
@@ -104,6 +114,11 @@ class NeuralDraft(nn.Module, Draft):
 
         They are not modules, so neither optimisers nor sharding nor the state dict see their weights."""
         self.embedding, self.head, self.teacher_head = embedding, head, teacher_head or head
+
+    def settle(self) -> None:
+        """Prepare to decode with weights that do not change from now on."""
+        layers: list[Any] = list(self.layers)
+        self.lean = lean_layers(layers, self.norm, self.stores, self.spec.shape, self.frequencies)
 
     @property
     def device(self) -> torch.device:
@@ -127,16 +142,16 @@ class NeuralDraft(nn.Module, Draft):
 
     def open(self, slot: int) -> None:
         self.lengths[slot] = 0
+        for store in self.stores:
+            store.wipe(slot, 0)  # NaN of an earlier sequence would pass through any mask
 
     def free(self, slot: int) -> None:
         del self.lengths[slot]
 
     def release(self) -> None:
         """Give back the memory of all slots, none of which may be in use."""
-        for held in vars(self).values():
-            for store in held if isinstance(held, list) else [held]:
-                if isinstance(store, SlotStore):
-                    store.release()
+        for store in self.stores:
+            store.release()
 
     def rows(self, slots: Ints, width: int) -> Rows:
         """Where the next `width` tokens of each slot go."""

@@ -19,7 +19,7 @@ from deepspec.maths.calibration import binned
 from deepspec.maths.host import sent
 from deepspec.maths.losses import head_loss
 from deepspec.maths.positions import Positions, position_weights
-from deepspec.maths.slots import Ints, Ragged, SlotStore
+from deepspec.maths.slots import Ints, Ragged, Rows, SlotStore
 from deepspec.maths.verify import Samplings
 
 SHARED = 0.9
@@ -179,23 +179,38 @@ class DFlashDraft(NeuralDraft):
     def observe(self, slots: Ints, features: Tensor | None, tokens: Ragged, next_tokens: Ragged) -> None:
         """Append the context keys and values of committed tokens."""
         assert features is not None
-        context = self.context(features)
         rows = self.rows(slots, features.shape[1])
+        if self.lean is not None:
+            step = self.lean.plan(rows, tokens, "nothing")
+            context = self.context(step.packed(features))
+            for layer in self.lean.layers:
+                self.lean.remember(layer, context, step)
+        else:
+            self._remember(self.context(features), rows)
+        for slot, new in zip(slots, tokens, strict=True):
+            self.lengths[slot] += len(new)
+
+    def _remember(self, context: Tensor, rows: Rows) -> None:
+        """Store the context keys and values of [R, Q, d]."""
         turn = rotation(rows.positions(context.device), self.frequencies, context.dtype)
         for layer, store in zip(self.layers, self.stores, strict=True):
             assert isinstance(layer, DraftLayer)
             store.write(*layer.self_attn.keys_values(context, turn), rows)
-        for slot, new in zip(slots, tokens, strict=True):
-            self.lengths[slot] += len(new)
 
+    @torch.inference_mode()
     def block_hidden(self, slots: Ints, anchors: Ints) -> Tensor:
         """[R, γ, d] hidden rows of one block after each slot's committed context."""
         block, mask_token_id = self.spec.block, self.spec.mask_token_id
         assert mask_token_id is not None
-        ids = torch.full((len(slots), block), mask_token_id, device=self.device)
-        ids[:, 0] = torch.tensor(list(anchors), device=self.device)
+        tokens = [[anchor] + [mask_token_id] * (block - 1) for anchor in anchors]
         rows = self.rows(slots, block)
-        hidden = self.embedding(ids).to(self.dtype)
+        if self.lean is not None:
+            step = self.lean.plan(rows, tokens, "all")
+            hidden = self.embedding(step.ids).to(self.dtype)
+            for lean in self.lean.layers:
+                hidden = self.lean.through(lean, hidden, step)
+            return step.padded(self.lean.norm(hidden))
+        hidden = self.embedding(torch.tensor(tokens, device=self.device)).to(self.dtype)
         turn = rotation(rows.positions(self.device), self.frequencies, hidden.dtype)
         longest = max(rows.starts)
         mask = None

@@ -5,6 +5,8 @@ B sequences, S tokens, K unroll steps, H heads, D head dim, d hidden, m captured
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from deepspec.drafts.layers import DraftLayer, initialise, inverse_frequencies, 
 from deepspec.drafts.spec import DraftSpec
 from deepspec.maths.blocks import FeatureBatch, unroll_ids, unroll_masks
 from deepspec.maths.host import sent
+from deepspec.maths.lean import Norm
 from deepspec.maths.losses import head_loss
 from deepspec.maths.positions import Positions
 from deepspec.maths.slots import Ints, Ragged, Rows, SlotStore, causal_rows_mask
@@ -34,7 +37,7 @@ class Eagle3Draft(NeuralDraft):
         self.layers = nn.ModuleList([DraftLayer(shape, paired=True)])
         self.norm = nn.RMSNorm(shape.hidden, shape.eps)
         self.register_buffer("frequencies", inverse_frequencies(shape), persistent=False)
-        self.store = SlotStore()
+        self.stores = [SlotStore()]
         self.last_hidden: dict[int, Tensor] = {}
         initialise(self)
 
@@ -140,6 +143,10 @@ class Eagle3Draft(NeuralDraft):
 
     # ── decoding ──────────────────────────────────────────────────────────────────────────────────
 
+    def settle(self) -> None:
+        super().settle()
+        self.embedding_norm = Norm(self.layer.input_layernorm.weight.detach(), self.spec.shape.eps)
+
     def free(self, slot: int) -> None:
         super().free(slot)
         self.last_hidden.pop(slot, None)
@@ -147,10 +154,17 @@ class Eagle3Draft(NeuralDraft):
     @torch.inference_mode()
     def advance(self, rows: Rows, hidden: Tensor, ids: Tensor) -> Tensor:
         """The layer over Q new rows per slot, keys stored: [R, Q, d] hidden, [R, Q] ids -> [R, Q, d]."""
+        if self.lean is not None:
+            step, (layer,) = self.lean.plan(rows, None), self.lean.layers
+            stream, embedded = hidden.flatten(0, 1), self.embedding(ids.flatten()).to(hidden.dtype)
+            normed = layer.norm(stream)
+            x = torch.cat([self.embedding_norm(embedded), normed], dim=-1)
+            stream = normed if self.spec.norm_before_residual else stream
+            return self.lean.finish(layer, stream, self.lean.mix(layer, x, step)).view_as(hidden)
         attention = self.layer.self_attn
         x = self._attention_input(hidden, ids)
         turn = rotation(rows.positions(x.device), self.frequencies, x.dtype)
-        keys, values = self.store.write(*attention.keys_values(x, turn), rows)
+        keys, values = self.stores[0].write(*attention.keys_values(x, turn), rows)
         alone = rows.width == 1 and len(set(rows.starts)) == 1
         mask = None if alone else causal_rows_mask(rows, x.device)
         return self._finish(hidden, attention.attend(attention.queries(x, turn), keys, values, mask))
@@ -171,11 +185,12 @@ class Eagle3Draft(NeuralDraft):
     @torch.inference_mode()
     def propose(self, slots: Ints, anchors: Ints, samplings: Samplings, uniforms: Tensor) -> Proposal:
         """γ proposals, each fed back with the hidden state that gave it."""
+        norm: Callable[[Tensor], Tensor] = self.norm if self.lean is None else self.lean.norm
         hidden = torch.stack([self.last_hidden[s] for s in slots])[:, None]
         starts = [self.lengths[s] for s in slots]
         tokens, q, scores = [], [], []
         for step in range(self.spec.block):
-            logits = self.head.spread(self.head.logits(self.norm(hidden[:, 0])), self.spec.vocab_size)
+            logits = self.head.spread(self.head.logits(norm(hidden[:, 0])), self.spec.vocab_size)
             chosen, distribution = choose(logits, samplings, uniforms[:, step])
             tokens.append(chosen)
             q.append(distribution)

@@ -7,13 +7,16 @@ rotate-half form, always in float32. The epsilon of a norm is inside the root (m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspec.drafts.spec import LayerShape
+from deepspec.maths.lean import LeanLayers, Norm, lean_layer
+from deepspec.maths.slots import SlotStore
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -140,6 +143,36 @@ class DraftLayer(nn.Module):
         hidden = residual + self.post_attention_layernorm(attended)
         inner = self.mlp(self.pre_feedforward_layernorm(hidden))
         return (hidden + self.post_feedforward_layernorm(inner)) * self.layer_scalar
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def lean_layers(
+    layers: Sequence[Any],
+    norm: nn.RMSNorm,
+    stores: Sequence[SlotStore],
+    shape: LayerShape,
+    frequencies: Tensor,
+) -> LeanLayers | None:
+    """A draft's layers and last norm for decoding in few operations; None if the family computes with more
+    than they know. Weights are laid out here, and must not change from now on."""
+    if shape.sandwich or shape.value_is_key or shape.value_norm:
+        return None
+    found = []
+    for layer, store in zip(layers, stores, strict=True):
+        norms = getattr(layer, "hidden_norm", layer.input_layernorm), layer.post_attention_layernorm
+        found.append(lean_layer(layer.self_attn, layer.mlp, norms, shape.eps, store))
+    dtype = found[0].qkv.dtype
+    return LeanLayers(
+        found,
+        Norm(norm.weight, shape.eps),
+        shape.heads,
+        shape.kv_heads,
+        shape.head_dim,
+        layers[0].self_attn.scale,
+        ACTIVATIONS[shape.activation],
+        turns=lambda positions: rotation(positions, frequencies, dtype),
+    )
 
 
 def initialise(module: nn.Module) -> None:

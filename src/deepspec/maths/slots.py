@@ -98,7 +98,7 @@ class SlotStore:
         (place * H + head) * capacity + position of each."""
         assert self.keys is not None and self.values is not None
         for store, new in ((self.keys, keys), (self.values, values)):
-            store.flatten(0, 2).index_copy_(0, flat, new.flatten(0, 1))
+            store.view(-1, store.shape[-1]).index_copy_(0, flat, new.reshape(-1, new.shape[-1]))
         return self._view(here, end)
 
     def read(self, slots: tuple[int, ...], end: int) -> tuple[Tensor, Tensor]:

@@ -121,7 +121,7 @@ def sized_spec(recipe: Recipe, target_config: dict[str, Any]) -> DraftSpec:
 
 def trained_draft(name: str, spec: DraftSpec, target: Target) -> NeuralDraft:
     """A draft to fine-tune. Raises RecipeError if it is not what the recipe describes."""
-    draft = load_draft(name, target)
+    draft = load_draft(name, target, settled=False)
     names = [field.name for field in fields(spec) if field.compare]
     other = [name for name in names if getattr(draft.spec, name) != getattr(spec, name)]
     if other:
