@@ -71,13 +71,28 @@ def test_products_of_one_step_are_counted_backwards_too() -> None:
     x, weight = torch.randn(5, 7), torch.randn(7, 3, requires_grad=True)
     with meter.counting(False, 10):
         (x @ weight).sum().backward()
-    assert meter.read(1e9).keys() == {"memory_gb"}
+    assert meter.read(1e9, 1.0).keys() == {"memory_gb", "features_share"}
     for _ in range(2):  # the second is not counted
         with meter.counting(True, 10):
             (x @ weight).sum().backward()
     # 2 · 5·7·3 forwards and as many for the weight's gradient, for 5 of the 10 tokens of two processes.
     assert meter.per_token == 2 * (2 * 5 * 7 * 3) / 5
-    found = meter.read(1e9)
+    found = meter.read(1e9, 2.0)
     assert found["tflops"] == pytest.approx(84 * 1e9 / 2 / 1e12)
     assert found["mfu"] == pytest.approx(0.042)
     assert 0 < found["memory_gb"] < 1000
+
+
+def test_waiting_for_features_is_a_share_of_the_steps_since_the_last_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And counted where the source fails, too."""
+    clock = iter([0.0, 3.0, 10.0, 12.0, 20.0, 21.0])
+    monkeypatch.setattr("deepspec.train.meter.time.perf_counter", lambda: next(clock))
+    meter = Meter(torch.device("cpu"), "float32", world=1, seconds=100.0)
+    source: Any = meter.timed(lambda rows, width: rows[width])
+    assert source(["a"], 0) == "a" and source(["a", "b"], 1) == "b"
+    assert meter.read(1.0, 110.0)["features_share"] == pytest.approx(0.5)
+    with pytest.raises(IndexError):
+        source([], 0)
+    assert meter.read(1.0, 112.0)["features_share"] == pytest.approx(0.5)

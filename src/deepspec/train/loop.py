@@ -241,7 +241,8 @@ def train(
     training = _Training(run, draft, target, source, facts, held_out, ranks, optimizer, at, total_steps)
     order = batches_from(rows, recipe.optim.batch_size, recipe.seed, at.step)
     batches = announced(order, source, ranks.share)
-    meter = Meter(target.device, recipe.precision, ranks.world)
+    meter = Meter(target.device, recipe.precision, ranks.world, at.seconds)
+    timed = meter.timed(source)
     draft.train()
     with closing(batches), run.logging(at, total_steps) as log, stop_on_interrupt(run.note) as stop:
         while True:
@@ -255,7 +256,7 @@ def train(
             try:
                 with meter.counting(measure, sum(len(row.ids) for row in picked)):
                     loss, sums = train_step(
-                        draft, source, picked, recipe, at.step, measure, optimizer, ranks, stop
+                        draft, timed, picked, recipe, at.step, measure, optimizer, ranks, stop
                     )
             except AbandonedError:
                 continue
@@ -267,7 +268,7 @@ def train(
             at.seconds += time.perf_counter() - began
             if measure and stepped.taken:
                 row = _metrics_row(at, epoch, stepped, sums)
-                log(row | meter.read(row["tokens_per_s"]), training.done)
+                log(row | meter.read(row["tokens_per_s"], at.seconds), training.done)
             if at.step % recipe.eval_every_steps == 0:
                 training.judge(log)
             if at.step % recipe.checkpoint_every_steps == 0:
