@@ -26,7 +26,7 @@ from deepspec.drafts.base import LossSums
 from deepspec.drafts.dflash import DFlashDraft
 from deepspec.drafts.dspark import DSparkDraft
 from deepspec.drafts.eagle3 import Eagle3Draft
-from deepspec.drafts.layers import DraftLayer, inverse_frequencies, rotation
+from deepspec.drafts.layers import MLP, DraftLayer, inverse_frequencies, rotation
 from deepspec.drafts.lookup import PromptLookup
 from deepspec.drafts.spec import DraftSpec, LayerShape, RopeFacts, layer_shape
 from deepspec.maths.blocks import FeatureBatch
@@ -576,6 +576,19 @@ def test_a_freed_slot_is_forgotten_and_leaves_its_neighbours(make: Callable[[], 
     assert torch.equal(found.q, want.q)
     assert set(draft.lengths) == {0, 2}
     assert 1 not in getattr(draft, "last_hidden", {})
+
+
+def test_layers_of_a_researchers_own_class_decode_as_they_are_written() -> None:
+    """Lean layers know what ours compute, and would leave the rest out in silence."""
+
+    class Doubled(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    draft = make_draft("dflash")
+    draft.layers[1].mlp.__class__ = Doubled
+    draft.settle()
+    assert draft.lean is None
 
 
 @in_decoding

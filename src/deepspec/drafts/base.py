@@ -116,7 +116,10 @@ class NeuralDraft(nn.Module, Draft):
         self.embedding, self.head, self.teacher_head = embedding, head, teacher_head or head
 
     def settle(self) -> None:
-        """Prepare to decode with weights that do not change from now on."""
+        """Prepare to decode with weights that do not change from now on. A draft whose `advance` or
+        `block_hidden` does something else with its layers has to leave this out."""
+        if not self.stores:
+            return
         layers: list[Any] = list(self.layers)
         self.lean = lean_layers(layers, self.norm, self.stores, self.spec.shape, self.frequencies)
 

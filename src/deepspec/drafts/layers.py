@@ -154,9 +154,10 @@ def lean_layers(
     shape: LayerShape,
     frequencies: Tensor,
 ) -> LeanLayers | None:
-    """A draft's layers and last norm for decoding in few operations; None if the family computes with more
-    than they know. Weights are laid out here, and must not change from now on."""
-    if shape.sandwich or shape.value_is_key or shape.value_norm:
+    """A draft's layers and last norm for decoding in few operations; None if the family, or a class of layers
+    that is not ours, may compute something else. Weights are laid out here, and must not change from now on."""
+    kinds = {type(part) for layer in layers for part in (layer, layer.self_attn, layer.mlp)}
+    if shape.sandwich or shape.value_is_key or shape.value_norm or kinds != {DraftLayer, Attention, MLP}:
         return None
     found = []
     for layer, store in zip(layers, stores, strict=True):
