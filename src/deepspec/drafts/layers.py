@@ -155,7 +155,7 @@ def lean_layers(
     frequencies: Tensor,
 ) -> LeanLayers | None:
     """A draft's layers and last norm for decoding in few operations; None if the family, or a class of layers
-    that is not ours, may compute something else. Weights are laid out here, and must not change from now on."""
+    that is not ours, may compute something else. Weights are laid out here, and may not change afterwards."""
     kinds = {type(part) for layer in layers for part in (layer, layer.self_attn, layer.mlp)}
     if shape.sandwich or shape.value_is_key or shape.value_norm or kinds != {DraftLayer, Attention, MLP}:
         return None
