@@ -690,12 +690,19 @@ def test_several_accelerators_share_the_work_but_not_the_state_of_the_draft():
         "value"
     ]
     assert 0.25 < split / one[place]["target weights"]["value"] < 0.5
+    answering = [
+        json.loads(call(*words, 4, word).stdout)["sections"][place]["answering"]["value"]
+        for word in ("shard_target=true", "shard_target=false")
+    ]
+    assert answering[0] == answering[1], "one device writes the answers, alone"
     parts = json.loads(call(*words, 4, "shard_draft=true").stdout)["sections"]
     state = parts[place]["draft, gradients, optimiser"]["value"]
     assert state / four[place]["draft, gradients, optimiser"]["value"] == pytest.approx(12 / 20)
     assert parts["time"]["training"]["value"] > four["time"]["training"]["value"]
     host = "memory of the host"
     assert four[host]["at most at once"]["value"] == 4 * one[host]["at most at once"]["value"]
+    small = call("plan", "dspark/qwen3-4b", "--machine", "rtx4090", "--gpus", 4, "--rows", 1000)
+    assert small.exit_code == 2 and "shard_draft=true" in small.output
     uneven = call(*words, 3)
     assert uneven.exit_code == 2 and "which 3 accelerators cannot share evenly" in uneven.output
 

@@ -269,6 +269,16 @@ def test_step_that_explodes_on_ranks_names_its_rows(scene, tmp_path, sharding):
         assert re.search(r"the loss .*of step \d+", (tmp_path / f"rank-{rank}.log").read_text())
 
 
+def test_split_target_is_not_asked_for_answers_by_one_rank_alone(scene, tmp_path, monkeypatch):
+    """Its layers wait for all ranks, and these wait for the answers, for days."""
+    monkeypatch.setattr("deepspec.train.data.launched", lambda: (0, 2))
+    recipe = recipe_of(scene, "dspark", "shard_target=true", "data.train=pocket:train")
+    with pytest.raises(RecipeError, match="which one process does alone") as caught:
+        train_draft(recipe, tmp_path / "runs")
+    assert "deepspec data regenerate pocket:train" in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_rank_that_dies_ends_the_others_with_a_message(scene, tmp_path):
     def work(rank: int) -> None:
         real = loop.train_step

@@ -36,12 +36,15 @@ class Change(NamedTuple):
 def ladder(inputs: Inputs) -> list[Step]:
     """Steps that need less on the same machine, cheapest first: what costs precision on disk, what costs
     time, what costs the draft something."""
+    split = ["true"] if inputs.gpus > 1 else []
     fewer_rows = [max(int(inputs.counts.rows / share), 1) for share in (2, 4, 10)]
     choices: list[tuple[str, Sequence[Any], str]] = [
         ("--store", ["fp8"], "some precision of the features"),
         ("--features", ["online"], "the target's forward pass in every epoch"),
         ("--batch", [8, 4, 2, 1], "fewer answers written at a time"),
         ("optim.micro_batch_size", [1], "smaller matrix products"),
+        ("shard_draft", split, "weights and gradients sent in every micro-batch"),
+        ("shard_target", split, "the target's layers sent in every forward pass"),
         ("optim.states", ["8bit"], "rounded moments of the optimiser, and the bitsandbytes package"),
         ("eval_prompts", [4], "a coarser choice of the best checkpoint"),
         ("num_anchors", [256, 128, 64], "fewer blocks learnt from in a sequence"),

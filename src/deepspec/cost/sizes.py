@@ -93,7 +93,9 @@ def memory_figures(inputs: Inputs) -> dict[str, Figure]:
     )
     if inputs.answers_here:
         slots = formulas.slot_bytes(names | {"draft_layers": 0}, names["batch"], length)
-        found["answering"] = figure("bytes", "weights + slots", weights=weights, slots=slots)
+        # One device writes the answers, alone: a target that is split for training is whole there.
+        whole = figure("bytes", "parameters * width", names)
+        found["answering"] = figure("bytes", "weights + slots", weights=whole, slots=slots)
     return found
 
 

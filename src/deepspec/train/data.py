@@ -31,7 +31,7 @@ from deepspec.log import import_tracker, warn
 from deepspec.pocket import prompts_path
 from deepspec.targets import Target, TargetSpec
 from deepspec.train.build import feature_layers, read_rules, sized_spec
-from deepspec.train.dist import ALONE, Ranks
+from deepspec.train.dist import ALONE, Ranks, launched
 from deepspec.train.facts import code_hash, data_facts, file_hash
 from deepspec.train.optimizer import eight_bit_adamw
 
@@ -60,6 +60,15 @@ def check_before_loading(recipe: Recipe, answers: Path | None) -> None:
         open_cache(Path(place))
     else:
         check_answers(recipe, answers)
+        if _asks(recipe, answers) and recipe.shard_target and launched()[1] > 1:
+            raise RecipeError(
+                f"data.train={recipe.data.train} has to be answered first, which one process does alone, and "
+                "shard_target=true splits the target over all of them",
+                where=recipe.name,
+                next_step=f"write the answers with `deepspec data regenerate {recipe.data.train} --target "
+                f"{recipe.target}`, through a server if no device holds the target, and set data.train to "
+                "that file",
+            )
     if form == "vllm":
         connections(addresses(place))
     _check_file("select", recipe)
@@ -70,10 +79,14 @@ def check_answers(recipe: Recipe, answers: Path | None) -> None:
     """Raise UserError if the training file is missing, or its first line cannot be used."""
     if answers is None:
         _check_file("train", recipe)
-    asked_now = answers is None and recipe.data.train.startswith("pocket:")
     file = answers or prompts_path(recipe.data.train)
     skipped = Skipped() if recipe.data.skip_bad else None
-    next(read_conversations(file, require_answer=not asked_now, skipped=skipped), None)
+    next(read_conversations(file, require_answer=not _asks(recipe, answers), skipped=skipped), None)
+
+
+def _asks(recipe: Recipe, answers: Path | None) -> bool:
+    """Whether the recipe trains on prompts, which the target answers before training."""
+    return answers is None and recipe.data.train.startswith("pocket:")
 
 
 def _check_file(key: str, recipe: Recipe) -> None:
