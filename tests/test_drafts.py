@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pkgutil import resolve_name
@@ -578,17 +579,113 @@ def test_a_freed_slot_is_forgotten_and_leaves_its_neighbours(make: Callable[[], 
     assert 1 not in getattr(draft, "last_hidden", {})
 
 
-def test_layers_of_a_researchers_own_class_decode_as_they_are_written() -> None:
+class OwnMLP(MLP):
+    pass
+
+
+class OwnNorm(nn.RMSNorm):
+    pass
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+class OwnEagle(Eagle3Draft):
+    def _finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        return 2 * super()._finish(hidden, attended)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "place", "kind"),
+    [
+        ("dflash", "layers.1.mlp", OwnMLP),
+        ("dflash", "norm", OwnNorm),
+        ("dspark", "layers.0.self_attn.k_norm", OwnNorm),
+        ("eagle3", "layers.0.self_attn.v_proj", OwnLinear),
+        ("eagle3", "", OwnEagle),
+    ],
+)
+def test_parts_of_a_researchers_own_class_decode_as_they_are_written(
+    algorithm: str, place: str, kind: type
+) -> None:
     """Lean layers know what ours compute, and would leave the rest out in silence."""
-
-    class Doubled(MLP):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    draft = make_draft("dflash")
-    draft.layers[1].mlp.__class__ = Doubled
+    draft = make_dspark() if algorithm == "dspark" else make_draft(algorithm)
+    draft.get_submodule(place).__class__ = kind
     draft.settle()
     assert draft.lean is None
+
+
+@in_decoding
+def test_hooks_on_a_layer_are_called(make: Callable[[], Any]) -> None:
+    draft = make()
+    draft.layers[0].mlp.register_forward_hook(lambda *what: None)
+    draft.settle()
+    assert draft.lean is None
+
+
+@pytest.mark.parametrize("make", SETTLED.values(), ids=SETTLED.keys())
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda draft: draft.load_state_dict({k: v + 1 for k, v in draft.state_dict().items()}),
+        lambda draft: draft.train(),
+        lambda draft: draft.requires_grad_(True),
+        lambda draft: draft.to(torch.float32),
+    ],
+    ids=["loaded", "in training", "with gradients", "cast"],
+)
+def test_weights_that_may_have_changed_are_read_again(
+    make: Callable[[], Any], change: Callable[[Any], Any]
+) -> None:
+    """Lean layers copy norms and biases, and would go on with the old ones."""
+    draft = make()
+    change(draft)
+    assert draft.lean is None
+
+
+@pytest.mark.parametrize("make", SETTLED.values(), ids=SETTLED.keys())
+def test_settled_draft_can_be_pickled_and_copied(make: Callable[[], Any]) -> None:
+    draft, batch = make(), make_batch()
+    for other in (pickle.loads(pickle.dumps(draft)), copy.deepcopy(draft)):
+        for each in (draft, other):
+            each.open(0)
+            observe(each, 0, batch, 0, 0, 5)
+        found, want = (propose(each, [0], batch, [0], [5]).q for each in (other, draft))
+        assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("algorithm", ["dflash", "eagle3"])
+def test_settled_layers_are_the_modules_past_the_first_table_of_positions(
+    algorithm: str, dtype: torch.dtype
+) -> None:
+    """Two rows, one of them past 1,024 tokens, in float32, where norms take another way, and in bfloat16."""
+    draws = torch.Generator().manual_seed(4)
+    ids = torch.randint(VOCAB - 1, (2, 1100), generator=draws).tolist()
+    features = torch.randn(2, 1100, HIDDEN * len(LAYERS), generator=draws).to(DEVICE, dtype)
+    laws = []
+    for settled in (False, True):
+        draft = make_draft(algorithm).to(dtype)
+        draft.bind(*(type(part)(part.weight.to(dtype)) for part in (draft.embedding, draft.head)))
+        if settled:
+            draft.settle()
+            assert draft.lean is not None
+        for slot in range(2):
+            draft.open(slot)
+        for start, ends in ((0, (1000, 30)), (1000, (1090, 40))):
+            starts = (start, min(start, 30))
+            spans = list(zip(starts, ends, strict=True))
+            part = torch.zeros(2, max(e - s for s, e in spans), features.shape[-1]).to(features)
+            for row, (s, e) in enumerate(spans):
+                part[row, : e - s] = features[row, s:e]
+            tokens = [ids[row][s:e] for row, (s, e) in enumerate(spans)]
+            following = [ids[row][s + 1 : e + 1] for row, (s, e) in enumerate(spans)]
+            draft.observe([0, 1], part, tokens, following)
+        uniforms = torch.full((2, BLOCK), 0.5, device=DEVICE)
+        laws.append(draft.propose([0, 1], [ids[0][1090], ids[1][40]], Sampling(1.0), uniforms).q[:, 0])
+    near = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(laws[1], laws[0], rtol=0, atol=near)
 
 
 @in_decoding

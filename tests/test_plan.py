@@ -342,7 +342,7 @@ def test_operations_of_a_draft_are_those_that_torch_counts(
     taught = (
         rows * supervised
         if plan is None
-        else sum(len(t[v].unique()) for t, v in zip(*plan[-2:], strict=True))
+        else sum(len(t[v].unique()) for t, v in zip(plan.teacher_index, plan.valid, strict=True))
     )
     names = draft_dimensions(spec, 0, "float32")
     ours = draft_flops(names, rows, length, keys, drawn).value + head_flops(names, rows * slots, taught).value

@@ -12,22 +12,28 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.utils import _to_kwargs
 
 import deepspec.train.loop as loop
+import deepspec.train.step as steps
+from conftest import DEVICE
 from deepspec.config import Recipe, load_recipe
 from deepspec.data.tokens import prompt_ids
 from deepspec.drafts.base import NeuralDraft
 from deepspec.errors import RecipeError
+from deepspec.maths.head import Embedding, Head
 from deepspec.targets import Target
-from deepspec.train.dist import joined, shard_target
+from deepspec.train.dist import joined, shard_draft, shard_target
 from deepspec.train.loop import train_draft
 from kills import in_child, needs_fork
 from talking import recipe_tree, save_talking_llama, write_data, write_recipe, write_rows
+from test_drafts import DSPARK_LOSS, make_batch, make_draft
 
 pytestmark = needs_fork
 
@@ -147,6 +153,33 @@ def test_ranks_whose_rows_teach_nothing_have_the_losses_of_one(scene, tmp_path, 
     assert losses(tmp_path / "runs/bare") == pytest.approx(ours, abs=1e-5)
 
 
+def test_both_models_split_stop_within_a_step_and_continue_alone(scene, tmp_path, monkeypatch):
+    """One rank is told to stop between two micro-batches; a draft of a reduced vocabulary."""
+    more = ["optim.micro_batch_tokens=100", "optim.max_steps=8", "draft.vocab_size=24", "eval_every_steps=4"]
+    split = recipe_of(scene, "dspark", *more, "shard_draft=true", "shard_target=true")
+
+    def work(rank: int) -> None:
+        real, passes = steps.features_of, []
+
+        def features(*words: Any) -> Any:
+            passes.append(words)
+            if rank == 1 and len(passes) == 11:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*words)
+
+        steps.features_of = features
+        assert train_draft(split, tmp_path / "runs").interrupted
+
+    in_ranks(2, work, tmp_path)
+    run = tmp_path / "runs/tiny-dspark"
+    before = len(losses(run))
+    assert 1 <= before < 8 and (run / f"checkpoints/step_{before}").is_dir()
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    train_draft(recipe_of(scene, "dspark", *more), tmp_path / "runs")
+    whole = train_draft(recipe_of(scene, "dspark", *more), tmp_path / "whole").run
+    assert losses(run) == pytest.approx(losses(whole), abs=1e-5)
+
+
 def test_checkpoint_of_two_ranks_continues_on_one_and_on_three(scene, tmp_path):
     """And three are refused a batch of four, which has to be said before anything is loaded."""
     six = ("optim.batch_size=6", "optim.max_steps=10")
@@ -260,6 +293,33 @@ def test_draft_split_over_two_ranks_trains_as_one_and_continues_on_any(scene, tm
         assert left.held_out_tau == alone.held_out_tau
 
 
+def test_split_draft_reads_what_an_unsplit_one_reads(tmp_path):
+    """FSDP moves tensors in tuples to the device, and a plan lies on the host; it narrows weights and not
+    buffers, such as Gemma's layer scalars."""
+    backend = "nccl" if torch.device(DEVICE).type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for algorithm, family in (("dflash", "gemma4"), ("dspark", "qwen3"), ("eagle3", "gemma4")):
+            heads = {"markov_rank": 5, "confidence": True} if algorithm == "dspark" else {}
+            draft = make_draft(algorithm, family, **heads).bfloat16()
+            draft.bind(Embedding(draft.embedding.weight.bfloat16()), Head(draft.head.weight.bfloat16()))
+            batch = make_batch()
+            batch = replace(
+                batch, features=batch.features.bfloat16(), last_hidden=batch.last_hidden.bfloat16()
+            )
+            plan = draft.plan(batch, 3, [torch.Generator().manual_seed(i) for i in range(2)])
+            moved, _ = _to_kwargs((batch, plan), {}, torch.device("meta"), False)
+            assert all(x is y for x, y in zip(moved[0], (batch, plan), strict=True))
+            want = draft(batch, DSPARK_LOSS, plan).total
+            shard_draft(draft)
+            found = draft(batch, DSPARK_LOSS, plan).total
+            assert torch.equal(found, want)
+            found.backward()
+            assert all(p.grad.dtype == torch.float32 for p in draft.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("sharding", ["true", "false"])
 def test_step_that_explodes_on_ranks_names_its_rows(scene, tmp_path, sharding):
     recipe = recipe_of(scene, "dspark", "optim.lr=1e4", "optim.grad_clip=1e9", f"shard_draft={sharding}")
@@ -279,7 +339,10 @@ def test_split_target_is_not_asked_for_answers_by_one_rank_alone(scene, tmp_path
     assert not (tmp_path / "runs").exists()
 
 
-def test_rank_that_dies_ends_the_others_with_a_message(scene, tmp_path):
+@pytest.mark.parametrize("split", ["", "shard_draft", "shard_target"])
+def test_rank_that_dies_ends_the_others_with_a_message(scene, tmp_path, split):
+    """Where a model is split, they wait for it in a pass."""
+
     def work(rank: int) -> None:
         real = loop.train_step
 
@@ -289,7 +352,7 @@ def test_rank_that_dies_ends_the_others_with_a_message(scene, tmp_path):
             return real(*words)
 
         loop.train_step = step  # type: ignore[assignment]
-        train_draft(recipe_of(scene, "dspark"), tmp_path / "runs")
+        train_draft(recipe_of(scene, "dspark", *([f"{split}=true"] if split else [])), tmp_path / "runs")
 
     assert codes(started(2, work, tmp_path)) == [1, -signal.SIGKILL]
     said = (tmp_path / "rank-0.log").read_text()

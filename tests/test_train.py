@@ -41,7 +41,7 @@ from deepspec.train.run import Run, forget_after, open_run
 from kills import held_by_another, in_child, needs_fork
 from talking import recipe_tree, save_talking_llama, train_in, write_data, write_recipe
 
-TIMING = {"seconds", "tokens_per_s", "memory_gb"}
+TIMING = {"seconds", "tokens_per_s", "memory_gb", "features_share"}
 
 
 @pytest.fixture(autouse=True)

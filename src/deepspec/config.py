@@ -157,8 +157,8 @@ class Recipe(Section):
     trackers: list[TrackerName] = ["tensorboard"]
 
     @property
-    def in_step(self) -> bool:
-        """Whether processes share a model that is split over them: each must pass it equally often."""
+    def splits(self) -> bool:
+        """Whether a model is split over the processes, which then must pass it equally often."""
         return self.shard_target or self.shard_draft
 
     def total_steps(self, rows: int) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from deepspec.cost.formulas import Figure, body_weights, draft_parameters, figure, target_parameters, total
 from deepspec.cost.inputs import Inputs
-from deepspec.cost.sizes import Need, disk_figures, host_figures, memory_figures, needs_of
+from deepspec.cost.sizes import Need, disk_figures, host_figures, memory_figures, micro_rows, needs_of
 from deepspec.cost.step_time import ASSUMED_TAU, FromRow, StepTime, operations
 from deepspec.errors import RecipeError
 
@@ -146,8 +146,7 @@ def summing(inputs: Inputs) -> Figure:
     if not recipe.shard_draft:
         formula = "2 * 4 * own * (gpus - 1) / gpus / link"
         return figure("s", formula, inputs.names, gpus=gpus, link=LINK)
-    share = recipe.optim.batch_size // gpus
-    passes = math.ceil(share / (recipe.optim.micro_batch_size or share))
+    passes = math.ceil(recipe.optim.batch_size / gpus / micro_rows(inputs))
     formula = "passes * (draft_width + 4) * own * (gpus - 1) / gpus / link"
     return figure("s", formula, inputs.names, passes=passes, gpus=gpus, link=LINK)
 

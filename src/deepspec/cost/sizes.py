@@ -60,9 +60,7 @@ def momentum(recipe: Recipe) -> float:
 def memory_figures(inputs: Inputs) -> dict[str, Figure]:
     """Bytes where the model is: while answering, in a step of training, in a held-out evaluation."""
     recipe, names = inputs.recipe, inputs.names
-    share = recipe.optim.batch_size // inputs.gpus
-    micro = min(recipe.optim.micro_batch_size or share, share)
-    length = names["longest"]
+    micro, length = micro_rows(inputs), names["longest"]
     anchors = min(recipe.num_anchors, length)
     loss_rows = micro * names["block"] * (anchors if names["parallel"] else length)
     rows = min(HELD_OUT_ROWS, recipe.eval_prompts)
@@ -105,6 +103,15 @@ def target_bytes(inputs: Inputs) -> Figure:
         return figure("bytes", "parameters * width", inputs.names)
     formula = "width * (parameters - body * (gpus - 1) / gpus)"
     return figure("bytes", formula, inputs.names, gpus=inputs.gpus)
+
+
+def micro_rows(inputs: Inputs) -> int:
+    """Rows of the longest kind that pass the models together on each device."""
+    optim, longest = inputs.recipe.optim, int(inputs.names["longest"])
+    limits = [optim.batch_size // inputs.gpus]
+    limits += [optim.micro_batch_size] if optim.micro_batch_size else []
+    limits += [max(optim.micro_batch_tokens // longest, 1)] if optim.micro_batch_tokens else []
+    return min(limits)
 
 
 def draft_bytes(inputs: Inputs) -> Figure:

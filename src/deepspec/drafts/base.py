@@ -116,12 +116,25 @@ class NeuralDraft(nn.Module, Draft):
         self.embedding, self.head, self.teacher_head = embedding, head, teacher_head or head
 
     def settle(self) -> None:
-        """Prepare to decode with weights that do not change from now on. A draft whose `advance` or
-        `block_hidden` does something else with its layers has to leave this out."""
+        """Prepare to decode with weights that do not change until training starts or others are loaded."""
         if not self.stores:
             return
         layers: list[Any] = list(self.layers)
         self.lean = lean_layers(layers, self.norm, self.stores, self.spec.shape, self.frequencies)
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self.lean = None
+        return super().train(mode)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        if requires_grad:
+            self.lean = None
+        return super().requires_grad_(requires_grad)
+
+    def load_state_dict(self, *given: Any, **how: Any) -> Any:
+        self.lean = None
+        return super().load_state_dict(*given, **how)
 
     @property
     def device(self) -> torch.device:

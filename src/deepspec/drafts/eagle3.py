@@ -144,6 +144,10 @@ class Eagle3Draft(NeuralDraft):
     # ── decoding ──────────────────────────────────────────────────────────────────────────────────
 
     def settle(self) -> None:
+        if any(
+            getattr(type(self), n) is not getattr(Eagle3Draft, n) for n in ("_attention_input", "_finish")
+        ):
+            return  # `advance` would leave out what a subclass computes there
         super().settle()
         self.embedding_norm = Norm(self.layer.input_layernorm.weight.detach(), self.spec.shape.eps)
 

@@ -8,6 +8,7 @@ rotate-half form, always in float32. The epsilon of a norm is inside the root (m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from deepspec.maths.slots import SlotStore
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
 Rotation = tuple[Tensor, Tensor]
@@ -154,10 +155,12 @@ def lean_layers(
     shape: LayerShape,
     frequencies: Tensor,
 ) -> LeanLayers | None:
-    """A draft's layers and last norm for decoding in few operations; None if the family, or a class of layers
-    that is not ours, may compute something else. Weights are laid out here, and may not change afterwards."""
-    kinds = {type(part) for layer in layers for part in (layer, layer.self_attn, layer.mlp)}
-    if shape.sandwich or shape.value_is_key or shape.value_norm or kinds != {DraftLayer, Attention, MLP}:
+    """A draft's layers and last norm for decoding in few operations; None if the family, a part of another
+    class, or a hook may compute something else. Weights are laid out here, and may not change afterwards."""
+    parts = [norm, *(part for layer in layers for part in layer.modules())]
+    ours = {DraftLayer, Attention, MLP, nn.Linear, nn.RMSNorm, nn.Identity}
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+    if shape.sandwich or shape.value_is_key or shape.value_norm or hooked or {*map(type, parts)} - ours:
         return None
     found = []
     for layer, store in zip(layers, stores, strict=True):
@@ -172,7 +175,7 @@ def lean_layers(
         shape.head_dim,
         layers[0].self_attn.scale,
         ACTIVATIONS[shape.activation],
-        turns=lambda positions: rotation(positions, frequencies, dtype),
+        turns=partial(rotation, frequencies=frequencies, dtype=dtype),
     )
 
 

@@ -43,8 +43,10 @@ class FeatureBatch:
         return int(self.lengths.sum())
 
 
-class Blocks(NamedTuple):
-    """Blocks of γ slots that start at anchors (method.md 3). All but `anchors` and `kept` are [B, A, γ]."""
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Blocks of γ slots that start at anchors (method.md 3), on the host. All but `anchors` and `kept` are
+    [B, A, γ]. Not a tuple: FSDP would move what a tuple holds to the device."""
 
     anchors: Tensor
     """[B, A] position of each block's anchor; 0 for a dummy."""

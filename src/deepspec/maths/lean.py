@@ -3,7 +3,7 @@
 On small batches, layers made of modules are dispatcher work: module calls, norms in six operations, an index
 for every layer. Here each layer has four matrix products, indices are made once for a step, and the new
 tokens of all rows are packed without padding. Matrices are the modules' own: the fused ones become the
-storage that these look into. Norms and biases are copies, so weights must not change.
+storage that these look into. Norms and biases may be copies, so weights must not change.
 
 R rows, T new tokens of all rows, Q new tokens of the longest, K keys of the longest row, H query heads,
 G key/value heads, D head dim, d hidden width, I MLP width.

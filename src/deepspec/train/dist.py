@@ -56,11 +56,15 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankError(
-            f"another process of this job ended or does not answer ({first_line(error)[:200]})",
-            next_step="its own message, above or in its log, says why; the same command continues from the "
-            "newest checkpoint",
-        ) from error
+        raise _unanswered(error) from error
+
+
+def _unanswered(error: RuntimeError) -> RankError:
+    return RankError(
+        f"another process of this job ended or does not answer ({first_line(error)[:200]})",
+        next_step="its own message, above or in its log, says why; the same command continues from the "
+        "newest checkpoint",
+    )
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,11 @@ def joined() -> Iterator[Ranks]:
     except UserError as error:
         error.what = f"rank {rank}: {error.what}" if rank else error.what
         raise
+    except RuntimeError as error:
+        # A model that is split over the ranks waits for them in its own passes.
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise _unanswered(error) from error
+        raise
     finally:
         console.quiet = quiet
         if ours:
@@ -220,7 +229,9 @@ def shard_draft(draft: NeuralDraft) -> None:
         cast_forward_inputs=False,
     )
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    split = fully_shard(draft.float(), mesh=mesh, mp_policy=formats)
+    for weight in draft.parameters():  # and no buffer: a pass does not narrow these
+        weight.data = weight.data.float()
+    split = fully_shard(draft, mesh=mesh, mp_policy=formats)
     split.set_gradient_divide_factor(1.0)
     split.set_force_sum_reduction_for_comms(True)
 

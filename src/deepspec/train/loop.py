@@ -41,6 +41,7 @@ from deepspec.train.step import AbandonedError, Fault, find_fault, memory_for, t
 
 EXPLODES = 10.0
 """A loss explodes if it is so many times the mean of those before it, and above the first."""
+SMALLER_DRAFT = "use a smaller draft.num_layers, or more processes"
 REMEMBERED = 0.95
 """Weight of the past in that mean, for each step."""
 
@@ -163,7 +164,7 @@ class _Training:
         if self.held_out is None or at.judged_step == at.step:
             return
         draft.eval()
-        with gathered(draft):
+        with memory_for("the draft, gathered from all processes", SMALLER_DRAFT), gathered(draft):
             tau = self.held_out(draft)
         draft.train()
         if not math.isfinite(tau):

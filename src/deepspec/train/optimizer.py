@@ -38,7 +38,7 @@ class Optimizer:
     def __init__(self, draft: NeuralDraft, optim: OptimConfig) -> None:
         self.optim = optim
         named = [(name, p) for name, p in draft.named_parameters() if p.requires_grad]
-        self.parameters = [p for _, p in named]
+        self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         self.masters = [
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters
         ]

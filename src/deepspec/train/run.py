@@ -184,9 +184,11 @@ class Run:
 
         facts: where the draft comes from, for its `deepspec.json`. All ranks must call this, and `save_best`.
         """
-        weights, state = whole(draft.state_dict()), optimizer.state()
+        state = optimizer.state()
         if self.rank:
             return
+        # The masters, which are whole here: the draft itself may have parts of them only.
+        weights = draft.state_dict() | dict(zip(optimizer.names, state["masters"], strict=True))
         path = self.checkpoints / f"step_{at.step}"
 
         def resumable(part: Path) -> None:

@@ -80,7 +80,7 @@ def train_step(
     generators = row_generators(recipe, step, len(rows))
     total = weight = torch.zeros((), device=draft.device)
     metrics: dict[str, Tensor] = {}
-    together = recipe.in_step and ranks.world > 1
+    together = recipe.splits and ranks.world > 1
     abandoned = False
     for number, picked in enumerate(_in_step(rows, recipe, ranks)):
         if number and (ranks.largest(bool(stop))[0] if together else stop):
@@ -122,7 +122,7 @@ def _in_step(rows: Sequence[Encoded], recipe: Recipe, ranks: Ranks, alone: bool 
     pass any row and learn nothing."""
     optim = recipe.optim.model_copy(update={"micro_batch_size": 1}) if alone else recipe.optim
     shares = [range(len(rows))[rank :: ranks.world] for rank in range(ranks.world)]
-    if not recipe.in_step:
+    if not recipe.splits:
         return micro_batches(rows, shares[ranks.rank], optim)
     cut = [micro_batches(rows, share, optim) for share in shares]
     mine = cut[ranks.rank]
