@@ -97,7 +97,7 @@ def main() -> int:
     for number in range(given.rounds):
         sweeps.append(sweep(target, draft, grid, sampling, number))
         for users in given.users:
-            # Many for each user: what is in flight when none waits any more, mostly long answers, is not counted.
+            # Many for each user: those in flight when none waits, mostly long answers, are left out.
             some = list(islice(rest, 6 * users + 4))
             for length in lengths:
                 requests = requests_of(target, some, sampling, given.max_new_tokens, number)
