@@ -638,7 +638,7 @@ def test_hooks_on_a_layer_are_called(make: Callable[[], Any]) -> None:
 def test_weights_that_may_have_changed_are_read_again(
     make: Callable[[], Any], change: Callable[[Any], Any]
 ) -> None:
-    """Lean layers copy norms and biases, and would go on with the old ones."""
+    """Lean layers copy norms and biases, and would keep the old ones."""
     draft = make()
     change(draft)
     assert draft.lean is None
