@@ -1,4 +1,4 @@
-"""Cached steps beside whole passes: drives a target's slots as decoding does, and compares every output."""
+"""Cached steps next to whole passes: drives a target's slots as decoding does, and compares every output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ class Sequences:
         self.target, self.layers = target, layers
         self.random = torch.Generator().manual_seed(seed)
         self.tokens: dict[int, list[int]] = {}
-        self.worst = 0.0
 
     def reopen(self, slot: int) -> None:
         if slot in self.tokens:
@@ -32,7 +31,7 @@ class Sequences:
             self.target.rollback(slot, length)
             del self.tokens[slot][length:]
 
-    def step(self, counts: dict[int, int]) -> None:
+    def assert_step(self, counts: dict[int, int]) -> None:
         """Append `counts[slot]` random tokens to each slot and compare with whole passes."""
         for slot in counts:
             if slot not in self.tokens:
@@ -45,9 +44,9 @@ class Sequences:
         for slot, tokens in new.items():
             self.tokens[slot].extend(tokens)
             assert self.target.length(slot) == len(self.tokens[slot])
-        self.compare(list(counts), list(counts.values()), found.last_hidden, found.features)
+        self.assert_alike(list(counts), list(counts.values()), found.last_hidden, found.features)
 
-    def compare(self, slots: list[int], counts: list[int], hidden: Tensor, features: Tensor) -> None:
+    def assert_alike(self, slots: list[int], counts: list[int], hidden: Tensor, features: Tensor) -> None:
         width = max(len(self.tokens[s]) for s in slots)
         rows = [self.tokens[s] + [0] * (width - len(self.tokens[s])) for s in slots]
         whole = self.target.read(torch.tensor(rows), self.layers)
@@ -58,21 +57,20 @@ class Sequences:
                 ("features", features, whole.features),
             ):
                 difference = (found[row, :count] - want[row, end - count : end]).abs().max()
-                self.worst = max(self.worst, float(difference))
                 assert difference < CLOSE, f"{name} of slot {slot}, {count} new of {end}: off by {difference}"
 
 
-def scripted(target: Target) -> None:
+def assert_scripted_steps(target: Target) -> None:
     """Prefill past the window, ragged rounds, rollbacks into the window and before it, single-token steps."""
     sequences = Sequences(target)
-    sequences.step({0: 11})
-    sequences.step({2: 3})
-    sequences.step({0: 4, 2: 5})
+    sequences.assert_step({0: 11})
+    sequences.assert_step({2: 3})
+    sequences.assert_step({0: 4, 2: 5})
     sequences.rollback(0, 0.5)
-    sequences.step({2: 1, 0: 3, 5: 8})
-    sequences.step({0: 1, 2: 1, 5: 1})
+    sequences.assert_step({2: 1, 0: 3, 5: 8})
+    sequences.assert_step({0: 1, 2: 1, 5: 1})
     sequences.rollback(5, 0.3)
-    sequences.step({5: 6})
-    sequences.step({0: 1})
+    sequences.assert_step({5: 6})
+    sequences.assert_step({0: 1})
     sequences.reopen(0)
-    sequences.step({0: 2, 5: 4})
+    sequences.assert_step({0: 2, 5: 4})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -106,11 +107,19 @@ def test_without_a_flash_kernel_the_parts_are_written_out(
     causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An accelerator has flash kernels for narrow numbers only."""
+    written, real = [], attention._dense
+
+    def dense(*parts: Any) -> Any:
+        written.append(parts)
+        return real(*parts)
+
+    monkeypatch.setattr(attention, "_dense", dense)
     monkeypatch.setattr(attention, "_has_flash", lambda q: False)
     if causal:
         test_unroll_attention_is_dense_attention((4, 2), 2, packed=True)
     else:
         test_narrow_numbers_are_merged_in_float32(torch.float32)
+    assert written
 
 
 def test_stairs_stop_at_documents_and_leave_out_dummies_and_blocks_without_context() -> None:

@@ -29,7 +29,7 @@ from deepspec.config import Recipe
 from deepspec.data.tokens import Encoded
 from deepspec.errors import TargetError
 from deepspec.targets import Target, TargetSpec
-from sequences import scripted
+from sequences import assert_scripted_steps
 from talking import recipe_tree, train_in
 
 PAGE = Path(__file__).parent.parent / "docs" / "targets.md"
@@ -242,7 +242,7 @@ def test_ragged_steps_and_rollback_equal_whole_passes(load: Callable[[str], Targ
     """Windows, sinks, latent keys and running states: what was rolled back leaves no trace."""
     with finding(name, "roll-back"):
         target = load(name)
-        scripted(target)
+        assert_scripted_steps(target)
     FOUND[name]["steps"] = "new tokens" if target.cached else "whole sequence"
 
 
@@ -426,7 +426,7 @@ def test_text_part_of_a_multimodal_model_is_the_target(tmp_path: Path) -> None:
         theirs = target.model(ids)
     ours = target.logits(target.read(ids, []).last_hidden)
     torch.testing.assert_close(ours, theirs.logits, atol=1e-5, rtol=1e-5)
-    scripted(target)
+    assert_scripted_steps(target)
 
 
 class Dispatched(torch.nn.Module):
@@ -466,7 +466,7 @@ def test_placed_models_are_not_moved_again(
     target = Target.from_pretrained(tmp_path, device="cpu", device_map=None if quantised else "auto")
     assert asked["device_map"] == ({"": "cpu"} if quantised else "auto")
     assert target.spec.quantised == quantised
-    scripted(target)
+    assert_scripted_steps(target)
 
 
 def test_missing_accelerate_is_named(target_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,7 @@ def test_ragged_lean_steps_equal_whole_passes_of_transformers(
     for turn in range(3):
         new = {s: p[turn] for s, p in zip(slots, pieces, strict=False) if turn < len(p)}
         if new:
-            sequences.step(new)
+            sequences.assert_step(new)
 
 
 def test_every_kind_of_these_models_takes_lean_steps(models: dict[str, Target]) -> None:

@@ -42,7 +42,7 @@ from deepspec.decode.engine import generate
 from deepspec.errors import CheckpointError, TargetError
 from deepspec.families import context_length
 from deepspec.targets import Target, TargetSpec
-from sequences import CLOSE, Sequences, scripted
+from sequences import CLOSE, Sequences, assert_scripted_steps
 
 
 @pytest.fixture(params=FAMILIES)
@@ -152,7 +152,7 @@ def test_ragged_cached_steps_with_rollback_equal_whole_passes(
         sequences = Sequences(targets[family])
         for operation in todo:
             if isinstance(operation, dict):
-                sequences.step(operation)
+                sequences.assert_step(operation)
             elif isinstance(operation, tuple):
                 sequences.rollback(*operation)
             else:
@@ -196,30 +196,30 @@ def test_sliding_windows_hold_in_models_that_spell_them_differently(name: str, t
         config = json.loads((path / "config.json").read_text("utf-8"))
         del config["layer_types"]
         (path / "config.json").write_text(json.dumps(config), "utf-8")
-    scripted(load(path))
+    assert_scripted_steps(load(path))
 
 
 def test_eager_attention_gets_its_mask_as_numbers(target_dirs: dict[str, Path]) -> None:
     """Eager attention adds the mask to its scores: a boolean one would only add one to what may be seen."""
     path = target_dirs["gemma4"]
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-    scripted(Target(TargetSpec.from_pretrained(str(path)), model.to(DEVICE)))
+    assert_scripted_steps(Target(TargetSpec.from_pretrained(str(path)), model.to(DEVICE)))
 
 
 def test_rows_come_back_in_the_order_of_their_slots(target: Target) -> None:
     sequences = Sequences(target)
-    sequences.step({slot: 2 + slot for slot in range(4)})
+    sequences.assert_step({slot: 2 + slot for slot in range(4)})
     for order in ((0, 2, 1, 3), (3, 2, 1, 0), (1, 3), (3, 1), (2, 3)):
-        sequences.step({slot: 4 - slot for slot in order})
+        sequences.assert_step({slot: 4 - slot for slot in order})
 
 
 def test_growing_the_store_keeps_what_it_holds(target: Target) -> None:
     sequences = Sequences(target)
-    sequences.step({1: 40})
-    sequences.step({0: 5, 1: 3})
-    sequences.step({0: 2, 1: 7})
-    sequences.step({7: 130, 0: 4, 1: 1})
-    sequences.step({0: 1, 1: 2, 7: 3})
+    sequences.assert_step({1: 40})
+    sequences.assert_step({0: 5, 1: 3})
+    sequences.assert_step({0: 2, 1: 7})
+    sequences.assert_step({7: 130, 0: 4, 1: 1})
+    sequences.assert_step({0: 1, 1: 2, 7: 3})
 
 
 def test_a_failed_request_for_features_leaves_the_hooks_whole(target: Target) -> None:

@@ -117,7 +117,7 @@ class LeanLayers:
         """[T, H*D] mixed values of normed inputs [T, in], whose keys and values are stored."""
         heads, group, dim = self.heads, self.heads // self.kv_heads, self.dim
         split = heads + self.kv_heads
-        x = product(x, layer.qkv, layer.qkv_bias).view(-1, split + self.kv_heads, dim)
+        x = _product(x, layer.qkv, layer.qkv_bias).view(-1, split + self.kv_heads, dim)
         qk = x[:, :split]
         qk = self._turned(qk if layer.qk_norm is None else layer.qk_norm(qk), step)
         keys, values = layer.store.extend(qk[:, heads:], x[:, split:], step.flat, step.here, step.rows.end)
@@ -153,7 +153,7 @@ class LeanLayers:
     def remember(self, layer: LeanLayer, x: Tensor, step: Step) -> None:
         """Store the keys and values of inputs [T, in], which ask nothing."""
         start, bias, split = self.heads * self.dim, layer.qkv_bias, self.kv_heads
-        x = product(x, layer.qkv[:, start:], bias if bias is None else bias[start:])
+        x = _product(x, layer.qkv[:, start:], bias if bias is None else bias[start:])
         x = x.view(-1, 2 * split, self.dim)
         keys = x[:, :split]
         keys = self._turned(keys if layer.k_norm is None else layer.k_norm(keys), step)
@@ -213,12 +213,12 @@ class LeanLayers:
         return self.turn
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [T, in] times weight [in, out], plus bias [out] if there is one."""
     return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
 
-def fused(*linears: nn.Linear) -> Tensor:
+def _fused(*linears: nn.Linear) -> Tensor:
     """The weights of several projections as one [in, sum of outs], which the modules share from now on. On
     the CPU a row of it lies together: products with few tokens take 0.7 to 0.9 of the time."""
     whole = torch.cat([linear.weight.data for linear in linears]).t()
@@ -242,14 +242,14 @@ def lean_layer(attention: Any, mlp: Any, norms: Sequence[Any], eps: float, store
     before, between = (Norm(norm.weight, eps) for norm in norms)
     return LeanLayer(
         before,
-        fused(*projections),
+        _fused(*projections),
         None if biases[0] is None else torch.cat(biases),
         qk_norm,
         k_norm,
-        fused(attention.o_proj),
+        _fused(attention.o_proj),
         attention.o_proj.bias,
         between,
-        fused(mlp.gate_proj, mlp.up_proj),
-        fused(mlp.down_proj),
+        _fused(mlp.gate_proj, mlp.up_proj),
+        _fused(mlp.down_proj),
         store,
     )

@@ -341,8 +341,7 @@ def _load_step(
         said = f"the run cannot continue with this recipe: it {why}"
         raise CheckpointError(said, where=str(path), next_step=FRESH)
     with _damage(path):
-        names = [name for name, parameter in draft.named_parameters() if parameter.requires_grad]
-        for name, master in zip(names, masters, strict=True):
+        for name, master in zip(optimizer.names, masters, strict=True):
             if not torch.equal(weights[name], master.to(weights[name].dtype)):
                 raise ValueError(f"optimizer.pt and model.safetensors differ in {name}")
         optimizer.load(saved)
