@@ -107,6 +107,8 @@ def traced(card: Card) -> Iterator[Any]:
     from torch.utils._pytree import tree_leaves
     from torch.utils.flop_counter import flop_registry
 
+    from deepspec.maths.fused import compiling
+
     aten, fake = torch.ops.aten, FakeTensorMode(allow_non_fake_inputs=True)
     asks = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"}
     free = {"device", "detach", "lift_fresh", "_unsafe_view"} | {
@@ -128,6 +130,7 @@ def traced(card: Card) -> Iterator[Any]:
             self.held: dict[int, tuple[Any, int, str]] = {}
             self.at_peak: Counter[str] = Counter()
             self.pinned: set[int] = set()
+            self.one_kernel: Kernel | None = None
 
         def forget(self) -> None:
             """Start counting again; what lives is the new peak."""
@@ -155,6 +158,10 @@ def traced(card: Card) -> Iterator[Any]:
                 else:
                     out = func(*args, **kwargs)
             made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+            if self.one_kernel is not None:
+                if made:
+                    self.one_kernel.see(func, given, kwargs.get("out"), made)
+                return out
             for tensor in made:
                 self.hold(tensor, name)
             if not func.is_view and name not in free:
@@ -225,15 +232,20 @@ def traced(card: Card) -> Iterator[Any]:
             attention = "attention" in name
             if attention and any(x is True for x in args):
                 flops //= 2  # a causal kernel skips what lies above the diagonal
-            wide = bool(flops) and not attention and reads[0].dtype == torch.float32
+            # The last one is a factor: the first may be what the product is added to.
+            wide = bool(flops) and not attention and reads[-1].dtype == torch.float32
             took = max(moved / card.bandwidth, flops / (card.wide if wide else card.narrow))
             kind = "attention" if attention else "products" if flops else "passes"
-            key = f"{self.phase}: {kind}"
+            self.put_down(f"{name} {line()}", kind, moved, flops, took)
+
+        def put_down(self, what: str, kind: str, moved: int, flops: int, took: float) -> None:
+            """One kernel in the accounts."""
+            kind = f"{self.phase}: {kind}"
             self.kernels += 1
-            self.seconds[key] += took
-            self.flops[key] += flops
-            self.bytes[key] += moved
-            self.lines[f"{self.phase}: {name} {line()}"] += took
+            self.seconds[kind] += took
+            self.flops[kind] += flops
+            self.bytes[kind] += moved
+            self.lines[f"{self.phase}: {what}"] += took
 
     def size(x: Any) -> int:
         """Bytes that are really there: an expanded dimension is read once."""
@@ -241,6 +253,98 @@ def traced(card: Card) -> Iterator[Any]:
         for stride, length in zip(x.stride(), x.shape, strict=True):
             count *= length if stride else 1
         return int(count)
+
+    class Kernel:
+        """What a compiler's one kernel moves: a wide tensor from outside is read once, and again after each
+        sum over its rows that has to be complete before more of it can be done; results are written once."""
+
+        def __init__(self, given: list[Any]) -> None:
+            self.sizes: Counter[int] = Counter()
+            for x in {id(x): x for x in given}.values():
+                self.sizes[key(x)] += size(x)
+            self.state = {k: (0, frozenset([k])) for k in self.sizes}  # storage -> (sums before it, sources)
+            self.reads: set[tuple[int, int]] = set()
+            self.written: dict[int, Any] = {}
+            self.alive: list[Any] = []
+
+        def see(self, func: Any, given: list[Any], target: Any, made: list[Any]) -> None:
+            name = func._overloadpacket.__name__
+            known = [(x, *self.state.get(key(x), (0, frozenset()))) for x in given if x is not target]
+            level = max((at for _, at, _ in known), default=0)
+            sources = frozenset().union(*(of for _, _, of in known))
+            if func.is_view:
+                level, sources = known[0][1:]
+            elif name == "gather":
+                sources = frozenset()  # single numbers
+            elif name == "index_select":  # as many rows as are asked for, from the memory
+                sources = frozenset([key(made[0])])
+                self.sizes[key(made[0])] = size(made[0])
+            elif "softmax" in name or max(map(size_of_all, made)) * 8 < max(size_of_all(x) for x in given):
+                self.reads |= {(source, level) for source in sources}
+                level, sources = level + 1, sources if "softmax" in name else frozenset()
+            self.alive += made
+            for x in made:
+                self.state[key(x)] = level, sources
+                if key(x) in self.sizes and not func.is_view:
+                    self.written[key(x)] = x
+
+        def moved(self, out: list[Any]) -> int:
+            out = [*out, *self.written.values()]
+            for x in out:
+                level, sources = self.state.get(key(x), (0, frozenset()))
+                self.reads |= {(source, level) for source in sources}
+            return sum(self.sizes[source] for source, _ in self.reads) + sum(map(size, out))
+
+    def key(x: Any) -> int:
+        return int(x.untyped_storage()._cdata)
+
+    def size_of_all(x: Any) -> int:
+        return int(x.numel())
+
+    def as_one(name: str, function: Any, given: list[Any]) -> Any:
+        """The function's result, put down as one kernel."""
+        trace.one_kernel = kernel = Kernel(given)
+        try:
+            found = function()
+        finally:
+            trace.one_kernel = None
+        out = [x for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
+        moved = kernel.moved(out)
+        for x in out:
+            trace.hold(x, name)
+        trace.put_down(f"{name} {line()}", "passes", moved, 0, moved / card.bandwidth)
+        return found
+
+    def compiled(function: Any, **_: Any) -> Any:
+        """`torch.compile` for functions of tensors that are one kernel, and one for the gradient, which
+        computes everything from the inputs again."""
+
+        class Compiled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                tensors = [x for x in args if isinstance(x, torch.Tensor)]
+                ctx.save_for_backward(*tensors)
+                ctx.args = [None if isinstance(x, torch.Tensor) else x for x in args]
+                return as_one(function.__name__, lambda: function(*args), tensors)
+
+            @staticmethod
+            def backward(ctx: Any, *gradients: Any) -> Any:
+                saved = iter(ctx.saved_tensors)
+                kept = [next(saved) if x is None else x for x in ctx.args]
+                wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+
+                def again() -> Any:
+                    own = [x.detach() if isinstance(x, torch.Tensor) else x for x in kept]
+                    with torch.enable_grad():
+                        for i in wanted:
+                            own[i].requires_grad_()
+                        return torch.autograd.grad(function(*own), [own[i] for i in wanted], gradients)
+
+                tensors = [x for x in kept if isinstance(x, torch.Tensor)]
+                found = as_one(f"{function.__name__} backward", again, [*tensors, *gradients])
+                return tuple(found[wanted.index(i)] if i in wanted else None for i in range(len(kept)))
+
+        return Compiled.apply
 
     class Norm(torch.autograd.Function):
         """`F.rms_norm`, which is one kernel on CUDA: it keeps its input, and one number of each row."""
@@ -284,6 +388,9 @@ def traced(card: Card) -> Iterator[Any]:
         for module, name in ((masks, "is_tracing"), (torch.cuda, "_lazy_init")):
             stack.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, lambda *_: False)
+        stack.callback(setattr, torch, "compile", torch.compile)
+        torch.compile = compiled
+        stack.enter_context(compiling(True))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(Kernels())
         stack.enter_context(trace)

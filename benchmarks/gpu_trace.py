@@ -43,13 +43,18 @@ def make_target(config: dict[str, Any]) -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from deepspec.targets import Target, TargetSpec
+    from deepspec.targets.lean import LeanDecoder
 
     words = {k: v for k, v in config.items() if k != "model_type"}
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = Qwen3ForCausalLM(Qwen3Config(**words, attn_implementation="sdpa"))
     torch.set_default_dtype(torch.float32)
-    return Target(TargetSpec("traced", config), model)
+    target = Target(TargetSpec("traced", config), model)
+    # Without numbers there is nothing to compare before its layers are taken.
+    lean = LeanDecoder(target.decoder, target._config, target.embedding.weight, target._cache.stores)
+    vars(target)["_lean"] = lean
+    return target
 
 
 def make_draft(recipe: Any, target: Any) -> Any:

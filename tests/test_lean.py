@@ -80,6 +80,20 @@ def test_every_kind_of_these_models_takes_lean_steps(models: dict[str, Target]) 
     assert all(target._lean is not None for target in models.values())
 
 
+def test_whole_rows_read_through_lean_layers_are_the_modules_own(models: dict[str, Target]) -> None:
+    """What a GPU's features are made of; on a CPU, rows are read through transformers' modules."""
+    draw = torch.Generator().manual_seed(2)
+    for name, target in models.items():
+        ids = torch.randint(64, (3, 37), generator=draw)
+        assert target._lean is not None
+        last, features = target._lean.read(ids, LAYERS)
+        right = target.read(ids, LAYERS)
+        near = {"rtol": 1e-4, "atol": 1e-4, "msg": lambda text, name=name: f"{name}: {text}"}
+        torch.testing.assert_close(last, right.last_hidden, **near)
+        torch.testing.assert_close(features, right.features, **near)
+        assert target._lean.read(ids, ())[1] is None
+
+
 def test_tokens_past_the_first_table_of_positions(models: dict[str, Target]) -> None:
     target = models["llama"]
     ids = torch.randint(64, (1500,), generator=torch.Generator().manual_seed(1)).tolist()

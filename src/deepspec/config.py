@@ -147,6 +147,7 @@ class Recipe(Section):
     num_anchors: Count = 32  # blocks per sequence and step; eagle3 trains on every position instead
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: Annotated[int, Field(ge=0)] = 0
+    compile: bool | None = None  # fuse passes over memory by torch.compile; None: on a GPU with Triton
     shard_target: bool = False  # split the target's layers over the processes of torchrun
     shard_draft: bool = False  # split the draft's weights, gradients and moments over them
     eval_every_steps: Count = 100

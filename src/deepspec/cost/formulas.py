@@ -110,9 +110,10 @@ MOMENTUM_BYTES = 4
 
 
 def state_bytes_per_parameter(precision: str, states: str = "float32") -> float:
-    """Bytes of a draft in training for one parameter: weight and gradient; in bfloat16 also their float32
-    masters (a float32 weight is its own); the optimiser's two moments."""
-    return (2 + 2 + 4 + 4 if precision == "bfloat16" else 4 + 4) + moment_bytes(states)
+    """Bytes of a draft in training for one parameter: its weight, in bfloat16 also the float32 master (a
+    float32 weight is its own); the float32 gradient, to which narrower ones are added one by one; the
+    optimiser's two moments."""
+    return (2 + 4 + 4 if precision == "bfloat16" else 4 + 4) + moment_bytes(states)
 
 
 def activation_bytes(draft: Names, sequences: float, length: float, anchors: float) -> Figure:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspec.drafts.spec import LayerShape
+from deepspec.maths.fused import gated, turned
 from deepspec.maths.lean import LeanLayers, Norm, lean_layer
 from deepspec.maths.slots import SlotStore
 
@@ -52,9 +53,7 @@ def rotate(x: Tensor, turn: Rotation) -> Tensor:
     cos, sin = turn
     if cos.dim() == 3:
         cos, sin = cos[:, None], sin[:, None]
-    half = x.shape[-1] // 2
-    swapped = torch.cat([x[..., half:], x[..., :half]], dim=-1)
-    return torch.addcmul(x * cos, swapped, sin)
+    return turned(x, cos, sin)
 
 
 class Attention(nn.Module):
@@ -112,7 +111,7 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[shape.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.activation))
 
 
 class DraftLayer(nn.Module):

@@ -1,29 +1,101 @@
 """The figures and directions of `terms.py` for a block of rows, computed from logits.
 
 b rows of one block; V vocabulary of the draft's head. What is as wide as V is written into tensors that the
-caller lends, so that on a CPU a block stays in the cache.
+caller lends, so that on a CPU a block stays in the cache. A compiler needs none of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from deepspec.maths.fused import fused
 from deepspec.maths.terms import TERMS
+
+
+class Scratch(NamedTuple):
+    """What a block is computed in, [b, V] each: probabilities, a spare one, the block's teachers where they
+    are gathered from others, and log(p / t) for `reverse`."""
+
+    p: Tensor
+    spare: Tensor
+    gathered: Tensor | None
+    ratio: Tensor | None
+
+
+class Judged(NamedTuple):
+    """The figures by name [b]; each term's value, not weighted, [b]; best [b]: the largest logit's id, if it
+    is wanted; accept [b]: see `HeadLoss`, None without a teacher."""
+
+    found: dict[str, Tensor]
+    values: dict[str, Tensor]
+    best: Tensor | None
+    accept: Tensor | None
+
+
+@fused
+def judge(
+    logits: Tensor,
+    out: Tensor | None,
+    teachers: Tensor | None,
+    within: Tensor | None,
+    mass: Tensor | None,
+    labels: Tensor | None,
+    weights: Mapping[str, Tensor],
+    names: Collection[str],
+    best: bool,
+    scratch: Scratch | None,
+) -> Judged:
+    """Figures, terms and metrics of rows from their logits [b, V], and the gradient of the weighted terms by
+    the logits into `out` [b, V], which may be `logits`.
+
+    teachers: probabilities, [b, V], or [n, V] of which row i reads `within[i]`. mass: [b, 1], the share of
+    each teacher's full distribution on kept ids; None for a full vocabulary. labels: [b, 1]. weights: term
+    -> [b]. names: the wanted figures. scratch: None if a compiler needs none; its spare may be `logits`.
+    """
+    if scratch is None:
+        fresh = [torch.empty_like(logits) for _ in range(4)]
+        scratch = Scratch(fresh[0], fresh[1], fresh[2], fresh[3] if "reverse" in names else None)
+    p, spare, gathered, ratio = scratch
+    t = teachers
+    if teachers is not None and within is not None:
+        t = torch.index_select(teachers, 0, within, out=gathered)
+    top, where = largest(logits)
+    chosen = (logits.argmax(1) if where is None else where) if best else None
+    torch.softmax(logits, 1, out=p)
+    # The largest probability is one over the sum of exponentials of logits less the largest: this is its log.
+    log_total = top - (p.amax(1) if where is None else p.gather(1, where[:, None])[:, 0]).log_()
+    found = read_figures(names, logits, spare, p, log_total, t, labels, ratio)
+    accept = found.get("overlap")
+    if mass is not None and t is not None:
+        accept = torch.minimum(torch.mul(t, mass, out=spare), p, out=spare).sum(1).clamp(0.0, 1.0)
+    values = {term: TERMS[term].value(found) for term in weights}
+    if out is not None:
+        gradient_into(out, spare, p, t, slopes_of(weights, found), found, labels, ratio)
+    return Judged(found, values, chosen, accept)
+
+
+@fused
+def teach(logits: Tensor, out: Tensor, best: bool) -> Tensor | None:
+    """The distributions of logits [b, V] into `out`, and the ids of the largest, if they are wanted."""
+    torch.softmax(logits, 1, out=out)
+    return logits.argmax(1) if best else None
 
 
 def read_figures(
     names: Collection[str],
     logits: Tensor,
+    spare: Tensor,
     p: Tensor,
     log_total: Tensor,
     t: Tensor | None,
     labels: Tensor | None,
     ratio: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The wanted figures [b] of rows. Logits [b, V] are overwritten.
+    """The wanted figures [b] of rows from their logits [b, V]. spare: [b, V], overwritten; may be `logits`.
 
     p: [b, V] their softmax; log_total: [b] the logarithms of their sums of exponentials; t: [b, V]; labels:
     [b, 1]. ratio: [b, V], receives log(p / t) if `reverse` is wanted. log t is bounded below by the logarithm
@@ -40,9 +112,9 @@ def read_figures(
         torch.sub(logits, ratio, out=ratio).sub_(log_total[:, None])
         found["reverse"] = _dots(p, ratio)
     if "cross" in names:
-        found["cross"] = log_total - _dots(t, logits, logits)
+        found["cross"] = log_total - _dots(t, logits, spare)
     if "overlap" in names:
-        found["overlap"] = torch.minimum(p, t, out=logits).sum(1).clamp_(least, 1.0)
+        found["overlap"] = torch.minimum(p, t, out=spare).sum(1).clamp_(least, 1.0)
     return found
 
 
@@ -91,7 +163,12 @@ def gradient_into(
         torch.mul(p, factors, out=out)
     else:
         torch.addcmul(torch.mul(p, factors, out=spare), t, teacher, value=-1.0, out=out)
-    if told is not None and labels is not None:
+    if told is None or labels is None:
+        return
+    if torch.compiler.is_compiling():  # a scatter would be a pass of its own
+        here = torch.arange(p.shape[1], device=p.device) == labels
+        out.copy_(torch.where(here, told.to(out.dtype), out))
+    else:
         out.scatter_(1, labels, told.to(out.dtype))
 
 
@@ -104,10 +181,11 @@ def largest(values: Tensor) -> tuple[Tensor, Tensor | None]:
 def _dots(left: Tensor, right: Tensor, spare: Tensor | None = None) -> Tensor:
     """[b] of [b, V] twice: the sums of left x right. On a CPU, one-row products take twice the time. spare:
     [b, V], for all products there."""
-    if on_cpu(left):
+    if on_cpu(left) or torch.compiler.is_compiling():
         return torch.mul(left, right, out=spare).sum(1)
     return torch.bmm(left[:, None], right[..., None]).flatten()
 
 
 def on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu"
+    """Whether x is on a CPU, and operations run one after the other."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()

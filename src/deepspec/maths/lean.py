@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepspec.maths.fused import gated, normed, turned
 from deepspec.maths.slots import Ragged, Rows, SlotStore, causal_rows_mask
 
 ROTARY_ROOM = 1024
@@ -41,7 +42,7 @@ class Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.split:
-            return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
+            return normed(x, self.weight, self.eps)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (x * self.weight).div_(torch.hypot(length, self.least))
 
@@ -94,8 +95,7 @@ class Step:
 @dataclass(eq=False)
 class LeanLayers:
     """Layers of one shape over slots, whose stores were always given the same slots in the same order.
-    turns: positions [N] -> cos and sin [N, D], the sine's first half negative, so that turning is
-    x * cos + roll(x, D/2) * sin."""
+    turns: positions [N] -> cos and sin [N, D], as `fused.turned` takes them."""
 
     layers: Sequence[LeanLayer]
     norm: Norm
@@ -116,13 +116,10 @@ class LeanLayers:
     def mix(self, layer: LeanLayer, x: Tensor, step: Step) -> Tensor:
         """[T, H*D] mixed values of normed inputs [T, in], whose keys and values are stored."""
         heads, group, dim = self.heads, self.heads // self.kv_heads, self.dim
-        split = heads + self.kv_heads
-        x = _product(x, layer.qkv, layer.qkv_bias).view(-1, split + self.kv_heads, dim)
-        qk = x[:, :split]
-        qk = self._turned(qk if layer.qk_norm is None else layer.qk_norm(qk), step)
-        keys, values = layer.store.extend(qk[:, heads:], x[:, split:], step.flat, step.here, step.rows.end)
+        queries, keys, values = self._heads(layer, x, step.turn)
+        keys, values = layer.store.extend(keys, values, step.flat, step.here, step.rows.end)
         rows, width = len(step.rows.slots), step.rows.width
-        queries = step.padded(qk[:, :heads])
+        queries = step.padded(queries)
         if step.causal:
             mixed = F.scaled_dot_product_attention(
                 queries.transpose(1, 2), keys, values, is_causal=True, scale=self.scale, enable_gqa=group > 1
@@ -142,13 +139,23 @@ class LeanLayers:
                 mixed = mixed.view(rows, self.kv_heads, group, width, dim).permute(0, 3, 1, 2, 4)
         return step.packed(mixed.reshape(rows, width, heads * dim))
 
+    def whole(self, layer: LeanLayer, hidden: Tensor, rows: int, turn: tuple[Tensor, Tensor]) -> Tensor:
+        """[T, d] after a layer, of `rows` rows that are read from their start to their end: no key is kept.
+        turn: cos and sin [T, 1, D]."""
+        heads = self._heads(layer, layer.norm(hidden), turn)
+        queries, keys, values = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in heads)
+        mixed = F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=self.scale, enable_gqa=self.heads > self.kv_heads
+        )
+        return self.finish(layer, hidden, mixed.transpose(1, 2).flatten(0, 1).flatten(1))
+
     def finish(self, layer: LeanLayer, stream: Tensor, mixed: Tensor) -> Tensor:
         """[T, d] the residual stream [T, d] after the attention's mixed values and the MLP."""
         stream = stream if layer.out_bias is None else stream + layer.out_bias
         hidden = torch.addmm(stream, mixed, layer.out)
         both = torch.mm(layer.mlp_norm(hidden), layer.gate_up)
         inner = len(layer.down)
-        return torch.addmm(hidden, self.activation(both[:, :inner]) * both[:, inner:], layer.down)
+        return torch.addmm(hidden, gated(both[:, :inner], both[:, inner:], self.activation), layer.down)
 
     def remember(self, layer: LeanLayer, x: Tensor, step: Step) -> None:
         """Store the keys and values of inputs [T, in], which ask nothing."""
@@ -156,7 +163,7 @@ class LeanLayers:
         x = _product(x, layer.qkv[:, start:], bias if bias is None else bias[start:])
         x = x.view(-1, 2 * split, self.dim)
         keys = x[:, :split]
-        keys = self._turned(keys if layer.k_norm is None else layer.k_norm(keys), step)
+        keys = turned(keys if layer.k_norm is None else layer.k_norm(keys), *step.turn)
         layer.store.extend(keys, x[:, split:], step.flat, step.here, step.rows.end)
 
     def plan(self, rows: Rows, tokens: Ragged | None, sees: Sees = "before") -> Step:
@@ -184,15 +191,19 @@ class LeanLayers:
         causal = sees == "before" and len(counts) == 1 and rows.starts[0] == 0 and width > 1
         alike = len(set(rows.starts)) == 1 and (sees == "all" or width == 1)
         mask = None if causal or alike or sees == "nothing" else self._mask(rows, sees)
-        cos, sin = self._rotary(max(start + count for start, count in spans))
+        cos, sin = self.rotary(max(start + count for start, count in spans))
         turn = cos.index_select(0, parts[1]), sin.index_select(0, parts[1])
         return Step(rows, parts[0], turn, here, flat, mask, causal, padding, packing)
 
-    def _turned(self, x: Tensor, step: Step) -> Tensor:
-        """x [T, heads, D] at its tokens' positions."""
-        cos, sin = step.turn
-        half = self.dim // 2
-        return torch.addcmul(x * cos, torch.cat((x[..., half:], x[..., :half]), -1), sin)
+    def _heads(
+        self, layer: LeanLayer, x: Tensor, turn: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H, D], keys and values [T, G, D] of normed inputs [T, in]. turn: of their positions."""
+        split = self.heads + self.kv_heads
+        x = _product(x, layer.qkv, layer.qkv_bias).view(-1, split + self.kv_heads, self.dim)
+        qk = x[:, :split]
+        qk = turned(qk if layer.qk_norm is None else layer.qk_norm(qk), *turn)
+        return qk[:, : self.heads], qk[:, self.heads :], x[:, split:]
 
     def _mask(self, rows: Rows, sees: Sees) -> Tensor:
         """0 where token i of a row sees a key, -inf elsewhere: [R, 1, Q*H/G, K], or [R, 1, 1, K] if all of a
@@ -204,7 +215,7 @@ class LeanLayers:
         mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
         return mask.masked_fill_(~seen, -math.inf).repeat(1, 1, repeated, 1)
 
-    def _rotary(self, length: int) -> tuple[Tensor, Tensor]:
+    def rotary(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin [at least `length`, 1, D] by position."""
         if self.turn is None or length > len(self.turn[0]):
             room = -(-length // ROTARY_ROOM) * ROTARY_ROOM

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from deepspec.maths.chunking import cpu_block_rows, default_chunk_rows
-from deepspec.maths.figures import gradient_into, largest, read_figures, slopes_of
+from deepspec.maths.figures import Scratch, judge, teach
 from deepspec.maths.finite import harmless
 from deepspec.maths.formed import needs_gradient, with_gradients
+from deepspec.maths.fused import compiles
 from deepspec.maths.head import Head
 from deepspec.maths.host import sent
 from deepspec.maths.pieces import Piece, pieces
@@ -179,7 +180,8 @@ class _Space:
     slope: Tensor | None  # [n, V], where a soft-cap has to be differentiated
     teacher: Tensor | None  # [n, V] probabilities, renormalised over kept ids
     full: Tensor | None  # [n, W] logits of the teacher, for a reduced vocabulary
-    spare: Tensor  # [b, V]
+    block: int  # b
+    spare: Tensor | None  # [b, V]; a compiler needs none of these last three
     gathered: Tensor | None  # [b, V], where rows share teachers
     ratio: Tensor | None  # [b, V], for reverse_kl
 
@@ -283,15 +285,18 @@ def _walk(task: _Task, wants: _Wants, chunk_rows: int) -> _Result:
     reduced = teacher_head is not None and head.kept is not None
     narrow = (wants.hidden or wants.z or wants.w2) and head.softcap is None
     narrow = narrow and task.hidden.dtype != task.dtype
+    logits = new(chunk, vocab)
+    compiled = compiles(logits)
     space = _Space(
-        draft=new(chunk, vocab),
+        draft=logits,
         narrow=torch.empty(chunk, vocab, dtype=task.hidden.dtype, device=device) if narrow else None,
         slope=new(chunk, vocab) if wants.hidden and head.softcap is not None else None,
         teacher=None if teacher_head is None else new(chunk, vocab),
         full=new(chunk, teacher_head.vocab_size) if teacher_head is not None and reduced else None,
-        spare=new(block, vocab),
-        gathered=None if task.teacher_of is None else new(block, vocab),
-        ratio=new(block, vocab) if "reverse" in wants.figures else None,
+        block=block,
+        spare=None if compiled else new(block, vocab),
+        gathered=None if compiled or task.teacher_of is None else new(block, vocab),
+        ratio=new(block, vocab) if "reverse" in wants.figures and not compiled else None,
     )
     teacher: _Teacher | None = None
     for piece in pieces(count, max(1, chunk), task.teacher_of, device, blocks and blocks.block):
@@ -328,15 +333,19 @@ def _form_teacher(task: _Task, fresh: slice, space: _Space, wants: _Wants) -> _T
     task.teacher_head.logits_into(logits, hidden)
     best = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device) if wants.correct else None
     mass = None if kept is None else logits.new_empty(len(hidden), 1)
-    for start in range(0, len(hidden), len(space.spare)):
-        rows = slice(start, min(start + len(space.spare), len(hidden)))
+    for start in range(0, len(hidden), space.block):
+        rows = slice(start, min(start + space.block, len(hidden)))
         full, out = logits[rows], space.teacher[rows]
+        if kept is None or mass is None:
+            found = teach(full, out, best is not None)
+            if best is not None and found is not None:
+                best[rows] = found
+            continue
         if best is not None:
             best[rows] = full.argmax(1)
-        if kept is None or mass is None:
-            torch.softmax(full, 1, out=out)
-            continue
-        some = torch.index_select(full, 1, kept, out=space.spare[: len(full)])
+        some = torch.index_select(
+            full, 1, kept, out=None if space.spare is None else space.spare[: len(full)]
+        )
         top = full.amax(1, keepdim=True)
         mass[rows] = some.sub(top).exp_().sum(1, keepdim=True) / full.sub_(top).exp_().sum(1, keepdim=True)
         torch.softmax(some, 1, out=out)
@@ -353,22 +362,29 @@ def _block(
     result: _Result,
 ) -> None:
     """The terms and metrics of rows `at` of a chunk, into `result`; their logits become the gradient."""
-    logits, p = space.draft[at], space.spare[: at.stop - at.start]
+    logits, size = space.draft[at], at.stop - at.start
     rows, within = piece.part(at)
-    t, best, mass = _taught(within, space, teacher)
-    top, where = largest(logits)
-    if result.correct is not None:
-        result.correct[rows] = _correct(task, rows, logits.argmax(1) if where is None else where, best)
-    torch.softmax(logits, 1, out=p)
-    # The largest probability is one over the sum of exponentials of logits less the largest: this is its log.
-    log_total = top - (p.amax(1) if where is None else p.gather(1, where[:, None])[:, 0]).log_()
+    teachers, best, mass = None, None, None
+    if teacher is not None and space.teacher is not None:
+        best, mass = (None if each is None else each[within] for each in teacher)
+        teachers = space.teacher if isinstance(within, Tensor) else space.teacher[within]
     labels = None if task.labels is None else task.labels[rows, None]
-    ratio = None if space.ratio is None else space.ratio[: len(p)]
-    found = read_figures(wants.figures, logits, p, log_total, t, labels, ratio)
-    if t is not None and result.accept is not None:
-        if mass is not None:
-            shared = torch.minimum(torch.mul(t, mass, out=logits), p, out=logits).sum(1)
-        result.accept[rows] = found["overlap"] if mass is None else shared.clamp(0.0, 1.0)
+    weights = {term: weight[rows] for term, weight in task.weights.items()}
+    out = None
+    if wants.hidden or wants.z or wants.w2:
+        out = logits if space.narrow is None else space.narrow[at]
+    scratch = None
+    if space.spare is not None:
+        gathered, ratio = (None if x is None else x[:size] for x in (space.gathered, space.ratio))
+        scratch = Scratch(space.spare[:size], logits, gathered, ratio)
+    index = within if isinstance(within, Tensor) else None
+    found, values, chosen, accept = judge(
+        logits, out, teachers, index, mass, labels, weights, wants.figures, wants.correct, scratch
+    )
+    if result.correct is not None and chosen is not None:
+        result.correct[rows] = _correct(task, rows, chosen, best)
+    if result.accept is not None and accept is not None:
+        result.accept[rows] = accept
     if result.rates is not None and task.positions is not None:
         if RULES[task.positions.rule].reads == "accept":
             assert result.accept is not None
@@ -376,27 +392,8 @@ def _block(
         else:
             assert task.known is not None
             result.rates[rows] = (-found["surprise"]).exp() * task.known[rows]
-    weights = {term: weight[rows] for term, weight in task.weights.items()}
     for term, part in weights.items():
-        value = part * TERMS[term].value(found)
-        result.terms[term][rows] = torch.where(part == 0, torch.zeros_like(part), value)
-    if wants.hidden or wants.z or wants.w2:
-        out = logits if space.narrow is None else space.narrow[at]
-        gradient_into(out, logits, p, t, slopes_of(weights, found), found, labels, ratio)
-
-
-def _taught(
-    within: slice | Tensor, space: _Space, teacher: _Teacher | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(probabilities [b, V], best id [b], mass [b, 1]) of some of the teachers that are there."""
-    if teacher is None or space.teacher is None:
-        return None, None, None
-    best, mass = (None if each is None else each[within] for each in teacher)
-    if isinstance(within, slice):
-        return space.teacher[within], best, mass
-    assert space.gathered is not None
-    t = torch.index_select(space.teacher, 0, within, out=space.gathered[: len(within)])
-    return t, best, mass
+        result.terms[term][rows] = torch.where(part == 0, torch.zeros_like(part), part * values[term])
 
 
 def _products(

@@ -71,6 +71,19 @@ class LeanDecoder:
         last = step.padded(self.stack.norm(hidden))
         return last, step.padded(torch.cat([features[i] for i in layers], -1)) if layers else None
 
+    def read(self, ids: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """The same of whole rows [R, Q], right-padded, without slots."""
+        rows, length = ids.shape
+        cos, sin = (each[:length].repeat(rows, 1, 1) for each in self.stack.rotary(length))
+        hidden = F.embedding(ids.flatten(), self.embedding)
+        features = {-1: hidden} if -1 in layers else {}
+        for index, layer in enumerate(self.stack.layers):
+            hidden = self.stack.whole(layer, hidden, rows, (cos, sin))
+            if index in layers:
+                features[index] = hidden
+        last = self.stack.norm(hidden).view(rows, length, -1)
+        return last, torch.cat([features[i] for i in layers], -1).view(rows, length, -1) if layers else None
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def reproduces(self) -> bool:
@@ -90,11 +103,17 @@ class LeanDecoder:
         pieces.append(self.step([0], [cut], [ids[cut:]], range(-1, depth - 1)))
         for layer, store in zip(self.stack.layers, stores, strict=True):
             layer.store = store
-        last, features = (torch.cat(part, dim=1)[0].float() for part in zip(*pieces, strict=True))
+        stepped = [torch.cat(part, dim=1) for part in zip(*pieces, strict=True)]
+        whole = self.read(torch.tensor([ids], device=self.embedding.device), range(-1, depth - 1))
         streams = torch.cat([h[0] for h in theirs.hidden_states[:depth]], -1).float()
         near = torch.finfo(self.embedding.dtype).eps ** 0.5
-        found = ((last, theirs.last_hidden_state[0].float()), (features, streams))
-        return all(bool((a - b).abs().max() <= near * b.abs().max()) for a, b in found)
+        right = theirs.last_hidden_state[0].float(), streams
+        return all(
+            bool((ours[0].float() - own).abs().max() <= near * own.abs().max())
+            for found in (stepped, whole)
+            for ours, own in zip(found, right, strict=True)
+            if ours is not None
+        )
 
     def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """What `LeanLayers` turns by, from the model's own module."""

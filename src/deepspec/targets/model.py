@@ -182,8 +182,12 @@ class Target:
         Attention is causal, so what padding holds changes nothing before it. Raises TargetError for
         sequences past the length up to which the model's positions hold still.
         """
-        self._hook(tuple(layers))
         self._check_length(input_ids.shape[1])
+        # On a CPU there is little to gain, and the features stay transformers' own to the last bit.
+        if self.device.type != "cpu" and not self._watched and self._lean is not None:
+            self._check_layers(layers)
+            return StepOutput(*self._lean.read(sent(input_ids, self.device), layers))
+        self._hook(tuple(layers))
         cache = PassingCache(self.spec.num_layers) if self.cached else None
         output = self.decoder(input_ids=sent(input_ids, self.device), past_key_values=cache, use_cache=False)
         return self._output(output)

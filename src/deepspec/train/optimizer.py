@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -50,14 +53,20 @@ class Optimizer:
         if self.groups["muon"]:
             self.steppers["muon"] = muon(self.groups["muon"], optim)
 
-    def collect(self) -> None:
-        """Add the draft's gradients to the masters' and clear them, so that a sum over many passes is a
-        float32 sum: in bfloat16 the later ones would be lost."""
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter and parameter.grad is not None:
-                new = parameter.grad.float()
-                master.grad = new if master.grad is None else master.grad.add_(new)
-                parameter.grad = None
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Add each gradient of a backward pass to its master's, and clear it, as soon as it is complete: a
+        sum over many passes is then a float32 sum (in bfloat16 the later ones would be lost), and there are
+        never two gradients of all weights."""
+        pairs = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
+        hooks = [p.register_post_accumulate_grad_hook(partial(_collect, m)) for p, m in pairs]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for parameter, master in pairs:  # of weights that are split over the ranks, which have no such moment
+            _collect(master, parameter)
 
     def divide(self, weight: Tensor) -> None:
         """Divide the gradients collected so far."""
@@ -81,7 +90,6 @@ class Optimizer:
         for stepper in self.steppers.values():
             for group in stepper.param_groups:
                 group["lr"] = lr
-        self.collect()
         norm = sum_of_parts(torch.nn.utils.clip_grad_norm_(self.masters, self.optim.grad_clip))
         # Read before the step, not after it: a step waits for the device once in either order.
         size, value = torch.stack([norm, torch.zeros_like(norm) if loss is None else loss]).tolist()
@@ -132,6 +140,13 @@ class Optimizer:
         return state | {"state": found}
 
 
+def _collect(master: Tensor, parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        new = parameter.grad.float()
+        master.grad = new if master.grad is None else master.grad.add_(new)
+        parameter.grad = None
+
+
 def adamw(parameters: list[Tensor], optim: OptimConfig) -> torch.optim.Optimizer:
     """AdamW with its two moments in float32, or in 8 bits for a parameter of 4,096 values or more.
 
@@ -164,8 +179,8 @@ def eight_bit_adamw() -> Any:
     except ImportError as error:
         raise RecipeError(
             f"optim.states=8bit needs the bitsandbytes package ({error})",
-            next_step="pip install 'bitsandbytes>=0.50', or train with optim.states=float32 (20 bytes per "
-            "parameter instead of 14, so a smaller draft.num_layers may be needed)",
+            next_step="pip install 'bitsandbytes>=0.50', or train with optim.states=float32 (18 bytes per "
+            "parameter instead of 12, so a smaller draft.num_layers may be needed)",
         ) from error
     return AdamW8bit
 

@@ -50,6 +50,7 @@ FREE = (
     "trackers",
     "optim.micro_batch_size",
     "optim.micro_batch_tokens",
+    "compile",
     "shard_target",
     "shard_draft",
     "checkpoint_every_steps",

@@ -92,8 +92,8 @@ def train_step(
                 continue
             plan: Any = draft.plan(batch, recipe.num_anchors, _each(generators, picked or [0]))
             sums = draft(batch, recipe.loss, plan, measure)
-            (sums.total if picked else 0 * sums.total).backward()
-            optimizer.collect()
+            with optimizer.collecting():
+                (sums.total if picked else 0 * sums.total).backward()
         if not picked:
             continue
         total, weight = total + sums.total.detach(), weight + sums.weight

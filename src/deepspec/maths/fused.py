@@ -1,0 +1,108 @@
+"""Functions that a compiler turns into one pass over memory, if it is asked to.
+
+Apart from its matrix products, a step on a GPU is passes over wide tensors, one or more for each operation.
+`torch.compile` makes one kernel of a function that works number by number or row by row, and one of its
+gradient, which computes again what it can instead of keeping it. Numbers then stay in float32 between the
+operations, where the operations by themselves round each to the tensors' own dtype.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+ONE_PASS: dict[str, Any] = {
+    "realize_reads_threshold": 64,
+    "realize_opcount_threshold": 512,
+    "realize_acc_reads_threshold": 64,
+}
+"""The compiler's limits on how often it computes a wide tensor again before it would rather store it. Memory
+is what costs here, not arithmetic."""
+LEAST = 2**20
+"""Numbers in a tensor below which a pass over it takes no longer than asking a compiled function for it."""
+_wanted = False
+_compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether compiling is worth it: on a GPU that Triton supports. On a CPU the products take most of the
+    time, and the passes stay in its cache."""
+    from torch.utils._triton import has_triton
+
+    return device.type == "cuda" and bool(has_triton())
+
+
+@contextmanager
+def compiling(wanted: bool) -> Iterator[None]:
+    """Compile what is `fused`, if `wanted`, until the context ends. Outside of any, nothing is compiled."""
+    global _wanted
+    before, _wanted = _wanted, wanted
+    try:
+        yield
+    finally:
+        _wanted = before
+        _compiled.clear()
+
+
+def compiles(x: Tensor) -> bool:
+    """Whether what is `fused` is compiled for tensors like x."""
+    return _wanted and x.numel() >= LEAST
+
+
+def fused(function: Function) -> Function:
+    """Decorates a function whose first argument is a tensor. Any sizes share one compilation. If it fails,
+    the function runs as it is written from then on, after a warning."""
+
+    @wraps(function)
+    def run(first: Tensor, *others: Any) -> Any:
+        if not compiles(first):
+            return function(first, *others)
+        if function not in _compiled:
+            _compiled[function] = torch.compile(function, dynamic=True, fullgraph=True, options=ONE_PASS)
+        try:
+            return _compiled[function](first, *others)
+        except RuntimeError as error:
+            if not _no_compiler(error):
+                raise
+            reason = " ".join(str(error).split("\n")[:2])
+            warnings.warn(f"{function.__name__} runs uncompiled, which is slower: {reason}", stacklevel=2)
+            _compiled[function] = function
+            return function(first, *others)
+
+    return cast(Function, run)
+
+
+def _no_compiler(error: RuntimeError) -> bool:
+    """Whether torch says that it cannot compile here, and not that the function failed."""
+    from torch._dynamo.exc import TorchDynamoException  # a second to import, which most processes can save
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    return isinstance(error, TorchDynamoException | CppCompileError | InvalidCxxCompiler)
+
+
+@fused
+def gated(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """The inner values of an MLP whose gate goes through an activation."""
+    return activation(gate) * up
+
+
+@fused
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., D] at its rotary positions, rotate-half form. cos, sin: broadcast to x; the first half of the
+    sine is negative, so that turning is x cos + (x with its halves swapped) sin."""
+    half = x.shape[-1] // 2
+    return torch.addcmul(x * cos, torch.cat((x[..., half:], x[..., :half]), -1), sin)
+
+
+@fused
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., n] over its root mean square, rounded, and then times `weight`, as Llama's norm does it."""
+    return F.rms_norm(x, x.shape[-1:], None, eps) * weight
