@@ -63,7 +63,7 @@ def fused(function: Function) -> Function:
 
     @wraps(function)
     def run(first: Tensor, *others: Any) -> Any:
-        if not compiles(first):
+        if not _wanted or not compiles(first):
             return function(first, *others)
         if function not in _compiled:
             _compiled[function] = torch.compile(function, dynamic=True, fullgraph=True, options=ONE_PASS)
@@ -98,8 +98,7 @@ def gated(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> T
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [..., D] at its rotary positions, rotate-half form. cos, sin: broadcast to x; the first half of the
     sine is negative, so that turning is x cos + (x with its halves swapped) sin."""
-    half = x.shape[-1] // 2
-    return torch.addcmul(x * cos, torch.cat((x[..., half:], x[..., :half]), -1), sin)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 @fused

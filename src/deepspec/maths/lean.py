@@ -115,28 +115,30 @@ class LeanLayers:
 
     def mix(self, layer: LeanLayer, x: Tensor, step: Step) -> Tensor:
         """[T, H*D] mixed values of normed inputs [T, in], whose keys and values are stored."""
-        heads, group, dim = self.heads, self.heads // self.kv_heads, self.dim
+        heads, kv_heads, dim = self.heads, self.kv_heads, self.dim
         queries, keys, values = self._heads(layer, x, step.turn)
         keys, values = layer.store.extend(keys, values, step.flat, step.here, step.rows.end)
         rows, width = len(step.rows.slots), step.rows.width
+        # The query heads that share a key become more queries of it: keys are never repeated.
+        if width == 1:
+            queries = queries.reshape(rows, kv_heads, -1, dim)
+            mixed = F.scaled_dot_product_attention(queries, keys, values, step.mask, scale=self.scale)
+            return mixed.reshape(rows, heads * dim)
         queries = step.padded(queries)
         if step.causal:
             mixed = F.scaled_dot_product_attention(
-                queries.transpose(1, 2), keys, values, is_causal=True, scale=self.scale, enable_gqa=group > 1
-            ).transpose(1, 2)
-        else:
-            # The query heads that share a key become more queries of it: keys are never repeated.
-            if width > 1:
-                queries = queries.view(rows, width, self.kv_heads, group, dim).permute(0, 2, 3, 1, 4)
-            mixed = F.scaled_dot_product_attention(
-                queries.reshape(rows, self.kv_heads, group * width, dim),
+                queries.transpose(1, 2),
                 keys,
                 values,
-                attn_mask=step.mask,
+                is_causal=True,
                 scale=self.scale,
-            )
-            if width > 1:
-                mixed = mixed.view(rows, self.kv_heads, group, width, dim).permute(0, 3, 1, 2, 4)
+                enable_gqa=heads > kv_heads,
+            ).transpose(1, 2)
+        else:
+            queries = queries.view(rows, width, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)
+            queries = queries.reshape(rows, kv_heads, -1, dim)
+            mixed = F.scaled_dot_product_attention(queries, keys, values, step.mask, scale=self.scale)
+            mixed = mixed.view(rows, kv_heads, -1, width, dim).permute(0, 3, 1, 2, 4)
         return step.packed(mixed.reshape(rows, width, heads * dim))
 
     def whole(self, layer: LeanLayer, hidden: Tensor, rows: int, turn: tuple[Tensor, Tensor]) -> Tensor:
