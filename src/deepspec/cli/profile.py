@@ -56,7 +56,7 @@ def profile(
 
     The table says what the target's pass and the draft's proposals take on this machine, and what verifying
     one more token costs; `deepspec recommend` and the policies read it. Points are measured in turns, and the
-    medians are kept. After Ctrl-C or a kill the same command continues.
+    means are kept. After Ctrl-C or a kill the same command continues.
 
     \b
     Example:

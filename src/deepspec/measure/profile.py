@@ -1,8 +1,9 @@
 """Profiling: what the parts of the decoder's rounds take on this machine, as a table of step costs.
 
 A pass that is timed alone finds its weights in the caches, and one that follows other shapes finds nothing
-there; so whole rounds are run, and the calls in them are timed. Every sweep measures each point of the grid,
-and the table has the medians.
+there; so whole rounds are run, and the calls in them are timed. Every sweep measures each point of the grid
+by the median of a few rounds, and the table has the means of the sweeps: a machine may be a quarter slower
+for seconds at a time, and what it serves then takes as long as it takes.
 """
 
 from __future__ import annotations
@@ -143,9 +144,9 @@ def profile(
 def table_of(
     sweeps: Sequence[dict[str, Any]], grid: Grid, identity: Identity, watts: float | None
 ) -> StepCosts:
-    """The medians of all sweeps, made monotone. What a draft adds to the rest of a round is its own."""
+    """The means of all sweeps, made monotone. What a draft adds to the rest of a round is its own."""
     target, propose, prefill, observe, rest, drafted = (
-        np.median([sweep[name] for sweep in sweeps], axis=0)
+        np.mean([sweep[name] for sweep in sweeps], axis=0)
         for name in ("target", "propose", "prefill", "observe", "rest", "drafted")
     )
     return StepCosts(
