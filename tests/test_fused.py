@@ -20,6 +20,7 @@ from deepspec.maths.head import Head
 from deepspec.maths.losses import HeadLoss, head_loss
 from deepspec.maths.terms import TERMS
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # of torch's own compiler
 compiled_here = pytest.mark.skipif(shutil.which("g++") is None, reason="compiled with g++")
 ROWS, WORDS, WIDTH, RANK = 12, 5000, 16, 4
 
@@ -87,7 +88,7 @@ def test_compiled_loss_keeps_almost_nothing_as_wide_as_the_vocabulary(monkeypatc
     """The draft's and the teachers' distributions, which the products write, and on a CPU (which alone would
     rather store an exponential) one more."""
     run = partial(loss_of, ("ce", "l1"), torch.float32, ROWS)
-    monkeypatch.setattr("deepspec.maths.losses.cpu_block_rows", lambda _: ROWS)
+    monkeypatch.setattr("deepspec.maths.losses.cpu_block_rows", lambda _: ROWS)  # as on a GPU
     by_operations = wide_tensors(run)
     with compiling(True):
         run()

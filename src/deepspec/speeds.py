@@ -30,6 +30,7 @@ from deepspec.features.cache_write import batch_rows, plan_cache, shard_tensors
 from deepspec.files import write_json
 from deepspec.log import note, open_trackers, progress
 from deepspec.maths.blocks import FeatureBatch
+from deepspec.maths.fused import compiling
 from deepspec.maths.verify import Sampling
 from deepspec.targets import Target
 from deepspec.this_machine import clock, read_joules, this_machine
@@ -219,7 +220,8 @@ def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainS
     with tempfile.TemporaryDirectory() as folder:
         open_trackers(recipe.trackers, Path(folder), recipe.name, recipe.model_dump(mode="json")).close()
         setup = clock(target.device) - began
-        step, features = _steps(target, draft, optimizer, recipe, cut)
+        with compiling(recipe.compile, target.device):
+            step, features = _steps(target, draft, optimizer, recipe, cut)
         began = clock(target.device)
         Run(Path(folder), recipe).save(draft, optimizer, Progress(1), target, {})
         checkpoint = clock(target.device) - began

@@ -32,18 +32,16 @@ _wanted = False
 _compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether compiling is worth it: on a GPU that Triton supports. On a CPU the products take most of the
-    time, and the passes stay in its cache."""
+@contextmanager
+def compiling(wanted: bool | None, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Compile what is `fused` until the context ends; outside of any, nothing is compiled. wanted: None
+    compiles if the device is a GPU that Triton supports. On a CPU the products take most of the time, and the
+    passes stay in its cache."""
     from torch.utils._triton import has_triton
 
-    return device.type == "cuda" and bool(has_triton())
-
-
-@contextmanager
-def compiling(wanted: bool) -> Iterator[None]:
-    """Compile what is `fused`, if `wanted`, until the context ends. Outside of any, nothing is compiled."""
     global _wanted
+    if wanted is None:
+        wanted = torch.device(device).type == "cuda" and bool(has_triton())
     before, _wanted = _wanted, wanted
     try:
         yield

@@ -281,12 +281,12 @@ def _walk(task: _Task, wants: _Wants, chunk_rows: int) -> _Result:
     if blocks is not None and count:
         chunk_rows = max(chunk_rows, int(blocks.place.max()) + 1)
     chunk = min(chunk_rows, count)
-    block = chunk if device.type != "cpu" else min(chunk, cpu_block_rows(vocab))
+    logits = new(chunk, vocab)
+    compiled = compiles(logits)
+    block = chunk if compiled or device.type != "cpu" else min(chunk, cpu_block_rows(vocab))
     reduced = teacher_head is not None and head.kept is not None
     narrow = (wants.hidden or wants.z or wants.w2) and head.softcap is None
     narrow = narrow and task.hidden.dtype != task.dtype
-    logits = new(chunk, vocab)
-    compiled = compiles(logits)
     space = _Space(
         draft=logits,
         narrow=torch.empty(chunk, vocab, dtype=task.hidden.dtype, device=device) if narrow else None,

@@ -26,7 +26,7 @@ from deepspec.errors import NonFiniteError, UserError, some_rows
 from deepspec.features.batches import Source, announced, batches_from
 from deepspec.maths import acceptance
 from deepspec.maths.calibration import calibration_error
-from deepspec.maths.fused import can_compile, compiling
+from deepspec.maths.fused import compiling
 from deepspec.measure.evaluate import held_out_rounds, load_prompts
 from deepspec.measure.rows import Prompt
 from deepspec.pocket import prompts_path
@@ -115,8 +115,7 @@ def train_draft(
             draft = build_draft(recipe, target, data.rows, spec)
             if recipe.shard_draft and ranks.world > 1:
                 shard_draft(draft)
-            compiled = can_compile(draft.device) if recipe.compile is None else recipe.compile
-            with compiling(compiled):
+            with compiling(recipe.compile, draft.device):
                 return train(run, draft, target, data.rows, data.source, facts, held_out, ranks)
 
 
