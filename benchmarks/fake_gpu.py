@@ -80,6 +80,19 @@ def pretend_cuda(folder: Path) -> None:
         own.replace(library)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
+    import torch
+
+    class NoGrad(torch.no_grad):
+        """Stands for `torch.inference_mode`, under which no operator of a tensor without numbers is found."""
+
+        def __new__(cls, mode: Any = True) -> Any:
+            return torch.no_grad()(mode) if callable(mode) else super().__new__(cls)
+
+        def __init__(self, mode: Any = True) -> None:
+            super().__init__()
+
+    torch.inference_mode = NoGrad
+
 
 @dataclass(frozen=True)
 class Card:
@@ -127,6 +140,7 @@ def traced(card: Card) -> Iterator[Any]:
             self.waits: Counter[str] = Counter()
             self.kernels = self.live = self.peak = 0
             self.phase = ""
+            self.masks = False
             self.held: dict[int, tuple[Any, int, str]] = {}
             self.at_peak: Counter[str] = Counter()
             self.pinned: set[int] = set()
@@ -370,20 +384,28 @@ def traced(card: Card) -> Iterator[Any]:
             if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "cuda":
                 return torch.tensor(*args, **{**kwargs, "device": "cpu"}).to("cuda")
             on_card = bool(args) and isinstance(args[0], torch.Tensor) and args[0].device.type == "cuda"
-            if on_card and func is torch.Tensor.tolist:
-                trace.waits[f"tolist: {trace.phase}, {line()}"] += 1
-                return torch.ones(args[0].shape).tolist()
             if on_card and func is F.rms_norm:
                 return Norm.apply(args[0], args[2] if len(args) > 2 else kwargs.get("weight"))
             if on_card and func is F.scaled_dot_product_attention:
-                q, k, v = args[:3]
-                assert kwargs.get("attn_mask") is None and len(args) == 3, "attention with a mask"
+                q, k, v, mask = (*args, kwargs.get("attn_mask"))[:4]
                 causal, scale = kwargs.get("is_causal", False), kwargs.get("scale")
+                if mask is not None:
+                    assert trace.masks, "attention with a mask"
+                    mask = mask.expand(*q.shape[:3], k.shape[2])
+                    kernel = aten._scaled_dot_product_efficient_attention
+                    return kernel(q, k, v, mask, False, 0.0, causal, scale=scale)[0]
                 return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[0]
             return func(*args, **kwargs)
 
+    def tolist(of: Any) -> Any:
+        """One copy, where a tensor without numbers would be asked for each of them."""
+        trace.waits[f"tolist: {trace.phase}, {line()}"] += 1
+        return torch.ones(of.shape, dtype=of.dtype).tolist()
+
     trace = Trace()
     with ExitStack() as stack:
+        stack.callback(setattr, FakeTensor, "tolist", FakeTensor.tolist)
+        FakeTensor.tolist = tolist
         # transformers takes a tensor without numbers for an export, and would build a mask.
         for module, name in ((masks, "is_tracing"), (torch.cuda, "_lazy_init")):
             stack.callback(setattr, module, name, getattr(module, name))

@@ -1,12 +1,15 @@
 """The training step on a GPU that is not there: time by a card's figures, peak memory, and waits of the host.
 
     python benchmarks/gpu_trace.py [dspark dflash eagle3] [--length 4096] [--tiny] [--json] [--lines 15]
+    python benchmarks/gpu_trace.py [dspark dflash eagle3] --round 6 [--json]
 
 One sequence at the dimensions of Qwen3-4B (`--tiny`: a target of two layers), a fifth of it prompt, 512
 anchors, bfloat16 with float32 masters. Every kernel is put at the longer of its bytes by the card's bandwidth
 and its FLOPs by the card's speed, one after the other, launches free: a roofline and not a measurement. The
 floor is the operations that `deepspec plan` counts, attention of the target as half a square, at the card's
 speed. No number is computed, and no GPU is needed; g++ is (`fake_gpu.py`).
+
+`--round` counts the kernels and the waits of a round of decoding.
 """
 
 from __future__ import annotations
@@ -164,6 +167,35 @@ def trace_step(algorithm: str, length: int, tiny: bool) -> dict[str, Any]:
     return found | {"ms/floor": found["ms"] / found["floor, ms"]}
 
 
+def trace_round(algorithm: str, layers: int) -> dict[str, Any]:
+    """One round of four ragged rows, half of them greedy, at the tiny dimensions: kernels and waits."""
+    import torch
+
+    from deepspec.config import load_recipe
+    from deepspec.decode import engine
+    from deepspec.maths.verify import Sampling
+
+    words = ["draft.mask_token_id=3", "draft.target_layer_ids=[0,1,2]"]
+    recipe = load_recipe(f"{algorithm}/qwen3-4b", words)
+    # A prompt's first token is decided on the host, which would find no numbers.
+    engine.defined, engine.first_layer = lambda _: torch.tensor(True), lambda *_: None
+    engine.draw = lambda *_: torch.tensor(5)
+    with traced(H200) as trace:
+        trace.masks = True
+        target = make_target(TINY | {"num_hidden_layers": layers})
+        draft = make_draft(recipe, target).eval().requires_grad_(False)
+        draft.settle()
+        decoder = engine.Decoder(target, draft, max_rows=4)
+        for row in range(4):
+            prompt = list(range(5, 25 + row))
+            decoder.submit(engine.Request(prompt, 64, row, sampling=Sampling(float(row % 2))))
+        for _ in range(4):
+            decoder.step()
+        trace.forget()
+        decoder.step()
+        return {"kernels": trace.kernels, "waits": dict(trace.waits)}
+
+
 def phased(trace: Any, source: Any) -> Any:
     """The same source; what runs in it and after it is told apart in the account."""
 
@@ -184,12 +216,19 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--tiny", action="store_true", help="a target of six layers and 1,000 words")
     parser.add_argument("--lines", type=int, default=0, help="show the dearest lines and largest tensors")
+    parser.add_argument("--round", type=int, metavar="LAYERS", help="a round of decoding over so many layers")
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args()
     cache = Path(os.environ.get("DEEPSPEC_CACHE") or Path.home() / ".cache/deepspec")
     pretend_cuda(cache / "trace")
     report = {}
-    for algorithm in chosen.algorithms:
+    for algorithm in chosen.algorithms if chosen.round else ():
+        report[algorithm] = found = trace_round(algorithm, chosen.round)
+        if not chosen.json:
+            print(f"{algorithm:7s} {found['kernels']} kernels, {sum(found['waits'].values())} waits")
+            for what, count in found["waits"].items():
+                print(f"        waits {count}: {what}")
+    for algorithm in () if chosen.round else chosen.algorithms:
         report[algorithm] = found = trace_step(algorithm, chosen.length, chosen.tiny)
         if chosen.json:
             continue

@@ -22,6 +22,7 @@ from deepspec.decode.plain import Deferred, NoDraft
 from deepspec.decode.settle import LOGITS, Fault, Settled, first_layer, settle, warped
 from deepspec.drafts.base import Draft, NeuralDraft, Proposal
 from deepspec.errors import NonFiniteError, UserError
+from deepspec.maths.host import sent
 from deepspec.maths.slots import Ints, Ragged
 from deepspec.maths.verify import Sampling, defined, draw, verify, warp
 from deepspec.schedule.policies import NONE, Load, Policy
@@ -274,7 +275,7 @@ class Decoder:
         slots, anchors = [r.slot for r in rows], [r.anchor for r in rows]
         samplings = [r.request.sampling for r in rows]
         uniforms = torch.stack([torch.rand(2 * gamma + 1, generator=r.random) for r in rows])
-        uniforms = uniforms.to(self.target.device)
+        uniforms = sent(uniforms, self.target.device)
         held = [self.target.length(slot) for slot in slots]
         load = Load(len(rows), sum(held) / len(rows), sum(not row.answer.kept for row in rows))
         asked = draft if self.policy is None or self.policy.proposes(load) else NoDraft()
@@ -293,7 +294,6 @@ class Decoder:
             features = features[:, : max(map(len, observed))]
         draft.observe(slots, features, observed, new)
         verified, gained = np.zeros((2, len(rows)), np.int64)
-        confidences = None if proposal.confidence is None else proposal.confidence.tolist()
         events = []
         for i, row in enumerate(rows):
             if i in settled.faults:
@@ -305,8 +305,8 @@ class Decoder:
             answer.proposed.append(counts[i])
             answer.accepted.append(accepted)
             answer.kept.append(len(kept))
-            if confidences is not None:
-                answer.confidence.append(confidences[i][: counts[i]])
+            if proposal.confidence is not None:
+                answer.confidence.append(settled.confidence[i][: counts[i]])
             events.append(self._event(row, kept))
         if self.policy is not None:
             self.policy.learn(verified, gained)
@@ -331,7 +331,7 @@ class Decoder:
         q = proposal.q[:, :width].to(p.device) if width else p[:, :0]
         verifying, lengths = proposal.tokens[:, :width].to(p.device), [len(row) for row in tokens]
         deciding = torch.cat([uniforms[:, :width], uniforms[:, -1:]], dim=1)
-        verdict = verify(p, q, verifying, torch.tensor(lengths, device=p.device), deciding)
+        verdict = verify(p, q, verifying, sent(torch.tensor(lengths), p.device), deciding)
         settled = settle(verdict, p, q, proposal.confidence, output.features, layers)
         for i, fault in list(settled.faults.items()):
             if fault.of_target and tokens[i]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deepspec.maths.finite import finite_layers
+from deepspec.maths.host import sent
 from deepspec.maths.slots import Ints
 from deepspec.maths.verify import Sampling, Verdict, warp
 
@@ -28,12 +29,14 @@ class Fault(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """Per row: tokens accepted, and the one that follows them. faults: of the rows that have one.
+    """Per row: tokens accepted, the one that follows them, and the confidences [γ] of its proposals, if there
+    are any. faults: of the rows that have one.
     features: as the draft may read them; the vectors of a token are zero if one of them is not finite.
     unsound: rows with anything that is not finite, be it of a rejected proposal."""
 
     accepted: list[int]
     next_token: list[int]
+    confidence: list[list[float]]
     faults: dict[int, Fault]
     features: Tensor | None
     unsound: set[int]
@@ -87,7 +90,8 @@ def settle(
         # Even as padding, NaN would reach every later round of its slot, through any mask.
         broken = ~finite_layers(features, len(layers)).all(-1, keepdim=True)
         features = features.masked_fill(broken, 0.0)
-    return Settled(accepted, next_token, faults, features, unsound)
+    sure = [row[ends[3] : ends[4]] for row in rows]
+    return Settled(accepted, next_token, sure, faults, features, unsound)
 
 
 def warped(
@@ -98,7 +102,7 @@ def warped(
     rows, width = hidden.shape[:2]
     if min(counts) == width:
         return warp(logits(hidden), samplings)
-    real = torch.tensor([r * width + q for r, n in enumerate(counts) for q in range(n)], device=hidden.device)
+    real = sent(torch.tensor([r * width + q for r, n in enumerate(counts) for q in range(n)]), hidden.device)
     each = [s for s, n in zip(samplings, counts, strict=True) for _ in range(n)]
     p = warp(logits(hidden.flatten(0, 1).index_select(0, real)), each)
     return p.new_zeros(rows * width, p.shape[-1]).index_copy_(0, real, p).unflatten(0, (rows, width))

@@ -210,14 +210,14 @@ class DFlashDraft(NeuralDraft):
             for lean in self.lean.layers:
                 hidden = self.lean.through(lean, hidden, step)
             return step.padded(self.lean.norm(hidden))
-        hidden = self.embedding(torch.tensor(tokens, device=self.device)).to(self.dtype)
+        hidden = self.embedding(sent(torch.tensor(tokens), self.device)).to(self.dtype)
         turn = rotation(rows.positions(self.device), self.frequencies, hidden.dtype)
         longest = max(rows.starts)
         mask = None
         if any(start != longest for start in rows.starts):
             seen = (
                 torch.arange(longest, device=self.device)
-                < torch.tensor(rows.starts, device=self.device)[:, None]
+                < sent(torch.tensor(rows.starts), self.device)[:, None]
             )
             own = torch.ones(len(slots), block, dtype=torch.bool, device=self.device)
             mask = torch.cat([seen, own], dim=-1)[:, None, None]

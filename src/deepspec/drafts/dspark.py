@@ -15,6 +15,7 @@ from deepspec.drafts.base import Proposal, choose, log_odds
 from deepspec.drafts.dflash import DFlashDraft
 from deepspec.drafts.heads import ConfidenceHead, MarkovHead
 from deepspec.drafts.spec import DraftSpec
+from deepspec.maths.host import sent
 from deepspec.maths.slots import Ints
 from deepspec.maths.verify import Samplings
 
@@ -68,7 +69,7 @@ class DSparkDraft(DFlashDraft):
         skip = self.spec.block - self.max_proposals
         hidden = self.block_hidden(slots, anchors)
         base = self.head.logits(hidden[:, skip:])
-        previous = torch.tensor(list(anchors), device=base.device)
+        previous = sent(torch.tensor(list(anchors)), base.device)
         conditioned, tokens, q, scores = [previous], [], [], []
         state = None
         for slot in range(hidden.shape[1]):

@@ -181,7 +181,7 @@ class Eagle3Draft(NeuralDraft):
         for row, following in enumerate(next_tokens):
             ids[row, : len(following)] = torch.tensor(list(following))
         rows = self.rows(slots, features.shape[1])
-        hidden = self.advance(rows, self._project(features), ids.to(self.device))
+        hidden = self.advance(rows, self._project(features), sent(ids, self.device))
         for row, slot in enumerate(slots):
             self.lengths[slot] += len(tokens[row])
             self.last_hidden[slot] = hidden[row, len(tokens[row]) - 1]

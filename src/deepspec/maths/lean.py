@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspec.maths.fused import gated, normed, turned
+from deepspec.maths.host import sent
 from deepspec.maths.slots import Ragged, Rows, SlotStore, causal_rows_mask
 
 ROTARY_ROOM = 1024
@@ -186,10 +187,10 @@ class LeanLayers:
             offsets = [sum(counts[:r]) for r in range(len(counts))]
             known += [o + min(q, n - 1) for o, n in zip(offsets, counts, strict=True) for q in range(width)]
             known += [r * width + q for r, n in enumerate(counts) for q in range(n)]
-        sent = torch.tensor(known).to(like.device, non_blocking=True)
-        parts = sent.split([len(ids), total, total, *([len(counts) * width, total] if ragged else [])])
+        there = sent(torch.tensor(known), like.device)
+        parts = there.split([len(ids), total, total, *([len(counts) * width, total] if ragged else [])])
         padding, packing = parts[3:] if ragged else (None, None)
-        flat = (parts[2][:, None] + room * torch.arange(self.kv_heads, device=sent.device)).flatten()
+        flat = (parts[2][:, None] + room * torch.arange(self.kv_heads, device=there.device)).flatten()
         causal = sees == "before" and len(counts) == 1 and rows.starts[0] == 0 and width > 1
         alike = len(set(rows.starts)) == 1 and (sees == "all" or width == 1)
         mask = None if causal or alike or sees == "nothing" else self._mask(rows, sees)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepspec.maths.host import sent
+
 Ints = Sequence[int]
 """One whole number for each of several rows, such as their slots."""
 Ragged = Sequence[Ints]
@@ -34,7 +36,7 @@ class Rows(NamedTuple):
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """[R, Q] absolute token positions."""
-        starts = torch.tensor(self.starts, device=device)
+        starts = sent(torch.tensor(self.starts), torch.device(device))
         return starts[:, None] + torch.arange(self.width, device=device)
 
 

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepspec.maths.host import sent
+
 COLDEST = 1e-38
 """A temperature below it is greedy: in float32 it is hardly, or not, above zero."""
 
@@ -82,7 +84,7 @@ def warp(logits: Tensor, samplings: Samplings) -> Tensor:
         return _warped(logits, samplings)
     probabilities = most_probable(logits)[1]
     if drawn:
-        rows = torch.tensor(drawn, device=logits.device)
+        rows = sent(torch.tensor(drawn), logits.device)
         probabilities[rows] = _warped(logits[rows], [samplings[row] for row in drawn])
     return probabilities
 
@@ -117,7 +119,7 @@ def _warped(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
         """[R, 1, ...], to stand next to the logits; [] of a single sampling."""
         shape = () if len(values) == 1 else (len(values), *[1] * (logits.dim() - 1))
-        return torch.tensor(values, dtype=dtype, device=logits.device).view(shape)
+        return sent(torch.tensor(values, dtype=dtype), logits.device).view(shape)
 
     scores = logits.float()
     temperatures = [s.temperature for s in samplings]
