@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -26,10 +25,8 @@ ROWS, WORDS, WIDTH, RANK = 12, 5000, 16, 4
 
 
 @pytest.fixture(autouse=True)
-def any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "LEAST", 1)
-    yield
-    torch._dynamo.reset()
 
 
 def loss_of(terms: tuple[str, ...], dtype: torch.dtype, rows: int) -> tuple[HeadLoss, list[Tensor]]:
@@ -143,14 +140,53 @@ def test_errors_of_the_function_itself_are_not_taken_for_a_missing_compiler(
         gated(torch.ones(2, 3), torch.ones(2, 4), F.silu)
 
 
-def test_small_tensors_and_processes_that_did_not_ask_compile_nothing(monkeypatch: pytest.MonkeyPatch):
-    def never(*_: Any, **__: Any) -> Any:
-        raise AssertionError("compiled")
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what is compiled from now on, which runs as it is."""
+    found: list[str] = []
 
-    monkeypatch.setattr(torch, "compile", never)
+    def compiled(function: Any, **_: Any) -> Any:
+        found.append(function.__name__)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    return found
+
+
+def test_small_tensors_and_processes_that_did_not_ask_compile_nothing(
+    monkeypatch: pytest.MonkeyPatch, compilations: list[str]
+):
     gated(torch.ones(64), torch.ones(64), F.silu)
     monkeypatch.setattr(fused, "LEAST", 65)
     with compiling(True):
         gated(torch.ones(64), torch.ones(64), F.silu)
-        with pytest.raises(AssertionError, match="compiled"):
-            gated(torch.ones(65), torch.ones(65), F.silu)
+        assert not compilations
+        gated(torch.ones(65), torch.ones(65), F.silu)
+    gated(torch.ones(65), torch.ones(65), F.silu)
+    assert compilations == ["gated"]
+
+
+def test_decoding_compiles_nothing(compilations: list[str]):
+    """Each kind of its tensors would be a compilation, and torch has a limit."""
+    with compiling(True), torch.inference_mode():
+        gated(torch.ones(64), torch.ones(64), F.silu)
+    assert not compilations
+
+
+@compiled_here
+def test_more_kinds_of_tensors_than_torch_compiles_still_run():
+    """Its limit is for one function; what is over it runs as it is written."""
+    with torch._dynamo.config.patch(recompile_limit=2), compiling(True):
+        for kind in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            x = torch.linspace(-2, 2, 24, dtype=kind).view(3, 8)
+            torch.testing.assert_close(gated(x, x, F.relu), F.relu(x) * x)
+
+
+@compiled_here
+def test_one_run_after_the_other_does_not_use_up_what_torch_compiles():
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for kind in (torch.float32, torch.float64):
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            with compiling(True):
+                gated(torch.ones(4, 8, dtype=kind), torch.ones(4, 8, dtype=kind), F.relu)
+                assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1

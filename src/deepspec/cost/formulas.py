@@ -111,8 +111,8 @@ MOMENTUM_BYTES = 4
 
 def state_bytes_per_parameter(precision: str, states: str = "float32") -> float:
     """Bytes of a draft in training for one parameter: its weight, in bfloat16 also the float32 master (a
-    float32 weight is its own); the float32 gradient, to which narrower ones are added one by one; the
-    optimiser's two moments."""
+    float32 weight is its own); the float32 gradient, to which narrower ones are added one by one, so that
+    only one of these is there at a time; the optimiser's two moments."""
     return (2 + 4 + 4 if precision == "bfloat16" else 4 + 4) + moment_bytes(states)
 
 

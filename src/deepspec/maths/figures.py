@@ -7,6 +7,7 @@ caller lends, so that on a CPU a block stays in the cache. A compiler needs none
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -57,8 +58,9 @@ def judge(
     -> [b]. names: the wanted figures. scratch: None if a compiler needs none; its spare may be `logits`.
     """
     if scratch is None:
-        fresh = [torch.empty_like(logits) for _ in range(4)]
-        scratch = Scratch(fresh[0], fresh[1], fresh[2], fresh[3] if "reverse" in names else None)
+        fresh = partial(torch.empty_like, logits)
+        gathered, ratio = None if within is None else fresh(), fresh() if "reverse" in names else None
+        scratch = Scratch(fresh(), fresh(), gathered, ratio)
     p, spare, gathered, ratio = scratch
     t = teachers
     if teachers is not None and within is not None:

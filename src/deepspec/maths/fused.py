@@ -47,12 +47,15 @@ def compiling(wanted: bool | None, device: torch.device | str = "cpu") -> Iterat
         yield
     finally:
         _wanted = before
-        _compiled.clear()
+        if _compiled:
+            _compiled.clear()
+            torch.compiler.reset()  # or compilations of one run after the other would add up to torch's limit
 
 
 def compiles(x: Tensor) -> bool:
-    """Whether what is `fused` is compiled for tensors like x."""
-    return _wanted and x.numel() >= LEAST
+    """Whether what is `fused` is compiled for tensors like x. Decoding, which runs in inference mode, is not:
+    its tensors are small, and each kind of them would be a compilation."""
+    return _wanted and x.numel() >= LEAST and not torch.is_inference_mode_enabled()
 
 
 def fused(function: Function) -> Function:
@@ -63,27 +66,23 @@ def fused(function: Function) -> Function:
     def run(first: Tensor, *others: Any) -> Any:
         if not _wanted or not compiles(first):
             return function(first, *others)
-        if function not in _compiled:
-            _compiled[function] = torch.compile(function, dynamic=True, fullgraph=True, options=ONE_PASS)
         try:
+            if function not in _compiled:
+                _compiled[function] = torch.compile(function, dynamic=True, options=ONE_PASS)
             return _compiled[function](first, *others)
-        except RuntimeError as error:
-            if not _no_compiler(error):
-                raise
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler, its cache or its driver may raise anything
+            found = function(first, *others)  # raises what is wrong with the call itself
             reason = " ".join(str(error).split("\n")[:2])
-            warnings.warn(f"{function.__name__} runs uncompiled, which is slower: {reason}", stacklevel=2)
+            warnings.warn(
+                f"{function.__name__} runs uncompiled, which is slower, as with compile=false: {reason}",
+                stacklevel=2,
+            )
             _compiled[function] = function
-            return function(first, *others)
+            return found
 
     return cast(Function, run)
-
-
-def _no_compiler(error: RuntimeError) -> bool:
-    """Whether torch says that it cannot compile here, and not that the function failed."""
-    from torch._dynamo.exc import TorchDynamoException  # a second to import, which most processes can save
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
-
-    return isinstance(error, TorchDynamoException | CppCompileError | InvalidCxxCompiler)
 
 
 @fused
@@ -101,5 +100,5 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @fused
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., n] over its root mean square, rounded, and then times `weight`, as Llama's norm does it."""
+    """x [..., n] over its root mean square and then times `weight`, as Llama's norm does it."""
     return F.rms_norm(x, x.shape[-1:], None, eps) * weight

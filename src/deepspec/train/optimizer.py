@@ -65,8 +65,6 @@ class Optimizer:
         finally:
             for hook in hooks:
                 hook.remove()
-        for parameter, master in pairs:  # of weights that are split over the ranks, which have no such moment
-            _collect(master, parameter)
 
     def divide(self, weight: Tensor) -> None:
         """Divide the gradients collected so far."""
@@ -141,10 +139,10 @@ class Optimizer:
 
 
 def _collect(master: Tensor, parameter: Tensor) -> None:
-    if parameter.grad is not None:
-        new = parameter.grad.float()
-        master.grad = new if master.grad is None else master.grad.add_(new)
-        parameter.grad = None
+    assert parameter.grad is not None
+    new = parameter.grad.float()
+    master.grad = new if master.grad is None else master.grad.add_(new)
+    parameter.grad = None
 
 
 def adamw(parameters: list[Tensor], optim: OptimConfig) -> torch.optim.Optimizer:
