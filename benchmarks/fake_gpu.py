@@ -293,7 +293,7 @@ def traced(card: Card) -> Iterator[Any]:
             elif name == "index_select":  # as many rows as are asked for, from the memory
                 sources = frozenset([key(made[0])])
                 self.sizes[key(made[0])] = size(made[0])
-            elif "softmax" in name or max(map(size_of_all, made)) * 8 < max(size_of_all(x) for x in given):
+            elif "softmax" in name or max(x.numel() for x in made) * 8 < max(x.numel() for x in given):
                 self.reads |= {(source, level) for source in sources}
                 level, sources = level + 1, sources if "softmax" in name else frozenset()
             self.alive += made
@@ -311,9 +311,6 @@ def traced(card: Card) -> Iterator[Any]:
 
     def key(x: Any) -> int:
         return int(x.untyped_storage()._cdata)
-
-    def size_of_all(x: Any) -> int:
-        return int(x.numel())
 
     def as_one(name: str, function: Any, given: list[Any]) -> Any:
         """The function's result, put down as one kernel."""

@@ -127,14 +127,7 @@ class LeanLayers:
             return mixed.reshape(rows, heads * dim)
         queries = step.padded(queries)
         if step.causal:
-            mixed = F.scaled_dot_product_attention(
-                queries.transpose(1, 2),
-                keys,
-                values,
-                is_causal=True,
-                scale=self.scale,
-                enable_gqa=heads > kv_heads,
-            ).transpose(1, 2)
+            mixed = self._causal(queries.transpose(1, 2), keys, values)
         else:
             queries = queries.view(rows, width, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)
             queries = queries.reshape(rows, kv_heads, -1, dim)
@@ -147,10 +140,14 @@ class LeanLayers:
         turn: cos and sin [T, 1, D]."""
         heads = self._heads(layer, layer.norm(hidden), turn)
         queries, keys, values = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in heads)
-        mixed = F.scaled_dot_product_attention(
+        mixed = self._causal(queries, keys, values)
+        return self.finish(layer, hidden, mixed.flatten(0, 1).flatten(1))
+
+    def _causal(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Mixed values [R, Q, H, D] of queries [R, H, Q, D] over the keys [R, G, Q, D] up to their own."""
+        return F.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, scale=self.scale, enable_gqa=self.heads > self.kv_heads
-        )
-        return self.finish(layer, hidden, mixed.transpose(1, 2).flatten(0, 1).flatten(1))
+        ).transpose(1, 2)
 
     def finish(self, layer: LeanLayer, stream: Tensor, mixed: Tensor) -> Tensor:
         """[T, d] the residual stream [T, d] after the attention's mixed values and the MLP."""

@@ -8,7 +8,8 @@ R rows, Q new tokens of the longest, m features, d hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from deepspec import families
 from deepspec.drafts.layers import ACTIVATIONS
-from deepspec.maths.lean import LeanLayers, Norm, lean_layer
+from deepspec.maths.lean import LeanLayer, LeanLayers, Norm, lean_layer
 from deepspec.maths.slots import Ints, Ragged, Rows, SlotStore
 
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -62,27 +63,29 @@ class LeanDecoder:
         """(last hidden states [R, Q, d] after the final norm, features [R, Q, m*d] of `layers`): appends each
         row's new tokens to its slot, from position `starts` on."""
         step = self.stack.plan(Rows(tuple(slots), tuple(starts), max(map(len, tokens))), tokens)
-        hidden = F.embedding(step.ids, self.embedding)
-        features = {-1: hidden} if -1 in layers else {}
-        for index, layer in enumerate(self.stack.layers):
-            hidden = self.stack.through(layer, hidden, step)
-            if index in layers:
-                features[index] = hidden
-        last = step.padded(self.stack.norm(hidden))
-        return last, step.padded(torch.cat([features[i] for i in layers], -1)) if layers else None
+        last, features = self._run(step.ids, layers, partial(self.stack.through, step=step))
+        return step.padded(last), None if features is None else step.padded(features)
 
     def read(self, ids: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """The same of whole rows [R, Q], right-padded, without slots."""
         rows, length = ids.shape
         cos, sin = (each[:length].repeat(rows, 1, 1) for each in self.stack.rotary(length))
-        hidden = F.embedding(ids.flatten(), self.embedding)
+        last, features = self._run(
+            ids.flatten(), layers, partial(self.stack.whole, rows=rows, turn=(cos, sin))
+        )
+        return last.unflatten(0, ids.shape), None if features is None else features.unflatten(0, ids.shape)
+
+    def _run(
+        self, ids: Tensor, layers: Sequence[int], after: Callable[[LeanLayer, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """(last hidden states [T, d], features [T, m*d]) of token ids [T]. after: a layer's output."""
+        hidden = F.embedding(ids, self.embedding)
         features = {-1: hidden} if -1 in layers else {}
         for index, layer in enumerate(self.stack.layers):
-            hidden = self.stack.whole(layer, hidden, rows, (cos, sin))
+            hidden = after(layer, hidden)
             if index in layers:
                 features[index] = hidden
-        last = self.stack.norm(hidden).view(rows, length, -1)
-        return last, torch.cat([features[i] for i in layers], -1).view(rows, length, -1) if layers else None
+        return self.stack.norm(hidden), torch.cat([features[i] for i in layers], -1) if layers else None
 
     @torch.inference_mode(False)
     @torch.no_grad()
