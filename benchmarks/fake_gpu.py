@@ -164,7 +164,10 @@ def traced(card: Card) -> Iterator[Any]:
             if name in asks:
                 return self.answer(name, given[0])
             if name == "_to_copy" and torch.device(to or "cuda").type == "cpu":
-                return torch.zeros(given[0].shape, dtype=kwargs.get("dtype") or given[0].dtype)
+                copy = torch.zeros(given[0].shape, dtype=kwargs.get("dtype") or given[0].dtype)
+                if kwargs.get("non_blocking"):  # torch then takes pinned pages
+                    self.pinned.add(copy.untyped_storage().data_ptr())
+                return copy
             with fake:
                 if name == "_to_copy" and not there:
                     dtype = kwargs.get("dtype") or given[0].dtype
@@ -189,7 +192,7 @@ def traced(card: Card) -> Iterator[Any]:
             if name in asks:
                 what = name
             elif name == "_to_copy" and to is not None and torch.device(to).type == "cpu":
-                what = "copy to the host"
+                what = "" if kwargs.get("non_blocking") else "copy to the host"
             elif name in ("_to_copy", "copy_") and on_host:
                 pinned = on_host[0].untyped_storage().data_ptr() in self.pinned
                 quick = kwargs.get("non_blocking") and pinned
@@ -293,7 +296,7 @@ def traced(card: Card) -> Iterator[Any]:
             elif name == "index_select":  # as many rows as are asked for, from the memory
                 sources = frozenset([key(made[0])])
                 self.sizes[key(made[0])] = size(made[0])
-            elif "softmax" in name or max(x.numel() for x in made) * 8 < max(x.numel() for x in given):
+            elif "softmax" in name or 8 * most(made) < most(given):
                 self.reads |= {(source, level) for source in sources}
                 level, sources = level + 1, sources if "softmax" in name else frozenset()
             self.alive += made
@@ -308,6 +311,9 @@ def traced(card: Card) -> Iterator[Any]:
                 level, sources = self.state.get(key(x), (0, frozenset()))
                 self.reads |= {(source, level) for source in sources}
             return sum(self.sizes[source] for source, _ in self.reads) + sum(map(size, out))
+
+    def most(tensors: list[Any]) -> int:
+        return max((x.numel() for x in tensors), default=0)
 
     def key(x: Any) -> int:
         return int(x.untyped_storage()._cdata)
@@ -326,6 +332,23 @@ def traced(card: Card) -> Iterator[Any]:
         trace.put_down(f"{name} {line()}", "passes", moved, 0, moved / card.bandwidth)
         return found
 
+    def kept_inputs(function: Any, args: Any, wanted: Any) -> set[int]:
+        """Storages of the inputs that the gradient is computed from: those that autograd keeps, or all of
+        them if it also keeps what is between."""
+        inputs, saved = {key(x) for x in args if isinstance(x, torch.Tensor)}, set()
+        own = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+        trace.one_kernel = Kernel([])  # is in no account
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(lambda x: saved.add(key(x)) or x, lambda x: x),
+        ):
+            for x, want in zip(own, wanted, strict=True):
+                if want:
+                    x.requires_grad_()
+            function(*own)
+        trace.one_kernel = None
+        return saved if saved <= inputs else inputs
+
     def compiled(function: Any, **_: Any) -> Any:
         """`torch.compile` for functions of tensors that are one kernel, and one for the gradient, which
         computes everything from the inputs again."""
@@ -334,28 +357,41 @@ def traced(card: Card) -> Iterator[Any]:
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
                 tensors = [x for x in args if isinstance(x, torch.Tensor)]
-                ctx.save_for_backward(*tensors)
-                ctx.args = [None if isinstance(x, torch.Tensor) else x for x in args]
+                kept = kept_inputs(function, args, ctx.needs_input_grad)
+                ctx.save_for_backward(*(x for x in tensors if key(x) in kept))
+                shapes = [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else None for x in args]
+                ctx.kept = [isinstance(x, torch.Tensor) and key(x) in kept for x in args]
+                ctx.args = [x if shape is None else shape for x, shape in zip(args, shapes, strict=True)]
+                ctx.tensors = [shape is not None for shape in shapes]
                 return as_one(function.__name__, lambda: function(*args), tensors)
 
             @staticmethod
             def backward(ctx: Any, *gradients: Any) -> Any:
-                saved = iter(ctx.saved_tensors)
-                kept = [next(saved) if x is None else x for x in ctx.args]
-                wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+                saved, wanted = iter(ctx.saved_tensors), [i for i, w in enumerate(ctx.needs_input_grad) if w]
 
                 def again() -> Any:
-                    own = [x.detach() if isinstance(x, torch.Tensor) else x for x in kept]
+                    own = []
+                    for given, tensor, kept in zip(ctx.args, ctx.tensors, ctx.kept, strict=True):
+                        shape, dtype = given if tensor else (0, None)
+                        blank = (
+                            torch.empty(shape, dtype=dtype, device="cuda") if tensor and not kept else given
+                        )
+                        own.append(next(saved).detach() if kept else blank)
                     with torch.enable_grad():
                         for i in wanted:
                             own[i].requires_grad_()
                         return torch.autograd.grad(function(*own), [own[i] for i in wanted], gradients)
 
-                tensors = [x for x in kept if isinstance(x, torch.Tensor)]
-                found = as_one(f"{function.__name__} backward", again, [*tensors, *gradients])
-                return tuple(found[wanted.index(i)] if i in wanted else None for i in range(len(kept)))
+                found = as_one(f"{function.__name__} backward", again, [*ctx.saved_tensors, *gradients])
+                return tuple(found[wanted.index(i)] if i in wanted else None for i in range(len(ctx.args)))
 
-        return Compiled.apply
+        def run(*args: Any) -> Any:
+            tensors = [x for x in args if isinstance(x, torch.Tensor)]
+            if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+                return Compiled.apply(*args)
+            return as_one(function.__name__, lambda: function(*args), tensors)
+
+        return run
 
     class Norm(torch.autograd.Function):
         """`F.rms_norm`, which is one kernel on CUDA: it keeps its input, and one number of each row."""
@@ -376,6 +412,8 @@ def traced(card: Card) -> Iterator[Any]:
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             if func is torch.Tensor.pin_memory:
+                if args[0].untyped_storage().data_ptr() in trace.pinned:
+                    return args[0]
                 trace.pinned.add((copy := args[0].clone()).untyped_storage().data_ptr())
                 return copy
             if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "cuda":

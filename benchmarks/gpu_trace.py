@@ -1,13 +1,14 @@
 """The training step on a GPU that is not there: time by a card's figures, peak memory, and waits of the host.
 
-    python benchmarks/gpu_trace.py [dspark dflash eagle3] [--length 4096] [--tiny] [--json] [--lines 15]
+    python benchmarks/gpu_trace.py [dspark dflash eagle3] [--length 4096] [--tiny] [--offload] [--json]
     python benchmarks/gpu_trace.py [dspark dflash eagle3] --round 6 [--json]
 
 One sequence at the dimensions of Qwen3-4B (`--tiny`: a target of two layers), a fifth of it prompt, 512
-anchors, bfloat16 with float32 masters. Every kernel is put at the longer of its bytes by the card's bandwidth
-and its FLOPs by the card's speed, one after the other, launches free: a roofline and not a measurement. The
-floor is the operations that `deepspec plan` counts, attention of the target as half a square, at the card's
-speed. No number is computed, and no GPU is needed; g++ is (`fake_gpu.py`).
+anchors, bfloat16 with float32 masters (`--offload`: in the host's memory). Every kernel is put at the longer
+of its bytes by the card's bandwidth and its FLOPs by the card's speed, one after the other, launches free: a
+roofline and not a measurement. The floor is the operations that `deepspec plan` counts, attention of the
+target as half a square, at the card's speed. No number is computed, and no GPU is needed; g++ is
+(`fake_gpu.py`).
 
 `--round` counts the kernels and the waits of a round of decoding.
 """
@@ -106,29 +107,33 @@ def counted(recipe: Any, target: Any, length: int, prompt: int, draft: Any) -> t
     features = length * names["width"] * names["hidden"] * (2 * drafts["feature_layers"] + 1)
     held = {
         "features": features,
-        "activations": formulas.activation_bytes(drafts, 1, length, anchors).value,
-        "loss": formulas.head_bytes(drafts, rows, min(rows, length), True).value,
+        "activations": formulas.activation_bytes(drafts, 1, length, anchors, True).value,
+        "loss": formulas.head_bytes(drafts, rows, min(rows, length), True, True).value,
         "weights": names["parameters"] * names["width"],
-        "state": own * formulas.state_bytes_per_parameter(recipe.precision, recipe.optim.states),
+        "state": own
+        * formulas.state_bytes_per_parameter(recipe.precision, recipe.optim.states, recipe.offload_optimizer),
     }
     return sum(map(float, parts)), held
 
 
-def trace_step(algorithm: str, length: int, tiny: bool) -> dict[str, Any]:
-    """One micro-batch and one optimiser step: figures by name."""
+def trace_step(algorithm: str, length: int, tiny: bool, offload: bool) -> dict[str, Any]:
+    """A later micro-batch of a step, and the optimiser's: figures by name."""
     import torch
 
     from deepspec.config import load_recipe
     from deepspec.cost.dimensions import PUBLISHED_TARGETS
     from deepspec.data.tokens import Encoded
     from deepspec.features.batches import online
+    from deepspec.maths import fused
     from deepspec.train.optimizer import Optimizer
     from deepspec.train.step import train_step
 
     config = TINY if tiny else PUBLISHED_TARGETS["Qwen/Qwen3-4B"] | {"max_position_embeddings": 40960}
     anchors = min(512, length // 8)
     words = ["optim.batch_size=1", f"num_anchors={anchors}", f"data.max_length={length}"]
+    words += [f"offload_optimizer={str(offload).lower()}"]
     if tiny:
+        fused.LEAST = 1  # compiled like wide tensors
         words += ["draft.mask_token_id=3", "draft.target_layer_ids=[0,1,2,3,4]"]
     recipe = load_recipe(f"{algorithm}/qwen3-4b", words)
     prompt = round(0.21 * length)
@@ -136,13 +141,14 @@ def trace_step(algorithm: str, length: int, tiny: bool) -> dict[str, Any]:
     with traced(H200) as trace:
         target = make_target(config)
         draft = make_draft(recipe, target)
-        optimizer = Optimizer(draft, recipe.optim)
+        optimizer = Optimizer(draft, recipe.optim, recipe.offload_optimizer)
         source = phased(trace, online(target, draft.feature_layers))
         found: dict[str, Any] = {"length": length, "anchors": anchors}
         for step in range(2):  # AdamW's moments are there in the second
-            gc.collect()
-            trace.forget()
-            train_step(draft, source, [row], recipe, step, measure=False, optimizer=optimizer)
+            for _ in range(2):  # gradients are there in the second
+                gc.collect()
+                trace.forget()
+                train_step(draft, source, [row], recipe, step, measure=False, optimizer=optimizer)
             figures = {
                 "waits": sum(trace.waits.values()),
                 "kernels": trace.kernels,
@@ -154,6 +160,7 @@ def trace_step(algorithm: str, length: int, tiny: bool) -> dict[str, Any]:
             about = {"waits": dict(trace.waits), "lines": trace.lines.most_common(40)}
             trace.phase = "optimizer"
             optimizer.step(0.5)
+            figures["waits of the optimiser"] = sum(trace.waits.values()) - figures["waits"]
         held = [(text, size) for text, size in trace.at_peak.most_common(40)]
         flops, planned = counted(recipe, target, length, prompt, draft)
         found |= figures | {
@@ -215,6 +222,7 @@ def main() -> None:
     parser.add_argument("algorithms", nargs="*", default=ALGORITHMS)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--tiny", action="store_true", help="a target of six layers and 1,000 words")
+    parser.add_argument("--offload", action="store_true", help="masters and moments in the host's memory")
     parser.add_argument("--lines", type=int, default=0, help="show the dearest lines and largest tensors")
     parser.add_argument("--round", type=int, metavar="LAYERS", help="a round of decoding over so many layers")
     parser.add_argument("--json", action="store_true")
@@ -229,7 +237,7 @@ def main() -> None:
             for what, count in found["waits"].items():
                 print(f"        waits {count}: {what}")
     for algorithm in () if chosen.round else chosen.algorithms:
-        report[algorithm] = found = trace_step(algorithm, chosen.length, chosen.tiny)
+        report[algorithm] = found = trace_step(algorithm, chosen.length, chosen.tiny, chosen.offload)
         if chosen.json:
             continue
         print(

@@ -32,7 +32,7 @@ def row(recipe_name: str, name: str, config: dict[str, Any]) -> str:
     shared = parameters(spec)[1]
     cached = 2 * spec.num_layers * spec.shape.kv_heads * spec.shape.head_dim * 2
     layers = " ".join(map(str, spec.target_layer_ids))
-    state = state_bytes_per_parameter(recipe.precision, recipe.optim.states)
+    state = state_bytes_per_parameter(recipe.precision, recipe.optim.states, recipe.offload_optimizer)
     cells = [f"`{recipe_name}`", layers, f"{own:,}", f"{own + shared:,}", f"{2 * own / 1e9:.2f}"]
     return "| " + " | ".join([*cells, f"{state * own / 1e9:.1f}", f"{cached:,}"]) + " |"
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from deepspec.drafts.attention import unroll_attention
 from deepspec.drafts.layers import ACTIVATIONS
 from deepspec.maths import fused
 from deepspec.maths.fused import compiling, gated, normed, turned
@@ -112,6 +113,24 @@ def test_compiled_functions_and_their_gradients_are_those_of_the_operations(name
             (out * torch.arange(8.0)).sum().backward()
         found.append([out.detach(), x.grad, y.grad])
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+@compiled_here
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_unrolled_attention_has_the_output_and_the_gradients_of_the_operations(dtype: torch.dtype):
+    """Its columns are taken in place, into views."""
+    draw, found = torch.Generator().manual_seed(0), []
+    sizes = [(2, 6, 9, 8), *[(2, 2, 9, 8)] * 6]  # queries, and keys and values of three steps
+    given = [torch.randn(size, generator=draw).to(dtype) for size in sizes]
+    for wanted in (False, True):
+        q, *keys = (x.clone().requires_grad_() for x in given)
+        pairs = list(zip(keys[::2], keys[1::2], strict=True))
+        with compiling(wanted):
+            out = unroll_attention(q, pairs[0], pairs[1:], None, 0.3)
+            (out * torch.arange(8.0)).sum().backward()
+        found.append([out.detach(), *(x.grad for x in (q, *keys))])
+    near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(*found, **near)
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_written_after_one_warning(monkeypatch: pytest.MonkeyPatch):

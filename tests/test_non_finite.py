@@ -354,7 +354,7 @@ def test_gradients_of_nan_under_a_finite_loss_change_nothing(targets, tmp_path, 
         if rest[3] == 4:
             seen["before"] = [m.detach().clone() for m in optimizer.masters]
             seen["masters"] = optimizer.masters
-            optimizer.masters[0].grad[0] = math.nan
+            optimizer.parameters[0].grad[0] = math.nan
             assert loss.isfinite()
         return loss, sums
 
@@ -371,10 +371,10 @@ def test_loss_that_explodes_in_bfloat16_names_its_rows(targets, tmp_path, monkey
     target, rows = targets["llama"], clean_rows(targets["llama"])
     build = loop.Optimizer.__init__
 
-    def enormous(self: Any, draft: Any, optim: Any) -> None:
+    def enormous(self: Any, draft: Any, *settings: Any) -> None:
         with torch.no_grad():
             draft.layers[0].mlp.down_proj.weight.fill_(3e38)
-        build(self, draft, optim)
+        build(self, draft, *settings)
 
     monkeypatch.setattr(loop.Optimizer, "__init__", enormous)
     with pytest.raises(NonFiniteError, match="the loss or the gradients of step 1") as caught:

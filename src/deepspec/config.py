@@ -150,6 +150,7 @@ class Recipe(Section):
     compile: bool | None = None  # fuse passes over memory by torch.compile; None: on a GPU with Triton
     shard_target: bool = False  # split the target's layers over the processes of torchrun
     shard_draft: bool = False  # split the draft's weights, gradients and moments over them
+    offload_optimizer: bool = False  # a GPU's draft: float32 masters and moments in the host's memory
     eval_every_steps: Count = 100
     eval_prompts: Count = 24
     eval_max_new_tokens: Count = 48
@@ -215,11 +216,19 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
     optim, data = recipe.optim, recipe.data
     if not recipe.target:
         yield "`target` is not set: add target=DIRECTORY, a Hub id, or pocket"
-    if recipe.shard_draft and (optim.matrices != "adamw" or optim.states != "float32"):
+    plain = optim.matrices == "adamw" and optim.states == "float32"
+    if recipe.shard_draft and not plain:
         yield (
             "`shard_draft` needs `optim.matrices=adamw` and `optim.states=float32`: Muon and 8-bit moments "
             "step whole matrices"
         )
+    if recipe.offload_optimizer and not plain:
+        yield (
+            "`offload_optimizer` needs `optim.matrices=adamw` and `optim.states=float32`: a processor takes "
+            "far longer for Muon's products, and 8-bit moments save none of the GPU's memory there"
+        )
+    if recipe.offload_optimizer and recipe.shard_draft:
+        yield "set one of `offload_optimizer` and `shard_draft`: masters are on the host, or split over GPUs"
     if optim.epochs is None and optim.max_steps is None and optim.max_minutes is None:
         yield "training has no end: set one of `optim.epochs`, `optim.max_steps`, `optim.max_minutes`"
     for key, source in (("train", data.train), ("select", data.select)):

@@ -216,7 +216,7 @@ def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainS
     cut = [replace(r, ids=r.ids[:length], loss_mask=r.loss_mask[:length]) for r in rows]
     began = clock(target.device)
     draft = build_draft(recipe, target, cut)
-    optimizer = Optimizer(draft, recipe.optim)
+    optimizer = Optimizer(draft, recipe.optim, recipe.offload_optimizer)
     with tempfile.TemporaryDirectory() as folder:
         open_trackers(recipe.trackers, Path(folder), recipe.name, recipe.model_dump(mode="json")).close()
         setup = clock(target.device) - began

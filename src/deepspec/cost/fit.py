@@ -45,6 +45,7 @@ def ladder(inputs: Inputs) -> list[Step]:
         ("optim.micro_batch_size", [1], "smaller matrix products"),
         ("shard_draft", split, "weights and gradients sent in every micro-batch"),
         ("shard_target", split, "the target's layers sent in every forward pass"),
+        ("offload_optimizer", ["true"], "some tenths of a second in every step, and memory of the host"),
         ("optim.states", ["8bit"], "rounded moments of the optimiser, and the bitsandbytes package"),
         ("eval_prompts", [4], "a coarser choice of the best checkpoint"),
         ("num_anchors", [256, 128, 64], "fewer blocks learnt from in a sequence"),

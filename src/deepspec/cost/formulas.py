@@ -109,21 +109,45 @@ MOMENTUM_BYTES = 4
 """Of a parameter that Muon steps: its momentum in float32."""
 
 
-def state_bytes_per_parameter(precision: str, states: str = "float32") -> float:
+OFFLOADED_BYTES = 4 + 4 + 2 * 4
+"""Of the host's memory for a parameter whose optimiser is offloaded: master, gradient, two moments."""
+
+
+def state_bytes_per_parameter(precision: str, states: str = "float32", offloaded: bool = False) -> float:
     """Bytes of a draft in training for one parameter: its weight, in bfloat16 also the float32 master (a
     float32 weight is its own); the float32 gradient, to which narrower ones are added one by one, so that
-    only one of these is there at a time; the optimiser's two moments."""
-    return (2 + 4 + 4 if precision == "bfloat16" else 4 + 4) + moment_bytes(states)
+    only one of these is there at a time; the optimiser's two moments. offloaded: without what is then in
+    the host's memory."""
+    weight = 2 if precision == "bfloat16" else 4
+    if offloaded:
+        return weight + 4
+    return weight + (4 if precision == "bfloat16" else 0) + 4 + moment_bytes(states)
 
 
-def activation_bytes(draft: Names, sequences: float, length: float, anchors: float) -> Figure:
+def activation_bytes(
+    draft: Names, sequences: float, length: float, anchors: float, fused: bool = False
+) -> Figure:
     """Bytes that the draft's forward pass keeps for its backward pass, for one micro-batch.
 
     Counted in the layers' code. A norm keeps its input and its normalised input in float32 (4 bytes), a
     projection its input, attention its queries, keys, values, output and the logarithms of its sums (4 bytes
-    a head), the MLP four vectors of its width.
+    a head), the MLP four vectors of its width. fused: kernels that compute again what is between their inputs
+    and outputs, so that a norm keeps only its input, and the MLP three vectors. The backward pass of an
+    unrolled step's attention then works with three float32 vectors of its queries' width.
     """
-    if not draft["parallel"]:
+    if fused and not draft["parallel"]:
+        formula = (
+            "sequences * length * (3 * 4 * draft_queries + block * (4 * draft_heads"
+            " + draft_width * (7 * hidden + 3 * draft_queries + 3 * draft_kv + 3 * draft_mlp)))"
+        )
+    elif fused:
+        formula = (
+            "sequences * (anchors * block * (draft_layers * (3 * 4 * draft_heads"
+            " + draft_width * (4 * hidden + 3 * draft_queries + 3 * draft_kv + 3 * draft_mlp))"
+            " + draft_width * 2 * hidden)"
+            " + length * draft_width * (draft_layers * 3 * draft_kv + 2 * hidden))"
+        )
+    elif not draft["parallel"]:
         formula = (
             "sequences * length * block * (4 * (8 * hidden + 2 * draft_queries + draft_kv + draft_heads)"
             " + draft_width * (4 * hidden + 3 * draft_queries + draft_kv + 4 * draft_mlp))"
@@ -140,15 +164,18 @@ def activation_bytes(draft: Names, sequences: float, length: float, anchors: flo
     return figure("bytes", formula, draft, sequences=sequences, length=length, anchors=anchors)
 
 
-def head_bytes(draft: Names, loss_rows: float, teachers: float, accelerated: bool) -> Figure:
+def head_bytes(
+    draft: Names, loss_rows: float, teachers: float, accelerated: bool, fused: bool = False
+) -> Figure:
     """Bytes that the loss holds: a chunk's logits of draft and teacher (also over the whole vocabulary, if
-    the draft's is reduced); three tensors to work in, as wide on an accelerator, blocks of a chunk on a CPU;
-    the rows that pass the head, of the hidden states and of the Markov head, with their gradients; the
-    teachers' rows; W₂'s gradient in float32 and, of a draft in bfloat16, in its own format."""
+    the draft's is reduced); three tensors to work in, as wide on an accelerator, blocks of a chunk on a CPU,
+    or, if the loss is fused, the gradient of the logits in the draft's own format; the rows that pass the
+    head, of the hidden states and of the Markov head, with their gradients; the teachers' rows; W₂'s
+    gradient in float32."""
     formula = (
-        "4 * (own_vocab * (2 * chunk + 3 * block_rows) + full * chunk)"
+        "own_vocab * (4 * 2 * chunk + worked * block_rows) + 4 * full * chunk"
         " + loss_rows * draft_width * 2 * (hidden + rank)"
-        " + teachers * width * hidden + numbers * own_vocab * rank"
+        " + teachers * width * hidden + 4 * own_vocab * rank"
     )
     vocab, own = int(draft["vocab"]), int(draft["own_vocab"])
     chunk = min(default_chunk_rows(vocab, accelerated), loss_rows)
@@ -159,9 +186,9 @@ def head_bytes(draft: Names, loss_rows: float, teachers: float, accelerated: boo
         loss_rows=loss_rows,
         teachers=teachers,
         chunk=chunk,
+        worked=int(draft["draft_width"]) if fused else 3 * 4,
         block_rows=chunk if accelerated else min(chunk, cpu_block_rows(own)),
         full=vocab if own < vocab else 0,
-        numbers=4 if draft["draft_width"] == 4 else 4 + draft["draft_width"],
     )
 
 

@@ -107,6 +107,16 @@ class Inputs:
         return ALGORITHMS[self.recipe.algorithm].reads(self.recipe.loss) != ("context",)
 
     @property
+    def offloads(self) -> bool:
+        """Whether masters and moments are in the host's memory, and the model is not."""
+        return self.recipe.offload_optimizer and self.machine.memory is not None
+
+    @property
+    def fused(self) -> bool:
+        """Whether a compiler makes one kernel of passes over memory, as it does on accelerators."""
+        return self.machine.memory is not None and self.recipe.compile is not False
+
+    @property
     def answers_here(self) -> bool:
         """Whether this process writes the answers first."""
         return self.engine == "process" and not self.counts.answered

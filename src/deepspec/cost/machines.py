@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 GB = 1e9
+HOST_BANDWIDTH, HOST_LINK = 50e9, 20e9
+"""Bytes per second that a host's processor reads and writes for one accelerator, and that pass between its
+memory and the accelerator's: assumptions."""
 
 
 class Machine(NamedTuple):

@@ -116,6 +116,8 @@ def time_figures(inputs: Inputs, source: StepTime) -> tuple[Figure, dict[str, Fi
     features, draft = (
         _shared(inputs, each) for each in (source.features_step(inputs), source.draft_step(inputs))
     )
+    if (offloaded := source.offloaded_step(inputs)) is not None:
+        draft = figure("s", "each + offloaded", each=draft, offloaded=offloaded)
     if inputs.gpus > 1:
         draft = figure("s", "each + summing", each=draft, summing=summing(inputs))
     steps = optimiser_steps(inputs, float(draft) + (0.0 if cached else float(features)))

@@ -69,9 +69,11 @@ def memory_figures(inputs: Inputs) -> dict[str, Figure]:
     features = "sequences * length * width * hidden * (2 * feature_layers + 1)"
     step = {
         "features of a micro-batch": figure("bytes", features, names, sequences=micro, length=length),
-        "activations of a micro-batch": formulas.activation_bytes(names, micro, length, anchors),
+        "activations of a micro-batch": formulas.activation_bytes(
+            names, micro, length, anchors, inputs.fused
+        ),
         "head and loss": formulas.head_bytes(
-            names, loss_rows, min(loss_rows, micro * length), inputs.machine.memory is not None
+            names, loss_rows, min(loss_rows, micro * length), inputs.machine.memory is not None, inputs.fused
         ),
     }
     laws = "sequences * (2 * block + 1) * vocab * 4 * copies"
@@ -122,7 +124,7 @@ def draft_bytes(inputs: Inputs) -> Figure:
     if inputs.gpus > 1 and recipe.shard_draft:
         formula = "own * (2 * draft_width + 4 + 16 / gpus)"
         return figure("bytes", formula, names, gpus=inputs.gpus)
-    each = formulas.state_bytes_per_parameter(recipe.precision, recipe.optim.states)
+    each = formulas.state_bytes_per_parameter(recipe.precision, recipe.optim.states, inputs.offloads)
     formula = "own * each + matrices * momentum"
     return figure("bytes", formula, names, each=each, momentum=momentum(recipe))
 
@@ -134,6 +136,9 @@ def host_figures(inputs: Inputs, memory: dict[str, Figure]) -> dict[str, Figure]
     if inputs.machine.memory is not None:
         loading = figure("bytes", "parameters * width", inputs.names)
         formula = "program + max(rows, loading)"
+        if inputs.offloads:
+            formula += " + own * offloaded"
+            given |= {"own": inputs.names["own"], "offloaded": formulas.OFFLOADED_BYTES}
         if inputs.gpus > 1:  # each process loads the target, and keeps rows of its own
             formula, given = f"gpus * ({formula})", given | {"gpus": inputs.gpus}
         total = figure("bytes", formula, **given, loading=loading)

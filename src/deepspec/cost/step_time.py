@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from deepspec.config import HELD_OUT_ROWS, LOG_EVERY, Recipe
 from deepspec.cost.formulas import Figure, Names, draft_flops, figure, forward_flops, head_flops, number
 from deepspec.cost.inputs import Inputs
-from deepspec.cost.machines import Machine
+from deepspec.cost.machines import HOST_BANDWIDTH, HOST_LINK, Machine
 from deepspec.cost.sizes import USABLE
 from deepspec.drafts import ALGORITHMS
 
@@ -50,7 +50,8 @@ class FromRow:
     reading weights and keys and of computing, plus what Python adds to each layer.
 
     answers: until all answers are written. features_step: what the target's pass adds to an optimiser step;
-    draft_step: the rest of it. cache: until the features of all rows are in a cache. held_out: one held-out
+    draft_step: the rest of it. offloaded_step: what an optimiser on the host adds to it, if that is not in
+    `draft_step`. cache: until the features of all rows are in a cache. held_out: one held-out
     evaluation. overhead: loading, setting up and checkpoints, for so many steps; None if they are not known.
     notes: what the seconds rest on, in sentences.
     """
@@ -111,6 +112,14 @@ class FromRow:
     def draft_step(self, inputs: Inputs) -> Figure:
         epoch = self.pass_seconds(operations(inputs)["training, an epoch"], inputs.names["draft_width"])
         return figure("s", "epoch / steps", epoch=epoch, steps=inputs.per_epoch)
+
+    def offloaded_step(self, inputs: Inputs) -> Figure | None:
+        if not inputs.offloads:
+            return None
+        # A float32 gradient comes, and a float32 weight goes. AdamW reads both and its two moments, and
+        # writes all but the gradient.
+        formula = "own * (2 * 4 / link + 7 * 4 / host)"
+        return figure("s", formula, inputs.names, link=HOST_LINK, host=HOST_BANDWIDTH)
 
     def cache(self, inputs: Inputs) -> Figure:
         return self.pass_seconds(operations(inputs)["features, an epoch"], inputs.names["width"])
@@ -184,7 +193,8 @@ def speed_key(recipe: Recipe) -> str:
     optim = recipe.optim
     size = f"b{optim.batch_size}x{optim.micro_batch_size or optim.batch_size}"
     draft = "-".join(str(value) for value in recipe.draft.model_dump().values() if value is not None)
-    parts = (recipe.algorithm, size, recipe.num_anchors, recipe.data.max_length, recipe.precision, draft)
+    parts = [recipe.algorithm, size, recipe.num_anchors, recipe.data.max_length, recipe.precision, draft]
+    parts += ["offloaded"] if recipe.offload_optimizer else []
     return "/".join(map(str, parts))
 
 
@@ -243,6 +253,9 @@ class Measured:
     def draft_step(self, inputs: Inputs) -> Figure:
         speed = self._train(inputs)
         return figure("s", "step - features", step=speed.step, features=speed.features)
+
+    def offloaded_step(self, inputs: Inputs) -> Figure | None:
+        return None
 
     def cache(self, inputs: Inputs) -> Figure:
         each = {"encode": self.speeds.encode, "cache_token": self.speeds.cache_token}

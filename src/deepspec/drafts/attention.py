@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deepspec.maths.fused import fused
+
 # With a mask, its backward pass gives NaN in the queries' gradient for some lengths (pytorch#196678).
 torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -182,9 +184,10 @@ class _UnrollAttention(torch.autograd.Function):
                     True, scale, *parts
                 )
                 ctx.saved.append(saved)
-        for key, value in zip(columns[::2], columns[1::2], strict=True):
-            score = (_grouped(q, key) * key[:, :, None].to(lse.dtype)).sum(-1).mul_(scale)
-            _merge(_grouped(out, key), _grouped(lse[..., None], key)[..., 0], value[:, :, None], score)
+        if columns:
+            asked, so_far, one_lse = (_grouped(x, k) for x in (q, out, lse[..., None]))
+            for key, value in zip(columns[::2], columns[1::2], strict=True):
+                _take_column(so_far, one_lse[..., 0], asked, key, value, scale)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse, *columns)
         ctx.spans, ctx.scale = spans, scale
@@ -210,13 +213,8 @@ class _UnrollAttention(torch.autograd.Function):
         one_lse = _grouped(lse[..., None], k)[..., 0]
         found: list[Tensor] = []
         for key, value in zip(columns[::2], columns[1::2], strict=True):
-            share = (asked * key[:, :, None]).sum(-1).mul_(scale).sub_(one_lse).exp_()
-            slope = (given * value[:, :, None]).sum(-1).sub_(delta).mul_(share).mul_(scale)
-            of_q.addcmul_(slope[..., None], key[:, :, None].to(lse.dtype))
-            found += [
-                (slope[..., None] * asked).sum(2).to(key.dtype),
-                (share[..., None] * given).sum(2).to(value.dtype),
-            ]
+            share, slope = _column_shares(of_q, asked, given, key, value, one_lse, delta, scale)
+            found += _column_gradients(asked, given, share, slope, key.dtype)
         return d_q.to(q.dtype), d_k, d_v, None, None, *found
 
 
@@ -278,6 +276,41 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
         (part_lse - total).exp_()[..., None], part.to(out.dtype)
     )
     lse.copy_(total)
+
+
+@fused
+def _take_column(out: Tensor, lse: Tensor, asked: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+    """Take one more key and value for each row [B, G, S, D] into `out` and `lse`, in place. These and the
+    queries, `asked`, are `_grouped`."""
+    score = (asked * key[:, :, None]).sum(-1).mul_(scale)
+    _merge(out, lse, value[:, :, None], score)
+
+
+@fused
+def _column_shares(
+    of_q: Tensor,
+    asked: Tensor,
+    given: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Each row's share of attention [B, G, H/G, S] for its own key, and the gradient of its score, whose part
+    of the queries' gradient is added to `of_q`. The output's gradient, `given`, and the rest are as there."""
+    share = (asked * key[:, :, None]).sum(-1).mul_(scale).sub_(lse).exp_()
+    slope = (given * value[:, :, None]).sum(-1).sub_(delta).mul_(share).mul_(scale)
+    of_q.addcmul_(slope[..., None], key[:, :, None].to(lse.dtype))
+    return share, slope
+
+
+@fused
+def _column_gradients(
+    asked: Tensor, given: Tensor, share: Tensor, slope: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradients [B, G, S, D] of a column's keys and values, from `_column_shares`."""
+    return (slope[..., None] * asked).sum(2).to(dtype), (share[..., None] * given).sum(2).to(dtype)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,8 @@ def with_gradients(
     total: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]
 ) -> Tensor:
     """The scalar `total` with a backward pass: its gradient for each of `inputs` is the tensor of the same
-    place in `gradients` (None: no gradient), times the upstream scalar, in the dtype of the input. It can be
-    differentiated once."""
+    place in `gradients` (None: no gradient), times the upstream scalar, in the dtype of the input, or in the
+    one that a weight's gradients are to have. It can be differentiated once."""
     return _Formed.apply(total, len(inputs), *inputs, *gradients)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -27,7 +27,7 @@ class _Formed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, total: Tensor, count: int, *tensors: Tensor | None) -> Tensor:
         ctx.save_for_backward(*tensors[count:])
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors[:count]]
+        ctx.dtypes = [None if x is None else x.grad_dtype if x.is_leaf else x.dtype for x in tensors[:count]]
         return total.clone()
 
     @staticmethod

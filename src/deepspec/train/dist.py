@@ -127,7 +127,7 @@ class Ranks:
         used = [w for w, some in zip(weights, known, strict=True) if some]
         for weight in used:
             if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
+                weight.grad = torch.zeros_like(weight, dtype=torch.float32)
         self.add(*(w.grad for w in used if w.grad is not None))
 
     def check_alike(self, facts: Mapping[str, Any]) -> None:

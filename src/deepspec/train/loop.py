@@ -35,14 +35,14 @@ from deepspec.train.build import build_draft, recipe_spec, vocabulary_facts
 from deepspec.train.data import check_before_loading, check_target, training_data
 from deepspec.train.dist import ALONE, Ranks, check_world, gathered, joined, shard_draft, shard_target
 from deepspec.train.facts import provenance, shared_facts
+from deepspec.train.memory import SMALLER_DRAFT, SMALLER_SLOTS, SMALLER_TARGET, memory_for
 from deepspec.train.meter import Meter
 from deepspec.train.optimizer import Optimizer, Stepped
 from deepspec.train.run import Log, Progress, Run, check_run, open_run
-from deepspec.train.step import AbandonedError, Fault, find_fault, memory_for, train_step
+from deepspec.train.step import AbandonedError, Fault, find_fault, train_step
 
 EXPLODES = 10.0
 """A loss explodes if it is so many times the mean of those before it, and above the first."""
-SMALLER_DRAFT = "use a smaller draft.num_layers, or more processes"
 REMEMBERED = 0.95
 """Weight of the past in that mean, for each step."""
 
@@ -100,7 +100,7 @@ def train_draft(
         ranks.wait()
         if target is None:
             place = shard_target if recipe.shard_target and ranks.world > 1 else None
-            with memory_for("the target weights", "set shard_target=true, or use a smaller target"):
+            with memory_for("the target weights", SMALLER_TARGET):
                 target = Target.from_pretrained(recipe.target, place=place)
         spec = recipe_spec(recipe, target)
         with open_run(Path(runs), recipe, fresh=fresh, force=force, rank=ranks.rank) as run:
@@ -127,7 +127,7 @@ def measure_tau(
     seeds = range(len(prompts))
     together = recipe.shard_target and ranks.world > 1
     mine = seeds if together else ranks.share(seeds)
-    with memory_for("the held-out slots", "lower eval_prompts or eval_max_new_tokens"):
+    with memory_for("the held-out slots", SMALLER_SLOTS):
         found = held_out_rounds(target, draft, {i: prompts[i] for i in mine}, recipe.eval_max_new_tokens)
     target.release()
     draft.release()
@@ -236,7 +236,7 @@ def train(
     if "vocabulary" in facts:
         share = facts["vocabulary"]["coverage"]
         run.note(f"the draft's {recipe.draft.vocab_size} ids cover {share:.2%} of the supervised tokens")
-    optimizer = Optimizer(draft, recipe.optim)
+    optimizer = Optimizer(draft, recipe.optim, recipe.offload_optimizer)
     # The first rank moves damaged checkpoints aside before the others look for the newest.
     at = ranks.first(lambda: run.resume(draft, optimizer, facts))
     ranks.check_alike({"the step to continue from": at.step})

@@ -1,11 +1,12 @@
-"""AdamW with warm-up and cosine decay, float32 masters, moments in float32 or 8 bits; Muon on request."""
+"""AdamW with warm-up and cosine decay, float32 masters, moments in float32 or 8 bits; Muon on request.
+
+Each gradient is a float32 sum in its weight's `grad`, however narrow the weight is: in bfloat16 the later
+ones of many passes would be lost.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,9 @@ from deepspec.config import OptimConfig
 from deepspec.drafts.base import NeuralDraft
 from deepspec.drafts.heads import TABLES
 from deepspec.errors import RecipeError
+from deepspec.maths.host import sent
 from deepspec.train.dist import split_like, sum_of_parts, whole
+from deepspec.train.memory import SMALLER_STATE, memory_for
 
 KEPT = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 """What torch's optimisers keep of each weight."""
@@ -35,16 +38,21 @@ class Optimizer:
     """AdamW over a draft's parameters, or over those that are not `is_matrix` if Muon takes these; they step
     float32 masters if the draft itself is narrower.
 
+    offload: masters and moments are in the host's memory, and the processor steps them (ZeRO-Offload, arXiv
+    2101.06840): the device keeps 6 bytes a parameter of a bfloat16 draft, not 18.
+
     Raises RecipeError if `optim.states` needs a package that is not installed.
     """
 
-    def __init__(self, draft: NeuralDraft, optim: OptimConfig) -> None:
+    @memory_for("the optimiser", SMALLER_STATE)
+    def __init__(self, draft: NeuralDraft, optim: OptimConfig, offload: bool = False) -> None:
         self.optim = optim
         named = [(name, p) for name, p in draft.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
-        self.masters = [
-            p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters
-        ]
+        self.masters = [master_of(p, offload) for p in self.parameters]
+        for parameter in self.parameters:
+            if parameter.dtype != torch.float32:
+                parameter.grad_dtype = torch.float32
         matrices = [optim.matrices == "muon" and is_matrix(name, p) for name, p in named]
         self.groups: dict[str, list[Tensor]] = {"adamw": [], "muon": []}
         for master, matrix in zip(self.masters, matrices, strict=True):
@@ -53,30 +61,18 @@ class Optimizer:
         if self.groups["muon"]:
             self.steppers["muon"] = muon(self.groups["muon"], optim)
 
-    @contextmanager
-    def collecting(self) -> Iterator[None]:
-        """Add each gradient of a backward pass to its master's, and clear it, as soon as it is complete: a
-        sum over many passes is then a float32 sum (in bfloat16 the later ones would be lost), and there are
-        never two gradients of all weights."""
-        pairs = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
-        hooks = [p.register_post_accumulate_grad_hook(partial(_collect, m)) for p, m in pairs]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
     def divide(self, weight: Tensor) -> None:
         """Divide the gradients collected so far."""
-        for master in self.masters:
-            if master.grad is not None:
-                master.grad.div_(weight)
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(weight)
 
     def clear(self) -> None:
         """Forget the gradients collected so far."""
         for holder in (*self.parameters, *self.masters):
             holder.grad = None
 
+    @memory_for("the optimiser", SMALLER_STATE)
     def step(self, done: float, loss: Tensor | None = None, most: float = math.inf) -> Stepped:
         """Clip, step and clear the gradients. done: the finished share of the run, in [0, 1]. loss: of these
         gradients; most: above which it is not to be followed.
@@ -88,20 +84,29 @@ class Optimizer:
         for stepper in self.steppers.values():
             for group in stepper.param_groups:
                 group["lr"] = lr
-        norm = sum_of_parts(torch.nn.utils.clip_grad_norm_(self.masters, self.optim.grad_clip))
-        # Read before the step, not after it: a step waits for the device once in either order.
+        norm = sum_of_parts(torch.nn.utils.clip_grad_norm_(self.parameters, self.optim.grad_clip))
+        self._hand_over()
+        # Read before the step, not after it: a step waits for the device once in either order, and what was
+        # queued before, such as gradients on their way to the host, is complete.
         size, value = torch.stack([norm, torch.zeros_like(norm) if loss is None else loss]).tolist()
         if not (math.isfinite(size) and math.isfinite(value) and value <= most):
             self.clear()
             return Stepped(lr, size, value, False)
         for stepper in self.steppers.values():
             stepper.step()
-            stepper.zero_grad()
+        self.clear()
         with torch.no_grad():
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 if master is not parameter:
-                    parameter.copy_(master)
+                    parameter.copy_(sent(master, parameter.device))
         return Stepped(lr, size, value, True)
+
+    def _hand_over(self) -> None:
+        """Give each master its weight's gradient. A copy to the host is only queued."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter and parameter.grad is not None:
+                master.grad = parameter.grad.to(master.device, non_blocking=True)
+                parameter.grad = None
 
     def state(self) -> dict[str, Any]:
         """What `load` needs to continue; `torch.save` can write it. All ranks must call this; of a draft that
@@ -138,11 +143,14 @@ class Optimizer:
         return state | {"state": found}
 
 
-def _collect(master: Tensor, parameter: Tensor) -> None:
-    assert parameter.grad is not None
-    new = parameter.grad.float()
-    master.grad = new if master.grad is None else master.grad.add_(new)
-    parameter.grad = None
+def master_of(parameter: Tensor, offload: bool) -> Tensor:
+    """The float32 weight that is stepped for a parameter: itself if it is one, and is to stay where it is.
+
+    offload: in the host's memory, in pinned pages, where it is stepped, too.
+    """
+    if offload and parameter.device.type != "cpu":
+        return parameter.detach().cpu().float().pin_memory().requires_grad_()
+    return parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_()
 
 
 def adamw(parameters: list[Tensor], optim: OptimConfig) -> torch.optim.Optimizer:
@@ -177,8 +185,8 @@ def eight_bit_adamw() -> Any:
     except ImportError as error:
         raise RecipeError(
             f"optim.states=8bit needs the bitsandbytes package ({error})",
-            next_step="pip install 'bitsandbytes>=0.50', or train with optim.states=float32 (18 bytes per "
-            "parameter instead of 12, so a smaller draft.num_layers may be needed)",
+            next_step="pip install 'bitsandbytes>=0.50', or train with optim.states=float32; together with "
+            "offload_optimizer=true that takes less of a GPU's memory than 8bit",
         ) from error
     return AdamW8bit
 

@@ -53,6 +53,7 @@ FREE = (
     "compile",
     "shard_target",
     "shard_draft",
+    "offload_optimizer",
     "checkpoint_every_steps",
 )
 """Keys of the recipe that may change between a run's start and its end: figures change by rounding only."""

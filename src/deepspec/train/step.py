@@ -7,8 +7,7 @@ its own, and numerators and weights are summed before they are divided.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +16,11 @@ from torch import Tensor
 from deepspec.config import OptimConfig, Recipe
 from deepspec.data.tokens import Encoded
 from deepspec.drafts.base import NeuralDraft
-from deepspec.errors import NonFiniteError, UserError, first_line
+from deepspec.errors import NonFiniteError
 from deepspec.features.batches import Source, check_finite
 from deepspec.maths.blocks import FeatureBatch
 from deepspec.train.dist import ALONE, Ranks, gathered
+from deepspec.train.memory import MICRO_BATCH, memory_for
 from deepspec.train.optimizer import Optimizer
 
 TEACHER_ROWS = 128
@@ -92,8 +92,7 @@ def train_step(
                 continue
             plan: Any = draft.plan(batch, recipe.num_anchors, _each(generators, picked or [0]))
             sums = draft(batch, recipe.loss, plan, measure)
-            with optimizer.collecting():
-                (sums.total if picked else 0 * sums.total).backward()
+            (sums.total if picked else 0 * sums.total).backward()
         if not picked:
             continue
         total, weight = total + sums.total.detach(), weight + sums.weight
@@ -103,7 +102,7 @@ def train_step(
         raise AbandonedError
     both = torch.stack([total.float(), weight.float()])
     ranks.add(both)
-    ranks.add_gradients(optimizer.masters)
+    ranks.add_gradients(optimizer.parameters)
     total, weight = both
     if not draft.algorithm.parallel:
         # Eagle-3 divides by all positions of the padded batch, however it was cut.
@@ -140,25 +139,6 @@ def _metrics(mine: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
 
 
 # ── what may be wrong with a step ─────────────────────────────────────────────────────────────────────
-
-NO_MEMORY = "can't allocate memory"
-MICRO_BATCH = "lower optim.micro_batch_tokens or optim.micro_batch_size, then num_anchors"
-
-
-@contextmanager
-def memory_for(figure: str, remedy: str) -> Iterator[None]:
-    """Raise UserError, naming the figure of the plan, if the memory for it does not suffice."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError, a bare one on a CPU
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and NO_MEMORY not in str(error):
-            raise
-        raise UserError(
-            f"there is not enough memory for {figure}",
-            where=first_line(error)[:200],
-            next_step=f"{remedy}; `deepspec plan` shows how large it is, and which change makes it fit. The "
-            "same command continues from the newest checkpoint",
-        ) from error
 
 
 class Fault(NamedTuple):
