@@ -8,8 +8,10 @@ chunks, a block's context exactly up to its anchor, causal attention as half a s
 position that some row learns from. The plain version (`tests/reference/step.py`) has dense masks, whole
 logits and autograd. `speculators` takes part if the package can be imported (`speculators_step.py`). Each
 round runs every version once, in turns, on the same batch; a ratio is taken within its round, and the median
-of all rounds is shown. Features are given, and AdamW's step is part of every version but the floor. The loss
-and the gradients of ours and the plain version are compared before the clock runs.
+of all rounds is shown. Features are given, and AdamW's step is part of every version but the floor. Freed
+memory is kept for the next step, as `deepspec train` does on a CPU, for every version (`--give-back`: for
+none, as the peers run by themselves). The loss and the gradients of ours and the plain version are compared
+before the clock runs.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ from deepspec.drafts.spec import new_spec  # noqa: E402
 from deepspec.maths.blocks import FeatureBatch, unroll_masks  # noqa: E402
 from deepspec.maths.head import Embedding, Head  # noqa: E402
 from deepspec.report.charts import write_lines  # noqa: E402
+from deepspec.train.memory import kept_memory  # noqa: E402
 from reference.step import plain_block_loss, plain_unroll_loss  # noqa: E402
 
 LOSSES = {
@@ -325,6 +329,9 @@ def main() -> None:
     )
     parser.add_argument("--svg", type=Path, help="with --growth: where to draw it")
     parser.add_argument("--without-peers", action="store_true", help="ours and the floor only")
+    parser.add_argument(
+        "--give-back", action="store_true", help="leave freed memory to the C library's own rules"
+    )
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
@@ -338,7 +345,8 @@ def main() -> None:
         cases = {name: CASES[name] for name in chosen.cases.split(",")}
     report = {}
     for name, case in cases.items():
-        report[name] = found = measure(case, chosen.rounds, names)
+        with nullcontext() if chosen.give_back else kept_memory(torch.device("cpu")):
+            report[name] = found = measure(case, chosen.rounds, names)
         if not chosen.json:
             parts = [f"{what} {spread(values)}" for what, values in found["ratios"].items()]
             parts += [f"{what} {value:.3f} s" for what, value in found["seconds"].items()]

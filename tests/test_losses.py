@@ -355,14 +355,14 @@ def test_no_rows_is_a_loss_of_zero() -> None:
 
 def test_default_chunk_is_bounded_in_bytes_and_never_empty() -> None:
     assert default_chunk_rows(4096) >= 1024
-    assert default_chunk_rows(151_936) * 151_936 * 4 <= 72 * 2**20
+    assert default_chunk_rows(151_936) * 151_936 * 4 <= 130 * 2**20
     assert default_chunk_rows(10**9) >= 1
 
 
 def test_a_chunk_has_rows_enough_for_products_at_full_speed() -> None:
     """41 rows at V = 151,936 took 1.8 times as long as one piece, and two threads shared them badly."""
-    assert default_chunk_rows(151_936) == 112
-    assert default_chunk_rows(151_936, threads=2) == 224
+    assert default_chunk_rows(151_936) == 224
+    assert default_chunk_rows(151_936, threads=2) == 448
     assert default_chunk_rows(151_936, threads=64) == 448
     assert default_chunk_rows(151_936, accelerated=True) == 512
     assert default_chunk_rows(4096, accelerated=True) == 16_384

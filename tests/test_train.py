@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import os
+import platform
+import resource
 import signal
 import sys
 from collections import Counter
@@ -36,9 +38,10 @@ from deepspec.maths.blocks import FeatureBatch
 from deepspec.targets import Target
 from deepspec.train.build import build_draft, mask_token
 from deepspec.train.loop import train
+from deepspec.train.memory import kept_memory
 from deepspec.train.optimizer import Optimizer, adamw, schedule
 from deepspec.train.run import Run, forget_after, open_run
-from kills import held_by_another, in_child, needs_fork
+from kills import ended, held_by_another, in_child, needs_fork
 from talking import recipe_tree, save_talking_llama, train_in, write_data, write_recipe
 
 TIMING = {"seconds", "tokens_per_s", "memory_gb", "features_share"}
@@ -754,3 +757,28 @@ def test_metrics_with_broken_lines_do_not_keep_a_run_from_resuming(tmp_path):
     path.write_bytes(b'{"step": 1}\nbroken\n\n\x00\x00\n[]\n{"loss": 2}\n{"step": 2}\n{"step": 3}\n{"step"')
     forget_after(path, 2)
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+@needs_fork
+def test_memory_of_a_step_is_kept_for_the_next_and_given_back_at_the_end(tmp_path):
+    """Page faults of ten tensors of 64 MB, one after the other, and what the process holds after them."""
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(2**24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def pages() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    def child() -> None:
+        given_back = faults()
+        with kept_memory(torch.device("cpu")):
+            kept, during = faults(), pages()
+        (tmp_path / "found").write_text(f"{given_back} {kept} {during - pages()}")
+
+    assert ended(in_child(child))
+    given_back, kept, returned = map(int, (tmp_path / "found").read_text().split())
+    assert kept < given_back / 4 and returned > 2**26 / 4096 / 2

@@ -36,6 +36,7 @@ from deepspec.targets import Target
 from deepspec.this_machine import clock, read_joules, this_machine
 from deepspec.train.build import build_draft, feature_layers, read_rules
 from deepspec.train.loop import train_step
+from deepspec.train.memory import kept_memory
 from deepspec.train.optimizer import Optimizer
 from deepspec.train.run import Progress, Run
 
@@ -220,7 +221,7 @@ def _training(target: Target, recipe: Recipe, rows: Sequence[Encoded]) -> TrainS
     with tempfile.TemporaryDirectory() as folder:
         open_trackers(recipe.trackers, Path(folder), recipe.name, recipe.model_dump(mode="json")).close()
         setup = clock(target.device) - began
-        with compiling(recipe.compile, target.device):
+        with compiling(recipe.compile, target.device), kept_memory(target.device):
             step, features = _steps(target, draft, optimizer, recipe, cut)
         began = clock(target.device)
         Run(Path(folder), recipe).save(draft, optimizer, Progress(1), target, {})

@@ -21,7 +21,7 @@ from deepspec.maths.fused import fused
 # With a mask, its backward pass gives NaN in the queries' gradient for some lengths (pytorch#196678).
 torch.backends.cuda.enable_cudnn_sdp(False)
 
-CPU_BLOCKS, GPU_BLOCKS = 8, 32
+CPU_BLOCKS, GPU_BLOCKS = 16, 32
 """Blocks that share one call over the context before the first of them. What lies between their anchors is
 computed densely; an accelerator needs more queries in a call to be busy."""
 

@@ -35,7 +35,7 @@ from deepspec.train.build import build_draft, recipe_spec, vocabulary_facts
 from deepspec.train.data import check_before_loading, check_target, training_data
 from deepspec.train.dist import ALONE, Ranks, check_world, gathered, joined, shard_draft, shard_target
 from deepspec.train.facts import provenance, shared_facts
-from deepspec.train.memory import SMALLER_DRAFT, SMALLER_SLOTS, SMALLER_TARGET, memory_for
+from deepspec.train.memory import SMALLER_DRAFT, SMALLER_SLOTS, SMALLER_TARGET, kept_memory, memory_for
 from deepspec.train.meter import Meter
 from deepspec.train.optimizer import Optimizer, Stepped
 from deepspec.train.run import Log, Progress, Run, check_run, open_run
@@ -115,7 +115,7 @@ def train_draft(
             draft = build_draft(recipe, target, data.rows, spec)
             if recipe.shard_draft and ranks.world > 1:
                 shard_draft(draft)
-            with compiling(recipe.compile, draft.device):
+            with compiling(recipe.compile, draft.device), kept_memory(draft.device):
                 return train(run, draft, target, data.rows, data.source, facts, held_out, ranks)
 
 
