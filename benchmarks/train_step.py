@@ -1,4 +1,4 @@
-"""A draft's training step next to its floor, a plain version and speculators: processor time, in turns.
+"""A draft's training step next to its floor, a plain version and speculators: seconds, in turns.
 
     python benchmarks/train_step.py [--cases wide-dspark,long-dflash,…] [--threads 1] [--rounds 5] [--json]
     python benchmarks/train_step.py --growth [--svg docs/growth.svg]      one dimension doubled at a time
@@ -282,7 +282,9 @@ def agreement(case: Case, draft: NeuralDraft, batch: FeatureBatch, plan: Any) ->
 
 
 def measure(case: Case, rounds: int, names: list[str]) -> dict[str, Any]:
-    """Processor seconds of each version, by round, and their ratios."""
+    """Seconds of each version, by round, and their ratios: of the processor with one thread, and of the clock
+    with several, since threads that wait for one another spin."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     draft, steps = steps_of(case, names)
     batches = [make_batch(case, seed) for seed in range(2)]
     plans = [draft.plan(b, case.anchors, torch.Generator().manual_seed(s)) for s, b in enumerate(batches)]
@@ -290,10 +292,10 @@ def measure(case: Case, rounds: int, names: list[str]) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):  # the first round warms up
         for name in names if turn % 2 else reversed(names):
-            began = time.process_time()
+            began = clock()
             steps[name](batches[turn % 2], plans[turn % 2])
             if turn:
-                seconds[name].append(time.process_time() - began)
+                seconds[name].append(clock() - began)
     ratios = {
         f"ours/{name}": [a / b for a, b in zip(seconds["ours"], seconds[name], strict=True)]
         for name in names

@@ -55,18 +55,25 @@ def test_device_keeps_neither_masters_nor_moments_and_a_step_waits_once():
     assert 0.85 * found["planned, GB"] < found["peak, GB"] <= found["planned, GB"]
 
 
-def test_run_may_be_offloaded_and_brought_back_whenever_it_continues(targets, tmp_path):
-    target = targets["llama"]
+def test_run_may_be_offloaded_and_brought_back_whenever_it_continues(targets, tmp_path, monkeypatch):
+    """Off, on, off: the masters' memory is in no checkpoint."""
+    target, seen = targets["llama"], []
     rows = rows_for(target)
-    path = write_recipe(tmp_path / "r.yaml", recipe_tree(Path("unused"), tmp_path, "dflash", max_steps=4))
+
+    def apart(parameter: torch.Tensor, offload: bool) -> torch.Tensor:
+        seen.append(offload)
+        return parameter.detach().clone().requires_grad_() if offload else parameter
+
+    monkeypatch.setattr("deepspec.train.optimizer.master_of", apart)
+    path = write_recipe(tmp_path / "r.yaml", recipe_tree(Path("unused"), tmp_path, "dflash", max_steps=6))
     every = ["eval_every_steps=2", "checkpoint_every_steps=2"]
     with open_run(tmp_path / "whole", load_recipe(path, every)) as run:
         whole = train_in(run.folder, run.recipe, target, rows, lambda draft: 1.5)
-    for words, held_out in ([], interrupting(1)), (["offload_optimizer=true"], lambda draft: 1.5):
-        with open_run(tmp_path / "cut", load_recipe(path, [*every, *words])) as run:
-            cut = train_in(run.folder, run.recipe, target, rows, held_out)
-        assert cut.steps == (4 if words else 2)
-    same_state(*(each.run / "checkpoints" / "step_4" for each in (whole, cut)))
+    for turn, word in enumerate(("false", "true", "false")):
+        with open_run(tmp_path / "cut", load_recipe(path, [*every, f"offload_optimizer={word}"])) as run:
+            cut = train_in(run.folder, run.recipe, target, rows, interrupting(1))
+        assert cut.steps == 2 * (turn + 1) and seen[-1] == (word == "true")
+    same_state(*(each.run / "checkpoints" / "step_6" for each in (whole, cut)))
 
 
 @pytest.mark.parametrize(
@@ -86,6 +93,13 @@ def test_what_cannot_be_offloaded_is_refused(words: list[str], said: str):
 
 
 @pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory. Tried to pin 2.00 GiB"),
+    ],
+)
+@pytest.mark.parametrize(
     ("where", "figure"),
     [
         ("train.optimizer.adamw", "the optimiser"),
@@ -93,9 +107,9 @@ def test_what_cannot_be_offloaded_is_refused(words: list[str], said: str):
         ("train.step.features_of", "a micro-batch"),
     ],
 )
-def test_memory_that_runs_out_names_what_to_change(targets, tmp_path, monkeypatch, where, figure):
+def test_memory_that_runs_out_names_what_to_change(targets, tmp_path, monkeypatch, where, figure, error):
     def full(*_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise error
 
     monkeypatch.setattr(f"deepspec.{where}", full)
     recipe = recipe_for("dflash", precision="bfloat16")

@@ -324,7 +324,7 @@ def test_operations_of_a_draft_are_those_that_torch_counts(
 ):
     """Attention is written out, in groups of one block: torch counts no flash kernel on a CPU."""
     monkeypatch.setattr("deepspec.drafts.attention._has_flash", lambda q: False)
-    monkeypatch.setattr("deepspec.drafts.dflash.CPU_BLOCKS", 1)
+    monkeypatch.setattr("deepspec.drafts.dflash.BLOCKS", 1)
     spec = tiny_spec(algorithm, block=block)
     draft, batch = tiny_draft(spec), tiny_batch(spec, rows, length)
     plan: Any = draft.plan(batch, anchors, torch.Generator().manual_seed(0))

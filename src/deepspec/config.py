@@ -225,7 +225,8 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
     if recipe.offload_optimizer and not plain:
         yield (
             "`offload_optimizer` needs `optim.matrices=adamw` and `optim.states=float32`: a processor takes "
-            "far longer for Muon's products, and 8-bit moments save none of the GPU's memory there"
+            "far longer for Muon's products, and 8-bit moments save none of the GPU's memory there; or set "
+            "offload_optimizer=false"
         )
     if recipe.offload_optimizer and recipe.shard_draft:
         yield "set one of `offload_optimizer` and `shard_draft`: masters are on the host, or split over GPUs"

@@ -109,8 +109,9 @@ MOMENTUM_BYTES = 4
 """Of a parameter that Muon steps: its momentum in float32."""
 
 
-OFFLOADED_BYTES = 4 + 4 + 2 * 4
-"""Of the host's memory for a parameter whose optimiser is offloaded: master, gradient, two moments."""
+OFFLOADED_BYTES = 2 * 4 + 2 * 4 * 1.5
+"""Of the host's memory for a parameter whose optimiser is offloaded: two moments, and master and gradient in
+pinned pages, which torch takes in powers of two (half more than is needed, for the published drafts)."""
 
 
 def state_bytes_per_parameter(precision: str, states: str = "float32", offloaded: bool = False) -> float:

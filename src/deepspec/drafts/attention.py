@@ -21,9 +21,9 @@ from deepspec.maths.fused import fused
 # With a mask, its backward pass gives NaN in the queries' gradient for some lengths (pytorch#196678).
 torch.backends.cuda.enable_cudnn_sdp(False)
 
-CPU_BLOCKS, GPU_BLOCKS = 16, 32
+BLOCKS = 32
 """Blocks that share one call over the context before the first of them. What lies between their anchors is
-computed densely; an accelerator needs more queries in a call to be busy."""
+computed densely; fewer queries in a call would not keep an accelerator busy."""
 
 
 class Stair(NamedTuple):
@@ -298,7 +298,8 @@ def _column_shares(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Each row's share of attention [B, G, H/G, S] for its own key, and the gradient of its score, whose part
-    of the queries' gradient is added to `of_q`. The output's gradient, `given`, and the rest are as there."""
+    of the queries' gradient is added to `of_q`. The output's gradient, `given`, and the others are as in
+    `_take_column`."""
     share = (asked * key[:, :, None]).sum(-1).mul_(scale).sub_(lse).exp_()
     slope = (given * value[:, :, None]).sum(-1).sub_(delta).mul_(share).mul_(scale)
     of_q.addcmul_(slope[..., None], key[:, :, None].to(lse.dtype))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspec.drafts import LossSettings
-from deepspec.drafts.attention import CPU_BLOCKS, GPU_BLOCKS, block_attention, staircase
+from deepspec.drafts.attention import BLOCKS, block_attention, staircase
 from deepspec.drafts.base import LossSums, NeuralDraft, Proposal, choose, log_odds, tau_sums
 from deepspec.drafts.heads import confidence_loss
 from deepspec.drafts.layers import DraftLayer, initialise, inverse_frequencies, rotation
@@ -75,8 +75,7 @@ class DFlashDraft(NeuralDraft):
             offsets = positions.gather(1, blocks.anchors)[..., None] + torch.arange(block)
         context_turn = rotation(sent(positions, device), self.frequencies, context.dtype)
         block_turn = rotation(sent(offsets.flatten(1), device), self.frequencies, context.dtype)
-        size = CPU_BLOCKS if device.type == "cpu" else GPU_BLOCKS
-        stairs = staircase(blocks.anchors, blocks.kept, batch.segment_ids, size)
+        stairs = staircase(blocks.anchors, blocks.kept, batch.segment_ids, BLOCKS)
         anchors = sent(blocks.anchors, device)
         hidden = self.embedding(sent(blocks.input_ids.flatten(1), device)).to(context.dtype)
         for layer in self.layers:

@@ -60,7 +60,8 @@ def compiles(x: Tensor) -> bool:
 
 def fused(function: Function) -> Function:
     """Decorates a function whose first argument is a tensor. Any sizes share one compilation. If it fails,
-    the function runs as it is written from then on, after a warning."""
+    the function runs as it is written from then on, after a warning; what it changes in place is expected to
+    be as it was, since compiling is what fails."""
 
     @wraps(function)
     def run(first: Tensor, *others: Any) -> Any:

@@ -185,8 +185,8 @@ def eight_bit_adamw() -> Any:
     except ImportError as error:
         raise RecipeError(
             f"optim.states=8bit needs the bitsandbytes package ({error})",
-            next_step="pip install 'bitsandbytes>=0.50', or train with optim.states=float32; together with "
-            "offload_optimizer=true that takes less of a GPU's memory than 8bit",
+            next_step="pip install 'bitsandbytes>=0.50', or train with optim.states=float32; with "
+            "offload_optimizer=true, too, it takes less of a GPU's memory than with 8bit",
         ) from error
     return AdamW8bit
 
