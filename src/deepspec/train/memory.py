@@ -21,8 +21,8 @@ MICRO_BATCH = (
 SMALLER_TARGET = "set shard_target=true, or use a smaller target"
 SMALLER_DRAFT = "use a smaller draft.num_layers, or more processes"
 SMALLER_STATE = (
-    "move a GPU's to the host (offload_optimizer=true) or from there (false), or set optim.states=8bit "
-    "without it, or a smaller draft.num_layers"
+    "keep its state in the host's memory instead of the GPU's (offload_optimizer=true) or the other way "
+    "round (false), or set optim.states=8bit with offload_optimizer=false, or use a smaller draft.num_layers"
 )
 SMALLER_SLOTS = "lower eval_prompts or eval_max_new_tokens"
 
