@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,10 @@ class Card:
 
 H200 = Card("H200", 790e12, 50e12, 4.3e12)
 """Reached, not peak: 790 of 989 TFLOP/s, 4.3 of 4.8 TB/s, float32 without TF32."""
+
+
+SAVED = object()
+"""Stands for an argument that is kept for the backward pass."""
 
 
 @contextmanager
@@ -332,6 +337,10 @@ def traced(card: Card) -> Iterator[Any]:
         trace.put_down(f"{name} {line()}", "passes", moved, 0, moved / card.bandwidth)
         return found
 
+    def blank(x: Any) -> Any:
+        """Makes a tensor like x, whose numbers nobody reads."""
+        return partial(torch.empty, x.shape, dtype=x.dtype, device="cuda")
+
     def kept_inputs(function: Any, args: Any, wanted: Any) -> set[int]:
         """Storages of the inputs that the gradient is computed from: those that autograd keeps, or all of
         them if it also keeps what is between."""
@@ -359,10 +368,10 @@ def traced(card: Card) -> Iterator[Any]:
                 tensors = [x for x in args if isinstance(x, torch.Tensor)]
                 kept = kept_inputs(function, args, ctx.needs_input_grad)
                 ctx.save_for_backward(*(x for x in tensors if key(x) in kept))
-                shapes = [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else None for x in args]
-                ctx.kept = [isinstance(x, torch.Tensor) and key(x) in kept for x in args]
-                ctx.args = [x if shape is None else shape for x, shape in zip(args, shapes, strict=True)]
-                ctx.tensors = [shape is not None for shape in shapes]
+                ctx.args = [
+                    x if not isinstance(x, torch.Tensor) else SAVED if key(x) in kept else blank(x)
+                    for x in args
+                ]
                 return as_one(function.__name__, lambda: function(*args), tensors)
 
             @staticmethod
@@ -370,13 +379,10 @@ def traced(card: Card) -> Iterator[Any]:
                 saved, wanted = iter(ctx.saved_tensors), [i for i, w in enumerate(ctx.needs_input_grad) if w]
 
                 def again() -> Any:
-                    own = []
-                    for given, tensor, kept in zip(ctx.args, ctx.tensors, ctx.kept, strict=True):
-                        shape, dtype = given if tensor else (0, None)
-                        blank = (
-                            torch.empty(shape, dtype=dtype, device="cuda") if tensor and not kept else given
-                        )
-                        own.append(next(saved).detach() if kept else blank)
+                    own = [
+                        next(saved).detach() if x is SAVED else x() if isinstance(x, partial) else x
+                        for x in ctx.args
+                    ]
                     with torch.enable_grad():
                         for i in wanted:
                             own[i].requires_grad_()

@@ -119,10 +119,8 @@ def state_bytes_per_parameter(precision: str, states: str = "float32", offloaded
     float32 weight is its own); the float32 gradient, to which narrower ones are added one by one, so that
     only one of these is there at a time; the optimiser's two moments. offloaded: without what is then in
     the host's memory."""
-    weight = 2 if precision == "bfloat16" else 4
-    if offloaded:
-        return weight + 4
-    return weight + (4 if precision == "bfloat16" else 0) + 4 + moment_bytes(states)
+    weight, master = (2, 4) if precision == "bfloat16" else (4, 0)
+    return weight + 4 + (0 if offloaded else master + moment_bytes(states))
 
 
 def activation_bytes(
