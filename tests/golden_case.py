@@ -133,7 +133,7 @@ class Case:
         """[B, A, γ, r] teacher-forced output of the sequential head."""
         head = getattr(self.draft, "markov_head", None)
         with torch.no_grad():
-            return None if head is None else head(self.blocks.previous, self.hidden)
+            return None if head is None else head(head.markov_w1(self.blocks.previous), self.hidden)
 
     @cached_property
     def every_slot(self) -> HeadLoss:

@@ -114,7 +114,7 @@ def test_without_a_flash_kernel_the_parts_are_written_out(
         return real(*parts)
 
     monkeypatch.setattr(attention, "_dense", dense)
-    monkeypatch.setattr(attention, "_has_flash", lambda q: False)
+    monkeypatch.setattr(attention, "_has_flash", lambda q, hidden: False)
     if causal:
         test_unroll_attention_is_dense_attention((4, 2), 2, packed=True)
     else:

@@ -202,7 +202,7 @@ def test_confidence_is_conditioned_on_the_token_before_each_slot(llama: Scene) -
             [0], [anchor], Sampling(1.0), torch.tensor([[0.1, 0.9, 0.5, 0.3]], device=DEVICE)
         )
         previous = torch.tensor([[anchor, *found.tokens[0, :-1].tolist()]], device=DEVICE)
-        want = draft.confidence_logits(previous, draft.block_hidden([0], [anchor]))
+        want = draft.confidence_logits(draft.embed_previous(previous), draft.block_hidden([0], [anchor]))
     assert len(set(previous[0].tolist())) > 1
     assert want is not None and found.confidence is not None
     torch.testing.assert_close(found.confidence, want)

@@ -292,7 +292,7 @@ def test_a_markov_head_is_a_plain_loop_over_the_slots(kind: str) -> None:
     previous = torch.randint(0, VOCAB, (2, 3, BLOCK))
     hidden = torch.randn(2, 3, BLOCK, HIDDEN).double()
     with torch.no_grad():
-        found = head(previous, hidden)
+        found = head(head.markov_w1(previous), hidden)
         for row in range(2):
             for block in range(3):
                 want = naive_markov(head, kind, previous[row, block].tolist(), hidden[row, block])
@@ -303,7 +303,8 @@ def test_a_markov_head_is_a_plain_loop_over_the_slots(kind: str) -> None:
 def test_the_confidence_head_sees_the_previous_token_only_when_it_is_told_to(with_markov: bool) -> None:
     draft = make_dspark(confidence_with_markov=with_markov)
     hidden = torch.randn(BLOCK, HIDDEN).double().to(DEVICE)
-    first, second = (draft.confidence_logits(torch.full((BLOCK,), t, device=DEVICE), hidden) for t in (3, 4))
+    embedded = (draft.embed_previous(torch.full((BLOCK,), t, device=DEVICE)) for t in (3, 4))
+    first, second = (draft.confidence_logits(each, hidden) for each in embedded)
     proj = draft.confidence_head.proj
     inputs = [hidden, draft.markov_head.markov_w1.weight[3].expand(BLOCK, -1)][: 1 + with_markov]
     torch.testing.assert_close(first, torch.cat(inputs, -1) @ proj.weight[0] + proj.bias)
@@ -362,11 +363,23 @@ def test_proposals_come_from_the_distributions_that_training_makes(
     assert blocks.labels[0, 0, skip:].tolist() == proposal.tokens[0].tolist()
     with torch.no_grad():
         hidden = draft.backbone(told, blocks)
-        z = draft.markov_head(blocks.previous, hidden)
+        z = draft.markov_head(draft.embed_previous(blocks.previous), hidden)
         logits = draft.head.logits(hidden) + draft.markov_head.markov_w2(z)
-        confidence = draft.confidence_logits(blocks.previous, hidden)
+        confidence = draft.confidence_logits(draft.embed_previous(blocks.previous), hidden)
     close(proposal.q[0].double(), logits[0, 0, skip:].softmax(-1))
     close(proposal.confidence[0], confidence[0, 0, skip:])
+
+
+def test_both_heads_share_one_lookup_of_the_previous_tokens() -> None:
+    """Each lookup has a gradient as long as the vocabulary."""
+    draft, batch = make_dspark(), make_batch()
+    seen, ahead = [], [draft(batch, DSPARK_LOSS, draft.blocks(batch, ANCHORS, KEPT)).total.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.append(node)
+            ahead += [child for child, _ in node.next_functions]
+    assert [node.name() for node in seen].count("EmbeddingBackward0") == 1
 
 
 @pytest.mark.parametrize("sample_from_anchor", [True, False])
@@ -380,7 +393,7 @@ def test_the_block_loss_and_its_gradients_are_those_of_plain_autograd(
     found = gradients(draft, sums)
 
     hidden = draft.backbone(batch, blocks)
-    z = draft.markov_head(blocks.previous, hidden)
+    z = draft.markov_head(draft.embed_previous(blocks.previous), hidden)
     first = 0 if sample_from_anchor else 1
     total, weight, tau, counted = torch.zeros((), device=DEVICE).double(), 0.0, 0.0, 0
     for row, column in KEPT.nonzero().tolist():
@@ -398,7 +411,7 @@ def test_the_block_loss_and_its_gradients_are_those_of_plain_autograd(
                 teacher_head=draft.teacher_head,
                 markov=(z[slot][None], draft.markov_head.markov_w2.weight),
             )
-            logit = draft.confidence_logits(blocks.previous[slot], hidden[slot])
+            logit = draft.confidence_logits(draft.embed_previous(blocks.previous[slot]), hidden[slot])
             accept = terms["accept"].detach()
             w = math.exp(-(k - 1) / DSPARK_LOSS.decay_gamma)
             sure = plain_confidence_loss(logit[None], accept, torch.ones(1, device=DEVICE).double())

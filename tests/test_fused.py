@@ -86,7 +86,7 @@ def test_compiled_loss_keeps_almost_nothing_as_wide_as_the_vocabulary(monkeypatc
     """The draft's and the teachers' distributions, which the products write, and on a CPU (which alone would
     rather store an exponential) one more."""
     run = partial(loss_of, ("ce", "l1"), torch.float32, ROWS)
-    monkeypatch.setattr("deepspec.maths.losses.cpu_block_rows", lambda _: ROWS)  # as on a GPU
+    monkeypatch.setattr("deepspec.maths.losses.cpu_block_rows", lambda *_: ROWS)  # as on a GPU
     by_operations = wide_tensors(run)
     with compiling(True):
         run()

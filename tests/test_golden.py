@@ -182,7 +182,7 @@ def draft_logits(case: Case) -> Found:
 @computes(r"train\.confidence_pred", tolerance=HIDDEN)
 def confidence(case: Case) -> Found:
     assert isinstance(case.draft, DSparkDraft)
-    logits = case.draft.confidence_logits(case.blocks.previous, case.hidden)
+    logits = case.draft.confidence_logits(case.draft.embed_previous(case.blocks.previous), case.hidden)
     assert logits is not None
     return logits, case.blocks.kept
 

@@ -20,12 +20,13 @@ from torch.utils._pytree import tree_leaves
 from conftest import DEVICE
 from deepspec.drafts.heads import confidence_loss
 from deepspec.maths import figures, losses
-from deepspec.maths.chunking import default_chunk_rows
+from deepspec.maths.chunking import cpu_block_rows, default_chunk_rows
 from deepspec.maths.head import Head
 from deepspec.maths.losses import (
     HeadLoss,
     head_loss,
 )
+from deepspec.maths.pieces import pieces
 from deepspec.maths.positions import position_weights
 from deepspec.maths.terms import TERMS
 from reference.losses import plain_confidence_loss, plain_logits, plain_terms
@@ -366,6 +367,40 @@ def test_a_chunk_has_rows_enough_for_products_at_full_speed() -> None:
     assert default_chunk_rows(151_936, threads=64) == 448
     assert default_chunk_rows(151_936, accelerated=True) == 512
     assert default_chunk_rows(4096, accelerated=True) == 16_384
+
+
+def test_a_block_of_a_chunk_gives_each_thread_rows_and_stays_in_its_cache() -> None:
+    """One row of V = 151,936 at a time left the second of two threads without work."""
+    assert [cpu_block_rows(151_936, threads) for threads in (1, 2, 8)] == [1, 2, 8]
+    assert cpu_block_rows(4096) * 4096 * 4 * 4 <= 2 * 2**20
+
+
+@given(
+    teacher_of=st.lists(st.integers(0, 5), min_size=1, max_size=20),
+    chunk=st.integers(1, 8),
+    block=st.integers(1, 8),
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_parts_of_chunks_are_all_rows_with_their_teachers(
+    teacher_of: list[int], chunk: int, block: int
+) -> None:
+    of, rows, fresh = torch.tensor(teacher_of), torch.arange(len(teacher_of)), torch.arange(0)
+    found: list[tuple[int, int]] = []
+    for piece in pieces(len(of), chunk, of, torch.device("cpu")):
+        fresh = fresh if piece.fresh is None else torch.arange(6)[piece.fresh]
+        assert 0 < piece.size <= chunk and len(fresh) <= chunk
+        for start in range(0, piece.size, block):
+            mine, theirs = piece.part(slice(start, min(start + block, piece.size)))
+            found += zip(rows[mine].tolist(), fresh[theirs].tolist(), strict=True)
+    assert sorted(found) == list(enumerate(teacher_of))
+
+
+def test_rows_that_follow_each_other_are_read_where_they_are() -> None:
+    (piece,) = pieces(7, 8, torch.tensor([2, 3, 4, 5, 3, 4, 5]), torch.device("cpu"))
+    assert piece.part(slice(0, 4)) == (slice(0, 4), slice(2, 6))
+    assert piece.part(slice(4, 7)) == (slice(4, 7), slice(3, 6))
+    rows, within = piece.part(slice(2, 6))
+    assert rows == slice(2, 6) and within.tolist() == [4, 5, 3, 4]
 
 
 @given(

@@ -323,7 +323,7 @@ def test_operations_of_a_draft_are_those_that_torch_counts(
     algorithm, rows, length, anchors, block, monkeypatch
 ):
     """Attention is written out, in groups of one block: torch counts no flash kernel on a CPU."""
-    monkeypatch.setattr("deepspec.drafts.attention._has_flash", lambda q: False)
+    monkeypatch.setattr("deepspec.drafts.attention._has_flash", lambda q, hidden: False)
     monkeypatch.setattr("deepspec.drafts.dflash.BLOCKS", 1)
     spec = tiny_spec(algorithm, block=block)
     draft, batch = tiny_draft(spec), tiny_batch(spec, rows, length)
@@ -656,8 +656,8 @@ def test_step_takes_the_memory_that_its_plan_says(
     pocket: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, rows: int, length: int
 ):
     """Features, activations and the loss of a large step, in a process of its own. A chunk of the vocabulary
-    is an eighth of the usual one, as the step is smaller than a real one too."""
-    monkeypatch.setattr("deepspec.maths.chunking.CHUNK_BYTES", CHUNK_BYTES // 8)
+    is a sixteenth of the usual one, as the step is smaller than a real one too."""
+    monkeypatch.setattr("deepspec.maths.chunking.CHUNK_BYTES", CHUNK_BYTES // 16)
     parts = (
         "features of a micro-batch",
         "activations of a micro-batch",

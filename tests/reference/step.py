@@ -53,7 +53,9 @@ def plain_block_loss(draft: Any, batch: FeatureBatch, loss: LossSettings, blocks
         labels=blocks.labels[valid],
         teacher_hidden=batch.last_hidden[rows, blocks.teacher_index[valid]] if taught else None,
         teacher_head=draft.teacher_head if taught else None,
-        markov=None if head is None else (head(blocks.previous, hidden)[valid], head.markov_w2.weight),
+        markov=None
+        if head is None
+        else (head(head.markov_w1(blocks.previous), hidden)[valid], head.markov_w2.weight),
     )
     weights = decay
     if loss.positions != "decay":
@@ -61,7 +63,8 @@ def plain_block_loss(draft: Any, batch: FeatureBatch, loss: LossSettings, blocks
         weights = plain_block_weights(loss.positions, found, block[valid], slots)
     total = sum(weight * (weights * found[name]).sum() for name, weight in loss.terms().items())
     if loss.confidence and getattr(draft, "confidence_head", None) is not None:
-        logits = draft.confidence_logits(blocks.previous[valid], hidden[valid])
+        embedded = draft.embed_previous(blocks.previous[valid])
+        logits = draft.confidence_logits(embedded, hidden[valid])
         total = total + loss.confidence * plain_confidence_loss(logits, found["accept"].detach(), decay)
     return total
 

@@ -1,6 +1,6 @@
 """Attention in training, without a mask over all keys and without grouped heads repeated.
 
-A query's keys come in parts, each for a kernel without a mask. The parts' outputs are merged by the
+A query's keys come in parts, most of them for a kernel without a mask. The parts' outputs are merged by the
 logarithms of their sums of exponentials (LSE). The backward pass asks each part's kernel for its gradients
 with the merged output and LSE, which makes them those of one softmax over all keys (FlashAttention-2, arXiv
 2307.08691, section 3.1). `tests/reference/attention.py` has the dense versions.
@@ -121,15 +121,12 @@ class _BlockAttention(torch.autograd.Function):
         block = q.shape[2] // count
         ctx.saved = []
         for stair, rows in _rows(stairs, block):
-            asked, seen, gap = q[stair.row, :, rows][None], _keys(stair, k, v), _gap(stair, k, v)
-            saved = None
-            if seen is not None:
-                part, part_lse, saved = _flash(False, scale, asked, *seen)
+            asked = q[stair.row, :, rows][None]
+            for keys, hidden in _parts(stair, anchors, block):
+                key, value = (x[stair.row, :, keys][None] for x in (k, v))
+                part, part_lse, saved = _flash(False, scale, asked, key, value, hidden)
                 _merge(out[stair.row, :, rows], lse[stair.row, :, rows], part[0], part_lse[0])
-            if gap is not None:
-                part, part_lse = _dense(asked, *gap, _hidden(stair, anchors, block), scale)
-                _merge(out[stair.row, :, rows], lse[stair.row, :, rows], part[0], part_lse[0])
-            ctx.saved.append(saved)
+                ctx.saved.append(saved)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, own_k, own_v, anchors, out, lse)
         ctx.stairs, ctx.scale = stairs, scale
@@ -147,23 +144,17 @@ class _BlockAttention(torch.autograd.Function):
         d_q, d_own_k, d_own_v = (_all_blocks(x, len(q)) for x in own)
         d_q = d_q.to(lse.dtype)
         d_k, d_v = torch.zeros_like(k, dtype=lse.dtype), torch.zeros_like(v, dtype=lse.dtype)
-        delta = (d_out.to(lse.dtype) * out).sum(-1)
-        for (stair, rows), saved in zip(_rows(ctx.stairs, block), ctx.saved, strict=True):
-            given, asked, got = (x[stair.row, :, rows][None] for x in (d_out, q, out))
-            one_lse = lse[stair.row, :, rows][None]
-            seen, gap = _keys(stair, k, v), _gap(stair, k, v)
-            found = []
-            if seen is not None:
-                part = _flash_backward(saved, False, scale, given, asked, *seen, got, one_lse)
-                found.append((slice(stair.start, stair.shared), part))
-            if gap is not None:
-                hidden, one_delta = _hidden(stair, anchors, block), delta[stair.row, :, rows][None]
-                part = _dense_backward(given, asked, *gap, one_lse, one_delta, hidden, scale)
-                found.append((slice(stair.shared, stair.end), part))
-            for keys, (g_q, g_k, g_v) in found:
-                d_q[stair.row, :, rows] += g_q[0]
-                d_k[stair.row, :, keys] += g_k[0]
-                d_v[stair.row, :, keys] += g_v[0]
+        saved = iter(ctx.saved)
+        for stair, rows in _rows(ctx.stairs, block):
+            given, asked, got, one_lse = (x[stair.row, :, rows][None] for x in (d_out, q, out, lse))
+            for keys, hidden in _parts(stair, anchors, block):
+                key, value = (x[stair.row, :, keys][None] for x in (k, v))
+                part = _flash_backward(
+                    next(saved), False, scale, given, asked, key, value, got, one_lse, hidden
+                )
+                d_q[stair.row, :, rows] += part[0][0]
+                d_k[stair.row, :, keys] += part[1][0]
+                d_v[stair.row, :, keys] += part[2][0]
         return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), d_own_k, d_own_v, None, None, None
 
 
@@ -224,20 +215,12 @@ def _rows(stairs: Sequence[Stair], block: int) -> Iterator[tuple[Stair, slice]]:
         yield stair, slice(stair.first * block, stair.last * block)
 
 
-def _keys(stair: Stair, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Keys and values that all blocks of a stair see."""
-    if stair.shared == stair.start:
-        return None
-    return k[stair.row, :, stair.start : stair.shared][None], v[stair.row, :, stair.start : stair.shared][
-        None
-    ]
-
-
-def _gap(stair: Stair, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Keys and values between the anchors of a stair."""
-    if stair.end == stair.shared:
-        return None
-    return k[stair.row, :, stair.shared : stair.end][None], v[stair.row, :, stair.shared : stair.end][None]
+def _parts(stair: Stair, anchors: Tensor, block: int) -> Iterator[tuple[slice, Tensor | None]]:
+    """A stair's keys: those that all of its blocks see, and those between its anchors with what is hidden."""
+    if stair.shared > stair.start:
+        yield slice(stair.start, stair.shared), None
+    if stair.end > stair.shared:
+        yield slice(stair.shared, stair.end), _hidden(stair, anchors, block)
 
 
 def _hidden(stair: Stair, anchors: Tensor, block: int) -> Tensor:
@@ -354,26 +337,40 @@ def _scores(q: Tensor, k: Tensor, hidden: Tensor | None, scale: float) -> Tensor
     return scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))
 
 
-def _has_flash(q: Tensor) -> bool:
-    """Whether torch's flash kernels take these queries."""
+def _has_flash(q: Tensor, hidden: Tensor | None) -> bool:
+    """Whether torch's flash kernels take these queries: a mask, the CPU's alone."""
     if q.device.type == "cpu":
         return True
-    narrow = q.dtype in (torch.bfloat16, torch.float16)
+    narrow = q.dtype in (torch.bfloat16, torch.float16) and hidden is None
     return q.device.type == "cuda" and narrow and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
-def _causal(q: Tensor, causal: bool) -> Tensor | None:
-    length = q.shape[2]
-    return torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1) if causal else None
+def _dense_mask(q: Tensor, causal: bool, hidden: Tensor | None) -> Tensor | None:
+    """[Q, K] bool: the keys that a query must not see, written out."""
+    if not causal:
+        return hidden
+    return torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu_(1)
 
 
-def _flash(causal: bool, scale: float, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Any]:
-    """Output [B, H, Q, D], LSE [B, H, Q] in the dtype of the sums, and what the backward needs besides."""
-    if not _has_flash(q):
-        return *_dense(q, k, v, _causal(q, causal), scale), None
+def _cpu_mask(q: Tensor, hidden: Tensor | None) -> Tensor | None:
+    """What the CPU's kernel adds to scores. The numbers are finite: a query that sees nothing then has the
+    LSE of one that sees next to nothing, and its output counts for nothing next to that of other keys."""
+    if hidden is None:
+        return None
+    least = torch.finfo(q.dtype).min / 2
+    return torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, least)
+
+
+def _flash(
+    causal: bool, scale: float, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None
+) -> tuple[Tensor, Tensor, Any]:
+    """Output [B, H, Q, D], LSE [B, H, Q] in the dtype of the sums, and what the backward needs besides.
+    hidden: [Q, K] bool, keys that a query must not see."""
+    if not _has_flash(q, hidden):
+        return *_dense(q, k, v, _dense_mask(q, causal, hidden), scale), None
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, scale=scale
+            q, k, v, 0.0, causal, attn_mask=_cpu_mask(q, hidden), scale=scale
         )
         return out, lse, None
     found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
@@ -390,15 +387,16 @@ def _flash_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, from the merged output and LSE."""
     given = (d_out, q, k, v, out, lse)
-    if not _has_flash(q):
+    if not _has_flash(q, hidden):
         delta = (d_out.to(lse.dtype) * out).sum(-1)
-        return _dense_backward(d_out, q, k, v, lse, delta, _causal(q, causal), scale)
+        return _dense_backward(d_out, q, k, v, lse, delta, _dense_mask(q, causal, hidden), scale)
     if q.device.type == "cpu":
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return backward(*given, 0.0, causal, scale=scale)
+        return backward(*given, 0.0, causal, attn_mask=_cpu_mask(q, hidden), scale=scale)
     backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
     lengths, seeds = saved[:4], saved[4:]
     return backward(*given, *lengths, 0.0, causal, *seeds, scale=scale)

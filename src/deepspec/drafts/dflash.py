@@ -125,7 +125,8 @@ class DFlashDraft(NeuralDraft):
             if len(distinct) <= SHARED * len(where):
                 where, teacher_of = distinct, of
             teacher = batch.last_hidden.flatten(0, 1).index_select(0, sent(where, device))
-        previous = sent(blocks.previous, device)
+        # Looked up once for both heads: its gradient is as long as the vocabulary.
+        embedded = self.embed_previous(sent(blocks.previous, device))
         found = head_loss(
             hidden.flatten(0, 2).index_select(0, picked),
             self.head,
@@ -134,13 +135,13 @@ class DFlashDraft(NeuralDraft):
             teacher_hidden=teacher,
             teacher_head=self.teacher_head if teacher is not None else None,
             teacher_of=teacher_of,
-            markov=self.markov_rows(previous, hidden, picked),
+            markov=self.markov_rows(embedded, hidden, picked),
             positions=positions,
             accept=measure or loss.confidence > 0,
             correct=measure,
         )
         total, metrics = found.total, {f"{k}_sum": v for k, v in found.terms.items()}
-        sure = self.confidences(previous, hidden, picked) if loss.confidence else None
+        sure = self.confidences(embedded, hidden, picked) if loss.confidence else None
         if sure is not None:
             assert found.accept is not None
             confidence = confidence_loss(sure, found.accept, weights)
@@ -159,12 +160,19 @@ class DFlashDraft(NeuralDraft):
             metrics["accept_num"], metrics["accept_den"] = accept.sum((0, 1)), valid.sum((0, 1))
         return LossSums(total, weights.sum(), metrics)
 
-    def markov_rows(self, previous: Tensor, hidden: Tensor, picked: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(z [N, r], W2 [V, r]) of the `picked` slots [N], counted over all, if there is a sequential head;
-        DFlash has none. previous: [B, A, γ] tokens; hidden: [B, A, γ, d]."""
+    def embed_previous(self, previous: Tensor) -> Tensor | None:
+        """[..., r] what a sequential head knows of the tokens before the slots' [...]; DFlash has no such
+        head."""
         return None
 
-    def confidences(self, previous: Tensor, hidden: Tensor, picked: Tensor) -> Tensor | None:
+    def markov_rows(
+        self, embedded: Tensor | None, hidden: Tensor, picked: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """(z [N, r], W2 [V, r]) of the `picked` slots [N], counted over all, if there is a sequential head;
+        DFlash has none. embedded: [B, A, γ, r] from `embed_previous`; hidden: [B, A, γ, d]."""
+        return None
+
+    def confidences(self, embedded: Tensor | None, hidden: Tensor, picked: Tensor) -> Tensor | None:
         """Confidence logits [N] of the `picked` slots, from what `markov_rows` takes; DFlash has none."""
         return None
 

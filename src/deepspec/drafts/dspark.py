@@ -43,23 +43,24 @@ class DSparkDraft(DFlashDraft):
 
     # ── training ──────────────────────────────────────────────────────────────────────────────────
 
-    def markov_rows(self, previous: Tensor, hidden: Tensor, picked: Tensor) -> tuple[Tensor, Tensor] | None:
+    def embed_previous(self, previous: Tensor) -> Tensor | None:
+        return self.markov_head.markov_w1(previous) if self.markov_head is not None else None
+
+    def markov_rows(
+        self, embedded: Tensor | None, hidden: Tensor, picked: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
         if self.markov_head is None:
             return None
-        z = self.markov_head(previous, hidden).flatten(0, 2)
+        z = self.markov_head(embedded, hidden).flatten(0, 2)
         return z.index_select(0, picked), self.markov_head.markov_w2.weight
 
-    def confidence_logits(self, previous: Tensor, hidden: Tensor) -> Tensor | None:
-        """[...] logits of previous tokens [...] and hidden rows [..., d]; None without the head."""
-        if self.confidence_head is None:
-            return None
-        embedded = self.markov_head.markov_w1(previous) if self.markov_head is not None else None
-        return self.confidence_head(hidden, embedded)
+    def confidence_logits(self, embedded: Tensor | None, hidden: Tensor) -> Tensor | None:
+        """[...] logits, from `embed_previous` [..., r] and hidden rows [..., d]; None without the head."""
+        return None if self.confidence_head is None else self.confidence_head(hidden, embedded)
 
-    def confidences(self, previous: Tensor, hidden: Tensor, picked: Tensor) -> Tensor | None:
-        return self.confidence_logits(
-            previous.flatten().index_select(0, picked), hidden.flatten(0, 2).index_select(0, picked)
-        )
+    def confidences(self, embedded: Tensor | None, hidden: Tensor, picked: Tensor) -> Tensor | None:
+        rows = (None if x is None else x.flatten(0, 2).index_select(0, picked) for x in (embedded, hidden))
+        return self.confidence_logits(*rows)  # type: ignore[arg-type]
 
     # ── decoding ──────────────────────────────────────────────────────────────────────────────────
 
@@ -70,12 +71,11 @@ class DSparkDraft(DFlashDraft):
         hidden = self.block_hidden(slots, anchors)
         base = self.head.logits(hidden[:, skip:])
         previous = sent(torch.tensor(list(anchors)), base.device)
-        conditioned, tokens, q, scores = [previous], [], [], []
+        conditioned, tokens, q, scores = [], [], [], []
         state = None
         for slot in range(hidden.shape[1]):
-            z = None
-            if self.markov_head is not None:
-                embedded = self.markov_head.markov_w1(previous)
+            z, embedded = None, self.embed_previous(previous)
+            if self.markov_head is not None and embedded is not None:
                 if slot == 0:
                     state = self.markov_head.start(embedded)
                 z, state = self.markov_head.step(embedded, hidden[:, slot], state)
@@ -91,8 +91,10 @@ class DSparkDraft(DFlashDraft):
             q.append(distribution)
             if self.scored:
                 scores.append(log_odds(logits))
-            conditioned.append(previous)
-        confidence = self.confidence_logits(torch.stack(conditioned[:-1], dim=1), hidden[:, skip:])
+            if embedded is not None:
+                conditioned.append(embedded)
+        before = torch.stack(conditioned, dim=1) if conditioned else None
+        confidence = self.confidence_logits(before, hidden[:, skip:])
         if confidence is None and scores:
             confidence = torch.stack(scores, dim=1)
         return Proposal(torch.stack(tokens, dim=1), torch.stack(q, dim=1), confidence)

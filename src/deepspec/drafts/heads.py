@@ -35,15 +35,14 @@ class MarkovHead(nn.Module):
         """(z [..., r], new state) of one slot. embedded: W1[previous] [..., r]; hidden: [..., d]."""
         return embedded, None
 
-    def forward(self, previous: Tensor, hidden: Tensor) -> Tensor:
-        """z [..., γ, r] of all slots in training, from the true previous tokens [..., γ] and the hidden rows
-        [..., γ, d]."""
-        embedded = self.markov_w1(previous)
+    def forward(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """z [..., γ, r] of all slots in training, from W1[previous] of the true previous tokens [..., γ, r]
+        and the hidden rows [..., γ, d]."""
         state = self.start(embedded[..., 0, :])
         if state is None:
             return self.step(embedded, hidden, None)[0]
         outputs = []
-        for slot in range(previous.shape[-1]):
+        for slot in range(embedded.shape[-2]):
             z, state = self.step(embedded[..., slot, :], hidden[..., slot, :], state)
             outputs.append(z)
         return torch.stack(outputs, dim=-2)

@@ -65,11 +65,7 @@ def judge(
     t = teachers
     if teachers is not None and within is not None:
         t = torch.index_select(teachers, 0, within, out=gathered)
-    top, where = largest(logits)
-    chosen = (logits.argmax(1) if where is None else where) if best else None
-    torch.softmax(logits, 1, out=p)
-    # The largest probability is one over the sum of exponentials of logits less the largest: this is its log.
-    log_total = top - (p.amax(1) if where is None else p.gather(1, where[:, None])[:, 0]).log_()
+    chosen, log_total = softmax_into(p, logits, best)
     found = read_figures(names, logits, spare, p, log_total, t, labels, ratio)
     accept = found.get("overlap")
     if mass is not None and t is not None:
@@ -83,8 +79,25 @@ def judge(
 @fused
 def teach(logits: Tensor, out: Tensor, best: bool) -> Tensor | None:
     """The distributions of logits [b, V] into `out`, and the ids of the largest, if they are wanted."""
+    if on_cpu(logits):
+        return softmax_into(out, logits, best)[0]
     torch.softmax(logits, 1, out=out)
     return logits.argmax(1) if best else None
+
+
+def softmax_into(p: Tensor, logits: Tensor, best: bool) -> tuple[Tensor | None, Tensor]:
+    """The softmax of logits [b, V] into `p`: ([b] the place of the largest logit, if it is wanted; [b] the
+    logarithms of the sums of exponentials). On a CPU, torch's own softmax takes longer than its parts one by
+    one, and to say where the largest is takes a pass of its own."""
+    if on_cpu(logits):
+        top = logits.amax(1, keepdim=True)
+        total = torch.sub(logits, top, out=p).exp_().sum(1, keepdim=True)
+        p.mul_(total.reciprocal())
+        return logits.argmax(1) if best else None, total.log_().add_(top)[:, 0]
+    top, where = logits.max(1)
+    torch.softmax(logits, 1, out=p)
+    # The largest probability is one over the sum of exponentials of logits less the largest: this is its log.
+    return where if best else None, top - p.gather(1, where[:, None])[:, 0].log_()
 
 
 def read_figures(
@@ -143,7 +156,8 @@ def gradient_into(
     """The gradient by the logits [b, V] into `out`, whose dtype may be narrower: each number is then rounded
     once, as it is written. spare: [b, V], may be `out` unless that is narrower. p appears in every direction,
     so its factors are gathered into one per row. The rest as `read_figures` took and left it."""
-    of_p = sum((slopes[name] for name in ("label", "teacher") if name in slopes), torch.zeros_like(p[:, :1]))
+    parts = [slopes[name] for name in ("label", "teacher") if name in slopes]
+    of_p = sum(parts[1:], parts[0]) if parts else torch.zeros_like(p[:, :1])
     wide: list[tuple[Tensor, Tensor]] = []
     if t is not None and "overlap" in slopes:
         below = torch.lt(p, t, out=spare)
@@ -172,12 +186,6 @@ def gradient_into(
         out.copy_(torch.where(here, told.to(out.dtype), out))
     else:
         out.scatter_(1, labels, told.to(out.dtype))
-
-
-def largest(values: Tensor) -> tuple[Tensor, Tensor | None]:
-    """([b] the largest of each row of [b, V], [b] where it is). On a CPU, to say where takes another pass:
-    None."""
-    return (values.amax(1), None) if on_cpu(values) else tuple(values.max(1))  # type: ignore[return-value]
 
 
 def _dots(left: Tensor, right: Tensor, spare: Tensor | None = None) -> Tensor:

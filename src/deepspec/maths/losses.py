@@ -162,7 +162,7 @@ class _Task:
 class _Result:
     """What outlives the chunks: nothing here is as large as rows times vocabulary. None: not wanted."""
 
-    terms: dict[str, Tensor]  # term -> [N], weighted
+    terms: dict[str, Tensor]  # term -> [N], weighted after the last chunk
     accept: Tensor | None  # [N]
     correct: Tensor | None  # [N] bool
     rates: Tensor | None  # [N], what weights by position are made of
@@ -283,7 +283,9 @@ def _walk(task: _Task, wants: _Wants, chunk_rows: int) -> _Result:
     chunk = min(chunk_rows, count)
     logits = new(chunk, vocab)
     compiled = compiles(logits)
-    block = chunk if compiled or device.type != "cpu" else min(chunk, cpu_block_rows(vocab))
+    block = chunk
+    if device.type == "cpu" and not compiled:
+        block = min(chunk, cpu_block_rows(vocab, torch.get_num_threads()))
     reduced = teacher_head is not None and head.kept is not None
     narrow = (wants.hidden or wants.z or wants.w2) and head.softcap is None
     narrow = narrow and task.hidden.dtype != task.dtype
@@ -315,6 +317,8 @@ def _walk(task: _Task, wants: _Wants, chunk_rows: int) -> _Result:
             factors = block_weights(blocks, result.rates[piece.rows], piece.rows)
         gradient = draft if space.narrow is None else space.narrow[: piece.size]
         _products(task, piece, gradient, slope, z, result, factors)
+    for term, values in result.terms.items():  # the term of a row without weight may be infinite or NaN
+        values.mul_(task.weights[term]).masked_fill_(task.weights[term] == 0, 0.0)
     if task.positions is not None and result.rates is not None:
         factors = block_weights(task.positions, result.rates, slice(0, count))
         for values in result.terms.values():
@@ -392,8 +396,8 @@ def _block(
         else:
             assert task.known is not None
             result.rates[rows] = (-found["surprise"]).exp() * task.known[rows]
-    for term, part in weights.items():
-        result.terms[term][rows] = torch.where(part == 0, torch.zeros_like(part), part * values[term])
+    for term, value in values.items():
+        result.terms[term][rows] = value
 
 
 def _products(

@@ -6,8 +6,8 @@ N loss rows; M teacher rows; n rows of one chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,23 +15,46 @@ from torch import Tensor
 from deepspec.maths.host import sent
 
 
-class Piece(NamedTuple):
-    """One chunk. rows: a slice, or their places on the device; size: how many. fresh: the teacher rows to
-    compute before it; None keeps those that are there. within: which of them each row learns from, as a slice
-    where they follow each other, or as places on the device."""
+class _Places:
+    """Places [n] of things, known on the host. Some of them in a row are read as a slice if they follow each
+    other, which copies nothing."""
 
-    rows: slice | Tensor
+    def __init__(self, places: Tensor, device: torch.device) -> None:
+        jumps = (places.diff() != 1).nonzero()[:, 0] + 1
+        cuts = torch.cat([jumps.new_zeros(1), jumps, jumps.new_tensor([len(places)])])
+        self.host, self.sent = places.tolist(), sent(places, device)
+        self.ends = cuts[1:].repeat_interleave(cuts.diff()).tolist()
+        """Where the run of each one ends."""
+
+    def part(self, at: slice) -> slice | Tensor:
+        if at.stop > self.ends[at.start]:
+            return self.sent[at]
+        return slice(self.host[at.start], self.host[at.start] + at.stop - at.start)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One chunk of `size` rows. fresh: the teacher rows to compute before it; None keeps those that are
+    there."""
+
     size: int
     fresh: slice | None
-    within: slice | Tensor
+    start: int
+    order: _Places | None  # the rows, in the order that `start` counts; None: as they are
+    teachers: _Places | None  # the chunk's teachers of rows in that order; None: their own
+
+    @property
+    def rows(self) -> slice | Tensor:
+        """A slice, or places on the device."""
+        return self.part(slice(0, self.size))[0]
 
     def part(self, at: slice) -> tuple[slice | Tensor, slice | Tensor]:
-        """(rows, within) of some of its rows."""
-        return _part(self.rows, at), _part(self.within, at)
-
-
-def _part(whole: slice | Tensor, at: slice) -> slice | Tensor:
-    return slice(whole.start + at.start, whole.start + at.stop) if isinstance(whole, slice) else whole[at]
+        """(rows, the chunk's teachers they learn from) of some of its rows, at least one, each as a slice or
+        as places on the device."""
+        if self.order is None or self.teachers is None:
+            return slice(self.start + at.start, self.start + at.stop), at
+        at = slice(self.start + at.start, self.start + at.stop)
+        return self.order.part(at), self.teachers.part(at)
 
 
 def pieces(
@@ -45,21 +68,16 @@ def pieces(
     """
     if teacher_of is None:
         for start, stop in pairwise(_cuts(count, chunk, block)):
-            yield Piece(slice(start, stop), stop - start, slice(start, stop), slice(0, stop - start))
+            yield Piece(stop - start, slice(start, stop), start, None, None)
         return
     number = teacher_of // chunk
     order = number.argsort(stable=True)
-    within = teacher_of[order] % chunk
-    places, places_within = sent(order, device), sent(within, device)
+    places, within = _Places(order, device), _Places(teacher_of[order] % chunk, device)
     begin, teachers = 0, int(teacher_of.max()) + 1 if count else 0
     for index, end in enumerate(number.bincount().cumsum(0).tolist()):
         fresh: slice | None = slice(index * chunk, min((index + 1) * chunk, teachers))
         for start in range(begin, end, chunk):
-            stop = min(start + chunk, end)
-            first = int(within[start])
-            straight = torch.equal(within[start:stop], torch.arange(first, first + stop - start))
-            run = slice(first, first + stop - start) if straight else places_within[start:stop]
-            yield Piece(places[start:stop], stop - start, fresh, run)
+            yield Piece(min(chunk, end - start), fresh, start, places, within)
             fresh = None
         begin = end
 
