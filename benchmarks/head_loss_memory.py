@@ -2,7 +2,7 @@
 
     python benchmarks/head_loss_memory.py [--json]
 
-Sizes are those of one DSpark batch of 64 blocks of 7 on a Qwen3 vocabulary: N = 448 rows, V = 151,936,
+Sizes are those of one DSpark batch of 256 blocks of 7 on a Qwen3 vocabulary: N = 1,792 rows, V = 151,936,
 d = 512, Markov rank r = 256, terms ce and l1, float32, forward and backward, one thread. Every measurement
 has a process to itself: peak resident memory, less what was resident once weights and inputs had been made
 and touched. Time is CPU time, which other work on the machine disturbs less than the clock.
@@ -48,7 +48,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Peak memory and time of head and losses.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--rows", type=int, default=448)
+    parser.add_argument("--rows", type=int, default=1792)
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rank", type=int, default=256)

@@ -85,6 +85,25 @@ def test_unroll_attention_is_dense_attention(groups: tuple[int, int], columns: i
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_anchors_far_apart_leave_whole_tiles_of_the_kernel_hidden(dtype: torch.dtype) -> None:
+    """Guards NaN: the CPU's kernel takes keys by the hundred, and the first block sees none of these."""
+    anchors, kept = torch.tensor([[3, 1500]]), torch.ones(1, 2, dtype=torch.bool)
+    shapes = ((1, 2, 4, 16), (1, 1, 1600, 16), (1, 1, 1600, 16), (1, 1, 4, 16), (1, 1, 4, 16))
+    inputs = [
+        x.detach().to(dtype).requires_grad_()
+        for x in drawn(torch.Generator().manual_seed(0), *shapes, dtype=torch.float64)
+    ]
+    q, k, v, own_k, own_v = inputs
+    stairs = staircase(anchors, kept, None, 2)
+    found = block_attention(q, (k, v), (own_k, own_v), anchors, stairs, SCALE)
+    seen = block_mask(anchors, kept, 2, 1600, None)[:, None]
+    exact = [x.double() for x in inputs]
+    keys, values = torch.cat([exact[1], exact[3]], 2), torch.cat([exact[2], exact[4]], 2)
+    want = dense_attention(exact[0], keys, values, seen, SCALE)
+    same(found.double(), want, inputs, 2e-5 if dtype == torch.float32 else 0.06)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_narrow_numbers_are_merged_in_float32(dtype: torch.dtype) -> None:
     """Guards outputs that are rounded once for every part they are merged from."""
     anchors, kept = torch.arange(3, 99, 3)[None], torch.ones(1, 32, dtype=torch.bool)

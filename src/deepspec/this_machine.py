@@ -17,7 +17,8 @@ POWERCAP = Path("/sys/class/powercap")
 def this_machine() -> str:
     """Processor or accelerator, threads, system and torch."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    parts = [gpu or _processor(), f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads"]
+    counts = {"core": os.cpu_count() or 1, "thread": torch.get_num_threads()}
+    parts = [gpu or _processor(), *(f"{count} {what}" + "s" * (count > 1) for what, count in counts.items())]
     return ", ".join([*parts, platform.system(), f"torch {torch.__version__}"])
 
 

@@ -14,6 +14,8 @@ from deepspec.features.formats import STORED_BYTES, TOKEN_BYTES, scale_bytes
 from deepspec.maths.chunking import cpu_block_rows, default_chunk_rows
 
 FUNCTIONS = {"min": min, "max": max, "ceil": math.ceil}
+CPU_THREADS = 2
+"""Of a planned processor. The loss works in 1.5 MB more for each further one."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def head_bytes(
         teachers=teachers,
         chunk=chunk,
         worked=int(draft["draft_width"]) if fused else 3 * 4,
-        block_rows=chunk if accelerated else min(chunk, cpu_block_rows(own)),
+        block_rows=chunk if accelerated else min(chunk, cpu_block_rows(own, CPU_THREADS)),
         full=vocab if own < vocab else 0,
     )
 

@@ -23,7 +23,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 BLOCKS = 32
 """Blocks that share one call over the context before the first of them. What lies between their anchors is
-computed densely; fewer queries in a call would not keep an accelerator busy."""
+computed with a mask; fewer queries in a call would not keep an accelerator busy."""
 
 
 class Stair(NamedTuple):
@@ -121,12 +121,13 @@ class _BlockAttention(torch.autograd.Function):
         block = q.shape[2] // count
         ctx.saved = []
         for stair, rows in _rows(stairs, block):
+            ctx.saved.append([])
             asked = q[stair.row, :, rows][None]
             for keys, hidden in _parts(stair, anchors, block):
                 key, value = (x[stair.row, :, keys][None] for x in (k, v))
                 part, part_lse, saved = _flash(False, scale, asked, key, value, hidden)
                 _merge(out[stair.row, :, rows], lse[stair.row, :, rows], part[0], part_lse[0])
-                ctx.saved.append(saved)
+                ctx.saved[-1].append(saved)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, own_k, own_v, anchors, out, lse)
         ctx.stairs, ctx.scale = stairs, scale
@@ -144,14 +145,11 @@ class _BlockAttention(torch.autograd.Function):
         d_q, d_own_k, d_own_v = (_all_blocks(x, len(q)) for x in own)
         d_q = d_q.to(lse.dtype)
         d_k, d_v = torch.zeros_like(k, dtype=lse.dtype), torch.zeros_like(v, dtype=lse.dtype)
-        saved = iter(ctx.saved)
-        for stair, rows in _rows(ctx.stairs, block):
+        for (stair, rows), kept in zip(_rows(ctx.stairs, block), ctx.saved, strict=True):
             given, asked, got, one_lse = (x[stair.row, :, rows][None] for x in (d_out, q, out, lse))
-            for keys, hidden in _parts(stair, anchors, block):
+            for (keys, hidden), saved in zip(_parts(stair, anchors, block), kept, strict=True):
                 key, value = (x[stair.row, :, keys][None] for x in (k, v))
-                part = _flash_backward(
-                    next(saved), False, scale, given, asked, key, value, got, one_lse, hidden
-                )
+                part = _flash_backward(saved, False, scale, given, asked, key, value, got, one_lse, hidden)
                 d_q[stair.row, :, rows] += part[0][0]
                 d_k[stair.row, :, keys] += part[1][0]
                 d_v[stair.row, :, keys] += part[2][0]
@@ -338,27 +336,29 @@ def _scores(q: Tensor, k: Tensor, hidden: Tensor | None, scale: float) -> Tensor
 
 
 def _has_flash(q: Tensor, hidden: Tensor | None) -> bool:
-    """Whether torch's flash kernels take these queries: a mask, the CPU's alone."""
+    """Whether torch's flash kernels take these queries. Only the CPU's takes a mask."""
     if q.device.type == "cpu":
         return True
-    narrow = q.dtype in (torch.bfloat16, torch.float16) and hidden is None
-    return q.device.type == "cuda" and narrow and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    narrow = q.dtype in (torch.bfloat16, torch.float16)
+    return (
+        q.device.type == "cuda" and hidden is None and narrow and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    )
 
 
 def _dense_mask(q: Tensor, causal: bool, hidden: Tensor | None) -> Tensor | None:
     """[Q, K] bool: the keys that a query must not see, written out."""
     if not causal:
         return hidden
+    assert hidden is None, "causal attention hides what it hides by itself"
     return torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu_(1)
 
 
 def _cpu_mask(q: Tensor, hidden: Tensor | None) -> Tensor | None:
-    """What the CPU's kernel adds to scores. The numbers are finite: a query that sees nothing then has the
-    LSE of one that sees next to nothing, and its output counts for nothing next to that of other keys."""
+    """What the CPU's kernel adds to scores. It is finite, not -inf: a query whose keys are all hidden then
+    has an LSE so low that its output counts for nothing when it is merged into that of other keys."""
     if hidden is None:
         return None
-    least = torch.finfo(q.dtype).min / 2
-    return torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, least)
+    return torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, torch.finfo(q.dtype).min / 2)
 
 
 def _flash(

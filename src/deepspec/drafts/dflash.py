@@ -161,8 +161,7 @@ class DFlashDraft(NeuralDraft):
         return LossSums(total, weights.sum(), metrics)
 
     def embed_previous(self, previous: Tensor) -> Tensor | None:
-        """[..., r] what a sequential head knows of the tokens before the slots' [...]; DFlash has no such
-        head."""
+        """[..., r] W1 of the tokens [...] before the slots'; None without a sequential head."""
         return None
 
     def markov_rows(

@@ -59,8 +59,9 @@ class DSparkDraft(DFlashDraft):
         return None if self.confidence_head is None else self.confidence_head(hidden, embedded)
 
     def confidences(self, embedded: Tensor | None, hidden: Tensor, picked: Tensor) -> Tensor | None:
-        rows = (None if x is None else x.flatten(0, 2).index_select(0, picked) for x in (embedded, hidden))
-        return self.confidence_logits(*rows)  # type: ignore[arg-type]
+        if embedded is not None:
+            embedded = embedded.flatten(0, 2).index_select(0, picked)
+        return self.confidence_logits(embedded, hidden.flatten(0, 2).index_select(0, picked))
 
     # ── decoding ──────────────────────────────────────────────────────────────────────────────────
 

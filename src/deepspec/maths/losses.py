@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from deepspec.maths.chunking import cpu_block_rows, default_chunk_rows
-from deepspec.maths.figures import Scratch, judge, teach
+from deepspec.maths.figures import Scratch, judge, softmax_into, teach
 from deepspec.maths.finite import harmless
 from deepspec.maths.formed import needs_gradient, with_gradients
 from deepspec.maths.fused import compiles
@@ -93,7 +93,7 @@ def head_loss(
         given = replace(given, teacher_hidden=own, teacher_of=None)
     if chunk_rows is None:
         widest = teacher_head.vocab_size if teacher_head else head.vocab_size
-        chunk_rows = default_chunk_rows(widest, hidden.device.type != "cpu", torch.get_num_threads())
+        chunk_rows = default_chunk_rows(widest, hidden.device.type != "cpu")
     assert chunk_rows >= 1, f"chunk_rows must be at least 1, not {chunk_rows}"
     wants = needs_gradient(hidden), needs_gradient(z), needs_gradient(w2)
     rate = None if positions is None else RULES[positions.rule].reads
@@ -202,6 +202,7 @@ def _check(task: _Task) -> None:
     assert len(set(counts)) == 1, f"hidden, weights, labels, teacher and z have {counts} rows"
     needy = [term for term in terms if TERMS[term].teacher]
     assert (task.teacher_hidden is None) == (teacher is None), "teacher_hidden and teacher_head go together"
+    assert teacher or task.teacher_of is None, "teacher_of names rows of teacher_hidden"
     assert teacher or not needy, f"the terms {needy} need teacher_hidden and teacher_head"
     assert task.labels is not None or (teacher and "ce" not in terms), "labels are needed"
     if task.positions is not None:
@@ -313,7 +314,8 @@ def _walk(task: _Task, wants: _Wants, chunk_rows: int) -> _Result:
         for start in range(0, piece.size, block):
             _block(task, piece, slice(start, min(start + block, piece.size)), space, teacher, wants, result)
         factors = None
-        if blocks is not None and result.rates is not None and isinstance(piece.rows, slice):
+        if blocks is not None and result.rates is not None:
+            assert isinstance(piece.rows, slice)
             factors = block_weights(blocks, result.rates[piece.rows], piece.rows)
         gradient = draft if space.narrow is None else space.narrow[: piece.size]
         _products(task, piece, gradient, slope, z, result, factors)
@@ -352,7 +354,7 @@ def _form_teacher(task: _Task, fresh: slice, space: _Space, wants: _Wants) -> _T
         )
         top = full.amax(1, keepdim=True)
         mass[rows] = some.sub(top).exp_().sum(1, keepdim=True) / full.sub_(top).exp_().sum(1, keepdim=True)
-        torch.softmax(some, 1, out=out)
+        softmax_into(out, some, best=False)
     return _Teacher(best, mass)
 
 

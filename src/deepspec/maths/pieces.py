@@ -16,8 +16,8 @@ from deepspec.maths.host import sent
 
 
 class _Places:
-    """Places [n] of things, known on the host. Some of them in a row are read as a slice if they follow each
-    other, which copies nothing."""
+    """Places [n], known on the host. A range of them is a slice if they follow each other: what is there is
+    then read without a copy."""
 
     def __init__(self, places: Tensor, device: torch.device) -> None:
         jumps = (places.diff() != 1).nonzero()[:, 0] + 1
@@ -40,8 +40,9 @@ class Piece:
     size: int
     fresh: slice | None
     start: int
-    order: _Places | None  # the rows, in the order that `start` counts; None: as they are
-    teachers: _Places | None  # the chunk's teachers of rows in that order; None: their own
+    places: tuple[_Places, _Places] | None = None
+    """Of all rows in the order of their chunks, which `start` counts in, and of their teachers in the chunk.
+    None: rows come as they are, each with a teacher of its own."""
 
     @property
     def rows(self) -> slice | Tensor:
@@ -51,10 +52,11 @@ class Piece:
     def part(self, at: slice) -> tuple[slice | Tensor, slice | Tensor]:
         """(rows, the chunk's teachers they learn from) of some of its rows, at least one, each as a slice or
         as places on the device."""
-        if self.order is None or self.teachers is None:
-            return slice(self.start + at.start, self.start + at.stop), at
-        at = slice(self.start + at.start, self.start + at.stop)
-        return self.order.part(at), self.teachers.part(at)
+        span = slice(self.start + at.start, self.start + at.stop)
+        if self.places is None:
+            return span, at
+        rows, teachers = self.places
+        return rows.part(span), teachers.part(span)
 
 
 def pieces(
@@ -68,16 +70,16 @@ def pieces(
     """
     if teacher_of is None:
         for start, stop in pairwise(_cuts(count, chunk, block)):
-            yield Piece(stop - start, slice(start, stop), start, None, None)
+            yield Piece(stop - start, slice(start, stop), start)
         return
     number = teacher_of // chunk
     order = number.argsort(stable=True)
-    places, within = _Places(order, device), _Places(teacher_of[order] % chunk, device)
+    places = _Places(order, device), _Places(teacher_of[order] % chunk, device)
     begin, teachers = 0, int(teacher_of.max()) + 1 if count else 0
     for index, end in enumerate(number.bincount().cumsum(0).tolist()):
         fresh: slice | None = slice(index * chunk, min((index + 1) * chunk, teachers))
         for start in range(begin, end, chunk):
-            yield Piece(min(chunk, end - start), fresh, start, places, within)
+            yield Piece(min(chunk, end - start), fresh, start, places)
             fresh = None
         begin = end
 
