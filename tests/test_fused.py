@@ -151,6 +151,31 @@ def test_what_cannot_be_compiled_runs_as_it_is_written_after_one_warning(monkeyp
         assert torch.equal(first, F.silu(x) * x) and torch.equal(first, second)
 
 
+@compiled_here
+@pytest.mark.filterwarnings("ignore:dynamo_pgo")
+def test_a_gradient_that_cannot_be_compiled_is_noticed_before_the_backward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    from torch._inductor import config
+    from torch._inductor.graph import GraphLowering
+
+    lowered = GraphLowering.run
+
+    def broken(graph: GraphLowering, *given: Any) -> Any:
+        if graph.is_backward:
+            raise RuntimeError("no gradient today")
+        return lowered(graph, *given)
+
+    monkeypatch.setattr(GraphLowering, "run", broken)
+    x = torch.randn(4, 8).requires_grad_()
+    with compiling(True), config.patch(force_disable_caches=True):
+        with pytest.warns(UserWarning, match=r"gated runs uncompiled.*no gradient today"):
+            out = gated(x, x, F.silu)
+        out.sum().backward()
+    want = torch.autograd.grad((F.silu(x) * x).sum(), x)[0]
+    torch.testing.assert_close(x.grad, want)
+
+
 def test_errors_of_the_function_itself_are_not_taken_for_a_missing_compiler(
     monkeypatch: pytest.MonkeyPatch,
 ):

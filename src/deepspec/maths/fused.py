@@ -37,6 +37,7 @@ def compiling(wanted: bool | None, device: torch.device | str = "cpu") -> Iterat
     """Compile what is `fused` until the context ends; outside of any, nothing is compiled. wanted: None
     compiles if the device is a GPU that Triton supports. On a CPU the products take most of the time, and the
     passes stay in its cache."""
+    from torch._functorch import config
     from torch.utils._triton import has_triton
 
     global _wanted
@@ -44,7 +45,9 @@ def compiling(wanted: bool | None, device: torch.device | str = "cpu") -> Iterat
         wanted = torch.device(device).type == "cuda" and bool(has_triton())
     before, _wanted = _wanted, wanted
     try:
-        yield
+        # A gradient that cannot be compiled then fails with its function, which still runs as it is written.
+        with config.patch(force_non_lazy_backward_lowering=wanted):
+            yield
     finally:
         _wanted = before
         if _compiled:
