@@ -337,12 +337,10 @@ def _scores(q: Tensor, k: Tensor, hidden: Tensor | None, scale: float) -> Tensor
 
 def _has_flash(q: Tensor, hidden: Tensor | None) -> bool:
     """Whether torch's flash kernels take these queries. Only the CPU's takes a mask."""
-    if q.device.type == "cpu":
-        return True
+    if q.device.type != "cuda" or hidden is not None:
+        return q.device.type == "cpu"
     narrow = q.dtype in (torch.bfloat16, torch.float16)
-    return (
-        q.device.type == "cuda" and hidden is None and narrow and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    )
+    return narrow and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def _dense_mask(q: Tensor, causal: bool, hidden: Tensor | None) -> Tensor | None:

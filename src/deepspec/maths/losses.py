@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from deepspec.maths.chunking import cpu_block_rows, default_chunk_rows
-from deepspec.maths.figures import Scratch, judge, softmax_into, teach
+from deepspec.maths.figures import Scratch, judge, teach
 from deepspec.maths.finite import harmless
 from deepspec.maths.formed import needs_gradient, with_gradients
 from deepspec.maths.fused import compiles
@@ -354,7 +354,7 @@ def _form_teacher(task: _Task, fresh: slice, space: _Space, wants: _Wants) -> _T
         )
         top = full.amax(1, keepdim=True)
         mass[rows] = some.sub(top).exp_().sum(1, keepdim=True) / full.sub_(top).exp_().sum(1, keepdim=True)
-        softmax_into(out, some, best=False)
+        teach(some, out, False)
     return _Teacher(best, mass)
 
 
